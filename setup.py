@@ -1,0 +1,38 @@
+"""Packaging of var_jax: Visual AutoRegressive modeling in JAX/Flax."""
+
+from setuptools import find_packages, setup
+
+setup(
+    name="var_jax",
+    version="0.1.0",
+    description="Visual AutoRegressive modeling (next-scale prediction) in JAX/Flax",
+    license="Apache-2.0",
+    packages=find_packages(include=["var_jax", "var_jax.*"]),
+    python_requires=">=3.11",
+    install_requires=[
+        "absl-py",
+        "array_record",
+        "chex",
+        "etils[epath]",
+        "flax>=0.12,<0.13",
+        "grain>=0.2.15",
+        "jax>=0.10,<0.12",
+        "matplotlib",
+        "ml-collections",
+        "numpy",
+        "optax>=0.2.6",
+        "orbax-checkpoint>=0.12,<0.13",
+        "Pillow",
+        "safetensors",
+        "scikit-learn",  # bundles the digits that the embedded default trains on
+        "tensorboardX",
+        "tensorflow-datasets>=4.9.9",  # used without TensorFlow
+        "tqdm",
+    ],
+    extras_require={
+        "test": ["pytest", "ruff"],
+        "torch": ["torch==2.13.0"],  # writing .pth files and the PyTorch yardstick
+        "tpu": ["jax[tpu]"],
+        "cuda": ["jax[cuda12]"],
+    },
+)

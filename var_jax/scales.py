@@ -1,0 +1,92 @@
+"""The schedule of scales: which token belongs to which map, and what it may look at.
+
+Everything that depends on the sides of the token maps alone is worked out here once, in numpy, so
+that it is a constant of every compiled program.  The schedule is general: `(16,)` is an ordinary
+VQ-VAE, `(16, 16, 16, 16)` a residual one, `(1, 2, 3, 4, 5, 6, 8, 10, 13, 16)` that of VAR.
+"""
+
+import dataclasses
+import functools
+import operator
+from collections.abc import Iterable
+
+import numpy as np
+
+SCALES_256 = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)
+SCALES_512 = (1, 2, 3, 4, 6, 9, 13, 18, 24, 32)
+
+
+@dataclasses.dataclass(frozen=True)
+class Scales:
+    """Sides of K token maps, coarse to fine; tokens of all maps are laid out one after another.
+
+    Attributes:
+      sides: K positive ints that never decrease.
+
+    Raises:
+      ValueError: on an empty schedule, a side below 1, or a side smaller than the one before it.
+    """
+
+    sides: tuple[int, ...]
+
+    def __init__(self, sides: Iterable[int]):
+        try:
+            sides = tuple(operator.index(side) for side in sides)
+        except TypeError as error:
+            raise ValueError(f"scales must be a tuple of whole numbers, found {sides!r}") from error
+        if not sides:
+            raise ValueError("scales must name at least one side, found an empty schedule ()")
+        if min(sides) < 1:
+            raise ValueError(f"every side of scales must be at least 1, found {min(sides)} in {sides}")
+        for before, after in zip(sides, sides[1:], strict=False):
+            if after < before:
+                raise ValueError(
+                    f"scales must run from coarse to fine, but {after} follows {before} in {sides}"
+                )
+        object.__setattr__(self, "sides", sides)
+
+    def __len__(self) -> int:
+        """K, the number of scales."""
+        return len(self.sides)
+
+    @property
+    def side(self) -> int:
+        """Side of the last map, which is the side of the features."""
+        return self.sides[-1]
+
+    @functools.cached_property
+    def starts(self) -> tuple[int, ...]:
+        """First position of each map in the sequence of all tokens."""
+        return tuple(int(n) for n in np.cumsum([0, *(s * s for s in self.sides[:-1])]))
+
+    @functools.cached_property
+    def ends(self) -> tuple[int, ...]:
+        """One past the last position of each map."""
+        return tuple(start + s * s for start, s in zip(self.starts, self.sides, strict=True))
+
+    @property
+    def length(self) -> int:
+        """L, the number of tokens of an image."""
+        return self.ends[-1]
+
+    @functools.cached_property
+    def levels(self) -> np.ndarray:
+        """int32 [L]: the scale that each position belongs to."""
+        return np.repeat(np.arange(len(self), dtype=np.int32), [s * s for s in self.sides])
+
+    @functools.cached_property
+    def mask(self) -> np.ndarray:
+        """bool [L, L]: whether a query (row) may see a key (column): its own scale and coarser ones."""
+        return self.levels[:, None] >= self.levels[None, :]
+
+    def progress(self, k: int) -> float:
+        """k / (K - 1): 0 at the first scale, 1 at the last (and 0 for the only scale of K = 1)."""
+        return k / max(len(self) - 1, 1)
+
+    def check_feature_side(self, side: int) -> None:
+        """Raises ValueError unless the last map is as large as the features are."""
+        if self.side != side:
+            raise ValueError(
+                f"the last side of scales {self.sides} must be the side of the features: "
+                f"found {self.side}, the features are {side} x {side}"
+            )

@@ -1,0 +1,68 @@
+"""Hyperparameters of the tokenizer: what decides the shapes of its parameters."""
+
+import dataclasses
+
+from var_jax.scales import SCALES_256, Scales
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenizerConfig:
+    """Architecture of a multi-scale VQ-VAE; the defaults are the published one for 256px.
+
+    Attributes:
+      scales: sides of the token maps; the last is the side of the features.
+      num_codes: V, rows of the codebook.
+      code_dim: C, channels of the codes and of the features.
+      ch: channels at full resolution.
+      ch_mult: multiplier of `ch` at each level; each level but the first halves the side.
+      num_blocks: residual blocks a level in the encoder (the decoder has one more).
+      num_phis: convolutions shared by the scales, applied to what each map adds; 0 for none.
+      l2_normalized: match codes by direction and use them as unit vectors.
+      norm_groups: groups of every GroupNorm; must divide the channels of every level.
+      dropout: rate inside the residual blocks.
+
+    Raises:
+      ValueError: on a schedule or a size that makes no network.
+    """
+
+    scales: tuple[int, ...] = SCALES_256
+    num_codes: int = 4096
+    code_dim: int = 32
+    ch: int = 160
+    ch_mult: tuple[int, ...] = (1, 1, 2, 2, 4)
+    num_blocks: int = 2
+    num_phis: int = 4
+    l2_normalized: bool = False
+    norm_groups: int = 32
+    dropout: float = 0.0
+
+    def __post_init__(self):
+        object.__setattr__(self, "scales", Scales(self.scales).sides)
+        object.__setattr__(self, "ch_mult", tuple(self.ch_mult))
+        for name in ("num_codes", "code_dim", "ch", "num_blocks", "norm_groups"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"tokenizer {name} must be at least 1, found {getattr(self, name)}")
+        if self.num_phis < 0:
+            raise ValueError(f"tokenizer num_phis must be 0 (none) or more, found {self.num_phis}")
+        if not self.ch_mult or min(self.ch_mult) < 1:
+            raise ValueError(f"tokenizer ch_mult must be multipliers of at least 1, found {self.ch_mult}")
+        for mult in self.ch_mult:
+            if self.ch * mult % self.norm_groups:
+                raise ValueError(
+                    f"tokenizer norm_groups={self.norm_groups} must divide the channels of every level, "
+                    f"but ch * {mult} = {self.ch * mult}"
+                )
+
+    @property
+    def schedule(self) -> Scales:
+        return Scales(self.scales)
+
+    @property
+    def downsample(self) -> int:
+        """Side of an image over side of its features."""
+        return 2 ** (len(self.ch_mult) - 1)
+
+    @property
+    def image_size(self) -> int:
+        """Side of an image in pixels."""
+        return self.scales[-1] * self.downsample

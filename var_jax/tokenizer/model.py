@@ -1,0 +1,88 @@
+"""The multi-scale VQ-VAE: images to token maps and back."""
+
+import flax.linen as nn
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+from var_jax.tokenizer.config import TokenizerConfig
+from var_jax.tokenizer.decoder import Decoder
+from var_jax.tokenizer.encoder import Encoder
+from var_jax.tokenizer.layers import Conv3x3
+from var_jax.tokenizer.quantizer import Quantized, Quantizer
+
+
+@flax.struct.dataclass
+class Reconstruction:
+    """Output of a training pass: images [B, H, W, 3] (not clipped) and what the quantizer did."""
+
+    images: jax.Array
+    quantized: Quantized
+
+
+class Codebook(nn.Module):
+    """Holds the parameters of the quantizer."""
+
+    config: TokenizerConfig
+
+    @nn.compact
+    def __call__(self) -> Quantizer:
+        cfg = self.config
+        bound = cfg.code_dim**-0.5 / 36  # the authors' single-scale trainer
+        uniform = lambda key, shape: jax.random.uniform(key, shape, jnp.float32, -bound, bound)  # noqa: E731
+        codebook_init = nn.with_logical_partitioning(uniform, ("codes", "code_dim"))
+        params = {"codebook": self.param("codebook", codebook_init, (cfg.num_codes, cfg.code_dim))}
+        if cfg.num_phis:
+            stacked = nn.initializers.lecun_normal(batch_axis=0)
+            kernel_init = nn.with_logical_partitioning(stacked, (None,) * 5)
+            bias = nn.with_logical_partitioning(nn.initializers.zeros_init(), (None, None))
+            shape = (cfg.num_phis, 3, 3, cfg.code_dim, cfg.code_dim)
+            params["phi_kernel"] = self.param("phi_kernel", kernel_init, shape)
+            params["phi_bias"] = self.param("phi_bias", bias, (cfg.num_phis, cfg.code_dim))
+        return Quantizer.create(params, cfg)
+
+
+class Tokenizer(nn.Module):
+    """Encoder, quantizer, decoder.  Images are float32 [B, H, W, 3] in [-1, 1].
+
+    Attributes:
+      config: the architecture.
+      dtype: of the convolutions; features are quantised, and images returned, in float32.
+    """
+
+    config: TokenizerConfig
+    dtype: jnp.dtype = jnp.float32
+
+    def setup(self):
+        self.encoder = Encoder(self.config, self.dtype)
+        self.quant_conv = Conv3x3(self.config.code_dim, dtype=self.dtype)
+        self.quantizer = Codebook(self.config)
+        self.post_quant_conv = Conv3x3(self.config.code_dim, dtype=self.dtype)
+        self.decoder = Decoder(self.config, self.dtype)
+
+    def __call__(self, images: jax.Array, train: bool = False) -> Reconstruction:
+        """Images -> their reconstructions, with gradients straight through the quantizer."""
+        quantized = self.quantizer()(self._features(images, train))
+        return Reconstruction(self._pixels(quantized.f_hat, train), quantized)
+
+    def features(self, images: jax.Array) -> jax.Array:
+        """Images [B, H, W, 3] -> features float32 [B, h, w, C]."""
+        return self._features(images, train=False)
+
+    def encode(self, images: jax.Array) -> jax.Array:
+        """Images [B, H, W, 3] -> tokens int32 [B, L]."""
+        return self.quantizer().tokenize(self.features(images))
+
+    def decode_features(self, f_hat: jax.Array) -> jax.Array:
+        """f_hat [B, h, w, C] -> images float32 [B, H, W, 3], clipped to [-1, 1]."""
+        return jnp.clip(self._pixels(f_hat, train=False), -1, 1)
+
+    def decode(self, tokens: jax.Array) -> jax.Array:
+        """Tokens of all maps, or of the first few, int32 -> images float32 [B, H, W, 3]."""
+        return self.decode_features(self.quantizer().partial_sums(tokens)[-1])
+
+    def _features(self, images, train):
+        return self.quant_conv(self.encoder(images, train)).astype(jnp.float32)
+
+    def _pixels(self, f_hat, train):
+        return self.decoder(self.post_quant_conv(f_hat), train).astype(jnp.float32)

@@ -1,0 +1,142 @@
+"""The adaLN transformer block (Peebles & Xie 2023) as VAR has it."""
+
+import math
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.ad_checkpoint import checkpoint_name
+
+from var_jax.transformer.attention import KVCache, attend, normalize_qk
+from var_jax.transformer.config import NextScaleConfig
+
+# Kept for the backward pass under rematerialisation; all else is computed again.
+SAVED_NAMES = ("qkv", "attention_out")
+
+
+def normal(width: int, factor: float = 1.0):
+    """Normal with the published standard deviation sqrt(1 / (3 D)), times a factor."""
+    return nn.initializers.normal(factor * math.sqrt(1 / (3 * width)))
+
+
+def adaln_init(width: int, gamma_init: float):
+    """Initial [D, 6 D] of an adaLN projection: gates gamma small, shifts and scales halved."""
+    factors = np.repeat([gamma_init, gamma_init, 0.5, 0.5, 0.5, 0.5], width)
+    return lambda key, shape, dtype=jnp.float32: normal(width)(key, shape, dtype) * factors.astype(dtype)
+
+
+def layer_norm(x: jax.Array) -> jax.Array:
+    """LayerNorm over channels without parameters, in float32."""
+    x = x.astype(jnp.float32)
+    x = x - x.mean(-1, keepdims=True)
+    return x * jax.lax.rsqrt((x**2).mean(-1, keepdims=True) + 1e-6)
+
+
+def modulate(x: jax.Array, scale: jax.Array, shift: jax.Array) -> jax.Array:
+    """adaLN: LN(x) (1 + scale) + shift; x [B, n, D], scale and shift [B, D]; float32."""
+    return layer_norm(x) * (1 + scale[:, None]) + shift[:, None]
+
+
+def dense(features: int, axes: tuple[str, str], init, dtype, name: str, use_bias: bool = True) -> nn.Dense:
+    """A linear layer whose parameters carry logical axis names."""
+    return nn.Dense(
+        features,
+        use_bias=use_bias,
+        dtype=dtype,
+        kernel_init=nn.with_logical_partitioning(init, axes),
+        bias_init=nn.with_logical_partitioning(nn.initializers.zeros_init(), axes[1:]),
+        name=name,
+    )
+
+
+class Modulation(nn.Module):
+    """One block's six adaLN vectors from the condition: scanned over blocks, the condition carried."""
+
+    config: NextScaleConfig
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, condition: jax.Array, _) -> tuple[jax.Array, jax.Array]:
+        """SiLU(class embedding) [B, D] -> itself, float32 [B, 6, D]."""
+        cfg = self.config
+        init = adaln_init(cfg.width, cfg.gamma_init)
+        six = dense(6 * cfg.width, ("embed", "mlp"), init, self.dtype, "adaln")(condition)
+        return condition, six.reshape(-1, 6, cfg.width).astype(jnp.float32)
+
+
+class SelfAttention(nn.Module):
+    """Multi-head self-attention; with a cache, new positions attend to all cached ones and themselves."""
+
+    config: NextScaleConfig
+    dtype: jnp.dtype
+    start: int
+
+    @nn.compact
+    def __call__(self, x: jax.Array, layer: jax.Array, mask: np.ndarray | None, cache: KVCache | None):
+        cfg, (b, n, d) = self.config, x.shape
+        bias = nn.with_logical_partitioning(nn.initializers.zeros_init(), ("heads",))
+        q_bias, v_bias = self.param("q_bias", bias, (d,)), self.param("v_bias", bias, (d,))
+        qkv = dense(3 * d, ("embed", "heads"), normal(d), self.dtype, "qkv", use_bias=False)(x)
+        qkv = qkv + jnp.concatenate([q_bias, jnp.zeros_like(q_bias), v_bias]).astype(self.dtype)
+        qkv = checkpoint_name(qkv, "qkv")
+        q, k, v = (t.reshape(b, n, cfg.num_heads, cfg.head_dim) for t in jnp.split(qkv, 3, axis=-1))
+        scale = 0.25 / math.sqrt(cfg.head_dim)
+        if cfg.normalized_attention:
+            init = nn.with_logical_partitioning(nn.initializers.constant(math.log(4)), (None,))
+            q, k = normalize_qk(q, k, self.param("log_temperature", init, (cfg.num_heads,)))
+            scale, q, k = 1.0, q.astype(self.dtype), k.astype(self.dtype)
+        if cache is not None:
+            cache, k, v = cache.extend(layer, self.start, k, v)
+        y = checkpoint_name(attend(q, k, v, scale, mask).reshape(b, n, d), "attention_out")
+        out_init = normal(d, 1 / math.sqrt(2 * cfg.depth))
+        return dense(d, ("heads", "embed"), out_init, self.dtype, "proj")(y), cache
+
+
+class MLP(nn.Module):
+    """Linear to 4 D, tanh-GELU, linear back."""
+
+    config: NextScaleConfig
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        d = self.config.width
+        h = nn.gelu(dense(4 * d, ("embed", "mlp"), normal(d), self.dtype, "fc1")(x), approximate=True)
+        return dense(d, ("mlp", "embed"), normal(d, 1 / math.sqrt(2 * self.config.depth)), self.dtype, "fc2")(h)
+
+
+class Block(nn.Module):
+    """x += gamma1 * Attn(adaLN(x)); x += gamma2 * MLP(adaLN(x)).
+
+    Scanned over layers: the residual stream x (float32 [B, n, D], as under autocast in the published
+    code) and the cache are carried; the layer's number, adaLN vectors and drop rate are scanned over.
+
+    Attributes:
+      start: first position of x in the sequence; only with a cache.
+      train: whether to drop.
+    """
+
+    config: NextScaleConfig
+    dtype: jnp.dtype
+    start: int = 0
+    train: bool = False
+
+    @nn.compact
+    def __call__(self, carry: tuple, scanned: tuple, mask: np.ndarray | None):
+        (x, cache), (layer, six, drop_rate) = carry, scanned
+        gamma1, gamma2, scale1, scale2, shift1, shift2 = jnp.moveaxis(six, 1, 0)
+        h = modulate(x, scale1, shift1).astype(self.dtype)
+        attention = SelfAttention(self.config, self.dtype, self.start, name="attention")
+        h, cache = attention(h, layer, mask, cache)
+        x = x + gamma1[:, None] * self._drop(h, drop_rate)
+        h = MLP(self.config, self.dtype, name="mlp")(modulate(x, scale2, shift2).astype(self.dtype))
+        return (x + gamma2[:, None] * self._drop(h, drop_rate), cache), None
+
+    def _drop(self, y: jax.Array, drop_rate: jax.Array) -> jax.Array:
+        """Dropout, then stochastic depth: the whole branch of an image, with `drop_rate`."""
+        y = nn.Dropout(self.config.dropout)(y.astype(jnp.float32), deterministic=not self.train)
+        if self.train and self.config.drop_path:
+            keep = jax.random.bernoulli(self.make_rng("dropout"), 1 - drop_rate, (y.shape[0], 1, 1))
+            y = y * keep / (1 - drop_rate)
+        return y
