@@ -16,6 +16,7 @@ setup(
         "etils[epath]",
         "flax>=0.12,<0.13",
         "grain>=0.2.15",
+        "importlib_resources",  # tensorflow-datasets imports it without naming it
         "jax>=0.10,<0.12",
         "matplotlib",
         "ml-collections",

@@ -1,5 +1,7 @@
 """The multi-scale VQ-VAE: images to token maps and back."""
 
+from functools import partial
+
 import flax.linen as nn
 import flax.struct
 import jax
@@ -86,3 +88,15 @@ class Tokenizer(nn.Module):
 
     def _pixels(self, f_hat, train):
         return self.decoder(self.post_quant_conv(f_hat), train).astype(jnp.float32)
+
+
+@partial(jax.jit, static_argnums=0)
+def encode(tokenizer: Tokenizer, params: dict, images: jax.Array) -> jax.Array:
+    """Images [B, H, W, 3] in [-1, 1] -> tokens int32 [B, L], compiled once a shape."""
+    return tokenizer.apply({"params": params}, images, method="encode")
+
+
+@partial(jax.jit, static_argnums=0)
+def decode(tokenizer: Tokenizer, params: dict, tokens: jax.Array) -> jax.Array:
+    """Tokens of the first maps (all, or fewer) -> images [B, H, W, 3] in [-1, 1], compiled once a shape."""
+    return tokenizer.apply({"params": params}, tokens, method="decode")

@@ -1,0 +1,25 @@
+"""Trains the stages of a config.
+
+    python train.py --config=configs/digits.py --workdir=runs/digits
+
+Run the same command again to go on where it was stopped.
+"""
+
+from absl import app, flags
+from ml_collections import config_flags
+
+from var_jax.training import stages
+
+CONFIG = config_flags.DEFINE_config_file("config", help_string="What to train, e.g. configs/digits.py")
+WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run: checkpoints, logs, pictures")
+
+
+def main(argv):
+    if len(argv) > 1:
+        raise app.UsageError(f"unknown arguments {argv[1:]}")
+    stages.run(CONFIG.value, WORKDIR.value)
+
+
+if __name__ == "__main__":
+    flags.mark_flags_as_required(["config", "workdir"])
+    app.run(main)

@@ -1,0 +1,46 @@
+"""The embedded default: 1797 handwritten digits bundled with scikit-learn, as a TFDS data set.
+
+8x8 pixels of 17 grey levels (Alpaydin & Kaynak 1998), stored as PNG in array_record files.  Neither
+a network nor TensorFlow is needed.
+"""
+
+import io
+
+import numpy as np
+import tensorflow_datasets as tfds
+from PIL import Image
+from sklearn.datasets import load_digits
+
+TEST_EVERY = 5  # every fifth digit is held out
+
+
+class Digits(tfds.core.GeneratorBasedBuilder):
+    """Builder of the data set `digits`: train 1437, test 360, always the same."""
+
+    VERSION = tfds.core.Version("1.0.0")
+
+    def _info(self) -> tfds.core.DatasetInfo:
+        features = tfds.features.FeaturesDict(
+            {
+                "image": tfds.features.Image(shape=(8, 8, 1), encoding_format="png"),
+                "label": tfds.features.ClassLabel(names=[str(digit) for digit in range(10)]),
+            }
+        )
+        return tfds.core.DatasetInfo(
+            builder=self,
+            description="Handwritten digits of 8x8 pixels, bundled with scikit-learn.",
+            features=features,
+            disable_shuffling=True,
+        )
+
+    def _split_generators(self, dl_manager):
+        return {"train": self._generate_examples(False), "test": self._generate_examples(True)}
+
+    def _generate_examples(self, test: bool = False):
+        digits = load_digits()
+        for i, (image, label) in enumerate(zip(digits.images, digits.target, strict=True)):
+            if (i % TEST_EVERY == TEST_EVERY - 1) != test:
+                continue
+            buffer = io.BytesIO()
+            Image.fromarray(np.round(image * (255 / 16)).astype(np.uint8)).save(buffer, "PNG")
+            yield i, {"image": buffer.getvalue(), "label": int(label)}

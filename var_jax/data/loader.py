@@ -1,0 +1,57 @@
+"""Batches of a source for this process, by grain: shuffled and endless, or once in order.
+
+A batch on the host is {"image": uint8 [b, H, W, 3], "label": int32 [b], "valid": float32 [b]} with
+b = batch / number of processes.  The training iterator's position is a small piece of state that goes
+into the checkpoint.
+"""
+
+import grain
+import jax
+
+from var_jax.data.sources import Source
+from var_jax.data.transforms import ToPixels
+
+
+def _local_batch(batch: int) -> int:
+    processes = jax.process_count()
+    if batch % processes:
+        raise ValueError(f"batch {batch} cannot be divided by {processes} processes")
+    return batch // processes
+
+
+def train_batches(
+    source: Source, transform: ToPixels, batch: int, seed: int, threads: int = 16, workers: int = 0
+) -> grain.DatasetIterator:
+    """Endless batches, reshuffled every epoch over all processes, then sliced.
+
+    Args:
+      source: the data.
+      transform: applied with a random generator that depends on the seed and the position alone.
+      batch: images of one batch over all processes.
+      seed: of the order and the crops.
+      threads: that read and decode ahead in this process (or in each worker).
+      workers: processes that do so instead; needs parsed absl flags.
+
+    Returns:
+      An iterator with `get_state` and `set_state`.
+    """
+    if len(source) < batch:
+        raise ValueError(f"data set {source.name} has {len(source)} images, fewer than one batch of {batch}")
+    local = _local_batch(batch)
+    dataset = grain.MapDataset.source(source).seed(seed).shuffle().repeat()
+    dataset = dataset[jax.process_index() :: jax.process_count()]
+    dataset = dataset.random_map(transform).batch(local, drop_remainder=True)
+    read_ahead = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads)
+    dataset = dataset.to_iter_dataset(read_ahead)
+    if workers:
+        dataset = dataset.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers))
+    return iter(dataset)
+
+
+def eval_batches(source: Source, transform: ToPixels, batch: int, threads: int = 16) -> grain.DatasetIterator:
+    """Every image once, in order, centre-cropped; the last batch is filled up with `valid` = 0."""
+    local = _local_batch(batch)
+    dataset = grain.MapDataset.source(source.pad_to_multiple(batch))
+    dataset = dataset[jax.process_index() :: jax.process_count()]
+    dataset = dataset.map(transform).batch(local)
+    return iter(dataset.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads)))

@@ -1,0 +1,95 @@
+"""Networks with their parameters, from a run of ours or a file in the published layout."""
+
+from pathlib import Path
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from var_jax.interop import published
+from var_jax.interop.pth import read_tensors
+from var_jax.tokenizer.config import TokenizerConfig
+from var_jax.tokenizer.model import Tokenizer
+from var_jax.training.checkpoint import FOLDER, load_params
+from var_jax.training.task import compute_dtype
+from var_jax.transformer.config import NextScaleConfig
+from var_jax.transformer.next_scale import NextScale
+
+
+def load_tokenizer(path: str | Path, scales=None, step: int | str = "latest") -> tuple[Tokenizer, dict]:
+    """A tokenizer and its parameters.
+
+    Args:
+      path: of a run (its --workdir), or of a published .pth or .safetensors file.
+      scales: sides of the token maps, where a file's are not those of 256px.
+      step: checkpoint of a run: a step, `latest` or `best`.
+
+    Raises:
+      FileNotFoundError: where there is nothing of the kind.
+      ValueError: where the tensors do not fit, naming them.
+    """
+    path, dtype = Path(path).expanduser(), compute_dtype("auto")
+    if not path.is_file():
+        params, record = load_params(path / "tokenizer" / FOLDER, step)
+        config = TokenizerConfig(**record["model"])
+        if scales is not None and tuple(scales) != config.scales:
+            raise ValueError(f"the tokenizer under {path} has scales {config.scales}, asked for {tuple(scales)}")
+        return Tokenizer(config, dtype), params
+    tensors = read_tensors(path)
+    config = published.tokenizer_config(tensors, scales)
+    model = Tokenizer(config, dtype)
+    blank = jnp.zeros((1, config.image_size, config.image_size, 3))
+    shapes = _shapes(model, blank)
+    shapes["code_hits"] = jax.ShapeDtypeStruct((len(config.scales), config.num_codes), jnp.float32)
+    params = _with_path(path, tensors, published.tokenizer_table(config), shapes)
+    params.pop("code_hits")
+    return model, jax.tree.map(jnp.asarray, params)
+
+
+def load_next_scale(
+    path: str | Path, tokenizer: TokenizerConfig, step: int | str = "latest"
+) -> tuple[NextScale, dict]:
+    """A VAR transformer and its parameters, for a tokenizer of the given architecture.
+
+    Args:
+      path: of a run (its --workdir), or of a published .pth or .safetensors file.
+      tokenizer: what it predicts the tokens of.
+      step: checkpoint of a run: a step, `latest` or `best`.
+
+    Raises:
+      FileNotFoundError: where there is nothing of the kind.
+      ValueError: where the tensors do not fit each other or the tokenizer, naming them.
+    """
+    path, dtype = Path(path).expanduser(), compute_dtype("auto")
+    if not path.is_file():
+        params, record = load_params(path / "next_scale" / FOLDER, step)
+        config = NextScaleConfig(**record["model"])
+        _check_fit(path, config, tokenizer)
+        return NextScale(config, dtype), params
+    tensors = read_tensors(path)
+    config = published.next_scale_config(tensors, tokenizer.scales)
+    _check_fit(path, config, tokenizer)
+    model, scales = NextScale(config, dtype), config.schedule
+    inputs = jnp.zeros((1, scales.length - scales.ends[0], config.code_dim))
+    shapes = _shapes(model, jnp.zeros(1, jnp.int32), inputs)
+    table, buffers = published.next_scale_table(config), published.next_scale_buffers(config)
+    return model, jax.tree.map(jnp.asarray, _with_path(path, tensors, table, shapes, buffers))
+
+
+def _shapes(model: nn.Module, *inputs) -> dict:
+    return nn.meta.unbox(jax.eval_shape(model.init, jax.random.key(0), *inputs))["params"]
+
+
+def _with_path(path: Path, *args) -> dict:
+    try:
+        return published.to_ours(*args)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def _check_fit(path: Path, config: NextScaleConfig, tokenizer: TokenizerConfig) -> None:
+    """Raises ValueError where a transformer was made for another tokenizer."""
+    for field in ("scales", "num_codes", "code_dim"):
+        have, need = getattr(config, field), getattr(tokenizer, field)
+        if have != need:
+            raise ValueError(f"the transformer {path} has {field} {have}, but the tokenizer has {need}")

@@ -1,0 +1,53 @@
+"""Pictures for people: grids, reconstructions beside their originals, coarse-to-fine strips."""
+
+import math
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+MIN_CELL = 48  # pixels; smaller images are enlarged to about this, so that they can be looked at
+
+
+def to_uint8(images: np.ndarray) -> np.ndarray:
+    """Float images in [0, 1] -> uint8, rounded to the nearest."""
+    return np.clip(np.asarray(images) * 255 + 0.5, 0, 255).astype(np.uint8)
+
+
+def grid(images: np.ndarray, columns: int, gap: int = 2) -> Image.Image:
+    """Images [N, H, W, 3] in [0, 1], row by row; small ones enlarged by a whole factor.
+
+    Raises:
+      ValueError: without any image.
+    """
+    images = to_uint8(images)
+    if not len(images):
+        raise ValueError("a grid needs at least one image, found none")
+    factor = max(1, math.ceil(MIN_CELL / images.shape[1]))
+    images = images.repeat(factor, axis=1).repeat(factor, axis=2)
+    n, h, w, _ = images.shape
+    rows = -(-n // columns)
+    canvas = np.full((rows * (h + gap) + gap, columns * (w + gap) + gap, 3), 255, np.uint8)
+    for i, image in enumerate(images):
+        y, x = gap + i // columns * (h + gap), gap + i % columns * (w + gap)
+        canvas[y : y + h, x : x + w] = image
+    return Image.fromarray(canvas)
+
+
+def side_by_side(left: np.ndarray, right: np.ndarray, pairs_per_row: int = 8) -> Image.Image:
+    """Pairs of images [N, H, W, 3], e.g. originals and their reconstructions."""
+    pairs = np.stack([left, right], axis=1).reshape(-1, *left.shape[1:])
+    return grid(pairs, columns=2 * pairs_per_row)
+
+
+def strips(steps: np.ndarray) -> Image.Image:
+    """Images [N, K, H, W, 3] after 1, 2, ... K maps: a row an image, coarse to fine."""
+    return grid(steps.reshape(-1, *steps.shape[2:]), columns=steps.shape[1])
+
+
+def save(image: Image.Image, path: Path) -> Path:
+    """Writes a PNG, making its folder; a half-written file never takes the name."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    image.save(partial, "PNG")
+    return partial.replace(path)

@@ -1,0 +1,176 @@
+"""What a run says: one plain line a log step, JSONL, TensorBoard, and curves."""
+
+import json
+import sys
+import time
+from pathlib import Path
+
+import jax
+import matplotlib
+import numpy as np
+import tensorboardX
+from tqdm import tqdm
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt  # noqa: E402
+
+# Dense bfloat16 peak of one device, FLOP/s, by a part of its `device_kind` (vendors' data sheets).
+PEAK_FLOPS = {
+    "TPU v4": 275e12,
+    "TPU v5 lite": 197e12,
+    "TPU v5e": 197e12,
+    "TPU v5p": 459e12,
+    "TPU v5": 459e12,
+    "TPU v6": 918e12,
+    "H100": 989e12,
+    "H200": 989e12,
+    "A100": 312e12,
+}
+
+
+def peak_flops(device: jax.Device) -> float | None:
+    """Peak of the device in FLOP/s, where known."""
+    return next((peak for name, peak in PEAK_FLOPS.items() if name in device.device_kind), None)
+
+
+def duration(seconds: float) -> str:
+    """Seconds -> h:mm:ss or m:ss."""
+    minutes, s = divmod(int(seconds + 0.5), 60)
+    hours, m = divmod(minutes, 60)
+    return f"{hours}:{m:02d}:{s:02d}" if hours else f"{m}:{s:02d}"
+
+
+class Log:
+    """Writes the metrics of one stage; does nothing on processes other than 0.
+
+    Metrics of a training step are handed over as device arrays and only fetched when the next ones
+    come, so that the device never waits for the log.
+    """
+
+    def __init__(self, directory: Path, stage: str, start: int, steps: int, batch: int, flops_per_image: float):
+        """Goes on after step `start`: what an interrupted run logged beyond it is dropped."""
+        self.directory, self.stage, self.steps, self.batch = directory, stage, steps, batch
+        self.flops_per_image = flops_per_image
+        self.active = jax.process_index() == 0
+        self._pending = None
+        self.restart_clock(start)
+        if not self.active:
+            return
+        directory.mkdir(parents=True, exist_ok=True)
+        self._path = directory / "metrics.jsonl"
+        kept = [line for line in read_metrics(self._path) if line["step"] <= start]
+        self._path.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        self._file = self._path.open("a")
+        self._board = tensorboardX.SummaryWriter(str(directory / "tensorboard"), purge_step=start + 1)
+        terminal = sys.stderr.isatty()
+        self._bar = tqdm(total=steps, initial=start, desc=stage, disable=not terminal, smoothing=0.1)
+
+    def restart_clock(self, step: int) -> None:
+        """Rates are taken from here on."""
+        self._mark, self._mark_step, self._paused = time.monotonic(), step, 0.0
+
+    def advance(self, step: int) -> None:
+        """Moves the bar."""
+        if self.active:
+            self._bar.update(step - self._bar.n)
+
+    def training(self, step: int, metrics: dict) -> None:
+        """Takes the metrics of a training step (device arrays) and writes those taken before."""
+        self.flush()
+        self._pending = (step, metrics)
+
+    def flush(self) -> None:
+        """Writes the metrics last taken, waiting for the device to have worked them out."""
+        if self._pending is None:
+            return
+        step, metrics = self._pending
+        self._pending = None
+        metrics = {name: float(value) for name, value in jax.device_get(metrics).items()}
+        now = time.monotonic()
+        elapsed, done = now - self._mark - self._paused, step - self._mark_step
+        self.restart_clock(step)
+        rate = done * self.batch / max(elapsed, 1e-9)
+        left = (self.steps - step) * self.batch / max(rate, 1e-9)
+        speed = {"images_per_s": rate, "tflops": rate * self.flops_per_image / 1e12}
+        if peak := peak_flops(jax.devices()[0]):
+            speed["mfu"] = speed["tflops"] * 1e12 / (peak * jax.device_count())
+        self.write(step, "train", {**metrics, **speed}, f"{rate:.0f} images/s  {duration(left)} left")
+
+    def evaluation(self, step: int, metrics: dict[str, float]) -> None:
+        """Writes metrics of the held-out set."""
+        self.flush()
+        self.write(step, "eval", metrics, "")
+
+    def write(self, step: int, kind: str, metrics: dict[str, float], note: str) -> None:
+        """One line on the screen (scalars without a number in their name), all metrics in the files."""
+        if not self.active:
+            return
+        self._file.write(json.dumps({"step": step, "kind": kind, **metrics}) + "\n")
+        self._file.flush()
+        for name, value in metrics.items():
+            self._board.add_scalar(f"{kind}/{name}", value, step)
+        shown = {n: v for n, v in metrics.items() if not n[-1].isdigit() and n not in ("images_per_s", "tflops")}
+        shown = "  ".join(f"{name} {value:.4g}" for name, value in shown.items() if name != "gradient_norm")
+        self.say(f"{self.stage} {kind:5} {step:>{len(str(self.steps))}}/{self.steps}  {shown}  {note}")
+
+    def say(self, line: str) -> None:
+        """A line on the screen that leaves the bar alone."""
+        if self.active:
+            self._bar.write(line.rstrip(), file=sys.stdout)
+            sys.stdout.flush()
+
+    def pause(self):
+        """Context whose time does not count as training."""
+        return _Pause(self)
+
+    def close(self) -> None:
+        self.flush()
+        if self.active:
+            self._bar.close()
+            self._file.close()
+            self._board.close()
+
+
+class _Pause:
+    def __init__(self, log: Log):
+        self.log = log
+
+    def __enter__(self):
+        self.log.flush()
+        self.start = time.monotonic()
+
+    def __exit__(self, *_):
+        self.log._paused += time.monotonic() - self.start
+
+
+def read_metrics(path: Path) -> list[dict]:
+    """Lines of a metrics.jsonl; a last line cut short by a kill is left out."""
+    lines = path.read_text().splitlines() if path.exists() else []
+    metrics = []
+    for number, line in enumerate(lines):
+        try:
+            metrics.append(json.loads(line))
+        except json.JSONDecodeError as error:
+            if number + 1 < len(lines):
+                raise ValueError(f"{path} line {number + 1} is not JSON: {line[:80]!r}") from error
+    return metrics
+
+
+def draw_curves(directory: Path, path: Path, title: str) -> None:
+    """Draws the losses (and accuracies) of training and evaluation over the steps as a PNG."""
+    lines = read_metrics(directory / "metrics.jsonl")
+    names = [n for n in ("loss", "l2", "codebook", "accuracy", "perplexity") if any(n in line for line in lines)]
+    figure, axes = plt.subplots(1, len(names), figsize=(4.5 * len(names), 3.2), squeeze=False)
+    for axis, name in zip(axes[0], names, strict=True):
+        for kind, style in (("train", "-"), ("eval", "o-")):
+            points = np.array([(x["step"], x[name]) for x in lines if x["kind"] == kind and name in x])
+            if len(points):
+                axis.plot(points[:, 0], points[:, 1], style, markersize=3, linewidth=1, label=kind)
+        axis.set(xlabel="step", title=f"{title}: {name}")
+        if name in ("l2", "codebook"):
+            axis.set_yscale("log")
+        axis.legend()
+        axis.grid(alpha=0.3)
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    plt.close(figure)

@@ -1,0 +1,184 @@
+"""The one training loop: input, jit, logging, evaluation, pictures, checkpoints, resume.
+
+A task (`training/task.py`) says what is trained; nothing here knows about tokenizers or transformers.
+"""
+
+import signal
+import threading
+from functools import partial
+from pathlib import Path
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from var_jax.data.loader import eval_batches, train_batches
+from var_jax.data.sources import Source
+from var_jax.data.transforms import ToPixels
+from var_jax.sampling import pictures
+from var_jax.training import checkpoint
+from var_jax.training.logging import Log, draw_curves
+from var_jax.training.sharding import check_batch, global_batch, make_mesh, replicated
+from var_jax.training.state import count_parameters, create_state
+from var_jax.training.task import Task
+
+# What may differ between the run that wrote a checkpoint and the one that goes on from it.
+FREE_TO_CHANGE = ("log_every", "eval_every", "checkpoint_every", "preview_every", "keep")
+
+
+class Preempted(SystemExit):
+    """The run was asked to stop and has saved its state."""
+
+
+def check_same_run(saved: dict, now: dict, where: Path) -> None:
+    """Raises ValueError, naming each field, if a checkpoint was made by another config."""
+    saved, now = _flat(saved), _flat(now)
+    different = [
+        f"config.{field}: {saved.get(field)!r} there, {now.get(field)!r} now"
+        for field in sorted(set(saved) | set(now))
+        if saved.get(field) != now.get(field)
+        and field.rsplit(".", 1)[-1] not in FREE_TO_CHANGE
+        and not field.startswith(("train.mesh", "data.dir", "data.threads", "data.workers"))
+    ]
+    if different:
+        raise ValueError(
+            f"the run under {where} was started with another config; use another --workdir, or set back\n  "
+            + "\n  ".join(different)
+        )
+
+
+def _flat(tree: dict, prefix: str = "") -> dict:
+    flat = {}
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            flat |= _flat(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = list(value) if isinstance(value, tuple) else value
+    return flat
+
+
+def train(task: Task, stage: ConfigDict, steps: int, workdir: Path, data: tuple[Source, Source]) -> None:
+    """Trains a task to its last step, going on from the newest checkpoint under `workdir`.
+
+    Args:
+      task: what to train.
+      stage: its config.
+      steps: optimiser steps in all.
+      workdir: of the run; the stage writes under workdir/task.name and its pictures to workdir.
+      data: training and held-out source.
+
+    Raises:
+      ValueError: on a batch that the mesh does not divide, or a checkpoint of another config.
+      CheckpointNotWritten: where the disk is full.
+      Preempted: after SIGTERM, with everything saved.
+    """
+    # ------------------------------------------------------------------ mesh, state, programs
+    cfg, directory = stage.train, workdir / task.name
+    mesh = make_mesh(**cfg.mesh)
+    check_batch(cfg.batch, mesh, cfg.accumulate)
+    key = jax.random.key(stage.seed)
+    init_key, step_key = jax.random.split(key)
+    make_state, abstract = create_state(task.init, task.optimizer, cfg.ema > 0, init_key, mesh)
+    checkpoint.check_space(directory, abstract)
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
+    frozen = jax.device_put(task.frozen, replicated(mesh))
+
+    @partial(jax.jit, donate_argnums=0, out_shardings=(shardings, replicated(mesh)))
+    def train_step(state, frozen, batch):
+        return task.train_step(state, frozen, batch, jax.random.fold_in(step_key, state.step))
+
+    eval_step = jax.jit(task.eval_step, out_shardings=replicated(mesh))
+
+    # ------------------------------------------------------------------ input
+    source, held_out = data
+    transform = ToPixels(source.name, task.image_size, stage.data.resize, stage.data.flip)
+    batches = train_batches(
+        source, transform, cfg.batch, stage.seed, stage.data.threads, stage.data.workers
+    )
+    transform_held_out = ToPixels(held_out.name, task.image_size, stage.data.resize, False)
+
+    # ------------------------------------------------------------------ start or resume
+    saved = checkpoint.Checkpoints(directory / checkpoint.FOLDER, cfg.keep)
+    record = {"task": task.name, "model": task.model_fields(), "stage": stage.to_dict(), "steps": steps}
+    start = saved.latest() or 0
+    if start:
+        check_same_run(saved.config(start)["stage"], record["stage"], directory)
+        if start >= steps:
+            print(f"{task.name}: already trained for {start} steps under {directory}", flush=True)
+            saved.close()
+            return
+        state = saved.restore(start, abstract, batches)
+    else:
+        state = make_state()
+    log = Log(directory, task.name, start, steps, cfg.batch, task.flops_per_image())
+    log.say(
+        f"{task.name}: {count_parameters(abstract.params):,} parameters, {source.num_records} images, "
+        f"batch {cfg.batch}, steps {start}..{steps}, {jax.device_count()} x {jax.devices()[0].device_kind}"
+    )
+
+    def evaluate() -> dict[str, float]:
+        with log.pause():
+            sums = {}
+            for batch in eval_batches(held_out, transform_held_out, cfg.batch, stage.data.threads):
+                found = jax.device_get(eval_step(state.sampling_params, frozen, global_batch(batch, mesh)))
+                sums = {name: value + sums.get(name, 0) for name, value in found.items()}
+            return task.summarize(sums)
+
+    def draw(step: int) -> None:
+        with log.pause():
+            for name, picture in task.preview(state.sampling_params, _examples(held_out, transform_held_out)).items():
+                if log.active:
+                    pictures.save(picture, directory / "previews" / f"{name}_{step:07d}.png")
+                    pictures.save(picture, workdir / f"{name}.png")
+            if log.active:
+                draw_curves(directory, workdir / f"curves_{task.name}.png", task.name)
+
+    # ------------------------------------------------------------------ the loop
+    with _termination() as stop:
+        step = start
+        for step in range(start + 1, steps + 1):
+            state, metrics = train_step(state, frozen, global_batch(next(batches), mesh))
+            log.advance(step)
+            last = step == steps
+            if step == start + 1:
+                jax.block_until_ready(metrics)
+                log.restart_clock(step)  # compilation does not count as training
+            elif step % cfg.log_every == 0 or last:
+                log.training(step, metrics)
+            stopping = stop.is_set() or saved.preempted(step)
+            score = None
+            if step % cfg.eval_every == 0 or last:
+                found = evaluate()
+                score = found[task.best_metric]
+                log.evaluation(step, found)
+            if step % cfg.preview_every == 0 or last:
+                draw(step)
+            if step % cfg.checkpoint_every == 0 or last or stopping:
+                with log.pause():
+                    saved.save(step, state, batches, record, score)
+            if stopping and not last:
+                break
+    saved.wait()
+    saved.close()
+    log.close()
+    if step < steps:
+        raise Preempted(f"{task.name}: stopped at step {step}, saved; run the same command again to go on")
+
+
+def _examples(source: Source, transform: ToPixels, count: int = 32) -> np.ndarray:
+    """uint8 [count, H, W, 3]: some images, the same every time."""
+    return np.stack([transform(source[i])["image"] for i in range(min(count, source.num_records))])
+
+
+class _termination:
+    """Context that turns SIGTERM into an event, where this is the main thread."""
+
+    def __enter__(self) -> threading.Event:
+        event, self.previous = threading.Event(), None
+        if threading.current_thread() is threading.main_thread():
+            self.previous = signal.signal(signal.SIGTERM, lambda *_: event.set())
+        return event
+
+    def __exit__(self, *_) -> None:
+        if self.previous is not None:
+            signal.signal(signal.SIGTERM, self.previous)

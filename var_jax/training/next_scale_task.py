@@ -1,0 +1,115 @@
+"""Training the VAR transformer on the tokens of a frozen tokenizer."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from ml_collections import ConfigDict
+
+from var_jax.sampling import pictures
+from var_jax.sampling.generate import SamplingOptions, generate_in_chunks
+from var_jax.tokenizer.model import Tokenizer, decode
+from var_jax.tokenizer.quantizer import Quantizer
+from var_jax.training.optimizer import accumulated_gradients, make_optimizer
+from var_jax.training.state import apply_gradients
+from var_jax.training.task import Task, compute_dtype, model_config, to_unit_range
+from var_jax.transformer.config import NextScaleConfig
+from var_jax.transformer.next_scale import NextScale
+
+
+class NextScaleTask(Task):
+    """See `Task`.  `frozen` holds the parameters of the tokenizer."""
+
+    name = "next_scale"
+
+    def __init__(self, stage: ConfigDict, steps: int, tokenizer: Tokenizer, tokenizer_params: dict, classes: int):
+        self.stage = stage
+        self.tokenizer = tokenizer
+        self.config = model_config(
+            NextScaleConfig,
+            stage.model,
+            num_classes=classes,
+            num_codes=tokenizer.config.num_codes,
+            code_dim=tokenizer.config.code_dim,
+            scales=tokenizer.config.scales,
+        )
+        self.model = NextScale(self.config, compute_dtype(stage.train.dtype), stage.train.remat)
+        self.optimizer = make_optimizer(stage.train, steps)
+        self.image_size = tokenizer.config.image_size
+        self.frozen = {"tokenizer": tokenizer_params}
+
+    def init(self, key):
+        scales = self.config.schedule
+        inputs = jnp.zeros((1, scales.length - scales.ends[0], self.config.code_dim))
+        return self.model.init(key, jnp.zeros(1, jnp.int32), inputs)["params"], {}
+
+    def _tokens(self, frozen, images):
+        """uint8 images -> tokens [B, L] and teacher-forcing input [B, L - s_0^2, C]."""
+        params = frozen["tokenizer"]
+        tokens = self.tokenizer.apply({"params": params}, to_unit_range(images), method="encode")
+        quantizer = Quantizer.create(params["quantizer"], self.tokenizer.config)
+        return tokens, quantizer.teacher_input(quantizer.partial_sums(tokens))
+
+    def train_step(self, state, frozen, batch, key):
+        tokens, inputs = self._tokens(frozen, batch["image"])
+
+        def loss_fn(params, part, key):
+            logits = self.model.apply(
+                {"params": params}, part["label"], part["inputs"], train=True, rngs={"dropout": key}
+            )
+            losses = optax.softmax_cross_entropy_with_integer_labels(logits, part["tokens"])
+            right = (logits.argmax(-1) == part["tokens"]).astype(jnp.float32)
+            last = self.config.schedule.starts[-1]
+            metrics = {
+                "loss": losses.mean(),
+                "loss_last": losses[:, last:].mean(),
+                "accuracy": right.mean(),
+                "accuracy_last": right[:, last:].mean(),
+            }
+            return metrics["loss"], (metrics, ())
+
+        parts = {"label": batch["label"], "tokens": tokens, "inputs": inputs}
+        grads, (metrics, _) = accumulated_gradients(
+            loss_fn, state.params, parts, key, self.stage.train.accumulate
+        )
+        state = apply_gradients(state, grads, self.optimizer, self.stage.train.ema)
+        return state, {**metrics, "gradient_norm": optax.global_norm(grads)}
+
+    def eval_step(self, params, frozen, batch):
+        tokens, inputs = self._tokens(frozen, batch["image"])
+        logits = self.model.apply({"params": params}, batch["label"], inputs)
+        losses = optax.softmax_cross_entropy_with_integer_labels(logits, tokens)
+        right = (logits.argmax(-1) == tokens).astype(jnp.float32)
+        over_images = lambda x: jnp.sum(x * batch["valid"][:, None], axis=0)  # noqa: E731
+        return {"images": batch["valid"].sum(), "losses": over_images(losses), "right": over_images(right)}
+
+    def summarize(self, sums):
+        scales = self.config.schedule
+        metrics = {}
+        for name, total in (("loss", sums["losses"]), ("accuracy", sums["right"])):
+            mean = total / sums["images"]
+            metrics[name] = float(mean.mean())
+            metrics[f"{name}_last"] = float(mean[scales.starts[-1] :].mean())
+            for k in range(len(scales)):
+                metrics[f"{name}_{k}"] = float(mean[scales.levels == k].mean())
+        return metrics
+
+    def preview(self, params, images):
+        rows = min(10, self.config.num_classes)
+        labels = np.repeat(np.linspace(0, self.config.num_classes - 1, rows).astype(np.int32), 8)
+        options = SamplingOptions(**self.stage.sampling)
+        frozen = self.frozen["tokenizer"]
+        chunks = generate_in_chunks(
+            self.tokenizer, self.model, frozen, params, labels, self.stage.seed, options, chunk=len(labels)
+        )
+        images, tokens = next(chunks)
+        steps = [decode(self.tokenizer, frozen, tokens[::8, :end]) for end in self.config.schedule.ends]
+        steps = np.stack([np.asarray(step) for step in steps], axis=1)
+        return {"samples": pictures.grid(images, columns=8), "scales": pictures.strips(steps / 2 + 0.5)}
+
+    def flops_per_image(self):
+        cfg, length = self.config, self.config.schedule.length
+        d = cfg.width
+        adaln = (0 if cfg.shared_adaln else 12 * d * d * cfg.depth) + 16 * d * d * cfg.shared_adaln
+        blocks = cfg.depth * (24 * length * d * d + 4 * length * length * d)
+        return 3 * (blocks + adaln + 2 * length * d * (cfg.num_codes + cfg.code_dim))

@@ -1,0 +1,75 @@
+"""From a config to trained stages: opens the data, builds the task, runs the loop."""
+
+from pathlib import Path
+
+from ml_collections import ConfigDict
+
+from var_jax.data.sources import Source, open_source
+from var_jax.interop.load import load_tokenizer
+from var_jax.training.checkpoint import CheckpointMissing
+from var_jax.training.loop import train
+from var_jax.training.next_scale_task import NextScaleTask
+from var_jax.training.task import Task
+from var_jax.training.tokenizer_task import TokenizerTask
+
+
+def stages_of(config: ConfigDict) -> list[ConfigDict]:
+    """The stages of a config, in order: itself (it has a `task`), or those that `stages` names.
+
+    Raises:
+      ValueError: on a stage that the config does not have.
+    """
+    if "stages" not in config:
+        return [config]
+    names = config.stages
+    if isinstance(names, str):  # --config.stages=tokenizer
+        names = (names,)
+    known = [name for name, value in config.items() if isinstance(value, ConfigDict)]
+    if not names or set(names) - set(known):
+        raise ValueError(f"config.stages must name some of {known}, found {tuple(names)}")
+    return [config[name] for name in names]
+
+
+def num_steps(train_config: ConfigDict, num_images: int) -> int:
+    """Optimiser steps of a run: `steps`, or else as many as the epochs take."""
+    steps = train_config.steps or train_config.epochs * num_images // train_config.batch
+    if steps < 1:
+        raise ValueError(
+            f"train.steps={train_config.steps} and train.epochs={train_config.epochs} make no step"
+        )
+    return steps
+
+
+def build_task(stage: ConfigDict, workdir: Path, source: Source) -> tuple[Task, int]:
+    """The task of a stage and its number of steps.
+
+    Raises:
+      ValueError: on a task or a model that does not exist.
+      CheckpointMissing: where a transformer has no tokenizer to stand on; says how to get one.
+    """
+    steps = num_steps(stage.train, source.num_records)
+    if stage.task == "tokenizer":
+        return TokenizerTask(stage, steps), steps
+    if stage.task != "next_scale":
+        raise ValueError(f"config.task must be tokenizer or next_scale, found {stage.task!r}")
+    path = Path(stage.tokenizer or workdir).expanduser()
+    try:
+        tokenizer, params = load_tokenizer(path, stage.scales if path.is_file() else None)
+    except FileNotFoundError as error:
+        raise CheckpointMissing(
+            f"no tokenizer at {path} (config.tokenizer): {error}\n"
+            "  Give a published file, --config.tokenizer=vae_ch160v4096z32.pth, or the directory of a run, or\n"
+            f"  train one first: python train.py --config=configs/tokenizer.py --workdir={workdir}\n"
+            "  To see everything work without any of that: python train.py --config=configs/digits.py"
+        ) from error
+    return NextScaleTask(stage, steps, tokenizer, params, source.num_classes), steps
+
+
+def run(config: ConfigDict, workdir: Path) -> None:
+    """Trains every stage of a config under `workdir`; what is done already is not done again."""
+    workdir = Path(workdir).expanduser().absolute()
+    for stage in stages_of(config):
+        source = open_source(stage.data.name, stage.data.train_split, stage.data.dir)
+        held_out = open_source(stage.data.name, stage.data.eval_split, stage.data.dir)
+        task, steps = build_task(stage, workdir, source)
+        train(task, stage, steps, workdir, (source, held_out))

@@ -1,0 +1,85 @@
+"""All that changes during training, as one pytree."""
+
+from collections.abc import Callable
+
+import flax.linen as nn
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+
+from var_jax.training.optimizer import update_ema
+from var_jax.training.sharding import tree_shardings
+
+
+@flax.struct.dataclass
+class TrainState:
+    """State of a run between two steps.
+
+    Attributes:
+      step: int32 scalar, optimiser steps taken.
+      params: being trained.
+      ema: moving average of the parameters to evaluate and sample with; None without one.
+      opt_state: of Optax.
+      extra: what else the task carries from step to step.
+    """
+
+    step: jax.Array
+    params: dict
+    ema: dict | None
+    opt_state: optax.OptState
+    extra: dict
+
+    @property
+    def sampling_params(self) -> dict:
+        """Parameters to evaluate and sample with."""
+        return self.params if self.ema is None else self.ema
+
+
+def create_state(
+    init: Callable, optimizer: optax.GradientTransformation, use_ema: bool, key: jax.Array, mesh: Mesh
+) -> tuple[TrainState, TrainState]:
+    """Makes the state where it will live.
+
+    Args:
+      init: key -> (parameters with logical axis names, extra).
+      optimizer: of the parameters.
+      use_ema: whether to keep a moving average.
+      key: of the initial parameters.
+      mesh: to shard over.
+
+    Returns:
+      A function without arguments that makes the state sharded, and the abstract state
+      (ShapeDtypeStructs with shardings).
+    """
+
+    def boxed_state():
+        params, extra = init(key)
+        ema = jax.tree.map(jnp.copy, params) if use_ema else None
+        return TrainState(jnp.zeros((), jnp.int32), params, ema, optimizer.init(params), extra)
+
+    boxed = jax.eval_shape(boxed_state)
+    shardings = tree_shardings(boxed, mesh)
+    abstract = jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+        nn.meta.unbox(boxed),
+        shardings,
+    )
+    return jax.jit(lambda: nn.meta.unbox(boxed_state()), out_shardings=shardings), abstract
+
+
+def apply_gradients(
+    state: TrainState, grads: dict, optimizer: optax.GradientTransformation, ema_decay: float
+) -> TrainState:
+    """The state after one optimiser step; the moving average follows where there is one."""
+    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+    params, ema = optax.apply_updates(state.params, updates), state.ema
+    if ema is not None:
+        ema = update_ema(ema, params, ema_decay, state.step)
+    return state.replace(step=state.step + 1, params=params, ema=ema, opt_state=opt_state)
+
+
+def count_parameters(params: dict) -> int:
+    """Number of numbers in a tree of arrays or their shapes."""
+    return sum(leaf.size for leaf in jax.tree.leaves(params))

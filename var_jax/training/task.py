@@ -1,0 +1,90 @@
+"""What a training task gives to the loop."""
+
+import abc
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from ml_collections import ConfigDict
+from PIL import Image
+
+from var_jax.training.state import TrainState
+
+
+def to_unit_range(images: jax.Array) -> jax.Array:
+    """uint8 [...] -> float32 in [-1, 1]."""
+    return images.astype(jnp.float32) / 127.5 - 1
+
+
+def compute_dtype(name: str) -> jnp.dtype:
+    """`auto` is bfloat16 on accelerators and float32 on CPU.
+
+    Raises:
+      ValueError: on another name than auto, float32, bfloat16.
+    """
+    if name == "auto":
+        return jnp.dtype(jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16)
+    if name not in ("float32", "bfloat16"):
+        raise ValueError(f"train.dtype must be auto, float32 or bfloat16, found {name!r}")
+    return jnp.dtype(name)
+
+
+def model_config(cls, fields: ConfigDict, **fixed):
+    """A model's dataclass from the config's `model` section and what other parts of the run fix.
+
+    Raises:
+      ValueError: on a field that the model does not have, naming those it has.
+    """
+    known = {field.name for field in dataclasses.fields(cls)}
+    if unknown := sorted(set(fields) - known):
+        raise ValueError(f"config.model has no field {', '.join(unknown)}; it has {', '.join(sorted(known))}")
+    return cls(**{**fields.to_dict(), **fixed})
+
+
+class Task(abc.ABC):
+    """One thing to train: parameters, a step, an evaluation, pictures.
+
+    All methods but `preview` and `summarize` are traced by `jit`.
+
+    Attributes:
+      name: also the folder of the run's stage.
+      frozen: arrays that the steps read but do not change, e.g. the tokenizer under a transformer.
+      image_size: side of the images in pixels.
+      best_metric: evaluation metric whose least value marks the best checkpoint.
+    """
+
+    name: str
+    frozen: dict
+    image_size: int
+    best_metric: str = "loss"
+
+    @abc.abstractmethod
+    def init(self, key: jax.Array) -> tuple[dict, dict]:
+        """Parameters with logical axis names, and what else the task carries in the state."""
+
+    @abc.abstractmethod
+    def train_step(
+        self, state: TrainState, frozen: dict, batch: dict, key: jax.Array
+    ) -> tuple[TrainState, dict]:
+        """One optimiser step on a global batch -> new state, scalar metrics."""
+
+    @abc.abstractmethod
+    def eval_step(self, params: dict, frozen: dict, batch: dict) -> dict:
+        """Sums over the images of a batch that are `valid`; the loop adds them up over batches."""
+
+    @abc.abstractmethod
+    def summarize(self, sums: dict[str, np.ndarray]) -> dict[str, float]:
+        """Sums over the whole held-out set -> metrics."""
+
+    @abc.abstractmethod
+    def preview(self, params: dict, images: np.ndarray) -> dict[str, Image.Image]:
+        """Pictures by name, given some held-out images uint8 [N, H, W, 3]."""
+
+    @abc.abstractmethod
+    def flops_per_image(self) -> float:
+        """Matrix FLOPs of a training step for one image, worked out on paper."""
+
+    def model_fields(self) -> dict:
+        """Architecture that was trained, to build it again from a checkpoint."""
+        return dataclasses.asdict(self.config)

@@ -1,0 +1,114 @@
+"""Training the multi-scale tokenizer: reconstruction, codebook, and codes kept alive."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from ml_collections import ConfigDict
+
+from var_jax.evaluation.codebook_use import codebook_use
+from var_jax.sampling import pictures
+from var_jax.tokenizer.codebook import count_codes, dead_codes, restart
+from var_jax.tokenizer.config import TokenizerConfig
+from var_jax.tokenizer.losses import loss_terms, weighted_sum
+from var_jax.tokenizer.model import Tokenizer, decode, encode
+from var_jax.training.optimizer import accumulated_gradients, make_optimizer
+from var_jax.training.state import TrainState, apply_gradients
+from var_jax.training.task import Task, compute_dtype, model_config, to_unit_range
+
+
+class TokenizerTask(Task):
+    """See `Task`.  The state carries `code_hits` [K, V]: a moving average of uses a step."""
+
+    name = "tokenizer"
+    best_metric = "l2"
+
+    def __init__(self, stage: ConfigDict, steps: int):
+        self.stage, self.steps = stage, steps
+        self.config = model_config(TokenizerConfig, stage.model)
+        self.model = Tokenizer(self.config, compute_dtype(stage.train.dtype))
+        self.optimizer = make_optimizer(stage.train, steps)
+        self.image_size = self.config.image_size
+        self.frozen = {}
+        # The program is traced here already, so that an impossible loss fails before any data is read.
+        blank = jax.ShapeDtypeStruct((1, self.image_size, self.image_size, 3), jnp.float32)
+        params = jax.eval_shape(lambda: self.init(jax.random.key(0))[0])
+        jax.eval_shape(lambda p, x: self._loss(p, {"image": x}, jax.random.key(0)), params, blank)
+
+    def init(self, key):
+        blank = jnp.zeros((1, self.image_size, self.image_size, 3))
+        hits = jnp.zeros((len(self.config.scales), self.config.num_codes))
+        return self.model.init(key, blank)["params"], {"code_hits": hits}
+
+    def _loss(self, params, batch, key):
+        images = to_unit_range(batch["image"])
+        output = self.model.apply({"params": params}, images, train=True, rngs={"dropout": key})
+        terms = loss_terms(images, output)
+        loss = weighted_sum(terms, self.stage.loss)
+        return loss, ({"loss": loss, **terms}, (output.quantized.tokens, output.quantized.targets))
+
+    def train_step(self, state, frozen, batch, key):
+        dropout_key, restart_key = jax.random.split(key)
+        grads, (metrics, (tokens, targets)) = accumulated_gradients(
+            self._loss, state.params, batch, dropout_key, self.stage.train.accumulate
+        )
+        state = apply_gradients(state, grads, self.optimizer, self.stage.train.ema)
+        state, dead = self._restart_codes(state, tokens, targets, restart_key)
+        return state, {**metrics, "dead_codes": dead, "gradient_norm": optax.global_norm(grads)}
+
+    def _restart_codes(self, state: TrainState, tokens, targets, key) -> tuple[TrainState, jax.Array]:
+        """Counts the codes of this step, and every `restart_every` steps moves those hardly used."""
+        cfg = self.stage.codebook
+        counts = count_codes(tokens, self.config.schedule, self.config.num_codes)
+        hits = cfg.hits_decay * state.extra["code_hits"] + (1 - cfg.hits_decay) * counts
+        dead = dead_codes(hits, cfg.dead_below)
+        if not cfg.restart_every:
+            return state.replace(extra={"code_hits": hits}), dead.sum()
+        due = (state.step % cfg.restart_every == 0) & (state.step <= cfg.restart_until * self.steps)
+        moved = dead & due
+
+        def move(params):
+            codebook = restart(params["quantizer"]["codebook"], moved, targets, key)
+            return {**params, "quantizer": {**params["quantizer"], "codebook": codebook}}
+
+        # A moved code starts with an even share of the hits, so that it has time to be found.
+        hits = jnp.where(moved, hits.sum(1, keepdims=True) / hits.shape[1], hits)
+        ema = None if state.ema is None else move(state.ema)
+        return state.replace(params=move(state.params), ema=ema, extra={"code_hits": hits}), dead.sum()
+
+    def eval_step(self, params, frozen, batch):
+        images, valid = to_unit_range(batch["image"]), batch["valid"]
+        output = self.model.apply({"params": params}, images)
+        error = jnp.clip(output.images, -1, 1) - images
+        over_pixels = lambda x: jnp.sum(x.mean((1, 2, 3)) * valid)  # noqa: E731
+        mse = (error**2).mean((1, 2, 3))
+        return {
+            "images": valid.sum(),
+            "l2": over_pixels(error**2),
+            "l1": over_pixels(jnp.abs(error)),
+            "psnr": jnp.sum(10 * jnp.log10(4 / jnp.maximum(mse, 1e-10)) * valid),
+            "counts": count_codes(
+                output.quantized.tokens, self.config.schedule, self.config.num_codes, valid
+            ),
+        }
+
+    def summarize(self, sums):
+        n = sums["images"]
+        means = {name: float(sums[name] / n) for name in ("l2", "l1", "psnr")}
+        return means | codebook_use(sums["counts"], self.config.scales, int(n))
+
+    def preview(self, params, images):
+        images = to_unit_range(jnp.asarray(images))
+        tokens = encode(self.model, params, images)
+        steps = [decode(self.model, params, tokens[:, :end]) for end in self.config.schedule.ends]
+        steps = np.stack([np.asarray(step) for step in [*steps, images]], axis=1) / 2 + 0.5
+        return {
+            "reconstructions": pictures.side_by_side(steps[:32, -1], steps[:32, -2]),
+            "reconstruction_scales": pictures.strips(steps[:10]),
+        }
+
+    def flops_per_image(self):
+        blank = jax.ShapeDtypeStruct((1, self.image_size, self.image_size, 3), jnp.float32)
+        params = jax.eval_shape(lambda: self.init(jax.random.key(0))[0])
+        forward = jax.jit(lambda p, x: self.model.apply({"params": p}, x).images).lower(params, blank)
+        return 3 * forward.cost_analysis()["flops"]  # backward: twice the forward
