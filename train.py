@@ -5,7 +5,8 @@
 Run the same command again to go on where it was stopped.
 """
 
-from absl import app, flags
+import tensorflow_datasets as tfds
+from absl import app, flags, logging
 from ml_collections import config_flags
 
 from var_jax.training import stages
@@ -17,6 +18,8 @@ WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run: checkpoint
 def main(argv):
     if len(argv) > 1:
         raise app.UsageError(f"unknown arguments {argv[1:]}")
+    logging.set_verbosity(logging.WARNING)  # Orbax reports every file at INFO
+    tfds.disable_progress_bar()
     stages.run(CONFIG.value, WORKDIR.value)
 
 

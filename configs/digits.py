@@ -1,6 +1,6 @@
 """The embedded default: tokenizer and VAR on handwritten digits, on a laptop's CPU.
 
-    python train.py --config=configs/digits.py --workdir=runs/digits
+python train.py --config=configs/digits.py --workdir=runs/digits
 """
 
 from ml_collections import ConfigDict
@@ -10,13 +10,19 @@ from configs import tokenizer, var
 
 def get_config() -> ConfigDict:
     config = ConfigDict(
-        dict(stages=("tokenizer", "next_scale"), tokenizer=tokenizer.get_config(), next_scale=var.get_config("d16"))
+        dict(
+            stages=("tokenizer", "next_scale"),
+            tokenizer=tokenizer.get_config(),
+            next_scale=var.get_config("d16"),
+        )
     )
     for stage in (config.tokenizer, config.next_scale):
         stage.data.update(dict(name="digits", dir="data", eval_split="test", resize=1.0, threads=2))
         stage.train.update(dict(batch=64, remat=False, keep=1))
     config.tokenizer.model.update(
-        dict(scales=(1, 2, 3, 4), num_codes=64, code_dim=8, ch=32, ch_mult=(1, 2), num_blocks=1, norm_groups=8)
+        dict(
+            scales=(1, 2, 3, 4), num_codes=64, code_dim=8, ch=32, ch_mult=(1, 2), num_blocks=1, norm_groups=8
+        )
     )
     config.tokenizer.loss.update(dict(l2=1.0, l1=0.0, codebook=1.0))
     config.tokenizer.codebook.update(dict(hits_decay=0.95, restart_every=20, restart_until=0.7))

@@ -13,7 +13,9 @@ from configs import common
 
 
 def get_config() -> ConfigDict:
-    config = ConfigDict(dict(task="tokenizer", seed=0, data=common.data("imagenet2012"), train=common.train()))
+    config = ConfigDict(
+        dict(task="tokenizer", seed=0, data=common.data("imagenet2012"), train=common.train())
+    )
     config.data.eval_split = "validation"
     config.model = dict(
         scales=(1, 2, 3, 4, 5, 6, 8, 10, 13, 16),

@@ -28,7 +28,9 @@ def get_config(name: str = "d16") -> ConfigDict:
         raise ValueError(f"configs/var.py knows {', '.join(RECIPES)}; found {name!r}")
     epochs, batch, learning_rate, gamma_init, end, weight_decay_end = RECIPES[name]
     depth, large = int(name[1:]), name == "d36"
-    config = ConfigDict(dict(task="next_scale", seed=0, data=common.data("imagenet2012"), train=common.train()))
+    config = ConfigDict(
+        dict(task="next_scale", seed=0, data=common.data("imagenet2012"), train=common.train())
+    )
     config.data.eval_split = "validation"
     config.tokenizer = ""  # published file or run directory; empty: this run's own
     config.scales = SCALES_512 if large else SCALES_256  # for a tokenizer from a published file

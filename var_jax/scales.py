@@ -7,6 +7,7 @@ VQ-VAE, `(16, 16, 16, 16)` a residual one, `(1, 2, 3, 4, 5, 6, 8, 10, 13, 16)` t
 
 import dataclasses
 import functools
+import itertools
 import operator
 from collections.abc import Iterable
 
@@ -38,7 +39,7 @@ class Scales:
             raise ValueError("scales must name at least one side, found an empty schedule ()")
         if min(sides) < 1:
             raise ValueError(f"every side of scales must be at least 1, found {min(sides)} in {sides}")
-        for before, after in zip(sides, sides[1:], strict=False):
+        for before, after in itertools.pairwise(sides):
             if after < before:
                 raise ValueError(
                     f"scales must run from coarse to fine, but {after} follows {before} in {sides}"

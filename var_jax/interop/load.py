@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from var_jax.interop import published
 from var_jax.interop.pth import read_tensors
+from var_jax.sampling.generate import SamplingOptions
 from var_jax.tokenizer.config import TokenizerConfig
 from var_jax.tokenizer.model import Tokenizer
 from var_jax.training.checkpoint import FOLDER, load_params
@@ -33,7 +34,9 @@ def load_tokenizer(path: str | Path, scales=None, step: int | str = "latest") ->
         params, record = load_params(path / "tokenizer" / FOLDER, step)
         config = TokenizerConfig(**record["model"])
         if scales is not None and tuple(scales) != config.scales:
-            raise ValueError(f"the tokenizer under {path} has scales {config.scales}, asked for {tuple(scales)}")
+            raise ValueError(
+                f"the tokenizer under {path} has scales {config.scales}, asked for {tuple(scales)}"
+            )
         return Tokenizer(config, dtype), params
     tensors = read_tensors(path)
     config = published.tokenizer_config(tensors, scales)
@@ -48,8 +51,8 @@ def load_tokenizer(path: str | Path, scales=None, step: int | str = "latest") ->
 
 def load_next_scale(
     path: str | Path, tokenizer: TokenizerConfig, step: int | str = "latest"
-) -> tuple[NextScale, dict]:
-    """A VAR transformer and its parameters, for a tokenizer of the given architecture.
+) -> tuple[NextScale, dict, SamplingOptions]:
+    """A VAR transformer, its parameters and how its run samples, for a tokenizer of the given architecture.
 
     Args:
       path: of a run (its --workdir), or of a published .pth or .safetensors file.
@@ -65,7 +68,7 @@ def load_next_scale(
         params, record = load_params(path / "next_scale" / FOLDER, step)
         config = NextScaleConfig(**record["model"])
         _check_fit(path, config, tokenizer)
-        return NextScale(config, dtype), params
+        return NextScale(config, dtype), params, SamplingOptions(**record["stage"]["sampling"])
     tensors = read_tensors(path)
     config = published.next_scale_config(tensors, tokenizer.scales)
     _check_fit(path, config, tokenizer)
@@ -73,7 +76,8 @@ def load_next_scale(
     inputs = jnp.zeros((1, scales.length - scales.ends[0], config.code_dim))
     shapes = _shapes(model, jnp.zeros(1, jnp.int32), inputs)
     table, buffers = published.next_scale_table(config), published.next_scale_buffers(config)
-    return model, jax.tree.map(jnp.asarray, _with_path(path, tensors, table, shapes, buffers))
+    params = _with_path(path, tensors, table, shapes, buffers)
+    return model, jax.tree.map(jnp.asarray, params), SamplingOptions()
 
 
 def _shapes(model: nn.Module, *inputs) -> dict:

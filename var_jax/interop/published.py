@@ -123,7 +123,9 @@ def tokenizer_config(tensors: Tensors, scales=None) -> TokenizerConfig:
     Raises:
       ValueError: if this is no published tokenizer, or its K is not that of the scales.
     """
-    _require(tensors, ("encoder.conv_in.weight", "quantize.embedding.weight", "quant_conv.weight"), "tokenizer")
+    _require(
+        tensors, ("encoder.conv_in.weight", "quantize.embedding.weight", "quant_conv.weight"), "tokenizer"
+    )
     ch = tensors["encoder.conv_in.weight"].shape[0]
     levels = _count(tensors, r"encoder\.down\.(\d+)\.")
     outs = [tensors[f"encoder.down.{i}.block.0.conv1.weight"].shape[0] for i in range(levels)]
@@ -242,7 +244,9 @@ def to_ours(tensors: Tensors, table: list[Entry], shapes: dict, buffers: Tensors
     buffers, problems, ours = buffers or {}, [], {}
     names = {name for entry in table for name in entry.names}
     problems += [f"missing: {name}" for name in sorted(names - set(tensors))]
-    problems += [f"unknown: {name} {tensors[name].shape}" for name in sorted(set(tensors) - names - set(buffers))]
+    problems += [
+        f"unknown: {name} {tensors[name].shape}" for name in sorted(set(tensors) - names - set(buffers))
+    ]
     for name in sorted(set(buffers) & set(tensors)):
         if not np.array_equal(buffers[name], tensors[name]):
             problems.append(f"{name} {tensors[name].shape} holds other values than this architecture implies")

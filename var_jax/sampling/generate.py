@@ -121,6 +121,21 @@ def generate(
     return images, jnp.concatenate(tokens, axis=1)
 
 
+@partial(jax.jit, static_argnames=("tokenizer", "model"))
+def teacher_forced_logits(
+    tokenizer: Tokenizer,
+    model: NextScale,
+    tokenizer_params: dict,
+    params: dict,
+    labels: jax.Array,
+    tokens: jax.Array,
+) -> jax.Array:
+    """Logits float32 [B, L, V] of tokens int32 [B, L], each map given the true coarser ones."""
+    quantizer = Quantizer.create(tokenizer_params["quantizer"], tokenizer.config)
+    inputs = quantizer.teacher_input(quantizer.partial_sums(tokens))
+    return model.apply({"params": params}, labels, inputs)
+
+
 def generate_in_chunks(
     tokenizer: Tokenizer,
     model: NextScale,

@@ -179,7 +179,9 @@ def load_params(directory: Path, step: int | str = "latest") -> tuple[dict, dict
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device),
         dict(manager.item_metadata(step)["params"]),
     )
-    params = manager.restore(step, args=ocp.args.Composite(params=ocp.args.StandardRestore(abstract)))["params"]
+    params = manager.restore(step, args=ocp.args.Composite(params=ocp.args.StandardRestore(abstract)))[
+        "params"
+    ]
     manager.close()
     return params, config
 

@@ -1,6 +1,7 @@
 """What a run says: one plain line a log step, JSONL, TensorBoard, and curves."""
 
 import json
+import re
 import sys
 import time
 from pathlib import Path
@@ -12,7 +13,7 @@ import tensorboardX
 from tqdm import tqdm
 
 matplotlib.use("Agg")
-from matplotlib import pyplot as plt  # noqa: E402
+from matplotlib import pyplot as plt
 
 # Dense bfloat16 peak of one device, FLOP/s, by a part of its `device_kind` (vendors' data sheets).
 PEAK_FLOPS = {
@@ -43,11 +44,13 @@ def duration(seconds: float) -> str:
 class Log:
     """Writes the metrics of one stage; does nothing on processes other than 0.
 
-    Metrics of a training step are handed over as device arrays and only fetched when the next ones
-    come, so that the device never waits for the log.
+    Metrics of a training step are handed over as device arrays and only fetched by `flush`, when the
+    next step has been handed to the device, so that it never waits for the log.
     """
 
-    def __init__(self, directory: Path, stage: str, start: int, steps: int, batch: int, flops_per_image: float):
+    def __init__(
+        self, directory: Path, stage: str, start: int, steps: int, batch: int, flops_per_image: float
+    ):
         """Goes on after step `start`: what an interrupted run logged beyond it is dropped."""
         self.directory, self.stage, self.steps, self.batch = directory, stage, steps, batch
         self.flops_per_image = flops_per_image
@@ -75,8 +78,7 @@ class Log:
             self._bar.update(step - self._bar.n)
 
     def training(self, step: int, metrics: dict) -> None:
-        """Takes the metrics of a training step (device arrays) and writes those taken before."""
-        self.flush()
+        """Takes the metrics of a training step (device arrays), to be written by the next `flush`."""
         self._pending = (step, metrics)
 
     def flush(self) -> None:
@@ -102,15 +104,15 @@ class Log:
         self.write(step, "eval", metrics, "")
 
     def write(self, step: int, kind: str, metrics: dict[str, float], note: str) -> None:
-        """One line on the screen (scalars without a number in their name), all metrics in the files."""
+        """One line on the screen (totals, not single scales), all metrics in the files."""
         if not self.active:
             return
         self._file.write(json.dumps({"step": step, "kind": kind, **metrics}) + "\n")
         self._file.flush()
         for name, value in metrics.items():
             self._board.add_scalar(f"{kind}/{name}", value, step)
-        shown = {n: v for n, v in metrics.items() if not n[-1].isdigit() and n not in ("images_per_s", "tflops")}
-        shown = "  ".join(f"{name} {value:.4g}" for name, value in shown.items() if name != "gradient_norm")
+        hidden = re.compile(r".*_\d+|images_per_s|tflops|gradient_norm")  # to be found in the files
+        shown = "  ".join(f"{n} {value:.4g}" for n, value in metrics.items() if not hidden.fullmatch(n))
         self.say(f"{self.stage} {kind:5} {step:>{len(str(self.steps))}}/{self.steps}  {shown}  {note}")
 
     def say(self, line: str) -> None:
@@ -159,7 +161,9 @@ def read_metrics(path: Path) -> list[dict]:
 def draw_curves(directory: Path, path: Path, title: str) -> None:
     """Draws the losses (and accuracies) of training and evaluation over the steps as a PNG."""
     lines = read_metrics(directory / "metrics.jsonl")
-    names = [n for n in ("loss", "l2", "codebook", "accuracy", "perplexity") if any(n in line for line in lines)]
+    names = [
+        n for n in ("loss", "l2", "codebook", "accuracy", "perplexity") if any(n in line for line in lines)
+    ]
     figure, axes = plt.subplots(1, len(names), figsize=(4.5 * len(names), 3.2), squeeze=False)
     for axis, name in zip(axes[0], names, strict=True):
         for kind, style in (("train", "-"), ("eval", "o-")):

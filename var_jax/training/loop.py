@@ -92,9 +92,7 @@ def train(task: Task, stage: ConfigDict, steps: int, workdir: Path, data: tuple[
     # ------------------------------------------------------------------ input
     source, held_out = data
     transform = ToPixels(source.name, task.image_size, stage.data.resize, stage.data.flip)
-    batches = train_batches(
-        source, transform, cfg.batch, stage.seed, stage.data.threads, stage.data.workers
-    )
+    batches = train_batches(source, transform, cfg.batch, stage.seed, stage.data.threads, stage.data.workers)
     transform_held_out = ToPixels(held_out.name, task.image_size, stage.data.resize, False)
 
     # ------------------------------------------------------------------ start or resume
@@ -126,7 +124,9 @@ def train(task: Task, stage: ConfigDict, steps: int, workdir: Path, data: tuple[
 
     def draw(step: int) -> None:
         with log.pause():
-            for name, picture in task.preview(state.sampling_params, _examples(held_out, transform_held_out)).items():
+            for name, picture in task.preview(
+                state.sampling_params, _examples(held_out, transform_held_out)
+            ).items():
                 if log.active:
                     pictures.save(picture, directory / "previews" / f"{name}_{step:07d}.png")
                     pictures.save(picture, workdir / f"{name}.png")
@@ -138,6 +138,7 @@ def train(task: Task, stage: ConfigDict, steps: int, workdir: Path, data: tuple[
         step = start
         for step in range(start + 1, steps + 1):
             state, metrics = train_step(state, frozen, global_batch(next(batches), mesh))
+            log.flush()  # of the step before, while the device works on this one
             log.advance(step)
             last = step == steps
             if step == start + 1:

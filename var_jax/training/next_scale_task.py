@@ -1,6 +1,5 @@
 """Training the VAR transformer on the tokens of a frozen tokenizer."""
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -22,7 +21,9 @@ class NextScaleTask(Task):
 
     name = "next_scale"
 
-    def __init__(self, stage: ConfigDict, steps: int, tokenizer: Tokenizer, tokenizer_params: dict, classes: int):
+    def __init__(
+        self, stage: ConfigDict, steps: int, tokenizer: Tokenizer, tokenizer_params: dict, classes: int
+    ):
         self.stage = stage
         self.tokenizer = tokenizer
         self.config = model_config(

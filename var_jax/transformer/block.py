@@ -103,7 +103,9 @@ class MLP(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         d = self.config.width
         h = nn.gelu(dense(4 * d, ("embed", "mlp"), normal(d), self.dtype, "fc1")(x), approximate=True)
-        return dense(d, ("mlp", "embed"), normal(d, 1 / math.sqrt(2 * self.config.depth)), self.dtype, "fc2")(h)
+        return dense(d, ("mlp", "embed"), normal(d, 1 / math.sqrt(2 * self.config.depth)), self.dtype, "fc2")(
+            h
+        )
 
 
 class Block(nn.Module):

@@ -129,9 +129,7 @@ class NextScale(nn.Module):
     def empty_cache(self, batch: int) -> KVCache:
         """A cache for `batch` sequences of L positions."""
         cfg = self.config
-        return KVCache.zeros(
-            cfg.depth, batch, cfg.schedule.length, cfg.num_heads, cfg.head_dim, self.dtype
-        )
+        return KVCache.zeros(cfg.depth, batch, cfg.schedule.length, cfg.num_heads, cfg.head_dim, self.dtype)
 
     def step(self, k: int, inputs: jax.Array | None, condition: Condition, cache: KVCache):
         """One scale of generation: logits of map k given a cache that holds the maps before it.

@@ -1,0 +1,88 @@
+"""Judges a digits run from outside the code base: classifier, diversity, Frechet distance, copies.
+
+    python -m tests.digits_judge runs/digits
+
+Uses scikit-learn's digits and the files of the run only, but for the reconstructions, which it asks
+the public API for.  Prints one JSON line.
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+import numpy as np
+from scipy.linalg import sqrtm
+from scipy.spatial.distance import cdist
+from sklearn.datasets import load_digits
+from sklearn.svm import SVC
+
+import var_jax
+
+
+def to_8x8(images: np.ndarray) -> np.ndarray:
+    """uint8 [N, H, W, 3] -> [N, 64] in 0 .. 16, by area averaging."""
+    n, side = len(images), images.shape[1] // 8
+    small = images.astype(np.float64).mean(-1).reshape(n, 8, side, 8, side).mean((2, 4))
+    return small.reshape(n, 64) * (16 / 255)
+
+
+def frechet(a: np.ndarray, b: np.ndarray) -> float:
+    """Frechet distance of two sets of vectors, as Gaussians."""
+    ca, cb = np.cov(a, rowvar=False), np.cov(b, rowvar=False)
+    root = sqrtm(ca @ cb).real
+    return float(((a.mean(0) - b.mean(0)) ** 2).sum() + np.trace(ca + cb - 2 * root))
+
+
+def spread(images: np.ndarray, labels: np.ndarray) -> float:
+    """Mean over classes and pixels of the standard deviation within a class."""
+    return float(np.mean([images[labels == c].std(0) for c in range(10)]))
+
+
+def judge(images: np.ndarray, labels: np.ndarray) -> dict:
+    """Figures of samples uint8 [N, H, W, 3] asked for as labels [N]."""
+    digits = load_digits()
+    test = np.arange(len(digits.data)) % 5 == 4
+    train, held_out, train_labels = digits.data[~test], digits.data[test], digits.target[~test]
+    made = to_8x8(images)
+    classifier = SVC(gamma=0.001, C=10).fit(digits.data, digits.target)
+    nearest = lambda x: np.median(cdist(x, train).min(1))  # noqa: E731
+    return {
+        "samples": len(made),
+        "called_right": float((classifier.predict(made) == labels).mean()),
+        "spread": spread(made, labels) / spread(train, train_labels),
+        "frechet": frechet(made, train),
+        "frechet_halves": frechet(train[::2], train[1::2]),
+        "nearest": float(nearest(made) / nearest(held_out)),
+    }
+
+
+def judge_reconstructions(run: Path) -> dict:
+    """How held-out digits fare through the tokenizer."""
+    digits = load_digits()
+    test = np.arange(len(digits.data)) % 5 == 4
+    classifier = SVC(gamma=0.001, C=10).fit(digits.data[~test], digits.target[~test])
+    tokenizer = var_jax.load_tokenizer(run)
+    side = tokenizer.module.config.image_size // 8
+    real = np.round(digits.images[test] * (255 / 16)).astype(np.uint8)
+    real = real.repeat(side, 1).repeat(side, 2)[..., None].repeat(3, -1)
+    again = tokenizer.decode(tokenizer.encode(real.astype(np.float32) / 255))
+    again = to_8x8(np.round(again * 255).astype(np.uint8))
+    return {
+        "reconstructions_right": float((classifier.predict(again) == digits.target[test]).mean()),
+        "real_right": float((classifier.predict(digits.data[test]) == digits.target[test]).mean()),
+        "reconstruction_frechet": frechet(again, digits.data[test]),
+        "reconstruction_mse_0_16": float(((again - digits.data[test]) ** 2).mean()),
+    }
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("run", type=Path)
+    run = parser.parse_args().run
+    with np.load(run / "samples.npz") as samples:
+        figures = judge(samples["arr_0"], samples["arr_1"])
+    print(json.dumps(figures | judge_reconstructions(run)))
+
+
+if __name__ == "__main__":
+    main()
