@@ -12,6 +12,7 @@ from absl import app, flags, logging
 from tqdm import tqdm
 
 import var_jax
+from var_jax.interop.pth import SUFFIXES
 from var_jax.sampling import pictures
 
 FLAGS = flags.FLAGS
@@ -40,7 +41,7 @@ def load() -> var_jax.LoadedVAR:
       UsageError: where they name none.
     """
     checkpoint = FLAGS.checkpoint or "latest"
-    is_file = checkpoint.endswith((".pth", ".pt", ".safetensors"))
+    is_file = checkpoint.endswith(SUFFIXES)
     if not (FLAGS.tokenizer or FLAGS.workdir) or not (is_file or FLAGS.workdir):
         raise app.UsageError("give --workdir of a run, or --tokenizer and --checkpoint of published files")
     scales = None if FLAGS.scales is None else tuple(int(side) for side in FLAGS.scales)

@@ -26,6 +26,12 @@ def to_8x8(images: np.ndarray) -> np.ndarray:
     return small.reshape(n, 64) * (16 / 255)
 
 
+def split_off(labels: np.ndarray) -> np.ndarray:
+    """bool [N]: every fifth digit of each class."""
+    seen = np.array([np.sum(labels[:i] == label) for i, label in enumerate(labels)])
+    return seen % 5 == 4
+
+
 def frechet(a: np.ndarray, b: np.ndarray) -> float:
     """Frechet distance of two sets of vectors, as Gaussians."""
     ca, cb = np.cov(a, rowvar=False), np.cov(b, rowvar=False)
@@ -41,7 +47,7 @@ def spread(images: np.ndarray, labels: np.ndarray) -> float:
 def judge(images: np.ndarray, labels: np.ndarray) -> dict:
     """Figures of samples uint8 [N, H, W, 3] asked for as labels [N]."""
     digits = load_digits()
-    test = np.arange(len(digits.data)) % 5 == 4
+    test = split_off(digits.target)
     train, held_out, train_labels = digits.data[~test], digits.data[test], digits.target[~test]
     made = to_8x8(images)
     classifier = SVC(gamma=0.001, C=10).fit(digits.data, digits.target)
@@ -50,8 +56,9 @@ def judge(images: np.ndarray, labels: np.ndarray) -> dict:
         "samples": len(made),
         "called_right": float((classifier.predict(made) == labels).mean()),
         "spread": spread(made, labels) / spread(train, train_labels),
+        "spread_held_out": spread(held_out, digits.target[test]) / spread(train, train_labels),
         "frechet": frechet(made, train),
-        "frechet_halves": frechet(train[::2], train[1::2]),
+        "frechet_halves": frechet(*np.array_split(np.random.default_rng(0).permutation(digits.data), 2)),
         "nearest": float(nearest(made) / nearest(held_out)),
     }
 
@@ -59,7 +66,7 @@ def judge(images: np.ndarray, labels: np.ndarray) -> dict:
 def judge_reconstructions(run: Path) -> dict:
     """How held-out digits fare through the tokenizer."""
     digits = load_digits()
-    test = np.arange(len(digits.data)) % 5 == 4
+    test = split_off(digits.target)
     classifier = SVC(gamma=0.001, C=10).fit(digits.data[~test], digits.target[~test])
     tokenizer = var_jax.load_tokenizer(run)
     side = tokenizer.module.config.image_size // 8

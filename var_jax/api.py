@@ -6,7 +6,6 @@ Images are float32 [B, H, W, 3] in [0, 1] here, and numpy arrays come back.
 from collections.abc import Iterator
 from pathlib import Path
 
-import chex
 import jax.numpy as jnp
 import numpy as np
 
@@ -89,7 +88,8 @@ class LoadedVAR:
     def logits(self, tokens, labels) -> np.ndarray:
         """Teacher-forced logits float32 [B, L, V] of tokens int [B, L] given labels int [B]."""
         tokens, labels = self.tokenizer.check_tokens(tokens), self.check_labels(labels)
-        chex.assert_equal_shape_prefix([tokens, labels], 1)
+        if len(tokens) != len(labels):
+            raise ValueError(f"found tokens of {len(tokens)} images and {len(labels)} labels")
         networks = (self.tokenizer.module, self.module, self.tokenizer.params, self.params)
         return np.asarray(teacher_forced_logits(*networks, labels, tokens))
 

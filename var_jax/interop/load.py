@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from var_jax.interop import published
-from var_jax.interop.pth import read_tensors
+from var_jax.interop.pth import SUFFIXES, read_tensors
 from var_jax.sampling.generate import SamplingOptions
 from var_jax.tokenizer.config import TokenizerConfig
 from var_jax.tokenizer.model import Tokenizer
@@ -30,7 +30,7 @@ def load_tokenizer(path: str | Path, scales=None, step: int | str = "latest") ->
       ValueError: where the tensors do not fit, naming them.
     """
     path, dtype = Path(path).expanduser(), compute_dtype("auto")
-    if not path.is_file():
+    if not _is_weights(path):
         params, record = load_params(path / "tokenizer" / FOLDER, step)
         config = TokenizerConfig(**record["model"])
         if scales is not None and tuple(scales) != config.scales:
@@ -64,7 +64,7 @@ def load_next_scale(
       ValueError: where the tensors do not fit each other or the tokenizer, naming them.
     """
     path, dtype = Path(path).expanduser(), compute_dtype("auto")
-    if not path.is_file():
+    if not _is_weights(path):
         params, record = load_params(path / "next_scale" / FOLDER, step)
         config = NextScaleConfig(**record["model"])
         _check_fit(path, config, tokenizer)
@@ -78,6 +78,11 @@ def load_next_scale(
     table, buffers = published.next_scale_table(config), published.next_scale_buffers(config)
     params = _with_path(path, tensors, table, shapes, buffers)
     return model, jax.tree.map(jnp.asarray, params), SamplingOptions()
+
+
+def _is_weights(path: Path) -> bool:
+    """Whether a path means a file of weights (be it missing) and not the directory of a run."""
+    return path.is_file() or path.suffix in SUFFIXES
 
 
 def _shapes(model: nn.Module, *inputs) -> dict:

@@ -16,6 +16,8 @@ import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
+SUFFIXES = (".pth", ".pt", ".safetensors")
+
 _STORAGES = {
     "FloatStorage": np.float32,
     "DoubleStorage": np.float64,
@@ -123,8 +125,8 @@ def read_tensors(path: str | Path) -> Mapping[str, np.ndarray]:
                 return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         except SafetensorError as error:
             raise ValueError(f"{path} is not a safetensors file: {error}") from error
-    if path.suffix not in (".pth", ".pt"):
-        raise ValueError(f"{path}: weights must be a .pth, .pt or .safetensors file, found {path.suffix!r}")
+    if path.suffix not in SUFFIXES:
+        raise ValueError(f"{path}: weights must be a {' or '.join(SUFFIXES)} file, found {path.suffix!r}")
     state = read_pth(path)
     if not isinstance(state, Mapping) or not all(isinstance(t, np.ndarray) for t in state.values()):
         raise ValueError(f"{path} holds no plain state dict (names to tensors)")

@@ -170,7 +170,11 @@ def load_params(directory: Path, step: int | str = "latest") -> tuple[dict, dict
         raise CheckpointMissing(f"no complete checkpoint under {directory}: train this stage first")
     if step == "best":
         step = _best(manager, steps)
-    step = steps[-1] if step == "latest" else int(step)
+    elif step == "latest":
+        step = steps[-1]
+    elif not str(step).isdecimal():
+        raise CheckpointMissing(f"a step must be a number, latest or best, found {step!r}; there are {steps}")
+    step = int(step)
     if step not in steps:
         raise CheckpointMissing(f"no checkpoint of step {step} under {directory}; there are {steps}")
     config = manager.restore(step, args=ocp.args.Composite(config=ocp.args.JsonRestore()))["config"]

@@ -38,7 +38,9 @@ def modulate(x: jax.Array, scale: jax.Array, shift: jax.Array) -> jax.Array:
     return layer_norm(x) * (1 + scale[:, None]) + shift[:, None]
 
 
-def dense(features: int, axes: tuple[str, str], init, dtype, name: str, use_bias: bool = True) -> nn.Dense:
+def dense(
+    features: int, axes: tuple[str | None, str], init, dtype, name: str | None, use_bias: bool = True
+) -> nn.Dense:
     """A linear layer whose parameters carry logical axis names."""
     return nn.Dense(
         features,

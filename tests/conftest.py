@@ -1,0 +1,122 @@
+"""Eight fake CPU devices, the golden tensors, and tiny networks that many tests share."""
+
+import os
+
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+
+import dataclasses
+from pathlib import Path
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import var_jax
+from var_jax.tokenizer.config import TokenizerConfig
+from var_jax.tokenizer.model import Tokenizer
+from var_jax.transformer.config import NextScaleConfig
+from var_jax.transformer.next_scale import NextScale
+
+REPOSITORY = Path(__file__).parent.parent
+GOLDEN_SCALES = (1, 2, 3, 4)
+TRANSFORMERS = ("var", "var_shared_adaln", "var_plain_attention")
+
+
+@pytest.fixture(scope="session")
+def goldens() -> Path:
+    """Folder of the golden tensors; skips without it, fails where VAR_JAX_REQUIRE_GOLDENS is set."""
+    folder = Path(os.environ.get("VAR_JAX_GOLDENS", REPOSITORY.parent / "shared" / "goldens"))
+    if not (folder / "vae.npz").exists():
+        message = f"no golden tensors at {folder} (set VAR_JAX_GOLDENS)"
+        if os.environ.get("VAR_JAX_REQUIRE_GOLDENS"):
+            pytest.fail(message)
+        pytest.skip(message)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def golden(goldens):
+    """Name -> arrays of a golden file, images and feature maps moved to channels last."""
+
+    def load(name: str) -> dict[str, np.ndarray]:
+        with np.load(goldens / f"{name}.npz") as file:
+            arrays = {key: file[key] for key in file}
+        return {key: a.transpose(0, 2, 3, 1) if a.ndim == 4 else a for key, a in arrays.items()}
+
+    return load
+
+
+@pytest.fixture(scope="session")
+def golden_tokenizer(goldens) -> var_jax.LoadedTokenizer:
+    """The published tokenizer of the goldens."""
+    return var_jax.load_tokenizer(goldens / "vae.pth", scales=GOLDEN_SCALES)
+
+
+@pytest.fixture(scope="session", params=TRANSFORMERS)
+def golden_var(request, goldens, golden, golden_tokenizer):
+    """Each published transformer of the goldens, with its arrays."""
+    model = var_jax.load_var(goldens / f"{request.param}.pth", tokenizer=golden_tokenizer)
+    with np.load(goldens / f"{request.param}.npz") as file:
+        return model, {key: file[key] for key in file}
+
+
+def all_tokens(arrays: dict, prefix: str = "tokens") -> np.ndarray:
+    """The golden token maps as one sequence [B, L]."""
+    return np.concatenate([arrays[f"{prefix}_{k}"] for k in range(len(GOLDEN_SCALES))], axis=1)
+
+
+def close(got, want, tolerance: float = 1e-4) -> None:
+    """Asserts equality within a share of the largest magnitude."""
+    got, want = np.asarray(got), np.asarray(want)
+    assert got.shape == want.shape
+    worst = np.abs(got - want).max() / np.abs(want).max()
+    assert worst <= tolerance, f"off by {worst:.2e} of the largest magnitude"
+
+
+def randomized(params: dict, seed: int = 0) -> dict:
+    """Well-scaled random parameters, so that no path of a network is hidden by small initial values."""
+    leaves, tree = jax.tree.flatten(nn.meta.unbox(params))
+    rng = np.random.default_rng(seed)
+    scaled = lambda leaf: rng.standard_normal(leaf.shape) / np.sqrt(max(leaf.shape[-1], 4))  # noqa: E731
+    return jax.tree.unflatten(tree, [jnp.asarray(scaled(leaf), jnp.float32) for leaf in leaves])
+
+
+@pytest.fixture(scope="session")
+def tiny_tokenizer() -> tuple[Tokenizer, dict]:
+    """8x8 images, three scales, 16 codes."""
+    config = TokenizerConfig((1, 2, 4), 16, 4, ch=8, ch_mult=(1, 1), num_blocks=1, norm_groups=4)
+    module = Tokenizer(config)
+    return module, randomized(
+        jax.eval_shape(module.init, jax.random.key(0), jnp.zeros((1, 8, 8, 3)))["params"]
+    )
+
+
+@pytest.fixture(scope="session")
+def tiny_var(tiny_tokenizer) -> tuple[NextScale, dict]:
+    """Two blocks of width 32 on the tokens of the tiny tokenizer, 5 classes."""
+    config = NextScaleConfig(2, 32, 4, num_classes=5, num_codes=16, code_dim=4, scales=(1, 2, 4))
+    module = NextScale(config)
+    blank = (jnp.zeros(1, jnp.int32), jnp.zeros((1, 20, 4)))
+    return module, randomized(jax.eval_shape(module.init, jax.random.key(0), *blank)["params"], 1)
+
+
+@pytest.fixture(scope="session")
+def tiny_shared_var(tiny_var) -> tuple[NextScale, dict]:
+    """The same with shared adaLN and plain attention."""
+    config = dataclasses.replace(tiny_var[0].config, shared_adaln=True, normalized_attention=False)
+    module = NextScale(config)
+    blank = (jnp.zeros(1, jnp.int32), jnp.zeros((1, 20, 4)))
+    return module, randomized(jax.eval_shape(module.init, jax.random.key(0), *blank)["params"], 2)
+
+
+@pytest.fixture(scope="session")
+def digits_dir(tmp_path_factory) -> Path:
+    """Data directory with the digits prepared."""
+    from var_jax.data.sources import open_source
+
+    folder = tmp_path_factory.mktemp("data")
+    open_source("digits", "train", folder)
+    return folder

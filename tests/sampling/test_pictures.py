@@ -1,0 +1,33 @@
+import numpy as np
+import pytest
+
+from var_jax.sampling import pictures
+
+
+def test_grid_puts_images_row_by_row_and_enlarges_small_ones():
+    images = np.zeros((3, 8, 8, 3))
+    images[1, ..., 0] = 1
+    pixels = np.asarray(pictures.grid(images, columns=2))
+    assert pixels.shape == (2 * 50 + 2, 2 * 50 + 2, 3)  # 8 pixels enlarged six times, gaps of 2
+    assert pixels[10, 10].tolist() == [0, 0, 0] and pixels[10, 60].tolist() == [255, 0, 0]
+    assert pixels[60, 60].tolist() == [255, 255, 255]  # no fourth image
+
+
+def test_rounding():
+    assert pictures.to_uint8(np.array([0, 0.5, 1, 2])).tolist() == [0, 128, 255, 255]
+
+
+def test_pairs_and_strips():
+    left, right = np.zeros((2, 64, 64, 3)), np.ones((2, 64, 64, 3))
+    pixels = np.asarray(pictures.side_by_side(left, right, pairs_per_row=1))
+    assert pixels[5, 5, 0] == 0 and pixels[5, 75, 0] == 255 and pixels.shape[0] == 2 * 66 + 2
+    steps = np.linspace(0, 1, 6).reshape(2, 3, 1, 1, 1) * np.ones((2, 3, 64, 64, 3))
+    pixels = np.asarray(pictures.strips(steps))
+    assert pixels[70, 5, 0] == round(0.6 * 255) and pixels.shape[1] == 3 * 66 + 2
+
+
+def test_saved_whole_or_not_at_all(tmp_path):
+    path = pictures.save(pictures.grid(np.zeros((1, 8, 8, 3)), 1), tmp_path / "new" / "x.png")
+    assert path.exists() and [p.name for p in path.parent.iterdir()] == ["x.png"]
+    with pytest.raises(ValueError, match="at least one image"):
+        pictures.grid(np.zeros((0, 8, 8, 3)), 1)

@@ -1,0 +1,113 @@
+import numpy as np
+import pytest
+
+import var_jax
+from tests.training.tiny import tiny_config
+from var_jax.training.stages import run
+
+
+@pytest.fixture(scope="session")
+def tiny_run(digits_dir, tmp_path_factory):
+    """A run of both stages, a few steps long, on eight devices."""
+    workdir = tmp_path_factory.mktemp("run")
+    run(tiny_config(digits_dir, steps=2), workdir)
+    return workdir
+
+
+@pytest.fixture(scope="module")
+def loaded(tiny_run):
+    tokenizer = var_jax.load_tokenizer(tiny_run)
+    return tokenizer, var_jax.load_var(tiny_run, tokenizer=tokenizer)
+
+
+def test_the_fixed_surface_on_a_run_of_ours(loaded):
+    tokenizer, model = loaded
+    assert (tokenizer.scales, tokenizer.num_codes) == ((1, 2, 4), 16)
+    assert (model.num_classes, model.depth) == (10, 2)
+    images = np.random.default_rng(0).random((3, 8, 8, 3), dtype=np.float32)
+    tokens = tokenizer.encode(images)
+    assert tokens.shape == (3, 21) and tokens.dtype == np.int32
+    whole, coarse = tokenizer.decode(tokens), tokenizer.decode(tokens, upto=1)
+    assert whole.shape == images.shape and whole.dtype == np.float32 and 0 <= whole.min() <= whole.max() <= 1
+    assert (whole != coarse).any()
+    np.testing.assert_array_equal(tokenizer.decode(tokens, upto=3), whole)
+    changed = tokens.copy()
+    changed[:, 5:] = 0  # `upto` looks at the first maps only
+    np.testing.assert_array_equal(tokenizer.decode(changed, upto=2), tokenizer.decode(tokens, upto=2))
+    logits = model.logits(tokens, [0, 5, 10])
+    assert logits.shape == (3, 21, 16) and logits.dtype == np.float32
+    images, tokens = model.generate([0, 1, 10], seed=1, return_tokens=True)
+    assert images.shape == (3, 8, 8, 3) and tokens.shape == (3, 21)
+    np.testing.assert_allclose(images, tokenizer.decode(tokens), atol=1e-5)
+    np.testing.assert_array_equal(model.generate([0, 1, 10], seed=1, batch=2), images)
+
+
+def test_best_and_numbered_checkpoints_load(tiny_run):
+    best, numbered = (var_jax.load_tokenizer(tiny_run, step=step) for step in ("best", 2))
+    np.testing.assert_array_equal(
+        best.params["quantizer"]["codebook"], numbered.params["quantizer"]["codebook"]
+    )
+
+
+def test_round_trip_through_golden_files(golden_tokenizer, golden):
+    image = golden("vae")["image"]
+    tokens = golden_tokenizer.encode(np.clip(image / 2 + 0.5, 0, 1))
+    np.testing.assert_allclose(
+        golden_tokenizer.decode(tokens), golden("vae")["reconstruction_3"] / 2 + 0.5, atol=1e-4
+    )
+
+
+@pytest.mark.parametrize(
+    ("images", "message"),
+    [
+        (np.zeros((1, 9, 8, 3)), r"images must be \[B, 8, 8, 3\], found shape \(1, 9, 8, 3\)"),
+        (np.zeros((8, 8, 3)), r"images must be \[B, 8, 8, 3\]"),
+        (np.zeros((1, 8, 8, 3), np.uint8), "found uint8; divide uint8 by 255"),
+        (np.full((1, 8, 8, 3), -0.5), r"images must be in \[0, 1\], found -0.5"),
+        (np.full((1, 8, 8, 3), np.nan), r"images must be in \[0, 1\]"),
+    ],
+)
+def test_wrong_images(loaded, images, message):
+    with pytest.raises(ValueError, match=message):
+        loaded[0].encode(images)
+
+
+def test_wrong_tokens_and_labels(loaded):
+    tokenizer, model = loaded
+    tokens = np.zeros((1, 21), int)
+    for wrong, message in (
+        (tokens[:, :20], r"tokens must be int \[B, 21\], found int64 \(1, 20\)"),
+        (tokens + 16, r"tokens must be in 0 .. 15, found 16 .. 16"),
+        (tokens * 1.0, "found float64"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            tokenizer.decode(wrong)
+    with pytest.raises(ValueError, match=r"upto must be in 1 .. 3, the number of scales; found 4"):
+        tokenizer.decode(tokens, upto=4)
+    for labels, message in (
+        ([11], r"labels must be in 0 .. 10 \(10 means no class\), found 11 .. 11"),
+        ([-1], "found -1"),
+        ([], "B at least 1"),
+        ([[1]], r"labels must be int \[B\]"),
+        ([0.5], "found float64"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            model.generate(labels)
+    with pytest.raises(ValueError, match="2 labels"):
+        model.logits(tokens, [0, 1])
+    with pytest.raises(ValueError, match="batch must be at least 1, found 0"):
+        model.generate([0], batch=0)
+
+
+def test_a_run_of_other_scales_or_without_checkpoints(tiny_run, tmp_path):
+    with pytest.raises(ValueError, match=r"has scales \(1, 2, 4\), asked for \(1, 4\)"):
+        var_jax.load_tokenizer(tiny_run, scales=(1, 4))
+    with pytest.raises(FileNotFoundError, match="train this stage first"):
+        var_jax.load_tokenizer(tmp_path)
+    with pytest.raises(FileNotFoundError, match="nothing.pth"):
+        var_jax.load_tokenizer(tmp_path / "nothing.pth")
+
+
+def test_a_transformer_of_another_tokenizer(tiny_run, golden_tokenizer):
+    with pytest.raises(ValueError, match=r"has scales \(1, 2, 4\), but the tokenizer has \(1, 2, 3, 4\)"):
+        var_jax.load_var(tiny_run, tokenizer=golden_tokenizer)

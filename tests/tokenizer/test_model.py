@@ -1,0 +1,66 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tests.conftest import all_tokens, close
+from var_jax.tokenizer.config import TokenizerConfig
+from var_jax.tokenizer.losses import loss_terms, weighted_sum
+from var_jax.tokenizer.model import decode
+
+
+def test_golden_features_and_tokens(golden, golden_tokenizer):
+    arrays = golden("vae")
+    variables = {"params": golden_tokenizer.params}
+    close(golden_tokenizer.module.apply(variables, arrays["image"], method="features"), arrays["features"])
+    tokens = golden_tokenizer.encode(np.clip(arrays["image"] / 2 + 0.5, 0, 1))
+    np.testing.assert_array_equal(tokens, all_tokens(arrays))
+
+
+def test_golden_reconstructions_after_every_map(golden, golden_tokenizer):
+    arrays = golden("vae")
+    tokens, ends = all_tokens(arrays), golden_tokenizer.module.config.schedule.ends
+    for k, end in enumerate(ends):
+        images = decode(golden_tokenizer.module, golden_tokenizer.params, jnp.asarray(tokens[:, :end]))
+        close(images, arrays[f"reconstruction_{k}"])
+
+
+def test_training_pass_passes_gradients_to_every_parameter(tiny_tokenizer):
+    module, params = tiny_tokenizer
+    images = jax.random.uniform(jax.random.key(0), (4, 8, 8, 3), minval=-1)
+
+    def loss(params):
+        terms = loss_terms(images, module.apply({"params": params}, images, train=True))
+        return weighted_sum(terms, {"l2": 1.0, "l1": 0.2, "codebook": 1.0})
+
+    grads = jax.jit(jax.grad(loss))(params)
+    still = [
+        jax.tree_util.keystr(path) for path, g in jax.tree_util.tree_leaves_with_path(grads) if not g.any()
+    ]
+    # q and k of the attention see a shift that softmax removes; every other parameter must move.
+    assert still == []
+
+
+def test_an_unknown_loss_is_named():
+    with pytest.raises(ValueError, match=r"unknown terms \['lpips'\].*'codebook'"):
+        weighted_sum({"l2": 1.0, "codebook": 2.0}, {"lpips": 1.0})
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"ch": 20}, "norm_groups=32 must divide"),
+        ({"ch_mult": ()}, "ch_mult must be multipliers"),
+        ({"num_codes": 0}, "num_codes must be at least 1"),
+        ({"num_phis": -1}, "num_phis must be 0"),
+        ({"scales": (2, 1)}, "1 follows 2"),
+    ],
+)
+def test_impossible_architectures_are_refused(fields, message):
+    with pytest.raises(ValueError, match=message):
+        TokenizerConfig(**fields)
+
+
+def test_published_sizes():
+    config = TokenizerConfig()
+    assert (config.image_size, config.downsample, config.schedule.length) == (256, 16, 680)

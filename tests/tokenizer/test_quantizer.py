@@ -1,0 +1,109 @@
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tests.conftest import GOLDEN_SCALES, all_tokens, close
+from var_jax.scales import Scales
+from var_jax.tokenizer.quantizer import Quantizer, _phi_index
+
+
+@pytest.fixture(scope="module")
+def quantizer(golden_tokenizer) -> Quantizer:
+    return Quantizer.create(golden_tokenizer.params["quantizer"], golden_tokenizer.module.config)
+
+
+def random_quantizer(sides, num_phis=4, l2_normalized=False, num_codes=32, dim=8) -> Quantizer:
+    keys = jax.random.split(jax.random.key(0), 2)
+    kernel = jax.random.normal(keys[0], (num_phis, 3, 3, dim, dim)) / 9 if num_phis else None
+    bias = jnp.full((num_phis, dim), 0.01) if num_phis else None
+    codebook = jax.random.normal(keys[1], (num_codes, dim))
+    return Quantizer(codebook, kernel, bias, Scales(sides), l2_normalized)
+
+
+def test_golden_tokens_and_partial_sums(golden, quantizer):
+    arrays = golden("vae")
+    tokens = quantizer.tokenize(arrays["features"])
+    np.testing.assert_array_equal(tokens, all_tokens(arrays))
+    for k, f_hat in enumerate(quantizer.partial_sums(tokens)):
+        close(f_hat, arrays[f"fhat_{k}"])
+
+
+def test_golden_teacher_input(golden, quantizer):
+    arrays = golden("vae")
+    close(quantizer.teacher_input(quantizer.partial_sums(all_tokens(arrays))), arrays["var_input"])
+
+
+def test_golden_loss_and_gradients(golden, quantizer):
+    arrays = golden("vae")
+
+    def objective(codebook, features):
+        output = dataclasses.replace(quantizer, codebook=codebook)(features)
+        return jnp.sum(output.f_hat * arrays["probe"]) + 100 * output.loss, output
+
+    grads, output = jax.grad(objective, (0, 1), has_aux=True)(quantizer.codebook, arrays["features"])
+    close(output.f_hat, arrays["st_fhat"])
+    close(output.loss, arrays["vq_loss"])
+    close(grads[0], arrays["grad_codebook"], 1e-3)
+    close(grads[1], arrays["grad_features"], 1e-3)
+
+
+def test_the_step_by_step_sum_of_generation_is_the_partial_sums(quantizer):
+    tokens = jax.random.randint(jax.random.key(0), (2, 30), 0, 128)
+    f_hat, inputs = 0.0, []
+    for k, token_map in enumerate(quantizer.split(tokens)):
+        f_hat = f_hat + quantizer.contribution(k, quantizer.codes[token_map])
+        if k + 1 < len(GOLDEN_SCALES):
+            inputs.append(quantizer.next_input(k + 1, f_hat))
+    sums = quantizer.partial_sums(tokens)
+    np.testing.assert_array_equal(f_hat, sums[-1])
+    np.testing.assert_array_equal(np.concatenate(inputs, 1), quantizer.teacher_input(sums))
+
+
+def test_published_choice_of_phi():
+    # Scales 2 and 7 of ten lie half-way between two ticks: the published arithmetic decides.
+    ticks = np.linspace(1 / 3 / 4, 1 - 1 / 3 / 4, 4)
+    want = [int(np.argmin(np.abs(ticks - k / 9))) for k in range(10)]
+    assert [_phi_index(k, 10, 4) for k in range(10)] == want
+    assert [_phi_index(k, 4, 4) for k in range(4)] == [0, 1, 2, 3]
+    assert [_phi_index(k, 4, 1) for k in range(4)] == [0] * 4
+
+
+@pytest.mark.parametrize("sides", [(4,), (4, 4, 4), (1, 2, 4)])
+@pytest.mark.parametrize("num_phis", [0, 4])
+def test_every_further_map_brings_the_sum_closer(sides, num_phis):
+    quantizer = random_quantizer(sides, num_phis, num_codes=512)
+    if num_phis:  # phi as the identity, so that what is added is what was chosen
+        identity = np.zeros(quantizer.phi_kernel.shape, np.float32)
+        identity[:, 1, 1] = np.eye(8)
+        quantizer = dataclasses.replace(quantizer, phi_kernel=identity, phi_bias=jnp.zeros((4, 8)))
+    features = jax.random.normal(jax.random.key(1), (8, 4, 4, 8))
+    sums = quantizer.partial_sums(quantizer.tokenize(features))
+    assert len(sums) == len(sides)
+    errors = [float(jnp.mean((f_hat - features) ** 2)) for f_hat in sums]
+    assert errors == sorted(errors, reverse=True) and errors[-1] < 0.8 * float(jnp.mean(features**2))
+
+
+def test_the_single_scale_is_an_ordinary_vq():
+    quantizer = random_quantizer((4,), num_phis=0)
+    features = jax.random.normal(jax.random.key(1), (2, 4, 4, 8))
+    tokens = quantizer.tokenize(features)
+    distances = ((np.asarray(features).reshape(2, 16, 1, 8) - np.asarray(quantizer.codebook)) ** 2).sum(-1)
+    np.testing.assert_array_equal(tokens, distances.argmin(-1))
+
+
+def test_normalised_codes_are_matched_by_direction_and_used_as_unit_vectors():
+    quantizer = random_quantizer((4,), num_phis=0, l2_normalized=True)
+    features = jax.random.normal(jax.random.key(1), (2, 4, 4, 8))
+    tokens = np.asarray(quantizer.tokenize(features))
+    np.testing.assert_array_equal(quantizer.tokenize(features * 7), tokens)
+    unit = np.asarray(quantizer.codebook) / np.linalg.norm(quantizer.codebook, axis=-1, keepdims=True)
+    np.testing.assert_array_equal((np.asarray(features) @ unit.T).argmax(-1).reshape(2, 16), tokens)
+    np.testing.assert_allclose(quantizer.partial_sums(tokens)[0].reshape(2, 16, 8), unit[tokens], atol=1e-5)
+
+
+def test_features_of_another_side_are_refused():
+    with pytest.raises(ValueError, match="found 4, the features are 8 x 8"):
+        random_quantizer((1, 4))(jnp.zeros((1, 8, 8, 8)))

@@ -1,0 +1,132 @@
+"""Training that is killed anywhere goes on to the same numbers: in processes of their own."""
+
+import json
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import chex
+import orbax.checkpoint as ocp
+import pytest
+
+from tests.conftest import REPOSITORY
+
+STEPS = 12
+TINY = REPOSITORY / "tests" / "training" / "tiny.py"
+
+
+@pytest.fixture(scope="module")
+def launch(digits_dir, tmp_path_factory):
+    """Starts train.py on the tiny config in a process with one device; compiled programs are shared."""
+    config = tmp_path_factory.mktemp("config") / "config.py"
+    config.write_text(
+        "from tests.training.tiny import tiny_config\n"
+        f"def get_config(): return tiny_config({str(digits_dir)!r}, steps={STEPS}, every=3)\n"
+    )
+    environment = {
+        **os.environ,
+        "XLA_FLAGS": "",
+        "PYTHONPATH": str(REPOSITORY),
+        "JAX_COMPILATION_CACHE_DIR": str(tmp_path_factory.mktemp("compiled")),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    }
+
+    def start(workdir, *flags) -> subprocess.Popen:
+        command = [sys.executable, "train.py", f"--config={config}", f"--workdir={workdir}", *flags]
+        out = subprocess.PIPE
+        return subprocess.Popen(command, cwd=REPOSITORY, env=environment, stdout=out, stderr=out, text=True)
+
+    return start
+
+
+def run(process) -> str:
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err[-3000:]
+    return out
+
+
+@pytest.fixture(scope="module")
+def unbroken(launch, tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("unbroken")
+    return workdir, run(launch(workdir))
+
+
+def logged(workdir, stage) -> list[dict]:
+    """Metrics of every step but those of speed."""
+    lines = (workdir / stage / "metrics.jsonl").read_text().splitlines()
+    speeds = ("images_per_s", "tflops", "mfu")
+    return [{k: v for k, v in json.loads(line).items() if k not in speeds} for line in lines]
+
+
+def final_state(workdir, stage) -> dict:
+    """Everything in the last checkpoint: parameters, moving average, optimiser, counts, data position."""
+    folder = workdir / stage / "checkpoints" / str(STEPS)
+    restore = lambda item: ocp.StandardCheckpointer().restore(folder / item)  # noqa: E731
+    position = json.loads(next((folder / "data").glob("process_0*.json")).read_text())
+    return {"params": restore("params"), "state": restore("state"), "position": position}
+
+
+def wait_for_step(process, workdir, stage, step):
+    """Until a step of a stage has been logged."""
+    path = workdir / stage / "metrics.jsonl"
+    deadline = time.monotonic() + 240
+    while process.poll() is None and time.monotonic() < deadline:
+        if path.exists() and f'"step": {step},' in path.read_text():
+            return
+        time.sleep(0.01)
+    raise AssertionError(f"{stage} never came to step {step}: {process.communicate()}")
+
+
+@pytest.mark.parametrize("stop", [signal.SIGKILL, signal.SIGTERM])
+def test_killed_at_a_random_step_and_resumed_equals_unbroken(launch, unbroken, tmp_path, stop):
+    random_step = random.Random(time.time_ns())
+    stages = ("tokenizer", "next_scale")
+    for stage in stages:
+        step = random_step.randint(1, STEPS - 2)
+        print(f"{stop.name} after step {step} of {stage}")
+        process = launch(tmp_path)
+        wait_for_step(process, tmp_path, stage, step)
+        process.send_signal(stop)
+        _, err = process.communicate(timeout=120)
+        assert process.returncode != 0
+        if stop == signal.SIGTERM:
+            assert re.search(rf"{stage}: stopped at step \d+, saved; run the same command again", err), err[
+                -2000:
+            ]
+    run(launch(tmp_path))
+    for stage in stages:
+        chex.assert_trees_all_equal(final_state(tmp_path, stage), final_state(unbroken[0], stage))
+        assert logged(tmp_path, stage) == logged(unbroken[0], stage)  # the same losses on the same data
+
+
+def test_done_is_done(launch, unbroken):
+    before = logged(unbroken[0], "next_scale")
+    out = run(launch(unbroken[0]))
+    assert out.count("already trained for 12 steps") == 2
+    assert logged(unbroken[0], "next_scale") == before
+
+
+def test_a_run_leaves_pictures_curves_and_lines_with_rate_and_time_left(unbroken):
+    workdir, out = unbroken
+    for name in ("reconstructions", "samples", "scales", "curves_tokenizer", "curves_next_scale"):
+        assert (workdir / f"{name}.png").stat().st_size > 500
+    assert (workdir / "next_scale" / "previews" / f"samples_{STEPS:07d}.png").exists()
+    assert re.search(r"tokenizer train +5/12  .*loss [\d.]+.* \d+ images/s  0:\d\d left", out)
+    assert list((workdir / "tokenizer" / "tensorboard").glob("events*"))
+    evaluated = next(line for line in logged(workdir, "next_scale") if line["kind"] == "eval")
+    for name in ("loss", "accuracy"):
+        assert {name, f"{name}_last", f"{name}_0", f"{name}_1", f"{name}_2"} <= set(evaluated)
+    use = next(line for line in logged(workdir, "tokenizer") if line["kind"] == "eval")
+    assert use["most_0"] == 16 and 1 <= use["perplexity_0"] <= use["distinct_0"] <= 16
+
+
+def test_another_config_is_refused_with_the_fields_named(launch, unbroken):
+    process = launch(unbroken[0], "--config.tokenizer.train.batch=32", "--config.tokenizer.model.ch=16")
+    _, err = process.communicate(timeout=120)
+    assert process.returncode != 0
+    for words in ("config.train.batch: 16 there, 32 now", "config.model.ch: 8 there, 16 now"):
+        assert words in err

@@ -1,0 +1,111 @@
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec as P
+
+from tests.conftest import close
+from tests.training.tiny import tiny_config
+from var_jax.training.next_scale_task import NextScaleTask
+from var_jax.training.sharding import (
+    batch_sharding,
+    check_batch,
+    global_batch,
+    make_mesh,
+    partition_spec,
+    tree_shardings,
+)
+from var_jax.training.state import create_state
+from var_jax.training.tokenizer_task import TokenizerTask
+
+
+@pytest.fixture(scope="module")
+def tasks(tiny_tokenizer, tmp_path_factory):
+    config = tiny_config(tmp_path_factory.mktemp("none"))
+    return {
+        "tokenizer": TokenizerTask(config.tokenizer, 6),
+        "next_scale": NextScaleTask(config.next_scale, 6, *tiny_tokenizer, classes=10),
+    }
+
+
+def losses(task, mesh, steps=5):
+    """Losses of a few steps from the same start and batches, on a mesh; and the final state."""
+    make_state, _ = create_state(task.init, task.optimizer, True, jax.random.key(0), mesh)
+    state, rng = make_state(), np.random.default_rng(0)
+    step = jax.jit(
+        lambda s, b: task.train_step(s, task.frozen, b, jax.random.fold_in(jax.random.key(1), s.step))
+    )
+    found = []
+    for _ in range(steps):
+        batch = {
+            "image": rng.integers(0, 256, (16, 8, 8, 3), dtype=np.uint8),
+            "label": rng.integers(0, 10, 16, dtype=np.int32),
+            "valid": np.ones(16, np.float32),
+        }
+        state, metrics = step(state, global_batch(batch, mesh))
+        found.append(float(metrics["loss"]))
+    return np.array(found), state
+
+
+@pytest.mark.parametrize("name", ["tokenizer", "next_scale"])
+def test_eight_devices_fsdp_equal_one(tasks, name):
+    one, _ = losses(tasks[name], make_mesh(devices=jax.devices()[:1]))
+    eight, state = losses(tasks[name], make_mesh(fsdp=8))
+    np.testing.assert_allclose(eight, one, atol=1e-5, rtol=0)
+    assert one[0] != one[-1]
+    split = [leaf for leaf in jax.tree.leaves(state.params) if not leaf.is_fully_replicated]
+    assert sum(leaf.size for leaf in split) > 0.5 * sum(leaf.size for leaf in jax.tree.leaves(state.params))
+    moments = [leaf for leaf in jax.tree.leaves(state.opt_state) if not leaf.is_fully_replicated]
+    assert len(moments) == 2 * len(split)
+
+
+def test_tensor_and_data_axes_equal_one(tasks):
+    one, _ = losses(tasks["next_scale"], make_mesh(devices=jax.devices()[:1]), steps=3)
+    mixed, state = losses(tasks["next_scale"], make_mesh(data=2, fsdp=2, tensor=2), steps=3)
+    np.testing.assert_allclose(mixed, one, atol=1e-5, rtol=0)
+    kernel = state.params["blocks"]["layers"]["mlp"]["fc1"]["kernel"]
+    assert kernel.sharding.spec == P(None, "fsdp", "tensor")
+
+
+def test_the_table_keeps_whole_what_does_not_divide():
+    mesh = make_mesh(data=1, fsdp=4, tensor=2)
+    assert partition_spec(("embed", "mlp"), (8, 6), mesh) == P("fsdp", "tensor")
+    assert partition_spec(("embed", "mlp"), (6, 8), mesh) == P(None, "tensor")
+    assert partition_spec(("embed", "embed"), (8, 8), mesh) == P("fsdp", None)
+    with pytest.raises(KeyError, match="colour"):
+        partition_spec(("colour",), (8,), mesh)
+
+
+def test_every_parameter_is_named_in_the_table(tasks):
+    mesh = make_mesh(fsdp=8)
+    for task in tasks.values():
+        boxed = jax.eval_shape(lambda: task.init(jax.random.key(0))[0])  # noqa: B023
+        shardings = tree_shardings(boxed, mesh)
+        assert len(jax.tree.leaves(shardings)) == len(jax.tree.leaves(nn.meta.unbox(boxed)))
+
+
+def test_a_mesh_that_does_not_fit_is_refused():
+    assert dict(make_mesh(data=2, fsdp=-1).shape) == {"data": 2, "fsdp": 4, "tensor": 1}
+    for sizes in ({"data": 3, "fsdp": -1}, {"data": 2, "fsdp": 2}, {"data": -1, "fsdp": -1}):
+        with pytest.raises(ValueError, match="does not fit 8 devices: the product must be 8"):
+            make_mesh(**sizes)
+
+
+def test_a_batch_that_the_mesh_does_not_divide_is_refused():
+    mesh = make_mesh(data=2, fsdp=4)
+    check_batch(32, mesh, accumulate=2)
+    with pytest.raises(ValueError, match=r"train.batch=24 must be a multiple of 16: 8 devices.*accumulate=2"):
+        check_batch(24, mesh, accumulate=2)
+    assert batch_sharding(mesh).shard_shape((16, 3)) == (2, 3)
+
+
+def test_accumulation_equals_one_go_up_to_dropout(tiny_tokenizer, tmp_path):
+    config = tiny_config(tmp_path).next_scale
+    config.model.update(dict(dropout=0.0, drop_path=0.0, label_drop=0.0))
+    mesh = make_mesh(fsdp=8)
+    whole, _ = losses(NextScaleTask(config, 6, *tiny_tokenizer, classes=10), mesh, steps=3)
+    config.train.accumulate = 2
+    parts, _ = losses(NextScaleTask(config, 6, *tiny_tokenizer, classes=10), mesh, steps=3)
+    close(parts, whole, 1e-5)
+    assert jnp.isfinite(parts).all()

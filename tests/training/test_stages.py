@@ -1,0 +1,106 @@
+import pytest
+
+from configs import digits, var
+from configs import tokenizer as tokenizer_config
+from tests.training.tiny import tiny_config
+from var_jax.data.sources import DataSetMissing
+from var_jax.training.checkpoint import CheckpointMissing
+from var_jax.training.loop import check_same_run
+from var_jax.training.stages import num_steps, run, stages_of
+
+
+def test_stages_of_a_config():
+    config = digits.get_config()
+    assert [stage.task for stage in stages_of(config)] == ["tokenizer", "next_scale"]
+    config.stages = ("next_scale",)
+    assert [stage.task for stage in stages_of(config)] == ["next_scale"]
+    single = var.get_config("d16")
+    assert stages_of(single) == [single]
+    config.stages = ("tokeniser",)
+    with pytest.raises(
+        ValueError, match=r"must name some of \['tokenizer', 'next_scale'\], found \('tokeniser',\)"
+    ):
+        stages_of(config)
+
+
+@pytest.mark.parametrize("config", [var.get_config("d16"), tokenizer_config.get_config()])
+def test_published_configs_without_data_stop_at_once(config, tmp_path):
+    config.data.dir = str(tmp_path)
+    with pytest.raises(DataSetMissing) as error:
+        run(config, tmp_path / "run")
+    for words in ("imagenet2012", "tfds build", "configs/digits.py"):
+        assert words in str(error.value)
+
+
+def test_a_transformer_without_a_tokenizer_stops_at_once(digits_dir, tmp_path):
+    config = tiny_config(digits_dir)
+    config.stages = ("next_scale",)
+    with pytest.raises(CheckpointMissing) as error:
+        run(config, tmp_path)
+    for words in (
+        "no tokenizer at",
+        "--config.tokenizer=",
+        "--config=configs/tokenizer.py",
+        "configs/digits.py",
+    ):
+        assert words in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda c: c.model.unlock() or c.model.update(hidden=3),
+            "config.model has no field hidden; it has .*ch_mult",
+        ),
+        (lambda c: c.loss.unlock() or c.loss.update(gan=1.0), r"config.loss weighs unknown terms \['gan'\]"),
+        (lambda c: c.train.update(batch=30), "train.batch=30 must be a multiple of 8"),
+        (lambda c: c.train.update(batch=2000), "fewer than one batch of 2000"),
+        (lambda c: c.train.update(dtype="float17"), "train.dtype must be auto, float32 or bfloat16"),
+        (lambda c: c.train.update(schedule="up"), "train.schedule must be one of"),
+        (lambda c: c.train.update(steps=0, epochs=0), "make no step"),
+        (lambda c: c.update(task="gan"), "config.task must be tokenizer or next_scale, found 'gan'"),
+        (lambda c: c.data.update(eval_split="dev"), "no split 'dev'"),
+        (lambda c: c.train.mesh.update(data=3), "does not fit 8 devices"),
+        (lambda c: c.model.update(scales=(1, 4, 2)), "2 follows 4"),
+    ],
+)
+def test_wrong_fields_are_named_before_anything_runs(digits_dir, tmp_path, change, message):
+    stage = tiny_config(digits_dir).tokenizer
+    change(stage)
+    with pytest.raises(ValueError, match=message):
+        run(stage, tmp_path)
+    assert not list(tmp_path.rglob("*.png"))
+
+
+def test_steps_from_epochs():
+    config = var.get_config("d16").train
+    assert num_steps(config, 1_281_167) == 200 * 1_281_167 // 768
+    config.steps = 7
+    assert num_steps(config, 1_281_167) == 7
+
+
+@pytest.mark.parametrize(("name", "depth"), [("d12", 12), ("d16", 16), ("d20", 20), ("d24", 24), ("d30", 30)])
+def test_published_hyperparameters(name, depth):
+    config = var.get_config(name)
+    assert (config.model.depth, config.model.width, config.model.num_heads) == (depth, 64 * depth, depth)
+    assert config.model.drop_path == pytest.approx(0.1 * depth / 24)
+    assert not config.model.shared_adaln and sum(s * s for s in config.scales) == 680
+
+
+def test_512px_and_unknown_sizes():
+    config = var.get_config("d36")
+    assert config.model.shared_adaln and sum(s * s for s in config.scales) == 2240
+    with pytest.raises(ValueError, match="knows d12, d16, d20, d24, d30, d36; found 'd8'"):
+        var.get_config("d8")
+
+
+def test_rhythm_and_place_may_change_between_runs_and_nothing_else(tmp_path):
+    saved = digits.get_config().tokenizer.to_dict()
+    now = digits.get_config().tokenizer
+    now.train.update(dict(log_every=1, keep=9, mesh=dict(data=2)))
+    now.data.update(dict(dir="/elsewhere", threads=1))
+    check_same_run(saved, now.to_dict(), tmp_path)
+    now.seed = 5
+    with pytest.raises(ValueError, match="config.seed: 0 there, 5 now"):
+        check_same_run(saved, now.to_dict(), tmp_path)
