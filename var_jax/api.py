@@ -120,7 +120,7 @@ class LoadedVAR:
         """
         labels = self.check_labels(labels)
         options = dict(guidance=guidance, top_k=top_k, top_p=top_p, smooth=smooth)
-        parts = list(self.generate_batches(labels, seed, batch or len(labels), **options))
+        parts = list(self.generate_batches(labels, seed, len(labels) if batch is None else batch, **options))
         images, tokens = (np.concatenate(part) for part in zip(*parts, strict=True))
         return (images, tokens) if return_tokens else images
 

@@ -19,6 +19,11 @@ from var_jax.training.state import TrainState
 FOLDER = "checkpoints"
 
 
+def _score(metrics: dict) -> float:
+    """What is least at the best checkpoint."""
+    return metrics["score"]
+
+
 class CheckpointMissing(FileNotFoundError):
     """There is no complete checkpoint where one is needed."""
 
@@ -38,13 +43,15 @@ class Checkpoints:
         """Keeps the latest `keep` and the one with the least score."""
         self.directory = Path(directory).absolute()
         best = checkpoint_managers.BestN(
-            get_metric_fn=lambda metrics: -metrics["score"], n=1, keep_checkpoints_without_metrics=False
+            get_metric_fn=_score, reverse=True, n=1, keep_checkpoints_without_metrics=False
         )
         latest = checkpoint_managers.LatestN(keep)
         policy = checkpoint_managers.AnyPreservationPolicy([latest, best])
         self._manager = ocp.CheckpointManager(
             self.directory,
-            options=ocp.CheckpointManagerOptions(preservation_policy=policy, cleanup_tmp_directories=True),
+            options=ocp.CheckpointManagerOptions(
+                preservation_policy=policy, best_fn=_score, best_mode="min", cleanup_tmp_directories=True
+            ),
             item_handlers={
                 "params": ocp.StandardCheckpointHandler(),
                 "state": ocp.StandardCheckpointHandler(),
@@ -162,14 +169,16 @@ def load_params(directory: Path, step: int | str = "latest") -> tuple[dict, dict
         raise CheckpointMissing(f"no checkpoints under {directory}: train this stage first")
     manager = ocp.CheckpointManager(
         directory,
-        options=ocp.CheckpointManagerOptions(read_only=True),
+        options=ocp.CheckpointManagerOptions(read_only=True, best_fn=_score, best_mode="min"),
         item_handlers={"params": ocp.StandardCheckpointHandler(), "config": ocp.JsonCheckpointHandler()},
     )
     steps = sorted(manager.all_steps())
     if not steps:
         raise CheckpointMissing(f"no complete checkpoint under {directory}: train this stage first")
     if step == "best":
-        step = _best(manager, steps)
+        step = manager.best_step()
+        if manager.metrics(step) is None:
+            raise CheckpointMissing(f"no checkpoint under {directory} was evaluated; ask for `latest`")
     elif step == "latest":
         step = steps[-1]
     elif not str(step).isdecimal():
@@ -188,11 +197,3 @@ def load_params(directory: Path, step: int | str = "latest") -> tuple[dict, dict
     ]
     manager.close()
     return params, config
-
-
-def _best(manager: ocp.CheckpointManager, steps: list[int]) -> int:
-    metrics = {step: manager.metrics(step) for step in steps}
-    metrics = {step: value for step, value in metrics.items() if value}
-    if not metrics:
-        raise CheckpointMissing(f"no checkpoint under {manager.directory} was evaluated; ask for `latest`")
-    return min(metrics, key=lambda step: metrics[step]["score"])

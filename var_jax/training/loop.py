@@ -125,7 +125,7 @@ def train(task: Task, stage: ConfigDict, steps: int, workdir: Path, data: tuple[
     def draw(step: int) -> None:
         with log.pause():
             for name, picture in task.preview(
-                state.sampling_params, _examples(held_out, transform_held_out)
+                state.sampling_params, frozen, _examples(held_out, transform_held_out)
             ).items():
                 if log.active:
                     pictures.save(picture, directory / "previews" / f"{name}_{step:07d}.png")

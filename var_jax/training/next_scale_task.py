@@ -95,11 +95,11 @@ class NextScaleTask(Task):
                 metrics[f"{name}_{k}"] = float(mean[scales.levels == k].mean())
         return metrics
 
-    def preview(self, params, images):
+    def preview(self, params, frozen, images):
         rows = min(10, self.config.num_classes)
         labels = np.repeat(np.linspace(0, self.config.num_classes - 1, rows).astype(np.int32), 8)
         options = SamplingOptions(**self.stage.sampling)
-        frozen = self.frozen["tokenizer"]
+        frozen = frozen["tokenizer"]
         chunks = generate_in_chunks(
             self.tokenizer, self.model, frozen, params, labels, self.stage.seed, options, chunk=len(labels)
         )

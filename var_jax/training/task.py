@@ -78,8 +78,8 @@ class Task(abc.ABC):
         """Sums over the whole held-out set -> metrics."""
 
     @abc.abstractmethod
-    def preview(self, params: dict, images: np.ndarray) -> dict[str, Image.Image]:
-        """Pictures by name, given some held-out images uint8 [N, H, W, 3]."""
+    def preview(self, params: dict, frozen: dict, images: np.ndarray) -> dict[str, Image.Image]:
+        """Pictures by name; shows some held-out images uint8 [N, H, W, 3]."""
 
     @abc.abstractmethod
     def flops_per_image(self) -> float:

@@ -97,7 +97,7 @@ class TokenizerTask(Task):
         means = {name: float(sums[name] / n) for name in ("l2", "l1", "psnr")}
         return means | codebook_use(sums["counts"], self.config.scales, int(n))
 
-    def preview(self, params, images):
+    def preview(self, params, frozen, images):
         images = to_unit_range(jnp.asarray(images))
         tokens = encode(self.model, params, images)
         steps = [decode(self.model, params, tokens[:, :end]) for end in self.config.schedule.ends]
