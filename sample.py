@@ -5,6 +5,7 @@
         --guidance=4 --out=out
 """
 
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -85,7 +86,10 @@ def main(argv):
     if len(argv) > 1:
         raise app.UsageError(f"unknown arguments {argv[1:]}")
     logging.set_verbosity(logging.ERROR)  # Orbax warns of every item that is left unread
-    model = load()
+    try:
+        model = load()
+    except FileNotFoundError as error:
+        sys.exit(f"sample.py: {error}")
     labels = chosen_labels(model)
     options = {name: getattr(model.options, name) for name in ("guidance", "top_k", "top_p", "smooth")}
     options |= {name: FLAGS[name].value for name in options if FLAGS[name].value is not None}

@@ -5,11 +5,16 @@
 Run the same command again to go on where it was stopped.
 """
 
+import sys
+
 import tensorflow_datasets as tfds
 from absl import app, flags, logging
 from ml_collections import config_flags
 
+from var_jax.data.sources import DataSetMissing
+from var_jax.data.transforms import CorruptImage
 from var_jax.training import stages
+from var_jax.training.checkpoint import CheckpointMissing, CheckpointNotWritten
 
 CONFIG = config_flags.DEFINE_config_file("config", help_string="What to train, e.g. configs/digits.py")
 WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run: checkpoints, logs, pictures")
@@ -20,7 +25,10 @@ def main(argv):
         raise app.UsageError(f"unknown arguments {argv[1:]}")
     logging.set_verbosity(logging.WARNING)  # Orbax reports every file at INFO
     tfds.disable_progress_bar()
-    stages.run(CONFIG.value, WORKDIR.value)
+    try:
+        stages.run(CONFIG.value, WORKDIR.value)
+    except (DataSetMissing, CheckpointMissing, CheckpointNotWritten, CorruptImage) as error:
+        sys.exit(f"train.py: {error}")  # what to do about it stands in the message
 
 
 if __name__ == "__main__":

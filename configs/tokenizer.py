@@ -28,6 +28,7 @@ def get_config() -> ConfigDict:
         l2_normalized=False,
         norm_groups=32,
         dropout=0.0,
+        quantizer_dropout=0.0,
     )
     config.loss = dict(l2=1.0, l1=0.2, codebook=1.0)
     config.codebook = dict(

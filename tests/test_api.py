@@ -2,16 +2,6 @@ import numpy as np
 import pytest
 
 import var_jax
-from tests.training.tiny import tiny_config
-from var_jax.training.stages import run
-
-
-@pytest.fixture(scope="session")
-def tiny_run(digits_dir, tmp_path_factory):
-    """A run of both stages, a few steps long, on eight devices."""
-    workdir = tmp_path_factory.mktemp("run")
-    run(tiny_config(digits_dir, steps=2), workdir)
-    return workdir
 
 
 @pytest.fixture(scope="module")

@@ -1,3 +1,5 @@
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -6,7 +8,7 @@ import pytest
 from tests.conftest import all_tokens, close
 from var_jax.tokenizer.config import TokenizerConfig
 from var_jax.tokenizer.losses import loss_terms, weighted_sum
-from var_jax.tokenizer.model import decode
+from var_jax.tokenizer.model import Tokenizer, decode
 
 
 def test_golden_features_and_tokens(golden, golden_tokenizer):
@@ -41,6 +43,14 @@ def test_training_pass_passes_gradients_to_every_parameter(tiny_tokenizer):
     assert still == []
 
 
+def test_a_share_of_the_images_is_decoded_from_fewer_maps(tiny_tokenizer):
+    config = dataclasses.replace(tiny_tokenizer[0].config, quantizer_dropout=0.5)
+    rngs = {"dropout": jax.random.key(0)}
+    keep = Tokenizer(config).apply({}, 3000, rngs=rngs, method="_maps_kept")
+    shares = np.bincount(keep, minlength=4) / 3000
+    np.testing.assert_allclose(shares, [0, 0.25, 0.25, 0.5], atol=0.03)
+
+
 def test_an_unknown_loss_is_named():
     with pytest.raises(ValueError, match=r"unknown terms \['lpips'\].*'codebook'"):
         weighted_sum({"l2": 1.0, "codebook": 2.0}, {"lpips": 1.0})
@@ -53,6 +63,7 @@ def test_an_unknown_loss_is_named():
         ({"ch_mult": ()}, "ch_mult must be multipliers"),
         ({"num_codes": 0}, "num_codes must be at least 1"),
         ({"num_phis": -1}, "num_phis must be 0"),
+        ({"quantizer_dropout": 1.0}, r"quantizer_dropout must be in \[0, 1\)"),
         ({"scales": (2, 1)}, "1 follows 2"),
     ],
 )

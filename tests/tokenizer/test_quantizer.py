@@ -104,6 +104,17 @@ def test_normalised_codes_are_matched_by_direction_and_used_as_unit_vectors():
     np.testing.assert_allclose(quantizer.partial_sums(tokens)[0].reshape(2, 16, 8), unit[tokens], atol=1e-5)
 
 
+def test_quantizer_dropout_keeps_the_first_maps_and_leaves_tokens_and_loss_alone():
+    quantizer = random_quantizer((1, 2, 4))
+    features = jax.random.normal(jax.random.key(1), (3, 4, 4, 8))
+    whole, dropped = quantizer(features), quantizer(features, jnp.array([1, 2, 3]))
+    np.testing.assert_array_equal(dropped.tokens, whole.tokens)
+    assert dropped.loss == whole.loss
+    sums = quantizer.partial_sums(whole.tokens)
+    for i in range(3):
+        np.testing.assert_allclose(dropped.f_hat[i], sums[i][i], atol=1e-5)
+
+
 def test_features_of_another_side_are_refused():
     with pytest.raises(ValueError, match="found 4, the features are 8 x 8"):
         random_quantizer((1, 4))(jnp.zeros((1, 8, 8, 8)))

@@ -20,6 +20,8 @@ class TokenizerConfig:
       l2_normalized: match codes by direction and use them as unit vectors.
       norm_groups: groups of every GroupNorm; must divide the channels of every level.
       dropout: rate inside the residual blocks.
+      quantizer_dropout: share of the training images that are decoded from a random number of their first
+        maps only (Li et al. 2024, ImageFolder): it makes the coarse maps tell what the image is about.
 
     Raises:
       ValueError: on a schedule or a size that makes no network.
@@ -35,6 +37,7 @@ class TokenizerConfig:
     l2_normalized: bool = False
     norm_groups: int = 32
     dropout: float = 0.0
+    quantizer_dropout: float = 0.0
 
     def __post_init__(self):
         object.__setattr__(self, "scales", Scales(self.scales).sides)
@@ -44,6 +47,9 @@ class TokenizerConfig:
                 raise ValueError(f"tokenizer {name} must be at least 1, found {getattr(self, name)}")
         if self.num_phis < 0:
             raise ValueError(f"tokenizer num_phis must be 0 (none) or more, found {self.num_phis}")
+        for name in ("dropout", "quantizer_dropout"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"tokenizer {name} must be in [0, 1), found {getattr(self, name)}")
         if not self.ch_mult or min(self.ch_mult) < 1:
             raise ValueError(f"tokenizer ch_mult must be multipliers of at least 1, found {self.ch_mult}")
         for mult in self.ch_mult:

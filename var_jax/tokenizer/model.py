@@ -64,7 +64,10 @@ class Tokenizer(nn.Module):
 
     def __call__(self, images: jax.Array, train: bool = False) -> Reconstruction:
         """Images -> their reconstructions, with gradients straight through the quantizer."""
-        quantized = self.quantizer()(self._features(images, train))
+        features, keep = self._features(images, train), None
+        if train and self.config.quantizer_dropout:
+            keep = self._maps_kept(images.shape[0])
+        quantized = self.quantizer()(features, keep)
         return Reconstruction(self._pixels(quantized.f_hat, train), quantized)
 
     def features(self, images: jax.Array) -> jax.Array:
@@ -82,6 +85,13 @@ class Tokenizer(nn.Module):
     def decode(self, tokens: jax.Array) -> jax.Array:
         """Tokens of all maps, or of the first few, int32 -> images float32 [B, H, W, 3]."""
         return self.decode_features(self.quantizer().partial_sums(tokens)[-1])
+
+    def _maps_kept(self, batch: int) -> jax.Array:
+        """int [B]: all K maps, or for a share `quantizer_dropout` of the images 1 .. K - 1 of them."""
+        which, how_many = jax.random.split(self.make_rng("dropout"))
+        scales = len(self.config.scales)
+        dropped = jax.random.bernoulli(which, self.config.quantizer_dropout, (batch,))
+        return jnp.where(dropped, jax.random.randint(how_many, (batch,), 1, max(scales, 2)), scales)
 
     def _features(self, images, train):
         return self.quant_conv(self.encoder(images, train)).astype(jnp.float32)

@@ -26,7 +26,7 @@ class Quantized:
 
     Attributes:
       tokens: int32 [B, L].
-      f_hat: [B, h, w, C], the value of the sum of all maps with the gradient of the features.
+      f_hat: [B, h, w, C], the value of the sum of the maps with the gradient of the features.
       loss: scalar codebook loss.
       targets: [B, L, C], the residual that each token was chosen for (no gradient).
     """
@@ -118,8 +118,13 @@ class Quantizer:
         """Features [B, h, w, C] -> tokens int32 [B, L]."""
         return self(features).tokens
 
-    def __call__(self, features: jax.Array) -> Quantized:
+    def __call__(self, features: jax.Array, keep: jax.Array | None = None) -> Quantized:
         """Quantizes features [B, h, w, C], coarse to fine, each map taking what is left.
+
+        Args:
+          features: [B, h, w, C].
+          keep: int [B], maps of each image that go into the `f_hat` returned (quantizer dropout); all of
+            them by default.  Tokens and loss are always of all maps.
 
         Raises:
           ValueError: where the last map is not as large as the features.
@@ -128,12 +133,14 @@ class Quantizer:
         self.scales.check_feature_side(features.shape[2])
         f = features.astype(jnp.float32)
         fixed = residual = jax.lax.stop_gradient(f)
-        f_hat, loss, tokens, targets = jnp.zeros_like(f), 0.0, [], []
+        f_hat = kept = jnp.zeros_like(f)
+        loss, tokens, targets = 0.0, [], []
         for k, side in enumerate(self.scales.sides):
             target = area_resize(residual, side).reshape(f.shape[0], side * side, -1)
             token_map = jax.lax.stop_gradient(self.nearest(target))
             h = self.contribution(k, self.codes[token_map])
             f_hat = f_hat + h
+            kept = f_hat if keep is None else jnp.where((keep > k)[:, None, None, None], f_hat, kept)
             residual = residual - jax.lax.stop_gradient(h)
             loss += COMMITMENT * jnp.mean((jax.lax.stop_gradient(f_hat) - f) ** 2)
             loss += jnp.mean((f_hat - fixed) ** 2)
@@ -141,7 +148,7 @@ class Quantizer:
             targets.append(target)
         return Quantized(
             tokens=jnp.concatenate(tokens, axis=1),
-            f_hat=f + jax.lax.stop_gradient(f_hat - f),
+            f_hat=f + jax.lax.stop_gradient(kept - f),
             loss=loss / len(self.scales),
             targets=jnp.concatenate(targets, axis=1),
         )

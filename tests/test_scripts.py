@@ -1,0 +1,80 @@
+"""The command lines, as processes of their own."""
+
+import os
+import re
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tests.conftest import REPOSITORY
+
+
+def command(*arguments) -> subprocess.CompletedProcess:
+    environment = {**os.environ, "XLA_FLAGS": ""}
+    return subprocess.run(
+        [sys.executable, *arguments],
+        cwd=REPOSITORY,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+def test_sample_writes_grid_strips_npz_and_single_pngs(tiny_run, tmp_path):
+    flags = ("--num_per_class=3", "--batch=8", "--seed=2", "--pngs", f"--out={tmp_path}")
+    done = command("sample.py", f"--workdir={tiny_run}", *flags)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "30 images" in done.stdout and "image/s" in done.stderr
+    with np.load(tmp_path / "samples.npz") as samples:
+        images, labels = samples["arr_0"], samples["arr_1"]
+    assert images.shape == (30, 8, 8, 3) and images.dtype == np.uint8 and labels.dtype == np.int64
+    assert labels.tolist() == sorted(list(range(10)) * 3)
+    assert Image.open(tmp_path / "samples.png").size == (3 * 50 + 2, 10 * 50 + 2)  # a class a row
+    assert Image.open(tmp_path / "scales.png").size == (3 * 50 + 2, 10 * 50 + 2)  # a map a column
+    single = np.asarray(Image.open(tmp_path / "images" / "000004_class0001.png"))
+    np.testing.assert_array_equal(single, images[4])
+
+
+def test_sample_from_published_files(goldens, tmp_path):
+    flags = ("--scales=1,2,3,4", "--labels=3,9", "--top_k=1", f"--out={tmp_path}")
+    files = (f"--tokenizer={goldens}/vae.pth", f"--checkpoint={goldens}/var.pth")
+    done = command("sample.py", *files, *flags, "--guidance=4")
+    assert done.returncode == 0, done.stderr[-2000:]
+    with np.load(tmp_path / "samples.npz") as samples, np.load(goldens / "var.npz") as golden:
+        want = golden["cfg4.0_image"].transpose(0, 2, 3, 1)[[2, 1]] * 255
+        assert np.abs(samples["arr_0"] - want).max() <= 0.51
+        assert samples["arr_1"].tolist() == [3, 9]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("sample.py",), "give --workdir of a run, or --tokenizer and --checkpoint"),
+        (("sample.py", "--workdir=nowhere"), "no checkpoints under .*/nowhere/tokenizer/checkpoints"),
+        (("train.py", "--workdir=x"), "--config"),
+        (("train.py", "--workdir=x", "--config=configs/none.py"), "configs/none.py"),
+        (
+            ("train.py", "--workdir=x", "--config=configs/var.py:d16", "--config.train.bach=3"),
+            'Did you mean "batch"',
+        ),
+        (("train.py", "--workdir=x", "--config=configs/var.py:d16", "--config.train.batch=three"), "batch"),
+        (
+            ("train.py", "--workdir=x", "--config=configs/var.py:d16", "--config.data.dir=/nowhere"),
+            "tfds build",
+        ),
+    ],
+)
+def test_wrong_command_lines_say_what_is_wrong(arguments, message):
+    done = command(*arguments)
+    assert done.returncode != 0
+    assert re.search(message, done.stderr + done.stdout), (done.stderr + done.stdout)[-2000:]
+    assert not (REPOSITORY / "x").exists()
+
+
+def test_a_label_that_is_no_class_is_named(tiny_run, tmp_path):
+    done = command("sample.py", f"--workdir={tiny_run}", "--labels=3,99", f"--out={tmp_path}")
+    assert done.returncode != 0 and "labels must be in 0 .. 10" in done.stderr + done.stdout
