@@ -91,6 +91,9 @@ class Log:
         now = time.monotonic()
         elapsed, done = now - self._mark - self._paused, step - self._mark_step
         self.restart_clock(step)
+        if not done:  # the first step since the start: nothing to take a rate from
+            self.write(step, "train", metrics, "")
+            return
         rate = done * self.batch / max(elapsed, 1e-9)
         left = (self.steps - step) * self.batch / max(rate, 1e-9)
         speed = {"images_per_s": rate, "tflops": rate * self.flops_per_image / 1e12}

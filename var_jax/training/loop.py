@@ -144,7 +144,7 @@ def train(task: Task, stage: ConfigDict, steps: int, workdir: Path, data: tuple[
             if step == start + 1:
                 jax.block_until_ready(metrics)
                 log.restart_clock(step)  # compilation does not count as training
-            elif step % cfg.log_every == 0 or last:
+            if step % cfg.log_every == 0 or last:
                 log.training(step, metrics)
             stopping = stop.is_set() or saved.preempted(step)
             score = None
