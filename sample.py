@@ -29,7 +29,7 @@ flags.DEFINE_integer("top_k", None, "Draw among so many of the likeliest codes; 
 flags.DEFINE_float("top_p", None, "Draw among the likeliest codes that hold this probability; 0 for all")
 flags.DEFINE_bool("smooth", None, "Mix codes instead of drawing one (for looking at)")
 flags.DEFINE_integer("batch", 100, "Images made at once", lower_bound=1)
-flags.DEFINE_string("out", None, "Where to write; by default --workdir")
+flags.DEFINE_string("out", None, "Where to write; by default --workdir, else here")
 flags.DEFINE_bool("pngs", False, "Also write every image as a PNG of its own")
 
 MAX_GRID = 100  # images in the grid, and strips below each other
@@ -65,7 +65,7 @@ def chosen_labels(model: var_jax.LoadedVAR) -> np.ndarray:
 def write(model: var_jax.LoadedVAR, labels: np.ndarray, images: np.ndarray, tokens: np.ndarray, out: Path):
     """Writes samples.npz, samples.png, scales.png and single PNGs."""
     out.mkdir(parents=True, exist_ok=True)
-    np.savez(out / "samples.npz", arr_0=pictures.to_uint8(images), arr_1=labels.astype(np.int64))
+    np.savez(out / "samples.npz", arr_0=images, arr_1=labels.astype(np.int64))
     # One row a class where there are several images of each, else the images in their order.
     per_row = min(FLAGS.num_per_class, 10) if FLAGS.labels is None else min(len(labels), 10)
     shown = np.arange(len(labels))
@@ -78,7 +78,7 @@ def write(model: var_jax.LoadedVAR, labels: np.ndarray, images: np.ndarray, toke
     pictures.save(pictures.strips(np.stack(steps, axis=1)), out / "scales.png")
     if FLAGS.pngs:
         for i, (image, label) in enumerate(zip(images, labels, strict=True)):
-            picture = pictures.Image.fromarray(pictures.to_uint8(image))
+            picture = pictures.Image.fromarray(image)
             pictures.save(picture, out / "images" / f"{i:06d}_class{label:04d}.png")
 
 
@@ -96,7 +96,7 @@ def main(argv):
     parts = []
     with tqdm(total=len(labels), unit="image", desc="sampling", mininterval=1) as bar:
         for images, tokens in model.generate_batches(labels, FLAGS.seed, FLAGS.batch, **options):
-            parts.append((images, tokens))
+            parts.append((pictures.to_uint8(images), tokens))
             bar.update(len(images))
     images, tokens = (np.concatenate(part) for part in zip(*parts, strict=True))
     out = Path(FLAGS.out or FLAGS.workdir or ".")

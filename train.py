@@ -11,9 +11,9 @@ import tensorflow_datasets as tfds
 from absl import app, flags, logging
 from ml_collections import config_flags
 
+from var_jax import stages
 from var_jax.data.sources import DataSetMissing
 from var_jax.data.transforms import CorruptImage
-from var_jax.training import stages
 from var_jax.training.checkpoint import CheckpointMissing, CheckpointNotWritten
 
 CONFIG = config_flags.DEFINE_config_file("config", help_string="What to train, e.g. configs/digits.py")

@@ -18,45 +18,21 @@ def get_config() -> ConfigDict:
     )
     for stage in (config.tokenizer, config.next_scale):
         stage.data.update(dict(name="digits", dir="data", eval_split="test", resize=1.0, threads=2))
-        stage.train.update(dict(batch=64, remat=False, keep=1))
+        stage.train.update(dict(remat=False, keep=1, log_every=50, eval_every=350))
+        stage.train.update(dict(preview_every=700, checkpoint_every=350))
+    # Two 1x1 maps and quantizer dropout: the first tokens then say which digit it is and how it is written,
+    # so that the tokens of a larger map, drawn independently of each other, agree.
     config.tokenizer.model.update(
-        dict(
-            scales=(1, 2, 3, 4), num_codes=64, code_dim=8, ch=32, ch_mult=(1, 2), num_blocks=1, norm_groups=8
-        )
+        dict(scales=(1, 1, 2, 3, 4), num_codes=64, code_dim=16, ch=32, ch_mult=(1, 2), num_blocks=1)
     )
+    config.tokenizer.model.update(dict(norm_groups=8, quantizer_dropout=0.2))
     config.tokenizer.loss.update(dict(l2=1.0, l1=0.0, codebook=1.0))
     config.tokenizer.codebook.update(dict(hits_decay=0.95, restart_every=20, restart_until=0.7))
-    config.tokenizer.train.update(
-        dict(
-            steps=1200,
-            learning_rate=6e-3,
-            b1=0.9,
-            b2=0.99,
-            clip=1.0,
-            schedule="cos",
-            end=0.02,
-            ema=0.99,
-            log_every=50,
-            eval_every=200,
-            preview_every=600,
-            checkpoint_every=200,
-        )
-    )
-    config.next_scale.model.update(
-        dict(depth=4, width=128, num_heads=4, gamma_init=0.1, drop_path=0.0, dropout=0.1)
-    )
-    config.next_scale.train.update(
-        dict(
-            steps=1500,
-            learning_rate=4e-3,
-            schedule="cos",
-            end=0.02,
-            ema=0.995,
-            log_every=50,
-            eval_every=250,
-            preview_every=750,
-            checkpoint_every=250,
-        )
-    )
-    config.next_scale.sampling.update(dict(guidance=0.5, top_k=0, top_p=0.0))
+    config.tokenizer.train.update(dict(steps=1400, batch=64, learning_rate=6e-3, b1=0.9, b2=0.99, clip=1.0))
+    config.tokenizer.train.update(dict(schedule="cos", end=0.02, ema=0.99))
+    config.next_scale.model.update(dict(depth=4, width=128, num_heads=4, gamma_init=0.1, drop_path=0.0))
+    config.next_scale.train.update(dict(steps=1300, batch=32, learning_rate=1.6e-2))
+    config.next_scale.train.update(dict(schedule="cos", end=0.02, ema=0.995))
+    config.next_scale.sampling.update(dict(guidance=0.0, top_k=0, top_p=0.0))
+    config.next_scale.scales = ()  # those of its own tokenizer
     return config

@@ -33,7 +33,7 @@ def get_config(name: str = "d16") -> ConfigDict:
     )
     config.data.eval_split = "validation"
     config.tokenizer = ""  # published file or run directory; empty: this run's own
-    config.scales = SCALES_512 if large else SCALES_256  # for a tokenizer from a published file
+    config.scales = SCALES_512 if large else SCALES_256  # of the tokenizer; () for whatever it has
     config.model = dict(
         depth=depth,
         width=64 * depth,

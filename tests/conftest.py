@@ -126,7 +126,7 @@ def digits_dir(tmp_path_factory) -> Path:
 def tiny_run(digits_dir, tmp_path_factory) -> Path:
     """A run of both stages, a few steps long, on eight devices."""
     from tests.training.tiny import tiny_config
-    from var_jax.training.stages import run
+    from var_jax.stages import run
 
     workdir = tmp_path_factory.mktemp("run")
     run(tiny_config(digits_dir, steps=2), workdir)

@@ -1,3 +1,6 @@
+import json
+import shutil
+
 import numpy as np
 import pytest
 
@@ -102,3 +105,15 @@ def test_a_run_of_other_scales_or_without_checkpoints(tiny_run, tmp_path):
 def test_a_transformer_of_another_tokenizer(tiny_run, golden_tokenizer):
     with pytest.raises(ValueError, match=r"has scales \(1, 2, 4\), but the tokenizer has \(1, 2, 3, 4\)"):
         var_jax.load_var(tiny_run, tokenizer=golden_tokenizer)
+
+
+def test_a_run_on_a_tokenizer_from_elsewhere_leads_to_it(tiny_run, tmp_path):
+    shutil.copytree(tiny_run / "next_scale", tmp_path / "next_scale")
+    (saved,) = (tmp_path / "next_scale" / "checkpoints").glob("*/config/metadata")
+    record = json.loads(saved.read_text())
+    record["stage"]["tokenizer"] = str(tiny_run)
+    saved.write_text(json.dumps(record))
+    tokenizer = var_jax.load_tokenizer(tmp_path)
+    want = var_jax.load_tokenizer(tiny_run).params["quantizer"]["codebook"]
+    np.testing.assert_array_equal(tokenizer.params["quantizer"]["codebook"], want)
+    assert var_jax.load_var(tmp_path, tokenizer=tokenizer).depth == 2

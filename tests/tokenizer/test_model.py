@@ -33,7 +33,7 @@ def test_training_pass_passes_gradients_to_every_parameter(tiny_tokenizer):
 
     def loss(params):
         terms = loss_terms(images, module.apply({"params": params}, images, train=True))
-        return weighted_sum(terms, {"l2": 1.0, "l1": 0.2, "codebook": 1.0})
+        return weighted_sum(terms, {"l2": 1.0, "l1": 0.2, "codebook": 1.0}).mean()
 
     grads = jax.jit(jax.grad(loss))(params)
     still = [

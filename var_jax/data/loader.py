@@ -38,9 +38,8 @@ def train_batches(
     if len(source) < batch:
         raise ValueError(f"data set {source.name} has {len(source)} images, fewer than one batch of {batch}")
     local = _local_batch(batch)
-    dataset = grain.MapDataset.source(source).seed(seed).shuffle().repeat()
-    dataset = dataset[jax.process_index() :: jax.process_count()]
-    dataset = dataset.random_map(transform).batch(local, drop_remainder=True)
+    dataset = grain.MapDataset.source(source).seed(seed).shuffle().repeat().random_map(transform)
+    dataset = dataset[jax.process_index() :: jax.process_count()].batch(local, drop_remainder=True)
     read_ahead = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads)
     dataset = dataset.to_iter_dataset(read_ahead)
     if workers:

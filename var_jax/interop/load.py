@@ -11,36 +11,44 @@ from var_jax.interop.pth import SUFFIXES, read_tensors
 from var_jax.sampling.generate import SamplingOptions
 from var_jax.tokenizer.config import TokenizerConfig
 from var_jax.tokenizer.model import Tokenizer
-from var_jax.training.checkpoint import FOLDER, load_params
+from var_jax.training.checkpoint import FOLDER, load_config, load_params
 from var_jax.training.task import compute_dtype
 from var_jax.transformer.config import NextScaleConfig
 from var_jax.transformer.next_scale import NextScale
 
 
-def load_tokenizer(path: str | Path, scales=None, step: int | str = "latest") -> tuple[Tokenizer, dict]:
+def load_tokenizer(
+    path: str | Path, scales=None, step: int | str = "latest", dtype: str = "auto"
+) -> tuple[Tokenizer, dict]:
     """A tokenizer and its parameters.
 
     Args:
-      path: of a run (its --workdir), or of a published .pth or .safetensors file.
+      path: of a run (its --workdir), or of a published .pth or .safetensors file.  A run that was trained
+        on a tokenizer from elsewhere leads to that.
       scales: sides of the token maps, where a file's are not those of 256px.
       step: checkpoint of a run: a step, `latest` or `best`.
+      dtype: of the convolutions: auto, float32 or bfloat16.
 
     Raises:
       FileNotFoundError: where there is nothing of the kind.
       ValueError: where the tensors do not fit, naming them.
     """
-    path, dtype = Path(path).expanduser(), compute_dtype("auto")
+    path, computed = Path(path).expanduser(), compute_dtype(dtype)
     if not _is_weights(path):
+        if not (path / "tokenizer").exists() and (path / "next_scale" / FOLDER).exists():
+            stage = load_config(path / "next_scale" / FOLDER)["stage"]
+            if stage["tokenizer"]:
+                return load_tokenizer(stage["tokenizer"], scales or stage["scales"] or None, "latest", dtype)
         params, record = load_params(path / "tokenizer" / FOLDER, step)
         config = TokenizerConfig(**record["model"])
         if scales is not None and tuple(scales) != config.scales:
             raise ValueError(
                 f"the tokenizer under {path} has scales {config.scales}, asked for {tuple(scales)}"
             )
-        return Tokenizer(config, dtype), params
+        return Tokenizer(config, computed), params
     tensors = read_tensors(path)
     config = published.tokenizer_config(tensors, scales)
-    model = Tokenizer(config, dtype)
+    model = Tokenizer(config, computed)
     blank = jnp.zeros((1, config.image_size, config.image_size, 3))
     shapes = _shapes(model, blank)
     shapes["code_hits"] = jax.ShapeDtypeStruct((len(config.scales), config.num_codes), jnp.float32)

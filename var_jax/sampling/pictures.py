@@ -10,12 +10,14 @@ MIN_CELL = 48  # pixels; smaller images are enlarged to about this, so that they
 
 
 def to_uint8(images: np.ndarray) -> np.ndarray:
-    """Float images in [0, 1] -> uint8, rounded to the nearest."""
+    """Float images in [0, 1] -> uint8, rounded to the nearest; uint8 as it is."""
+    if images.dtype == np.uint8:
+        return images
     return np.clip(np.asarray(images) * 255 + 0.5, 0, 255).astype(np.uint8)
 
 
 def grid(images: np.ndarray, columns: int, gap: int = 2) -> Image.Image:
-    """Images [N, H, W, 3] in [0, 1], row by row; small ones enlarged by a whole factor.
+    """Images [N, H, W, 3] (uint8, or floats in [0, 1]), row by row; small ones enlarged by a whole factor.
 
     Raises:
       ValueError: without any image.

@@ -1,4 +1,4 @@
-"""Losses of the tokenizer: each a named scalar, summed with its weight."""
+"""Losses of the tokenizer: each has a name and a value an image, and they are summed with their weights."""
 
 from collections.abc import Mapping
 
@@ -16,12 +16,12 @@ def loss_terms(images: jax.Array, output: Reconstruction) -> dict[str, jax.Array
       output: of the tokenizer for them.
 
     Returns:
-      `l2` and `l1`, means over all pixel values, and `codebook`, the loss of the quantizer.
+      float32 [B] each: `l2` and `l1`, means over the pixel values, and `codebook`, the loss of the quantizer.
     """
     error = output.images - images
     return {
-        "l2": jnp.mean(error**2),
-        "l1": jnp.mean(jnp.abs(error)),
+        "l2": jnp.mean(error**2, axis=(1, 2, 3)),
+        "l1": jnp.mean(jnp.abs(error), axis=(1, 2, 3)),
         "codebook": output.quantized.loss,
     }
 

@@ -27,7 +27,7 @@ class Quantized:
     Attributes:
       tokens: int32 [B, L].
       f_hat: [B, h, w, C], the value of the sum of the maps with the gradient of the features.
-      loss: scalar codebook loss.
+      loss: [B], codebook loss of each image.
       targets: [B, L, C], the residual that each token was chosen for (no gradient).
     """
 
@@ -142,8 +142,8 @@ class Quantizer:
             f_hat = f_hat + h
             kept = f_hat if keep is None else jnp.where((keep > k)[:, None, None, None], f_hat, kept)
             residual = residual - jax.lax.stop_gradient(h)
-            loss += COMMITMENT * jnp.mean((jax.lax.stop_gradient(f_hat) - f) ** 2)
-            loss += jnp.mean((f_hat - fixed) ** 2)
+            loss += COMMITMENT * jnp.mean((jax.lax.stop_gradient(f_hat) - f) ** 2, axis=(1, 2, 3))
+            loss += jnp.mean((f_hat - fixed) ** 2, axis=(1, 2, 3))
             tokens.append(token_map)
             targets.append(target)
         return Quantized(

@@ -117,6 +117,8 @@ class Checkpoints:
         try:
             write()
         except Exception as error:  # Orbax wraps what the disk said in errors of several kinds
+            if not _from_disk(error):
+                raise
             self._manager.reload()
             raise CheckpointNotWritten(
                 f"a checkpoint could not be written under {self.directory}: {error}\n"
@@ -124,6 +126,16 @@ class Checkpoints:
                 f"{shutil.disk_usage(self.directory).free / 2**30:.2f} GiB are free there. "
                 "Make room and run the same command again to go on."
             ) from error
+
+
+def _from_disk(error: BaseException | None) -> bool:
+    """Whether an error, or one that it came from, is the disk's (TensorStore says so in words only)."""
+    words = ("RESOURCE_EXHAUSTED", "No space left", "Disk quota")
+    while error is not None:
+        if isinstance(error, OSError) or any(word in str(error) for word in words):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def _split(state: TrainState) -> tuple[dict, dict]:
@@ -151,6 +163,13 @@ def check_space(directory: Path, abstract: TrainState) -> None:
         )
 
 
+def load_config(directory: Path, step: int | str = "latest") -> dict:
+    """What was trained, as a checkpoint has it; arguments and errors as for `load_params`."""
+    manager, step = _open(directory, step)
+    with manager:
+        return manager.restore(step, args=ocp.args.Composite(config=ocp.args.JsonRestore()))["config"]
+
+
 def load_params(directory: Path, step: int | str = "latest") -> tuple[dict, dict]:
     """Parameters to sample with and the config of a checkpoint, on one device.
 
@@ -164,6 +183,20 @@ def load_params(directory: Path, step: int | str = "latest") -> tuple[dict, dict
     Raises:
       CheckpointMissing: naming the folder, and the steps that there are.
     """
+    manager, step = _open(directory, step)
+    with manager:
+        device = SingleDeviceSharding(jax.local_devices()[0])
+        abstract = jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device),
+            dict(manager.item_metadata(step)["params"]),
+        )
+        items = {"params": ocp.args.StandardRestore(abstract), "config": ocp.args.JsonRestore()}
+        restored = manager.restore(step, args=ocp.args.Composite(**items))
+    return restored["params"], restored["config"]
+
+
+def _open(directory: Path, step: int | str) -> tuple[ocp.CheckpointManager, int]:
+    """The checkpoints under a folder for reading, and the number of the step asked for."""
     directory = Path(directory).absolute()
     if not directory.is_dir():
         raise CheckpointMissing(f"no checkpoints under {directory}: train this stage first")
@@ -177,23 +210,12 @@ def load_params(directory: Path, step: int | str = "latest") -> tuple[dict, dict
         raise CheckpointMissing(f"no complete checkpoint under {directory}: train this stage first")
     if step == "best":
         step = manager.best_step()
-        if manager.metrics(step) is None:
+        if step is None or manager.metrics(step) is None:
             raise CheckpointMissing(f"no checkpoint under {directory} was evaluated; ask for `latest`")
     elif step == "latest":
         step = steps[-1]
     elif not str(step).isdecimal():
         raise CheckpointMissing(f"a step must be a number, latest or best, found {step!r}; there are {steps}")
-    step = int(step)
-    if step not in steps:
+    if int(step) not in steps:
         raise CheckpointMissing(f"no checkpoint of step {step} under {directory}; there are {steps}")
-    config = manager.restore(step, args=ocp.args.Composite(config=ocp.args.JsonRestore()))["config"]
-    device = SingleDeviceSharding(jax.local_devices()[0])
-    abstract = jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device),
-        dict(manager.item_metadata(step)["params"]),
-    )
-    params = manager.restore(step, args=ocp.args.Composite(params=ocp.args.StandardRestore(abstract)))[
-        "params"
-    ]
-    manager.close()
-    return params, config
+    return manager, int(step)

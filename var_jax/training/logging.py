@@ -62,7 +62,9 @@ class Log:
         directory.mkdir(parents=True, exist_ok=True)
         self._path = directory / "metrics.jsonl"
         kept = [line for line in read_metrics(self._path) if line["step"] <= start]
-        self._path.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        partial = self._path.with_suffix(".partial")
+        partial.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        partial.replace(self._path)
         self._file = self._path.open("a")
         self._board = tensorboardX.SummaryWriter(str(directory / "tensorboard"), purge_step=start + 1)
         terminal = sys.stderr.isatty()
@@ -114,7 +116,9 @@ class Log:
         self._file.flush()
         for name, value in metrics.items():
             self._board.add_scalar(f"{kind}/{name}", value, step)
-        hidden = re.compile(r".*_\d+|images_per_s|tflops|gradient_norm")  # to be found in the files
+        hidden = re.compile(
+            r".*_\d+|images_per_s|tflops|gradient_norm|weight_decay"
+        )  # to be found in the files
         shown = "  ".join(f"{n} {value:.4g}" for n, value in metrics.items() if not hidden.fullmatch(n))
         self.say(f"{self.stage} {kind:5} {step:>{len(str(self.steps))}}/{self.steps}  {shown}  {note}")
 
@@ -124,9 +128,9 @@ class Log:
             self._bar.write(line.rstrip(), file=sys.stdout)
             sys.stdout.flush()
 
-    def pause(self):
-        """Context whose time does not count as training."""
-        return _Pause(self)
+    def pause(self, after: jax.Array):
+        """Context whose time does not count as training; first waits until `after` is worked out."""
+        return _Pause(self, after)
 
     def close(self) -> None:
         self.flush()
@@ -137,10 +141,11 @@ class Log:
 
 
 class _Pause:
-    def __init__(self, log: Log):
-        self.log = log
+    def __init__(self, log: Log, after: jax.Array):
+        self.log, self.after = log, after
 
     def __enter__(self):
+        jax.block_until_ready(self.after)
         self.log.flush()
         self.start = time.monotonic()
 
@@ -167,6 +172,8 @@ def draw_curves(directory: Path, path: Path, title: str) -> None:
     names = [
         n for n in ("loss", "l2", "codebook", "accuracy", "perplexity") if any(n in line for line in lines)
     ]
+    if not names:  # a picture before the first line
+        return
     figure, axes = plt.subplots(1, len(names), figsize=(4.5 * len(names), 3.2), squeeze=False)
     for axis, name in zip(axes[0], names, strict=True):
         for kind, style in (("train", "-"), ("eval", "o-")):

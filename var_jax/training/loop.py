@@ -10,6 +10,7 @@ from pathlib import Path
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from var_jax.data.loader import eval_batches, train_batches
@@ -18,6 +19,7 @@ from var_jax.data.transforms import ToPixels
 from var_jax.sampling import pictures
 from var_jax.training import checkpoint
 from var_jax.training.logging import Log, draw_curves
+from var_jax.training.optimizer import schedules
 from var_jax.training.sharding import check_batch, global_batch, make_mesh, replicated
 from var_jax.training.state import count_parameters, create_state
 from var_jax.training.task import Task
@@ -30,15 +32,31 @@ class Preempted(SystemExit):
     """The run was asked to stop and has saved its state."""
 
 
+def check_training(cfg: ConfigDict) -> Mesh:
+    """The mesh of a stage's `train` section.
+
+    Raises:
+      ValueError: naming the field that makes no run, or does not fit the devices.
+    """
+    for name in ("batch", "log_every", "eval_every", "preview_every", "checkpoint_every", "keep"):
+        if cfg[name] < 1:
+            raise ValueError(f"train.{name} must be at least 1, found {cfg[name]}")
+    if not 0 <= cfg.ema < 1:
+        raise ValueError(f"train.ema must be in [0, 1), 0 for no moving average, found {cfg.ema}")
+    mesh = make_mesh(**cfg.mesh)
+    check_batch(cfg.batch, mesh, cfg.accumulate)
+    return mesh
+
+
 def check_same_run(saved: dict, now: dict, where: Path) -> None:
-    """Raises ValueError, naming each field, if a checkpoint was made by another config."""
+    """Raises ValueError, naming each field, if a checkpoint is of another config, model or tokenizer."""
     saved, now = _flat(saved), _flat(now)
     different = [
-        f"config.{field}: {saved.get(field)!r} there, {now.get(field)!r} now"
+        f"{field.replace('stage.', 'config.')}: {saved.get(field)!r} there, {now.get(field)!r} now"
         for field in sorted(set(saved) | set(now))
         if saved.get(field) != now.get(field)
         and field.rsplit(".", 1)[-1] not in FREE_TO_CHANGE
-        and not field.startswith(("train.mesh", "data.dir", "data.threads", "data.workers"))
+        and not field.startswith(("stage.train.mesh", "stage.data.dir", "stage.data.threads"))
     ]
     if different:
         raise ValueError(
@@ -74,18 +92,19 @@ def train(task: Task, stage: ConfigDict, steps: int, workdir: Path, data: tuple[
     """
     # ------------------------------------------------------------------ mesh, state, programs
     cfg, directory = stage.train, workdir / task.name
-    mesh = make_mesh(**cfg.mesh)
-    check_batch(cfg.batch, mesh, cfg.accumulate)
+    mesh = check_training(cfg)
     key = jax.random.key(stage.seed)
     init_key, step_key = jax.random.split(key)
     make_state, abstract = create_state(task.init, task.optimizer, cfg.ema > 0, init_key, mesh)
-    checkpoint.check_space(directory, abstract)
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
+    rate, decay = schedules(cfg, steps)
     frozen = jax.device_put(task.frozen, replicated(mesh))
 
     @partial(jax.jit, donate_argnums=0, out_shardings=(shardings, replicated(mesh)))
     def train_step(state, frozen, batch):
-        return task.train_step(state, frozen, batch, jax.random.fold_in(step_key, state.step))
+        now = {"learning_rate": rate(state.step), "weight_decay": decay(state.step)}
+        state, metrics = task.train_step(state, frozen, batch, jax.random.fold_in(step_key, state.step))
+        return state, metrics | now
 
     eval_step = jax.jit(task.eval_step, out_shardings=replicated(mesh))
 
@@ -98,15 +117,17 @@ def train(task: Task, stage: ConfigDict, steps: int, workdir: Path, data: tuple[
     # ------------------------------------------------------------------ start or resume
     saved = checkpoint.Checkpoints(directory / checkpoint.FOLDER, cfg.keep)
     record = {"task": task.name, "model": task.model_fields(), "stage": stage.to_dict(), "steps": steps}
+    record["tokenizer"] = task.fingerprint
     start = saved.latest() or 0
     if start:
-        check_same_run(saved.config(start)["stage"], record["stage"], directory)
+        check_same_run(saved.config(start), record, directory)
         if start >= steps:
             print(f"{task.name}: already trained for {start} steps under {directory}", flush=True)
             saved.close()
             return
         state = saved.restore(start, abstract, batches)
     else:
+        checkpoint.check_space(directory, abstract)
         state = make_state()
     log = Log(directory, task.name, start, steps, cfg.batch, task.flops_per_image())
     log.say(
@@ -115,15 +136,15 @@ def train(task: Task, stage: ConfigDict, steps: int, workdir: Path, data: tuple[
     )
 
     def evaluate() -> dict[str, float]:
-        with log.pause():
+        with log.pause(state.step):
             sums = {}
             for batch in eval_batches(held_out, transform_held_out, cfg.batch, stage.data.threads):
                 found = jax.device_get(eval_step(state.sampling_params, frozen, global_batch(batch, mesh)))
-                sums = {name: value + sums.get(name, 0) for name, value in found.items()}
+                sums = jax.tree.map(np.add, sums, found) if sums else found
             return task.summarize(sums)
 
     def draw(step: int) -> None:
-        with log.pause():
+        with log.pause(state.step):
             for name, picture in task.preview(
                 state.sampling_params, frozen, _examples(held_out, transform_held_out)
             ).items():
@@ -135,7 +156,6 @@ def train(task: Task, stage: ConfigDict, steps: int, workdir: Path, data: tuple[
 
     # ------------------------------------------------------------------ the loop
     with _termination() as stop:
-        step = start
         for step in range(start + 1, steps + 1):
             state, metrics = train_step(state, frozen, global_batch(next(batches), mesh))
             log.flush()  # of the step before, while the device works on this one
@@ -155,14 +175,14 @@ def train(task: Task, stage: ConfigDict, steps: int, workdir: Path, data: tuple[
             if step % cfg.preview_every == 0 or last:
                 draw(step)
             if step % cfg.checkpoint_every == 0 or last or stopping:
-                with log.pause():
+                with log.pause(state.step):
                     saved.save(step, state, batches, record, score)
-            if stopping and not last:
+            if stopping:
                 break
     saved.wait()
     saved.close()
     log.close()
-    if step < steps:
+    if stopping:
         raise Preempted(f"{task.name}: stopped at step {step}, saved; run the same command again to go on")
 
 
@@ -172,11 +192,14 @@ def _examples(source: Source, transform: ToPixels, count: int = 32) -> np.ndarra
 
 
 class _termination:
-    """Context that turns SIGTERM into an event, where this is the main thread."""
+    """Context that turns SIGTERM into an event, in the main thread of a single process.
+
+    Several processes must stop at the same step: there, JAX's own notice is asked for it.
+    """
 
     def __enter__(self) -> threading.Event:
         event, self.previous = threading.Event(), None
-        if threading.current_thread() is threading.main_thread():
+        if jax.process_count() == 1 and threading.current_thread() is threading.main_thread():
             self.previous = signal.signal(signal.SIGTERM, lambda *_: event.set())
         return event
 

@@ -1,5 +1,7 @@
 """Training the VAR transformer on the tokens of a frozen tokenizer."""
 
+import zlib
+
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -38,6 +40,10 @@ class NextScaleTask(Task):
         self.optimizer = make_optimizer(stage.train, steps)
         self.image_size = tokenizer.config.image_size
         self.frozen = {"tokenizer": tokenizer_params}
+        if tokenizer_params:
+            codebook = np.asarray(tokenizer_params["quantizer"]["codebook"])
+            self.fingerprint = f"codebook {zlib.crc32(codebook.tobytes()):08x}"
+        self.options = SamplingOptions(**stage.sampling)
 
     def init(self, key):
         scales = self.config.schedule
@@ -98,10 +104,16 @@ class NextScaleTask(Task):
     def preview(self, params, frozen, images):
         rows = min(10, self.config.num_classes)
         labels = np.repeat(np.linspace(0, self.config.num_classes - 1, rows).astype(np.int32), 8)
-        options = SamplingOptions(**self.stage.sampling)
         frozen = frozen["tokenizer"]
         chunks = generate_in_chunks(
-            self.tokenizer, self.model, frozen, params, labels, self.stage.seed, options, chunk=len(labels)
+            self.tokenizer,
+            self.model,
+            frozen,
+            params,
+            labels,
+            self.stage.seed,
+            self.options,
+            chunk=len(labels),
         )
         images, tokens = next(chunks)
         steps = [decode(self.tokenizer, frozen, tokens[::8, :end]) for end in self.config.schedule.ends]
@@ -111,6 +123,6 @@ class NextScaleTask(Task):
     def flops_per_image(self):
         cfg, length = self.config, self.config.schedule.length
         d = cfg.width
-        adaln = (0 if cfg.shared_adaln else 12 * d * d * cfg.depth) + 16 * d * d * cfg.shared_adaln
+        adaln = 12 * d * d * (1 if cfg.shared_adaln else cfg.depth) + 4 * d * d
         blocks = cfg.depth * (24 * length * d * d + 4 * length * length * d)
         return 3 * (blocks + adaln + 2 * length * d * (cfg.num_codes + cfg.code_dim))

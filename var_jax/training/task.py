@@ -51,12 +51,14 @@ class Task(abc.ABC):
       name: also the folder of the run's stage.
       frozen: arrays that the steps read but do not change, e.g. the tokenizer under a transformer.
       image_size: side of the images in pixels.
+      fingerprint: of what was trained before and is built on; "" where there is nothing.
       best_metric: evaluation metric whose least value marks the best checkpoint.
     """
 
     name: str
     frozen: dict
     image_size: int
+    fingerprint: str = ""
     best_metric: str = "loss"
 
     @abc.abstractmethod

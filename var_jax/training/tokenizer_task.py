@@ -44,8 +44,9 @@ class TokenizerTask(Task):
         images = to_unit_range(batch["image"])
         output = self.model.apply({"params": params}, images, train=True, rngs={"dropout": key})
         terms = loss_terms(images, output)
-        loss = weighted_sum(terms, self.stage.loss)
-        return loss, ({"loss": loss, **terms}, (output.quantized.tokens, output.quantized.targets))
+        terms = {"loss": weighted_sum(terms, self.stage.loss), **terms}
+        metrics = jax.tree.map(jnp.mean, terms)
+        return metrics["loss"], (metrics, (output.quantized.tokens, output.quantized.targets))
 
     def train_step(self, state, frozen, batch, key):
         dropout_key, restart_key = jax.random.split(key)
@@ -63,7 +64,7 @@ class TokenizerTask(Task):
         hits = cfg.hits_decay * state.extra["code_hits"] + (1 - cfg.hits_decay) * counts
         dead = dead_codes(hits, cfg.dead_below)
         if not cfg.restart_every:
-            return state.replace(extra={"code_hits": hits}), dead.sum()
+            return state.replace(extra={**state.extra, "code_hits": hits}), dead.sum()
         due = (state.step % cfg.restart_every == 0) & (state.step <= cfg.restart_until * self.steps)
         moved = dead & due
 
@@ -74,19 +75,19 @@ class TokenizerTask(Task):
         # A moved code starts with an even share of the hits, so that it has time to be found.
         hits = jnp.where(moved, hits.sum(1, keepdims=True) / hits.shape[1], hits)
         ema = None if state.ema is None else move(state.ema)
-        return state.replace(params=move(state.params), ema=ema, extra={"code_hits": hits}), dead.sum()
+        extra = {**state.extra, "code_hits": hits}
+        return state.replace(params=move(state.params), ema=ema, extra=extra), dead.sum()
 
     def eval_step(self, params, frozen, batch):
         images, valid = to_unit_range(batch["image"]), batch["valid"]
         output = self.model.apply({"params": params}, images)
-        error = jnp.clip(output.images, -1, 1) - images
-        over_pixels = lambda x: jnp.sum(x.mean((1, 2, 3)) * valid)  # noqa: E731
-        mse = (error**2).mean((1, 2, 3))
+        output = output.replace(images=jnp.clip(output.images, -1, 1))
+        terms = loss_terms(images, output)
+        terms["loss"] = weighted_sum(terms, self.stage.loss)
+        terms["psnr"] = 10 * jnp.log10(4 / jnp.maximum(terms["l2"], 1e-10))  # values span 2
         return {
             "images": valid.sum(),
-            "l2": over_pixels(error**2),
-            "l1": over_pixels(jnp.abs(error)),
-            "psnr": jnp.sum(10 * jnp.log10(4 / jnp.maximum(mse, 1e-10)) * valid),
+            "terms": {name: jnp.sum(term * valid) for name, term in terms.items()},
             "counts": count_codes(
                 output.quantized.tokens, self.config.schedule, self.config.num_codes, valid
             ),
@@ -94,8 +95,9 @@ class TokenizerTask(Task):
 
     def summarize(self, sums):
         n = sums["images"]
-        means = {name: float(sums[name] / n) for name in ("l2", "l1", "psnr")}
-        return means | codebook_use(sums["counts"], self.config.scales, int(n))
+        return {name: float(total / n) for name, total in sums["terms"].items()} | codebook_use(
+            sums["counts"], self.config.scales, int(n)
+        )
 
     def preview(self, params, frozen, images):
         images = to_unit_range(jnp.asarray(images))

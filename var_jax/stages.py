@@ -6,8 +6,9 @@ from ml_collections import ConfigDict
 
 from var_jax.data.sources import Source, open_source
 from var_jax.interop.load import load_tokenizer
+from var_jax.tokenizer.model import Tokenizer
 from var_jax.training.checkpoint import CheckpointMissing
-from var_jax.training.loop import train
+from var_jax.training.loop import check_training, train
 from var_jax.training.next_scale_task import NextScaleTask
 from var_jax.training.task import Task
 from var_jax.training.tokenizer_task import TokenizerTask
@@ -40,8 +41,16 @@ def num_steps(train_config: ConfigDict, num_images: int) -> int:
     return steps
 
 
-def build_task(stage: ConfigDict, workdir: Path, source: Source) -> tuple[Task, int]:
+def build_task(
+    stage: ConfigDict, workdir: Path, source: Source, coming: Tokenizer | None = None
+) -> tuple[Task, int]:
     """The task of a stage and its number of steps.
+
+    Args:
+      stage: its config.
+      workdir: of the run.
+      source: training data.
+      coming: the tokenizer of an earlier stage that is not trained yet, to check a later stage against.
 
     Raises:
       ValueError: on a task or a model that does not exist.
@@ -52,9 +61,11 @@ def build_task(stage: ConfigDict, workdir: Path, source: Source) -> tuple[Task, 
         return TokenizerTask(stage, steps), steps
     if stage.task != "next_scale":
         raise ValueError(f"config.task must be tokenizer or next_scale, found {stage.task!r}")
-    path = Path(stage.tokenizer or workdir).expanduser()
+    if coming is not None and not stage.tokenizer:
+        return NextScaleTask(stage, steps, coming, {}, source.num_classes), steps
+    path = Path(stage.tokenizer or workdir)
     try:
-        tokenizer, params = load_tokenizer(path, stage.scales if path.is_file() else None)
+        tokenizer, params = load_tokenizer(path, tuple(stage.scales) or None, dtype=stage.train.dtype)
     except FileNotFoundError as error:
         raise CheckpointMissing(
             f"no tokenizer at {path} (config.tokenizer): {error}\n"
@@ -68,8 +79,15 @@ def build_task(stage: ConfigDict, workdir: Path, source: Source) -> tuple[Task, 
 def run(config: ConfigDict, workdir: Path) -> None:
     """Trains every stage of a config under `workdir`; what is done already is not done again."""
     workdir = Path(workdir).expanduser().absolute()
-    for stage in stages_of(config):
-        source = open_source(stage.data.name, stage.data.train_split, stage.data.dir)
-        held_out = open_source(stage.data.name, stage.data.eval_split, stage.data.dir)
-        task, steps = build_task(stage, workdir, source)
-        train(task, stage, steps, workdir, (source, held_out))
+    stages, data, coming = stages_of(config), [], None
+    for stage in stages:  # whatever can be wrong with any stage, before the first one starts
+        if stage.get("tokenizer"):
+            stage.tokenizer = str(Path(stage.tokenizer).expanduser().absolute())
+        splits = (stage.data.train_split, stage.data.eval_split)
+        data.append(tuple(open_source(stage.data.name, split, stage.data.dir) for split in splits))
+        check_training(stage.train)
+        task, _ = build_task(stage, workdir, data[-1][0], coming)
+        coming = task.model if stage.task == "tokenizer" else None
+    for stage, sources in zip(stages, data, strict=True):
+        task, steps = build_task(stage, workdir, sources[0])
+        train(task, stage, steps, workdir, sources)

@@ -4,9 +4,9 @@ from configs import digits, var
 from configs import tokenizer as tokenizer_config
 from tests.training.tiny import tiny_config
 from var_jax.data.sources import DataSetMissing
+from var_jax.stages import num_steps, run, stages_of
 from var_jax.training.checkpoint import CheckpointMissing
 from var_jax.training.loop import check_same_run
-from var_jax.training.stages import num_steps, run, stages_of
 
 
 def test_stages_of_a_config():
@@ -59,6 +59,8 @@ def add(section, **fields):
         (lambda c: add(c.loss, gan=1.0), r"config.loss weighs unknown terms \['gan'\]"),
         (lambda c: c.train.update(batch=30), "train.batch=30 must be a multiple of 8"),
         (lambda c: c.train.update(batch=2000), "fewer than one batch of 2000"),
+        (lambda c: c.train.update(log_every=0), "train.log_every must be at least 1, found 0"),
+        (lambda c: c.train.update(ema=1.0), r"train.ema must be in \[0, 1\)"),
         (lambda c: c.train.update(dtype="float17"), "train.dtype must be auto, float32 or bfloat16"),
         (lambda c: c.train.update(schedule="up"), "train.schedule must be one of"),
         (lambda c: c.train.update(steps=0, epochs=0), "make no step"),
@@ -74,6 +76,22 @@ def test_wrong_fields_are_named_before_anything_runs(digits_dir, tmp_path, chang
     with pytest.raises(ValueError, match=message):
         run(stage, tmp_path)
     assert not list(tmp_path.rglob("*.png"))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda c: c.model.update(num_heads=3), "num_heads=3 must be positive and divide width=32"),
+        (lambda c: c.sampling.update(top_p=2.0), r"top_p must be in \[0, 1\]"),
+        (lambda c: c.train.update(batch=9), "train.batch=9 must be a multiple of 8"),
+    ],
+)
+def test_a_later_stage_is_checked_before_the_first_one_trains(digits_dir, tmp_path, change, message):
+    config = tiny_config(digits_dir)
+    change(config.next_scale)
+    with pytest.raises(ValueError, match=message):
+        run(config, tmp_path)
+    assert not (tmp_path / "tokenizer").exists()
 
 
 def test_steps_from_epochs():
@@ -99,11 +117,13 @@ def test_512px_and_unknown_sizes():
 
 
 def test_rhythm_and_place_may_change_between_runs_and_nothing_else(tmp_path):
-    saved = digits.get_config().tokenizer.to_dict()
+    saved = {"steps": 9, "tokenizer": "codebook 1", "stage": digits.get_config().tokenizer.to_dict()}
     now = digits.get_config().tokenizer
     now.train.update(dict(log_every=1, keep=9, mesh=dict(data=2)))
     now.data.update(dict(dir="/elsewhere", threads=1))
-    check_same_run(saved, now.to_dict(), tmp_path)
+    check_same_run(saved, {**saved, "stage": now.to_dict()}, tmp_path)
     now.seed = 5
     with pytest.raises(ValueError, match="config.seed: 0 there, 5 now"):
-        check_same_run(saved, now.to_dict(), tmp_path)
+        check_same_run(saved, {**saved, "stage": now.to_dict()}, tmp_path)
+    with pytest.raises(ValueError, match="tokenizer: 'codebook 1' there, 'codebook 2' now"):
+        check_same_run(saved, {**saved, "tokenizer": "codebook 2"}, tmp_path)
