@@ -13,7 +13,7 @@ demo: .venv/base
 	@echo "Look at runs/digits: samples.png, scales.png, reconstructions.png, curves_*.png"
 
 test: .venv/test lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 lint: .venv/test
 	@$(BIN)/ruff check --quiet .

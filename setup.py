@@ -31,7 +31,7 @@ setup(
         "tqdm",
     ],
     extras_require={
-        "test": ["pytest", "ruff"],
+        "test": ["pytest", "pytest-xdist", "ruff"],
         "torch": ["torch==2.13.0"],  # writing .pth files and the PyTorch yardstick
         "tpu": ["jax[tpu]"],
         "cuda": ["jax[cuda12]"],

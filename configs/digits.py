@@ -28,10 +28,10 @@ def get_config() -> ConfigDict:
     config.tokenizer.model.update(dict(norm_groups=8, quantizer_dropout=0.2))
     config.tokenizer.loss.update(dict(l2=1.0, l1=0.0, codebook=1.0))
     config.tokenizer.codebook.update(dict(hits_decay=0.95, restart_every=20, restart_until=0.7))
-    config.tokenizer.train.update(dict(steps=1400, batch=64, learning_rate=6e-3, b1=0.9, b2=0.99, clip=1.0))
+    config.tokenizer.train.update(dict(steps=1700, batch=64, learning_rate=6e-3, b1=0.9, b2=0.99, clip=1.0))
     config.tokenizer.train.update(dict(schedule="cos", end=0.02, ema=0.99))
     config.next_scale.model.update(dict(depth=4, width=128, num_heads=4, gamma_init=0.1, drop_path=0.0))
-    config.next_scale.train.update(dict(steps=1300, batch=32, learning_rate=1.6e-2))
+    config.next_scale.train.update(dict(steps=1400, batch=32, learning_rate=1.6e-2))
     config.next_scale.train.update(dict(schedule="cos", end=0.02, ema=0.995))
     config.next_scale.sampling.update(dict(guidance=0.0, top_k=0, top_p=0.0))
     config.next_scale.scales = ()  # those of its own tokenizer
