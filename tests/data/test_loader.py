@@ -1,3 +1,4 @@
+import dataclasses
 import json
 
 import numpy as np
@@ -5,7 +6,7 @@ import pytest
 
 from var_jax.data.loader import eval_batches, train_batches
 from var_jax.data.sources import open_source
-from var_jax.data.transforms import ToPixels
+from var_jax.data.transforms import CorruptImage, ToPixels
 
 
 @pytest.fixture
@@ -60,3 +61,21 @@ def test_evaluation_counts_every_image_once(digits_dir, transform):
 def test_a_batch_larger_than_the_data_is_refused(source, transform):
     with pytest.raises(ValueError, match="has 1442 images, fewer than one batch of 2000"):
         train_batches(source, transform, 2000, seed=0)
+
+
+def test_a_corrupt_record_stops_the_loader_and_is_named(source, transform):
+    class OneBad:
+        """The records with the 700th cut short."""
+
+        def __len__(self):
+            return len(source.records)
+
+        def __getitem__(self, index):
+            record = source.records[index]
+            return {**record, "image": record["image"][:20]} if index == 700 else record
+
+    bad = dataclasses.replace(source, records=OneBad())
+    batches = train_batches(bad, transform, 64, seed=0)
+    with pytest.raises(CorruptImage, match="record 700 of data set digits holds no readable image"):
+        for _ in range(len(source) // 64 + 1):
+            next(batches)
