@@ -6,13 +6,20 @@ Images are float32 [B, H, W, 3] in [0, 1] here, and numpy arrays come back.
 from collections.abc import Iterator
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from var_jax.interop import load
-from var_jax.sampling.generate import SamplingOptions, generate_in_chunks, teacher_forced_logits
+from var_jax.sampling.generate import Given, generate_in_chunks, teacher_forced_logits
+from var_jax.sampling.keep import anew_from_scale, anew_under_mask
+from var_jax.sampling.options import SamplingOptions
+from var_jax.sampling.precision import in_compute_dtype
 from var_jax.tokenizer import model as tokenizer_model
 from var_jax.transformer.next_scale import NextScale
+
+EDITING = {"guidance": 3.0, "top_p": 0.95}  # the published demonstration's
 
 
 class LoadedTokenizer:
@@ -24,7 +31,7 @@ class LoadedTokenizer:
     """
 
     def __init__(self, model: tokenizer_model.Tokenizer, params: dict):
-        self.module, self.params = model, params
+        self.module, self.params = model, in_compute_dtype(params, model.dtype)
         self.scales, self.num_codes = model.config.scales, model.config.num_codes
 
     def encode(self, images) -> np.ndarray:
@@ -60,11 +67,24 @@ class LoadedTokenizer:
         images = tokenizer_model.decode(self.module, self.params, tokens)
         return np.asarray(images) / 2 + 0.5
 
-    def check_tokens(self, tokens) -> jnp.ndarray:
-        """Tokens as int32 [B, L].  Raises ValueError on another shape, or codes outside the codebook."""
-        tokens, length = np.asarray(tokens), self.module.config.schedule.length
-        if tokens.ndim != 2 or tokens.shape[1] != length or not np.issubdtype(tokens.dtype, np.integer):
-            raise ValueError(f"tokens must be int [B, {length}], found {tokens.dtype} {tokens.shape}")
+    def decode_steps(self, tokens) -> np.ndarray:
+        """Tokens int [B, L], or of the first n maps -> images [B, n, H, W, 3] after 1, 2, ... n maps."""
+        images = tokenizer_model.decode_steps(
+            self.module, self.params, self.check_tokens(tokens, whole=False)
+        )
+        return np.asarray(images) / 2 + 0.5
+
+    def check_tokens(self, tokens, whole: bool = True) -> jnp.ndarray:
+        """Tokens as int32 [B, L], or of the first maps where they need not be whole.
+
+        Raises:
+          ValueError: on another shape, or codes outside the codebook.
+        """
+        tokens, ends = np.asarray(tokens), self.module.config.schedule.ends
+        lengths = ends[-1:] if whole else ends
+        if tokens.ndim != 2 or tokens.shape[1] not in lengths or not np.issubdtype(tokens.dtype, np.integer):
+            expected = " or ".join(str(length) for length in lengths)
+            raise ValueError(f"tokens must be int [B, {expected}], found {tokens.dtype} {tokens.shape}")
         if tokens.size and not (tokens.min() >= 0 and tokens.max() < self.num_codes):
             raise ValueError(
                 f"tokens must be in 0 .. {self.num_codes - 1}, found {tokens.min()} .. {tokens.max()}"
@@ -82,8 +102,20 @@ class LoadedVAR:
     """
 
     def __init__(self, model: NextScale, params: dict, options: SamplingOptions, tokenizer: LoadedTokenizer):
-        self.module, self.params, self.options, self.tokenizer = model, params, options, tokenizer
+        self.module, self.options, self.tokenizer = model, options, tokenizer
+        self.params = in_compute_dtype(params, model.dtype)
         self.num_classes, self.depth = model.config.num_classes, model.config.depth
+        self._sharding = None
+
+    def spread(self, devices=None) -> "LoadedVAR":
+        """This model with its parameters on all devices (of all hosts), which then share every batch."""
+        devices = jax.devices() if devices is None else devices
+        mesh = jax.make_mesh((len(devices),), ("data",), axis_types=(AxisType.Auto,), devices=devices)
+        whole, tokenizer = NamedSharding(mesh, PartitionSpec()), self.tokenizer
+        tokenizer = LoadedTokenizer(tokenizer.module, jax.device_put(tokenizer.params, whole))
+        model = LoadedVAR(self.module, jax.device_put(self.params, whole), self.options, tokenizer)
+        model._sharding = NamedSharding(mesh, PartitionSpec("data"))
+        return model
 
     def logits(self, tokens, labels) -> np.ndarray:
         """Teacher-forced logits float32 [B, L, V] of tokens int [B, L] given labels int [B]."""
@@ -97,48 +129,127 @@ class LoadedVAR:
         self,
         labels,
         seed: int = 0,
-        guidance: float = 1.5,
-        top_k: int = 900,
-        top_p: float = 0.96,
-        smooth: bool = False,
+        guidance=1.5,
+        top_k=900,
+        top_p=0.96,
+        smooth=False,
         return_tokens: bool = False,
         batch: int | None = None,
+        **more,
     ):
         """Draws one image a label; the same seed gives the same images.
 
         Args:
           labels: int [B]; num_classes means "no class".
           seed: image i depends on (seed, i) alone.
-          guidance: strength of classifier-free guidance at the last scale, rising from 0.
-          top_k, top_p: draw among the likeliest codes only; 0 for all.
+          guidance: strength of classifier-free guidance at the last scale, rising from 0; or one a scale.
+          top_k, top_p: draw among the likeliest codes only; 0 for all; one value, or one a scale.
           smooth: mix codes instead of drawing one.
           return_tokens: also return the tokens int32 [B, L].
           batch: images made at once; all by default.
+          **more: other fields of `SamplingOptions`: temperature, guidance_schedule, guidance_until, upto.
 
         Returns:
           Images float32 [B, H, W, 3] in [0, 1], or (images, tokens).
         """
+        options = SamplingOptions(guidance=guidance, top_k=top_k, top_p=top_p, smooth=smooth, **more)
         labels = self.check_labels(labels)
-        options = dict(guidance=guidance, top_k=top_k, top_p=top_p, smooth=smooth)
-        parts = list(self.generate_batches(labels, seed, len(labels) if batch is None else batch, **options))
-        images, tokens = (np.concatenate(part) for part in zip(*parts, strict=True))
+        batch = len(labels) if batch is None else batch
+        images, tokens = _joined(self.generate_batches(labels, seed, batch, options))
         return (images, tokens) if return_tokens else images
 
+    def inpaint(
+        self,
+        images,
+        mask,
+        labels=None,
+        seed: int = 0,
+        paste_back: bool = False,
+        return_tokens: bool = False,
+        batch: int | None = None,
+        **options,
+    ):
+        """Makes a part of images anew: in- and out-painting, or editing towards a class, without training.
+
+        At every scale the tokens outside the mask are those of the given image (Tian et al. 2024, section
+        5.3); 1x1 maps are always kept.
+
+        Args:
+          images: float [B, H, W, 3] in [0, 1].
+          mask: bool [B, H, W] or [H, W], True where to make anew.
+          labels: int [B], the classes to edit towards; None for "no class".
+          seed: image i depends on (seed, i) alone.
+          paste_back: put the pixels of the input back outside the mask; else they come from the decoder.
+          return_tokens: also return the tokens int32 [B, L].
+          batch: images made at once; all by default.
+          **options: fields of `SamplingOptions`; by default those of the published demonstration.
+
+        Returns:
+          Images float32 [B, H, W, 3] in [0, 1], or (images, tokens).
+
+        Raises:
+          ValueError: on a mask of another size or type than the images.
+        """
+        tokens = self.tokenizer.encode(images)
+        images, mask = np.asarray(images, np.float32), np.asarray(mask)
+        mask = np.broadcast_to(mask, images.shape[:3]) if mask.shape == images.shape[1:3] else mask
+        if mask.dtype != bool or mask.shape != images.shape[:3]:
+            raise ValueError(
+                f"mask must be bool {images.shape[:3]} like the images, found {mask.dtype} {mask.shape}"
+            )
+        anew = anew_under_mask(mask, self.module.config.schedule)
+        made, tokens = self._anew(tokens, anew, labels, seed, batch, {**EDITING, **options})
+        made = np.where(mask[..., None], made, images) if paste_back else made
+        return (made, tokens) if return_tokens else made
+
+    def vary(
+        self,
+        tokens,
+        from_scale: int,
+        labels=None,
+        seed: int = 0,
+        return_tokens: bool = False,
+        batch: int | None = None,
+        **options,
+    ):
+        """Draws the maps of images anew from one scale on: what is coarse stays, what is fine is renewed.
+
+        Args:
+          tokens: int [B, L].
+          from_scale: the first map to draw anew; 0 keeps nothing.
+          labels: int [B]; another class than the image's leads from one to the other.  None for "no class".
+          seed, return_tokens, batch, options: as for `inpaint`; the published options by default.
+
+        Returns:
+          Images float32 [B, H, W, 3] in [0, 1], or (images, tokens).
+        """
+        tokens = np.asarray(self.tokenizer.check_tokens(tokens))
+        anew = anew_from_scale(from_scale, len(tokens), self.module.config.schedule)
+        made, tokens = self._anew(tokens, anew, labels, seed, batch, options)
+        return (made, tokens) if return_tokens else made
+
     def generate_batches(
-        self, labels, seed: int, batch: int, **options
+        self, labels, seed: int, batch: int, options: SamplingOptions, **more
     ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """Like `generate`, but gives (images, tokens) of up to `batch` labels at a time, as they are made."""
+        """Like `generate`, but gives (images, tokens) of up to `batch` labels at a time, as they are made.
+
+        Args:
+          more: `start`, `given` and `finish` of `generate_in_chunks`.
+        """
         if batch < 1:
             raise ValueError(f"batch must be at least 1, found {batch}")
-        return generate_in_chunks(
-            self.tokenizer.module,
-            self.module,
-            self.tokenizer.params,
-            self.params,
-            self.check_labels(labels),
-            seed,
-            SamplingOptions(**options),
-            chunk=batch,
+        networks = (self.tokenizer.module, self.module, self.tokenizer.params, self.params)
+        labels = self.check_labels(labels)
+        return generate_in_chunks(*networks, labels, seed, options, batch, sharding=self._sharding, **more)
+
+    def _anew(self, tokens, anew, labels, seed: int, batch: int | None, options: dict):
+        """Draws the tokens `anew` [B, L] again, beside the others."""
+        labels = self.check_labels(np.full(len(tokens), self.num_classes) if labels is None else labels)
+        if len(tokens) != len(labels):
+            raise ValueError(f"found {len(tokens)} images and {len(labels)} labels")
+        given = Given(tokens, anew)
+        return _joined(
+            self.generate_batches(labels, seed, batch or len(labels), SamplingOptions(**options), given=given)
         )
 
     def check_labels(self, labels) -> np.ndarray:
@@ -152,6 +263,11 @@ class LoadedVAR:
                 f"found {labels.min()} .. {labels.max()}"
             )
         return labels.astype(np.int32)
+
+
+def _joined(batches: Iterator[tuple]) -> tuple[np.ndarray, np.ndarray]:
+    images, tokens = zip(*batches, strict=True)
+    return np.concatenate(images), np.concatenate(tokens)
 
 
 def load_tokenizer(path: str | Path, scales=None, step: int | str = "latest") -> LoadedTokenizer:

@@ -12,14 +12,14 @@ def test_golden(golden):
     assert len(with_shape) == 5
     for name, want in with_shape.items():
         top_k, top_p = name.removeprefix("k").split("_p")
-        got = jax.nn.softmax(filter_logits(jnp.asarray(logits), int(top_k), float(top_p)))
+        got = jax.nn.softmax(filter_logits(jnp.asarray(logits), int(top_k), float(top_p) or None))
         close(got, want)
         np.testing.assert_array_equal(got > 0, want > 0)
 
 
 def test_bounds():
     logits = jnp.log(jnp.array([0.5, 0.3, 0.15, 0.05]))
-    kept = lambda k, p: np.isfinite(filter_logits(logits, k, p)).tolist()  # noqa: E731
+    kept = lambda k, p: np.isfinite(filter_logits(logits, k, p or None)).tolist()  # noqa: E731
     assert kept(0, 0.0) == kept(99, 0.0) == kept(0, 1.0) == [True] * 4
     assert kept(1, 0.0) == kept(0, 0.01) == [True, False, False, False]  # never the largest
     assert kept(2, 0.0) == [True, True, False, False]

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from var_jax.interop import published
 from var_jax.interop.pth import SUFFIXES, read_tensors
-from var_jax.sampling.generate import SamplingOptions
+from var_jax.sampling.options import SamplingOptions
 from var_jax.tokenizer.config import TokenizerConfig
 from var_jax.tokenizer.model import Tokenizer
 from var_jax.training.checkpoint import FOLDER, load_config, load_params

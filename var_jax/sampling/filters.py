@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 
 
-def filter_logits(logits: jax.Array, top_k: int, top_p: float | jax.Array) -> jax.Array:
+def filter_logits(logits: jax.Array, top_k: int, top_p: float | jax.Array | None) -> jax.Array:
     """Removes unlikely codes: logits under the top_k-th largest, then the tail of probability 1 - top_p.
 
     From the smallest up, codes are dropped while the cumulative probability of what top-k left is at
@@ -14,18 +14,20 @@ def filter_logits(logits: jax.Array, top_k: int, top_p: float | jax.Array) -> ja
     Args:
       logits: float32 [..., V].
       top_k: known at compile time; 0 or at least V keeps all.
-      top_p: in [0, 1]; 0 keeps all.
+      top_p: in (0, 1]; None keeps all.
 
     Returns:
       float32 [..., V], -inf where removed.
     """
     num_codes = logits.shape[-1]
     k = min(top_k, num_codes) or num_codes
-    if k == num_codes and isinstance(top_p, (int, float)) and not top_p:
+    if k == num_codes and top_p is None:
         return logits
     best, _ = jax.lax.top_k(logits, k)  # sorted, largest first
-    tail = jnp.cumsum(jax.nn.softmax(best, axis=-1)[..., ::-1], axis=-1)[..., ::-1]
-    keep = (tail > 1 - top_p) | (jnp.asarray(top_p) <= 0)
-    keep = keep.at[..., 0].set(True)
-    threshold = jnp.min(jnp.where(keep, best, jnp.inf), axis=-1, keepdims=True)
+    if top_p is None:
+        threshold = best[..., -1:]
+    else:
+        tail = jnp.cumsum(jax.nn.softmax(best, axis=-1)[..., ::-1], axis=-1)[..., ::-1]
+        keep = (tail > 1 - top_p).at[..., 0].set(True)
+        threshold = jnp.min(jnp.where(keep, best, jnp.inf), axis=-1, keepdims=True)
     return jnp.where(logits < threshold, -jnp.inf, logits)

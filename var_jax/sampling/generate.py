@@ -4,52 +4,40 @@ The scales are unrolled, the cache of keys and values has its full size from the
 attends to a static prefix of it; all that depends on the label alone is computed once.
 """
 
-import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 
+import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 
 from var_jax.sampling.filters import filter_logits
-from var_jax.sampling.guidance import guide, ramp
+from var_jax.sampling.guidance import guide
+from var_jax.sampling.options import Controls, SamplingOptions
 from var_jax.tokenizer.model import Tokenizer
 from var_jax.tokenizer.quantizer import Quantizer
 from var_jax.transformer.next_scale import NextScale
 
 
-@dataclasses.dataclass(frozen=True)
-class SamplingOptions:
-    """How to draw; the defaults are those of the published FID protocol.
+@flax.struct.dataclass
+class Given:
+    """Tokens that are there already, and which of them are to be drawn anew.
 
     Attributes:
-      guidance: strength at the last scale, rising linearly from 0 at the first; 0 for none.
-      top_k: draw among this many of the likeliest codes; 0 for all.
-      top_p: draw among the likeliest codes that hold this probability; 0 for all.
-      smooth: mix codes instead of drawing one (for looking at, not for FID).
-
-    Raises:
-      ValueError: naming the option that is out of range.
+      tokens: int32 [B, L].
+      anew: bool [B, L].
     """
 
-    guidance: float = 1.5
-    top_k: int = 900
-    top_p: float = 0.96
-    smooth: bool = False
-
-    def __post_init__(self):
-        if not np.isfinite(self.guidance):
-            raise ValueError(f"guidance must be a finite number, found {self.guidance}")
-        if self.top_k < 0 or int(self.top_k) != self.top_k:
-            raise ValueError(f"top_k must be a whole number, 0 (all codes) or more, found {self.top_k}")
-        if not 0 <= self.top_p <= 1:
-            raise ValueError(f"top_p must be in [0, 1], 0 for all codes, found {self.top_p}")
+    tokens: jax.Array
+    anew: jax.Array
 
 
-def image_keys(seed: int, indices: np.ndarray) -> jax.Array:
-    """Random keys [B]: image i depends on (seed, i) alone, whatever batch it is made in."""
-    return jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), jnp.asarray(indices, jnp.uint32))
+@partial(jax.jit, static_argnames="seed")
+def image_keys(seed: int, indices: jax.Array) -> jax.Array:
+    """Random keys [B] of images int [B]: image i depends on (seed, i) alone, whatever batch it is made in."""
+    return jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), indices.astype(jnp.uint32))
 
 
 def _noise(keys: jax.Array, fold: int, shape: tuple[int, ...]) -> jax.Array:
@@ -63,7 +51,19 @@ def smooth_codes(logits: jax.Array, noise: jax.Array, codes: jax.Array, progress
     return jax.nn.softmax(((1 + progress) * logits + noise) / temperature, axis=-1) @ codes
 
 
-@partial(jax.jit, static_argnames=("tokenizer", "model", "guided", "top_k", "smooth"))
+def _draw(k: int, logits: jax.Array, keys: jax.Array, quantizer: Quantizer, controls: Controls):
+    """Logits [B, n, V] of map k -> its tokens int32 [B, n] and their codes [B, n, C]."""
+    logits = logits / controls.temperature[k]
+    logits = filter_logits(logits, controls.top_k[k], controls.top_p[k] if controls.nucleus[k] else None)
+    noise = _noise(keys, k, logits.shape[1:])
+    if controls.smooth[k]:
+        codes = smooth_codes(logits, noise, quantizer.codes, quantizer.scales.progress(k))
+        return quantizer.nearest(codes), codes
+    token_map = jnp.argmax(logits + noise, axis=-1).astype(jnp.int32)
+    return token_map, quantizer.codes[token_map]
+
+
+@partial(jax.jit, static_argnames=("tokenizer", "model"))
 def generate(
     tokenizer: Tokenizer,
     model: NextScale,
@@ -71,12 +71,8 @@ def generate(
     params: dict,
     labels: jax.Array,
     keys: jax.Array,
-    strengths: jax.Array,
-    top_p: jax.Array,
-    *,
-    guided: bool,
-    top_k: int,
-    smooth: bool,
+    controls: Controls,
+    given: Given | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Draws one image a label.
 
@@ -85,36 +81,36 @@ def generate(
       tokenizer_params, params: their parameters.
       labels: int32 [B].
       keys: random keys [B] (`image_keys`).
-      strengths: float32 [K], guidance at each scale; used where `guided`.
-      top_p: scalar.
-      guided: whether the unconditional half is computed at all.
-      top_k, smooth: as in `SamplingOptions`.
+      controls: how to draw.
+      given: tokens to keep; each map is predicted from what it is to stand beside.  None draws all.
 
     Returns:
-      Images float32 [B, H, W, 3] in [-1, 1] and tokens int32 [B, L].
+      Images float32 [B, H, W, 3] in [-1, 1], and tokens int32 [B, n] of the maps drawn.
     """
     apply = partial(model.apply, {"params": params})
     quantizer = Quantizer.create(tokenizer_params["quantizer"], tokenizer.config)
     scales, batch = quantizer.scales, labels.shape[0]
-    twice = (lambda x: jnp.concatenate([x, x])) if guided else (lambda x: x)
-    if guided:
-        labels = jnp.concatenate([labels, jnp.full_like(labels, model.config.num_classes)])
+    if controls.guided:  # with and without class side by side, so that both stay on one device
+        labels = jnp.stack([labels, jnp.full_like(labels, model.config.num_classes)], axis=1).ravel()
     condition = apply(labels, method="condition")
     cache = apply(labels.shape[0], method="empty_cache")
     f_hat = jnp.zeros((batch, scales.side, scales.side, tokenizer.config.code_dim))
     tokens = []
-    for k, side in enumerate(scales.sides):
-        inputs = None if k == 0 else twice(quantizer.next_input(k, f_hat))
+    for k in range(controls.scales):
+        guided = k < controls.guided
+        if k == controls.guided > 0:
+            condition, cache = condition.conditional(), cache.conditional()
+        inputs = None if k == 0 else quantizer.next_input(k, f_hat)
+        if guided and k:
+            inputs = jnp.repeat(inputs, 2, axis=0)
         logits, cache = apply(k, inputs, condition, cache, method="step")
-        logits = guide(logits, strengths[k]) if guided else logits
-        logits = filter_logits(logits, top_k, top_p)
-        noise = _noise(keys, k, (side * side, logits.shape[-1]))
-        if smooth:
-            codes = smooth_codes(logits, noise, quantizer.codes, scales.progress(k))
-            token_map = quantizer.nearest(codes)
-        else:
-            token_map = jnp.argmax(logits + noise, axis=-1).astype(jnp.int32)
-            codes = quantizer.codes[token_map]
+        logits = guide(logits, controls.strength[k]) if guided else logits
+        token_map, codes = _draw(k, logits, keys, quantizer, controls)
+        if given is not None:
+            here = slice(scales.starts[k], scales.ends[k])
+            anew, kept = given.anew[:, here], given.tokens[:, here]
+            token_map = jnp.where(anew, token_map, kept)
+            codes = jnp.where(anew[..., None], codes, quantizer.codes[kept])
         f_hat = f_hat + quantizer.contribution(k, codes)
         tokens.append(token_map)
     images = tokenizer.apply({"params": tokenizer_params}, f_hat, method="decode_features")
@@ -136,6 +132,23 @@ def teacher_forced_logits(
     return model.apply({"params": params}, labels, inputs)
 
 
+def as_pixels(images: jax.Array) -> jax.Array:
+    """Images in [-1, 1] -> uint8, rounded to the nearest."""
+    return ((images / 2 + 0.5) * 255 + 0.5).astype(jnp.uint8)
+
+
+def as_unit_range(images: jax.Array) -> jax.Array:
+    """Images in [-1, 1] -> float32 in [0, 1]."""
+    return images / 2 + 0.5
+
+
+@partial(jax.jit, static_argnames=("finish", "sharding"))
+def _finished(images: jax.Array, tokens: jax.Array, finish, sharding: NamedSharding | None):
+    """What leaves the devices, whole on every host."""
+    found = finish(images), tokens
+    return found if sharding is None else jax.lax.with_sharding_constraint(found, sharding)
+
+
 def generate_in_chunks(
     tokenizer: Tokenizer,
     model: NextScale,
@@ -145,35 +158,50 @@ def generate_in_chunks(
     seed: int,
     options: SamplingOptions,
     chunk: int,
-    place: Callable = jnp.asarray,
+    *,
+    given: Given | None = None,
+    start: int = 0,
+    sharding: NamedSharding | None = None,
+    finish=as_unit_range,
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Images of many labels, `chunk` at a time; the last chunk is filled up, so nothing is compiled twice.
+
+    The devices work on a chunk while the one before it is handed out.
 
     Args:
       labels: int [N].
       seed: image i depends on (seed, i) alone.
-      chunk: images made at once.
-      place: puts the arrays of a chunk on the devices.
+      chunk: images made at once; over several devices, rounded up to a multiple of their number.
+      given: tokens to keep, [N, L].
+      start: the first image to make, where those before it are there already.
+      sharding: of the leading axis of a batch, over the devices that hold the parameters.
+      finish: what to make of images in [-1, 1] on the device: `as_unit_range` or `as_pixels`.
 
     Yields:
-      Images float32 [n, H, W, 3] in [0, 1] and tokens int32 [n, L], n = chunk but for the last.
+      Images [n, H, W, 3] and tokens int32 [n, L], n = chunk but for the last.
     """
-    strengths = ramp(options.guidance, model.config.schedule)
-    for start in range(0, len(labels), chunk):
-        indices = np.arange(start, start + chunk)
-        chosen = np.asarray(labels, np.int32)[np.minimum(indices, len(labels) - 1)]
-        images, tokens = generate(
-            tokenizer,
-            model,
-            tokenizer_params,
-            params,
-            place(chosen),
-            place(image_keys(seed, indices)),
-            strengths,
-            np.float32(options.top_p),
-            guided=options.guidance != 0,
-            top_k=int(options.top_k),
-            smooth=options.smooth,
-        )
-        n = min(chunk, len(labels) - start)
-        yield np.asarray(images[:n]) / 2 + 0.5, np.asarray(tokens[:n])
+    controls = options.controls(model.config.schedule, model.config.num_codes)
+    labels, whole = np.asarray(labels, np.int32), None
+    if (labels == model.config.num_classes).all():
+        controls = controls.replace(guided=0)  # both halves would be the same
+    if sharding is not None:
+        whole = NamedSharding(sharding.mesh, PartitionSpec())
+        chunk = -(-chunk // sharding.num_devices) * sharding.num_devices
+    place = jnp.asarray if sharding is None else partial(jax.device_put, device=sharding)
+    waiting = None
+    for first in range(start, len(labels), chunk):
+        indices = np.arange(first, first + chunk)
+        rows = np.minimum(indices, len(labels) - 1)
+        part = None if given is None else jax.tree.map(lambda x: place(np.asarray(x)[rows]), given)  # noqa: B023
+        keys = image_keys(seed, place(indices))
+        made = generate(tokenizer, model, tokenizer_params, params, place(labels[rows]), keys, controls, part)
+        made = (*_finished(*made, finish, whole), min(chunk, len(labels) - first))
+        if waiting is not None:
+            yield _to_host(*waiting)
+        waiting = made
+    if waiting is not None:
+        yield _to_host(*waiting)
+
+
+def _to_host(images: jax.Array, tokens: jax.Array, count: int) -> tuple[np.ndarray, np.ndarray]:
+    return np.asarray(images)[:count], np.asarray(tokens)[:count]

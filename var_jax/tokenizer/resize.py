@@ -2,8 +2,8 @@
 
 A resize is linear and separable, so `y = A x A^T` with one matrix A [target, source].  Matrices are
 made once in numpy and become constants of the compiled program: no gathers, no scatter in the
-backward pass.  They follow PyTorch's `interpolate` in modes `area` and `bicubic` (half-pixel
-centres, a = -0.75, no antialias, clamped border), which the published tokenizer uses.
+backward pass.  They follow PyTorch's `interpolate` in modes `area`, `bicubic` (half-pixel centres,
+a = -0.75, no antialias, clamped border) and `bilinear`, which the published code uses.
 """
 
 import functools
@@ -40,6 +40,14 @@ def bicubic_matrix(source: int, target: int) -> np.ndarray:
         index = np.floor(centres).astype(int) + tap
         np.add.at(matrix, (np.arange(target), index.clip(0, source - 1)), _cubic(centres - index))
     return matrix.astype(np.float32)
+
+
+@functools.cache
+def bilinear_matrix(source: int, target: int) -> np.ndarray:
+    """float32 [target, source]: linear interpolation between half-pixel centres, border repeated."""
+    centres = ((np.arange(target) + 0.5) * source / target - 0.5).clip(0, source - 1)
+    distance = np.abs(centres[:, None] - np.arange(source))
+    return np.maximum(1 - distance, 0).astype(np.float32)
 
 
 def _resize(x: jax.Array, matrix: np.ndarray) -> jax.Array:

@@ -8,13 +8,15 @@ import optax
 from ml_collections import ConfigDict
 
 from var_jax.sampling import pictures
-from var_jax.sampling.generate import SamplingOptions, generate_in_chunks
-from var_jax.tokenizer.model import Tokenizer, decode
+from var_jax.sampling.generate import generate_in_chunks
+from var_jax.sampling.options import SamplingOptions
+from var_jax.tokenizer.model import Tokenizer, decode_steps
 from var_jax.tokenizer.quantizer import Quantizer
 from var_jax.training.optimizer import accumulated_gradients, make_optimizer
 from var_jax.training.state import apply_gradients
 from var_jax.training.task import Task, compute_dtype, model_config, to_unit_range
 from var_jax.transformer.config import NextScaleConfig
+from var_jax.transformer.flops import training_flops
 from var_jax.transformer.next_scale import NextScale
 
 
@@ -116,13 +118,8 @@ class NextScaleTask(Task):
             chunk=len(labels),
         )
         images, tokens = next(chunks)
-        steps = [decode(self.tokenizer, frozen, tokens[::8, :end]) for end in self.config.schedule.ends]
-        steps = np.stack([np.asarray(step) for step in steps], axis=1)
-        return {"samples": pictures.grid(images, columns=8), "scales": pictures.strips(steps / 2 + 0.5)}
+        steps = np.asarray(decode_steps(self.tokenizer, frozen, tokens[::8])) / 2 + 0.5
+        return {"samples": pictures.grid(images, columns=8), "scales": pictures.strips(steps)}
 
     def flops_per_image(self):
-        cfg, length = self.config, self.config.schedule.length
-        d = cfg.width
-        adaln = 12 * d * d * (1 if cfg.shared_adaln else cfg.depth) + 4 * d * d
-        blocks = cfg.depth * (24 * length * d * d + 4 * length * length * d)
-        return 3 * (blocks + adaln + 2 * length * d * (cfg.num_codes + cfg.code_dim))
+        return training_flops(self.config)

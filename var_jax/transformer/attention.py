@@ -22,6 +22,10 @@ class KVCache:
         shape = (layers, batch, length, heads, head_dim)
         return cls(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
 
+    def conditional(self) -> "KVCache":
+        """Of every other sequence, from the first on: what is left when guidance ends."""
+        return KVCache(self.k[:, ::2], self.v[:, ::2])
+
     def extend(self, layer: jax.Array, start: int, k: jax.Array, v: jax.Array):
         """Writes k, v [B, n, N, H] of one layer at positions start .. start + n.
 

@@ -25,6 +25,10 @@ class Condition:
     blocks: jax.Array
     head: jax.Array
 
+    def conditional(self) -> "Condition":
+        """Of every other label, from the first on: what is left when guidance ends."""
+        return Condition(self.start[::2], self.blocks[:, ::2], self.head[::2])
+
 
 class Blocks(nn.Module):
     """All blocks, scanned over a leading axis of their parameters."""

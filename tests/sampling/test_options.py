@@ -1,0 +1,62 @@
+import numpy as np
+import pytest
+
+from var_jax.sampling.options import SamplingOptions
+from var_jax.scales import SCALES_256, Scales
+
+SCALES = Scales((1, 2, 3, 4))
+
+
+def test_one_value_holds_at_every_scale_and_guidance_is_a_ramp():
+    controls = SamplingOptions(guidance=3.0, top_k=7, top_p=0.5).controls(SCALES, num_codes=16)
+    np.testing.assert_allclose(controls.strength, [0, 1, 2, 3], rtol=1e-6)
+    assert controls.top_k == (7,) * 4 and controls.top_p.tolist() == [0.5] * 4
+    assert controls.temperature.tolist() == [1.0] * 4 and controls.smooth == (False,) * 4
+    assert controls.guided == controls.scales == 4 and controls.nucleus == (True,) * 4
+
+
+def test_lists_are_taken_as_they_are():
+    options = SamplingOptions(
+        guidance=[2, 0.5, 1, 0], top_k=[0, 4, 16, 2], top_p=[0, 1, 0.9, 0], smooth=[True, False, False, True]
+    )
+    controls = options.controls(SCALES, num_codes=16)
+    assert controls.strength.tolist() == [2, 0.5, 1, 0]
+    assert controls.guided == 3  # nothing to guide at the last scale
+    assert controls.top_k == (0, 4, 0, 2)  # all 16 is no filter
+    assert controls.nucleus == (False, True, True, False) and controls.smooth == (True, False, False, True)
+
+
+def test_guidance_can_be_constant_end_early_or_be_absent():
+    constant = SamplingOptions(guidance=2.0, guidance_schedule="constant", guidance_until=3)
+    assert constant.controls(SCALES, 999).strength.tolist() == [2, 2, 2, 0]
+    assert constant.controls(SCALES, 999).guided == 3
+    assert SamplingOptions(guidance=0.0).controls(SCALES, 999).guided == 0
+    assert SamplingOptions(guidance_until=0).controls(SCALES, 999).guided == 0
+    assert SamplingOptions(guidance_until=7).controls(Scales(SCALES_256), 4096).guided == 7
+
+
+def test_the_published_top_k_fits_every_codebook_but_no_other_may_be_larger():
+    assert SamplingOptions().controls(SCALES, num_codes=64).top_k == (0,) * 4
+    with pytest.raises(ValueError, match="top_k must be at most the 64 codes of the codebook.*found 65"):
+        SamplingOptions(top_k=65).controls(SCALES, num_codes=64)
+    with pytest.raises(ValueError, match="found 900"):
+        SamplingOptions(top_k=[900, 1, 1, 1]).controls(SCALES, num_codes=64)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"top_k": -1}, "top_k must be a whole number.*found -1"),
+        ({"top_k": [1, 2.5, 1, 1]}, "top_k must be a whole number.*found 2.5"),
+        ({"top_p": 1.5}, r"top_p must be in \[0, 1\]"),
+        ({"guidance": float("nan")}, "guidance must be a finite number"),
+        ({"temperature": 0.0}, "temperature must be above 0"),
+        ({"guidance_schedule": "cosine"}, "must be ramp or constant, found 'cosine'"),
+        ({"guidance": [1, 2]}, r"guidance must be one value or one for each of the 4 scales \(1, 2, 3, 4\)"),
+        ({"guidance_until": 5}, r"guidance_until must be in 0 .. 4, found 5"),
+        ({"upto": 0}, r"upto must be in 1 .. 4, found 0"),
+    ],
+)
+def test_impossible_options_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        SamplingOptions(**options).controls(SCALES, num_codes=16)

@@ -1,0 +1,141 @@
+"""How to draw, as a person says it, and as the compiled program takes it."""
+
+import dataclasses
+import operator
+
+import flax.struct
+import jax
+import numpy as np
+
+from var_jax.sampling.guidance import strengths
+from var_jax.scales import Scales
+
+PUBLISHED_TOP_K = 900  # the default everywhere; where there are fewer codes it keeps them all
+
+
+@flax.struct.dataclass
+class Controls:
+    """Options worked out for every one of K scales; arrays change without compiling, the rest is static.
+
+    Attributes:
+      strength: float32 [K], of guidance.
+      top_p: float32 [K].
+      temperature: float32 [K].
+      guided: the first so many scales are guided; after them the unconditional half is not computed.
+      top_k: of each scale; 0 for all codes.
+      nucleus: whether top-p is used at each scale.
+      smooth: whether codes are mixed at each scale.
+      scales: the first so many are drawn.
+    """
+
+    strength: jax.Array
+    top_p: jax.Array
+    temperature: jax.Array
+    guided: int = flax.struct.field(pytree_node=False)
+    top_k: tuple[int, ...] = flax.struct.field(pytree_node=False)
+    nucleus: tuple[bool, ...] = flax.struct.field(pytree_node=False)
+    smooth: tuple[bool, ...] = flax.struct.field(pytree_node=False)
+    scales: int = flax.struct.field(pytree_node=False)
+
+
+@dataclasses.dataclass(frozen=True)
+class SamplingOptions:
+    """How to draw; the defaults are those of the published FID protocol.
+
+    Guidance, top-k, top-p, temperature and smooth are one value, or a list of one a scale.
+
+    Attributes:
+      guidance: strength of classifier-free guidance at the last scale; 0 for none.  A list is taken as it is.
+      guidance_schedule: how one strength is spread: `ramp`, from 0 at the first scale (published), or
+        `constant`.
+      guidance_until: scales from this one on (0 is the first) are drawn without guidance, at half the work;
+        None guides all.
+      top_k: draw among this many of the likeliest codes; 0 for all.
+      top_p: draw among the likeliest codes that hold this probability; 0 for all.
+      temperature: logits are divided by it, after guidance and before top-k and top-p.
+      smooth: mix codes instead of drawing one (for looking at, not for FID).
+      upto: draw the first so many maps only, a coarse preview; None for all.
+
+    Raises:
+      ValueError: naming the option that is out of range.
+    """
+
+    guidance: float | tuple[float, ...] = 1.5
+    guidance_schedule: str = "ramp"
+    guidance_until: int | None = None
+    top_k: int | tuple[int, ...] = PUBLISHED_TOP_K
+    top_p: float | tuple[float, ...] = 0.96
+    temperature: float | tuple[float, ...] = 1.0
+    smooth: bool | tuple[bool, ...] = False
+    upto: int | None = None
+
+    def __post_init__(self):
+        for name in ("guidance", "top_k", "top_p", "temperature", "smooth"):
+            if isinstance(getattr(self, name), (list, np.ndarray)):
+                object.__setattr__(self, name, tuple(getattr(self, name)))
+        _check("guidance must be a finite number", self.guidance, np.isfinite)
+        whole = lambda k: k >= 0 and int(k) == k  # noqa: E731
+        _check("top_k must be a whole number, 0 (all codes) or more", self.top_k, whole)
+        _check("top_p must be in [0, 1], 0 for all codes", self.top_p, lambda p: 0 <= p <= 1)
+        _check("temperature must be above 0", self.temperature, lambda t: 0 < t < np.inf)
+        if self.guidance_schedule not in ("ramp", "constant"):
+            raise ValueError(f"guidance_schedule must be ramp or constant, found {self.guidance_schedule!r}")
+
+    def controls(self, scales: Scales, num_codes: int) -> Controls:
+        """These options at every scale of a schedule.
+
+        Raises:
+          ValueError: on a list that is not of one value a scale, a scale that there is not, or a top_k over
+            the size of the codebook.
+        """
+        top_k = tuple(int(k) for k in self._each("top_k", scales))
+        if max(top_k) > num_codes and set(top_k) != {PUBLISHED_TOP_K}:
+            raise ValueError(
+                f"top_k must be at most the {num_codes} codes of the codebook, 0 for all; found {max(top_k)}"
+            )
+        until = self._scale("guidance_until", scales, lowest=0)
+        if isinstance(self.guidance, tuple):
+            strength = np.array(self._each("guidance", scales), np.float32)
+        else:
+            strength = strengths(self.guidance, self.guidance_schedule, scales)
+        strength[until:] = 0
+        top_p = np.array(self._each("top_p", scales), np.float32)
+        used = np.flatnonzero(strength)
+        return Controls(
+            strength=strength,
+            top_p=top_p,
+            temperature=np.array(self._each("temperature", scales), np.float32),
+            guided=int(used[-1]) + 1 if len(used) else 0,
+            top_k=tuple(0 if k >= num_codes else k for k in top_k),
+            nucleus=tuple(bool(p) for p in top_p > 0),
+            smooth=tuple(bool(s) for s in self._each("smooth", scales)),
+            scales=self._scale("upto", scales, lowest=1),
+        )
+
+    def _each(self, name: str, scales: Scales) -> tuple:
+        """The value of an option at each scale."""
+        value = getattr(self, name)
+        if not isinstance(value, tuple):
+            return (value,) * len(scales)
+        if len(value) != len(scales):
+            raise ValueError(
+                f"{name} must be one value or one for each of the {len(scales)} scales {scales.sides}, "
+                f"found {len(value)}: {value}"
+            )
+        return value
+
+    def _scale(self, name: str, scales: Scales, lowest: int) -> int:
+        """The number of scales that an option names; all where it is None."""
+        value = getattr(self, name)
+        if value is None:
+            return len(scales)
+        if not lowest <= operator.index(value) <= len(scales):
+            raise ValueError(f"{name} must be in {lowest} .. {len(scales)}, found {value}")
+        return value
+
+
+def _check(message: str, value, holds) -> None:
+    """Raises ValueError unless a value, or each of a tuple, holds what it must."""
+    for one in value if isinstance(value, tuple) else (value,):
+        if not holds(one):
+            raise ValueError(f"{message}, found {one}")
