@@ -1,108 +1,134 @@
-"""Makes images with a trained VAR: a grid, coarse-to-fine strips, samples.npz, single PNGs on request.
+"""Makes images with a trained VAR: samples.npz, a grid, coarse-to-fine strips, single PNGs on request.
 
     python sample.py --workdir=runs/digits --num_per_class=100
     python sample.py --tokenizer=vae_ch160v4096z32.pth --checkpoint=var_d16.pth --labels=207,360 \\
         --guidance=4 --out=out
+    python sample.py --tokenizer=vae_ch160v4096z32.pth --checkpoint=var_d30.pth --classes=0-999 \\
+        --num_per_class=50 --out=fid
+
+Killed, the same command goes on where it was.
 """
 
+import dataclasses
 import sys
+import zlib
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import jax
 import numpy as np
-from absl import app, flags, logging
+from absl import app, flags
+from jax.experimental import multihost_utils
 from tqdm import tqdm
 
 import var_jax
-from var_jax.interop.pth import SUFFIXES
+from var_jax import command_line
 from var_jax.sampling import pictures
+from var_jax.sampling.batch_size import largest_batch
+from var_jax.sampling.generate import as_pixels
+from var_jax.sampling.options import SamplingOptions
+from var_jax.sampling.store import OtherSamples, SamplesNotWritten, SampleStore
 
 FLAGS = flags.FLAGS
-flags.DEFINE_string("workdir", None, "Directory of a run")
-flags.DEFINE_string("tokenizer", None, "Published tokenizer file or a run; by default that of --workdir")
-flags.DEFINE_string("checkpoint", None, "Published VAR file; or a step of the run, `latest` or `best`")
-flags.DEFINE_list("scales", None, "Sides of the token maps of a published file that is not of 256px")
-flags.DEFINE_list("labels", None, "Classes to draw, an image each; by default --num_per_class of each class")
+command_line.define_model_flags()
+command_line.define_sampling_flags()
+flags.DEFINE_list("labels", None, "Classes to draw, an image each; `none` is no class")
+flags.DEFINE_list("classes", None, "Classes to draw --num_per_class images of, e.g. 0-999; by default all")
 flags.DEFINE_integer("num_per_class", 10, "Images of each class where no --labels are given", lower_bound=1)
-flags.DEFINE_integer("seed", 0, "Image i depends on (seed, i) alone")
-flags.DEFINE_float("guidance", None, "Guidance at the last scale, rising from 0 at the first")
-flags.DEFINE_integer("top_k", None, "Draw among so many of the likeliest codes; 0 for all")
-flags.DEFINE_float("top_p", None, "Draw among the likeliest codes that hold this probability; 0 for all")
-flags.DEFINE_bool("smooth", None, "Mix codes instead of drawing one (for looking at)")
-flags.DEFINE_integer("batch", 100, "Images made at once", lower_bound=1)
-flags.DEFINE_string("out", None, "Where to write; by default --workdir, else here")
+flags.DEFINE_integer("batch", None, "Images made at once; by default what the memory holds", lower_bound=1)
 flags.DEFINE_bool("pngs", False, "Also write every image as a PNG of its own")
 
 MAX_GRID = 100  # images in the grid, and strips below each other
-
-
-def load() -> var_jax.LoadedVAR:
-    """The networks that the flags name.
-
-    Raises:
-      UsageError: where they name none.
-    """
-    checkpoint = FLAGS.checkpoint or "latest"
-    is_file = checkpoint.endswith(SUFFIXES)
-    if not (FLAGS.tokenizer or FLAGS.workdir) or not (is_file or FLAGS.workdir):
-        raise app.UsageError("give --workdir of a run, or --tokenizer and --checkpoint of published files")
-    scales = None if FLAGS.scales is None else tuple(int(side) for side in FLAGS.scales)
-    tokenizer = var_jax.load_tokenizer(FLAGS.tokenizer or FLAGS.workdir, scales=scales)
-    if is_file:
-        return var_jax.load_var(checkpoint, tokenizer=tokenizer)
-    return var_jax.load_var(FLAGS.workdir, tokenizer=tokenizer, step=checkpoint)
+PNG_WRITERS = 8  # threads
 
 
 def chosen_labels(model: var_jax.LoadedVAR) -> np.ndarray:
     """Labels to draw: those asked for, or equally many of each class, class by class."""
-    if FLAGS.labels is None:
-        return np.repeat(np.arange(model.num_classes), FLAGS.num_per_class)
-    try:
-        return model.check_labels(np.array([int(label) for label in FLAGS.labels]))
-    except ValueError as error:
-        raise app.UsageError(f"--labels={','.join(FLAGS.labels)}: {error}") from error
+    if FLAGS.labels is not None:
+        return command_line.labels(model, "labels")
+    classes = np.arange(model.num_classes)
+    if FLAGS.classes is not None:
+        classes = command_line.labels(model, "classes")
+    return np.repeat(classes, FLAGS.num_per_class)
 
 
-def write(model: var_jax.LoadedVAR, labels: np.ndarray, images: np.ndarray, tokens: np.ndarray, out: Path):
-    """Writes samples.npz, samples.png, scales.png and single PNGs."""
-    out.mkdir(parents=True, exist_ok=True)
-    np.savez(out / "samples.npz", arr_0=images, arr_1=labels.astype(np.int64))
-    # One row a class where there are several images of each, else the images in their order.
-    per_row = min(FLAGS.num_per_class, 10) if FLAGS.labels is None else min(len(labels), 10)
-    shown = np.arange(len(labels))
+def job(model: var_jax.LoadedVAR, labels: np.ndarray, options: SamplingOptions) -> dict:
+    """All that decides the images: the same job may go on where it was stopped."""
+    weights = (model.params["class_embedding"], model.params["head"]["kernel"])
+    weights += (model.tokenizer.params["quantizer"]["codebook"],)
+    checksum = lambda array: f"{zlib.crc32(np.ascontiguousarray(array)):08x}"  # noqa: E731
+    return {
+        "labels": f"{len(labels)} labels {checksum(labels)}",
+        "weights": " ".join(checksum(np.asarray(array).view(np.uint8)) for array in weights),
+        "seed": FLAGS.seed,
+        **dataclasses.asdict(options),
+    }
+
+
+def write_pngs(images: np.ndarray, labels: np.ndarray, start: int, folder: Path) -> None:
+    def write(i):
+        picture = pictures.Image.fromarray(images[i])
+        pictures.save(picture, folder / f"{start + i:06d}_class{labels[start + i]:04d}.png")
+
+    with ThreadPoolExecutor(PNG_WRITERS) as pool:
+        list(pool.map(write, range(len(images))))
+
+
+def draw_pictures(model: var_jax.LoadedVAR, images: np.ndarray, tokens: np.ndarray, out: Path) -> None:
+    """Writes samples.png, one row a class where there are several images of each, and scales.png."""
+    per_row = min(FLAGS.num_per_class, 10) if FLAGS.labels is None else min(len(images), 10)
+    shown = np.arange(len(images))
     if FLAGS.labels is None:
         shown = shown.reshape(-1, FLAGS.num_per_class)[: MAX_GRID // per_row, :per_row].ravel()
     shown = shown[:MAX_GRID]
     pictures.save(pictures.grid(images[shown], columns=per_row), out / "samples.png")
     first = shown[::per_row] if FLAGS.labels is None else shown[:10]
-    steps = [model.tokenizer.decode(tokens[first], upto=k + 1) for k in range(len(model.tokenizer.scales))]
-    pictures.save(pictures.strips(np.stack(steps, axis=1)), out / "scales.png")
-    if FLAGS.pngs:
-        for i, (image, label) in enumerate(zip(images, labels, strict=True)):
-            picture = pictures.Image.fromarray(image)
-            pictures.save(picture, out / "images" / f"{i:06d}_class{label:04d}.png")
+    pictures.save(pictures.strips(model.tokenizer.decode_steps(tokens[first])), out / "scales.png")
+
+
+def sample(model: var_jax.LoadedVAR, labels: np.ndarray, options: SamplingOptions, out: Path) -> None:
+    config, whole = model.tokenizer.module.config, model.spread()
+    controls = options.controls(model.module.config.schedule, config.num_codes)
+    batch = FLAGS.batch or largest_batch(model.tokenizer.module, model.module, controls, len(labels))
+    chunk = -(-batch // jax.device_count()) * jax.device_count()
+    length = model.module.config.schedule.ends[controls.scales - 1]
+    shape = (config.image_size, config.image_size, 3)
+    writes = jax.process_index() == 0
+    store = SampleStore(out, len(labels), shape, length, job(model, labels, options)) if writes else None
+    start = 0
+    if writes:
+        chunk = store.same_chunk(chunk) if FLAGS.batch is None else chunk
+        start = store.resume(chunk)
+    if jax.process_count() > 1:
+        start, chunk = (int(n) for n in multihost_utils.broadcast_one_to_all(np.array([start, chunk])))
+    batches = whole.generate_batches(labels, FLAGS.seed, chunk, options, start=start, finish=as_pixels)
+    bar = tqdm(
+        total=len(labels), initial=start, unit="image", desc="sampling", mininterval=1, disable=not writes
+    )
+    with bar:
+        for images, tokens in batches:
+            if writes:
+                if FLAGS.pngs:
+                    write_pngs(images, labels, bar.n, out / "images")
+                store.append(images, tokens)
+            bar.update(len(images))
+    if writes:
+        draw_pictures(model, store.images(), store.tokens(), out)
+        store.finish(labels)
+        said = ", ".join(f"{name} {value}" for name, value in dataclasses.asdict(options).items())
+        print(f"{len(labels)} images ({said}): {out}/samples.npz, samples.png, scales.png")
 
 
 def main(argv):
     if len(argv) > 1:
         raise app.UsageError(f"unknown arguments {argv[1:]}")
-    logging.set_verbosity(logging.ERROR)  # Orbax warns of every item that is left unread
+    command_line.start()
     try:
-        model = load()
-    except FileNotFoundError as error:
+        model = command_line.load()
+        labels, options = chosen_labels(model), command_line.options(model)
+        sample(model, labels, options, Path(FLAGS.out or FLAGS.workdir or "."))
+    except (OtherSamples, SamplesNotWritten) as error:
         sys.exit(f"sample.py: {error}")
-    labels = chosen_labels(model)
-    options = {name: getattr(model.options, name) for name in ("guidance", "top_k", "top_p", "smooth")}
-    options |= {name: FLAGS[name].value for name in options if FLAGS[name].value is not None}
-    parts = []
-    with tqdm(total=len(labels), unit="image", desc="sampling", mininterval=1) as bar:
-        for images, tokens in model.generate_batches(labels, FLAGS.seed, FLAGS.batch, **options):
-            parts.append((pictures.to_uint8(images), tokens))
-            bar.update(len(images))
-    images, tokens = (np.concatenate(part) for part in zip(*parts, strict=True))
-    out = Path(FLAGS.out or FLAGS.workdir or ".")
-    write(model, labels, images, tokens, out)
-    said = ", ".join(f"{name} {value}" for name, value in options.items())
-    print(f"{len(images)} images ({said}): {out}/samples.npz, samples.png, scales.png")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,139 @@
+"""Flags that the scripts share: which networks to load, and how to draw."""
+
+import dataclasses
+import logging as python_logging
+import os
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+from absl import app, flags, logging
+
+import var_jax
+from var_jax.interop.pth import SUFFIXES
+from var_jax.sampling.options import SamplingOptions
+
+FLAGS = flags.FLAGS
+PER_SCALE = ("guidance", "top_k", "top_p", "temperature", "smooth")
+
+
+def define_model_flags() -> None:
+    flags.DEFINE_string("workdir", None, "Directory of a run")
+    flags.DEFINE_string("tokenizer", None, "Published tokenizer file or a run; by default that of --workdir")
+    flags.DEFINE_string("checkpoint", None, "Published VAR file; or a step of the run, `latest` or `best`")
+    flags.DEFINE_list("scales", None, "Sides of the token maps of a published file that is not of 256px")
+    flags.DEFINE_string("out", None, "Where to write; by default --workdir, else here")
+
+
+def define_sampling_flags() -> None:
+    """Flags of `SamplingOptions`; what is not given is as in the run, or as published."""
+    flags.DEFINE_integer("seed", 0, "Image i depends on (seed, i) alone")
+    flags.DEFINE_list("guidance", None, "Strength of guidance at the last scale; or one a scale, 0,1,2,...")
+    flags.DEFINE_enum("guidance_schedule", None, ["ramp", "constant"], "How one strength is spread")
+    flags.DEFINE_integer("guidance_until", None, "No guidance from this scale on (0 is the first): faster")
+    flags.DEFINE_list("top_k", None, "Draw among so many of the likeliest codes; 0 for all; or one a scale")
+    flags.DEFINE_list("top_p", None, "Draw among codes that hold this probability; 0 for all; or one a scale")
+    flags.DEFINE_list("temperature", None, "Logits are divided by it; or one a scale")
+    flags.DEFINE_list("smooth", None, "true: mix codes instead of drawing one; or one a scale")
+    flags.DEFINE_integer("upto", None, "Draw the first so many maps only, a coarse preview")
+
+
+def start() -> None:
+    """What every script does first: less noise, and compiled programs kept from run to run."""
+    logging.set_verbosity(logging.ERROR)  # Orbax warns of every item that is left unread
+    keep_compiled_programs()
+
+
+def keep_compiled_programs() -> None:
+    """Keeps compiled programs under ~/.cache/var_jax, or where JAX_COMPILATION_CACHE_DIR says."""
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        cache = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "var_jax" / "xla"
+        jax.config.update("jax_compilation_cache_dir", str(cache))
+    python_logging.getLogger("jax._src.compilation_cache").setLevel(python_logging.ERROR)
+
+
+def load() -> var_jax.LoadedVAR:
+    """The networks that the flags name; ends the script with a message where they do not load.
+
+    Raises:
+      UsageError: where the flags name none.
+    """
+    checkpoint = FLAGS.checkpoint or "latest"
+    is_file = checkpoint.endswith(SUFFIXES)
+    if not (FLAGS.tokenizer or FLAGS.workdir) or not (is_file or FLAGS.workdir):
+        raise app.UsageError("give --workdir of a run, or --tokenizer and --checkpoint of published files")
+    scales = None if FLAGS.scales is None else tuple(numbers("scales", int))
+    try:
+        tokenizer = var_jax.load_tokenizer(FLAGS.tokenizer or FLAGS.workdir, scales=scales)
+        if is_file:
+            return var_jax.load_var(checkpoint, tokenizer=tokenizer)
+        return var_jax.load_var(FLAGS.workdir, tokenizer=tokenizer, step=checkpoint)
+    except (FileNotFoundError, ValueError) as error:  # the message names the file and what is wrong with it
+        sys.exit(f"{Path(sys.argv[0]).name}: {error}")
+
+
+def options(model: var_jax.LoadedVAR, **defaults) -> SamplingOptions:
+    """How to draw: what the flags say, over `defaults`, over what the model's run says.
+
+    Raises:
+      UsageError: naming the flag that is wrong.
+    """
+    given = {}
+    for name in (field.name for field in dataclasses.fields(SamplingOptions)):
+        value = FLAGS[name].value
+        if value is not None:
+            given[name] = _per_scale(name) if name in PER_SCALE else value
+    try:
+        found = dataclasses.replace(model.options, **{**defaults, **given})
+        found.controls(model.module.config.schedule, model.module.config.num_codes)
+    except ValueError as error:
+        raise app.UsageError(str(error)) from error
+    return found
+
+
+def as_keywords(options: SamplingOptions) -> dict:
+    """Options as the methods of a model take them."""
+    return {field.name: getattr(options, field.name) for field in dataclasses.fields(options)}
+
+
+def _per_scale(name: str):
+    """One value, or a tuple of one a scale."""
+    kind = {"top_k": int, "smooth": _yes_or_no}.get(name, float)
+    values = tuple(numbers(name, kind))
+    return values[0] if len(values) == 1 else values
+
+
+def numbers(flag: str, kind) -> list:
+    """The values of a list flag.  Raises UsageError on what is none of that kind."""
+    try:
+        return [kind(value) for value in FLAGS[flag].value]
+    except ValueError as error:
+        raise app.UsageError(f"--{flag}={','.join(FLAGS[flag].value)}: {error}") from error
+
+
+def _yes_or_no(word: str) -> bool:
+    if word.lower() not in ("true", "false", "1", "0"):
+        raise ValueError(f"must be true or false, found {word!r}")
+    return word.lower() in ("true", "1")
+
+
+def labels(model: var_jax.LoadedVAR, flag: str) -> np.ndarray:
+    """Classes that a list flag names: numbers, ranges 0-999, and `none` for no class.
+
+    Raises:
+      UsageError: naming the flag, on what is no class.
+    """
+    words, found = FLAGS[flag].value, []
+    try:
+        for word in words:
+            first, dash, last = word.partition("-")
+            if word == "none":
+                found.append(model.num_classes)
+            elif dash and first:
+                found += range(int(first), int(last) + 1)
+            else:
+                found.append(int(word))
+        return model.check_labels(np.array(found, np.int64))
+    except ValueError as error:
+        raise app.UsageError(f"--{flag}={','.join(words)}: {error}") from error
