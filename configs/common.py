@@ -15,6 +15,7 @@ def data(name: str) -> ConfigDict:
             eval_split="test",
             resize=1.125,  # short side over image size before the random crop
             flip=False,
+            shift=0,  # pixels that half of the training images are moved by at most
             threads=16,  # that read and decode ahead
             workers=0,  # processes that do so instead
         )

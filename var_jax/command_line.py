@@ -11,7 +11,7 @@ import numpy as np
 from absl import app, flags, logging
 
 import var_jax
-from var_jax.interop.pth import SUFFIXES
+from var_jax.interop.tensor_files import SUFFIXES
 from var_jax.sampling.options import SamplingOptions
 
 FLAGS = flags.FLAGS

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from var_jax.interop.pth import read_pth, read_tensors
+from var_jax.interop.pth import read_pth
+from var_jax.interop.tensor_files import read_tensors
 
 
 def write_pth(path, pickled: bytes, storages: dict[str, bytes], compression=zipfile.ZIP_STORED):
@@ -79,21 +80,21 @@ def test_damaged_files_are_named(goldens, tmp_path, cut):
 
 def test_files_that_are_something_else(tmp_path):
     with pytest.raises(FileNotFoundError, match="no such file: .*nothing.pth"):
-        read_tensors(tmp_path / "nothing.pth")
+        read_tensors(tmp_path / "nothing.pth", "tokenizer")
     (tmp_path / "x.bin").write_bytes(b"x")
     with pytest.raises(ValueError, match=r"must be a .pth or .pt or .safetensors file, found '.bin'"):
-        read_tensors(tmp_path / "x.bin")
+        read_tensors(tmp_path / "x.bin", "tokenizer")
     (tmp_path / "x.safetensors").write_bytes(os.urandom(64))
     with pytest.raises(ValueError, match="is not a safetensors file"):
-        read_tensors(tmp_path / "x.safetensors")
+        read_tensors(tmp_path / "x.safetensors", "tokenizer")
     buffer = io.BytesIO()
     pickle.dump([1, 2], buffer, protocol=2)
     write_pth(tmp_path / "list.pth", buffer.getvalue(), {})
     with pytest.raises(ValueError, match="holds no plain state dict"):
-        read_tensors(tmp_path / "list.pth")
+        read_tensors(tmp_path / "list.pth", "tokenizer")
 
 
 def test_safetensors_read_alike(tmp_path):
     tensors = {"a": np.arange(6, dtype=np.float32).reshape(2, 3)}
     save_file(tensors, tmp_path / "x.safetensors")
-    np.testing.assert_array_equal(read_tensors(tmp_path / "x.safetensors")["a"], tensors["a"])
+    np.testing.assert_array_equal(read_tensors(tmp_path / "x.safetensors", "tokenizer")["a"], tensors["a"])

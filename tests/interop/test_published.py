@@ -4,8 +4,8 @@ from safetensors.numpy import save_file
 
 import var_jax
 from tests.conftest import GOLDEN_SCALES, TRANSFORMERS
-from var_jax.interop.pth import read_tensors
 from var_jax.interop.published import next_scale_buffers, next_scale_table, to_published, tokenizer_table
+from var_jax.interop.tensor_files import read_networks, read_tensors
 
 
 def assert_identical(got: dict, want: dict) -> None:
@@ -16,7 +16,7 @@ def assert_identical(got: dict, want: dict) -> None:
 
 
 def test_tokenizer_round_trip_is_the_identity(goldens, golden_tokenizer):
-    tensors = read_tensors(goldens / "vae.pth")
+    tensors = read_tensors(goldens / "vae.pth", "tokenizer")
     params = {**golden_tokenizer.params, "code_hits": tensors["quantize.ema_vocab_hit_SV"]}
     assert_identical(to_published(params, tokenizer_table(golden_tokenizer.module.config)), tensors)
 
@@ -27,7 +27,7 @@ def test_transformer_round_trip_is_the_identity(name, goldens, golden_tokenizer)
     config = model.module.config
     assert (config.depth, config.num_heads, config.num_classes) == (3, 3, 10)
     got = to_published(model.params, next_scale_table(config), next_scale_buffers(config))
-    assert_identical(got, read_tensors(goldens / f"{name}.pth"))
+    assert_identical(got, read_tensors(goldens / f"{name}.pth", "next_scale"))
 
 
 @pytest.fixture
@@ -35,7 +35,9 @@ def changed(goldens, tmp_path):
     """Writes a golden file as .safetensors with changes; returns its path."""
 
     def write(name: str, change) -> str:
-        tensors = {key: np.array(tensor) for key, tensor in read_tensors(goldens / f"{name}.pth").items()}
+        (tensors,) = read_networks(goldens / f"{name}.pth").values()
+        (tensors,) = read_networks(goldens / f"{name}.pth").values()
+        tensors = {key: np.array(tensor) for key, tensor in tensors.items()}
         change(tensors)
         save_file(tensors, tmp_path / f"{name}.safetensors")
         return tmp_path / f"{name}.safetensors"

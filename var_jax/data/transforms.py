@@ -3,7 +3,7 @@
 import io
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 
 class CorruptImage(ValueError):
@@ -39,12 +39,16 @@ class ToPixels:
       size: side of the result.
       resize: the shorter side is first brought to size * resize.
       flip: mirror half of the images (random mode only).
+      shift: move half of the images by up to so many pixels, black coming in (random mode only); for data
+        sets whose images are too small to be enlarged and cropped.
     """
 
-    def __init__(self, name: str, size: int, resize: float, flip: bool):
+    def __init__(self, name: str, size: int, resize: float, flip: bool, shift: int = 0):
         if resize < 1:
             raise ValueError(f"data.resize must be at least 1 (the crop must fit), found {resize}")
-        self.name, self.size, self.resize, self.flip = name, size, resize, flip
+        if shift < 0:
+            raise ValueError(f"data.shift must be 0 or more pixels, found {shift}")
+        self.name, self.size, self.resize, self.flip, self.shift = name, size, resize, flip, shift
 
     def __call__(self, record: dict, rng: np.random.Generator | None = None) -> dict:
         """Crops at random with `rng`, at the centre without."""
@@ -56,6 +60,8 @@ class ToPixels:
                 f"({len(record['image'])} bytes): {error}"
             ) from error
         image = resize_short_side(image, round(self.size * self.resize))
+        if self.shift and rng is not None and rng.random() < 0.5:
+            image = ImageOps.expand(image, self.shift)
         room_x, room_y = image.width - self.size, image.height - self.size
         if rng is None:
             x, y = room_x // 2, room_y // 2

@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 
 from var_jax.interop import published
-from var_jax.interop.pth import SUFFIXES, read_tensors
+from var_jax.interop.published import Tensors
+from var_jax.interop.tensor_files import SUFFIXES, read_tensors
 from var_jax.sampling.options import SamplingOptions
 from var_jax.tokenizer.config import TokenizerConfig
 from var_jax.tokenizer.model import Tokenizer
@@ -34,9 +35,9 @@ def load_tokenizer(
       ValueError: where the tensors do not fit, naming them.
     """
     path, computed = Path(path).expanduser(), compute_dtype(dtype)
-    if not _is_weights(path):
+    if not is_weights(path):
         if not (path / "tokenizer").exists() and (path / "next_scale" / FOLDER).exists():
-            stage = load_config(path / "next_scale" / FOLDER)["stage"]
+            stage = load_config(path / "next_scale" / FOLDER)[1]["stage"]
             if stage["tokenizer"]:
                 return load_tokenizer(stage["tokenizer"], scales or stage["scales"] or None, "latest", dtype)
         params, record = load_params(path / "tokenizer" / FOLDER, step)
@@ -46,15 +47,11 @@ def load_tokenizer(
                 f"the tokenizer under {path} has scales {config.scales}, asked for {tuple(scales)}"
             )
         return Tokenizer(config, computed), params
-    tensors = read_tensors(path)
-    config = published.tokenizer_config(tensors, scales)
-    model = Tokenizer(config, computed)
-    blank = jnp.zeros((1, config.image_size, config.image_size, 3))
-    shapes = _shapes(model, blank)
-    shapes["code_hits"] = jax.ShapeDtypeStruct((len(config.scales), config.num_codes), jnp.float32)
-    params = _with_path(path, tensors, published.tokenizer_table(config), shapes)
+    tensors = read_tensors(path, "tokenizer")
+    config, table, shapes = published_tokenizer(path, tensors, scales)
+    params = with_path(path, published.to_ours, tensors, table, shapes)
     params.pop("code_hits")
-    return model, jax.tree.map(jnp.asarray, params)
+    return Tokenizer(config, computed), jax.tree.map(jnp.asarray, params)
 
 
 def load_next_scale(
@@ -72,23 +69,48 @@ def load_next_scale(
       ValueError: where the tensors do not fit each other or the tokenizer, naming them.
     """
     path, dtype = Path(path).expanduser(), compute_dtype("auto")
-    if not _is_weights(path):
+    if not is_weights(path):
         params, record = load_params(path / "next_scale" / FOLDER, step)
         config = NextScaleConfig(**record["model"])
         _check_fit(path, config, tokenizer)
         return NextScale(config, dtype), params, SamplingOptions(**record["stage"]["sampling"])
-    tensors = read_tensors(path)
-    config = published.next_scale_config(tensors, tokenizer.scales)
+    tensors = read_tensors(path, "next_scale")
+    config, table, shapes, buffers = published_next_scale(path, tensors, tokenizer.scales)
     _check_fit(path, config, tokenizer)
-    model, scales = NextScale(config, dtype), config.schedule
-    inputs = jnp.zeros((1, scales.length - scales.ends[0], config.code_dim))
-    shapes = _shapes(model, jnp.zeros(1, jnp.int32), inputs)
+    params = with_path(path, published.to_ours, tensors, table, shapes, buffers)
+    return NextScale(config, dtype), jax.tree.map(jnp.asarray, params), SamplingOptions()
+
+
+def published_tokenizer(path: Path, tensors: Tensors, scales=None) -> tuple[TokenizerConfig, list, dict]:
+    """Architecture of a published tokenizer, its table of names, and the shapes of our parameters."""
+    config = with_path(path, published.tokenizer_config, tensors, scales)
+    return config, published.tokenizer_table(config), tokenizer_shapes(config)
+
+
+def published_next_scale(
+    path: Path, tensors: Tensors, scales=None
+) -> tuple[NextScaleConfig, list, dict, Tensors]:
+    """Architecture of a published transformer, its table, the shapes of our parameters, its constants."""
+    config = with_path(path, published.next_scale_config, tensors, scales)
     table, buffers = published.next_scale_table(config), published.next_scale_buffers(config)
-    params = _with_path(path, tensors, table, shapes, buffers)
-    return model, jax.tree.map(jnp.asarray, params), SamplingOptions()
+    return config, table, next_scale_shapes(config), buffers
 
 
-def _is_weights(path: Path) -> bool:
+def tokenizer_shapes(config: TokenizerConfig) -> dict:
+    """Our parameters, and the counts of code uses that a published file holds beside them, as shapes."""
+    shapes = _shapes(Tokenizer(config), jnp.zeros((1, config.image_size, config.image_size, 3)))
+    hits = jax.ShapeDtypeStruct((len(config.scales), config.num_codes), jnp.float32)
+    return {**shapes, "code_hits": hits}
+
+
+def next_scale_shapes(config: NextScaleConfig) -> dict:
+    """Our parameters as shapes."""
+    scales = config.schedule
+    inputs = jnp.zeros((1, scales.length - scales.ends[0], config.code_dim))
+    return _shapes(NextScale(config), jnp.zeros(1, jnp.int32), inputs)
+
+
+def is_weights(path: Path) -> bool:
     """Whether a path means a file of weights (be it missing) and not the directory of a run."""
     return path.is_file() or path.suffix in SUFFIXES
 
@@ -97,9 +119,10 @@ def _shapes(model: nn.Module, *inputs) -> dict:
     return nn.meta.unbox(jax.eval_shape(model.init, jax.random.key(0), *inputs))["params"]
 
 
-def _with_path(path: Path, *args) -> dict:
+def with_path(path: Path, function, *args):
+    """Calls a function; a ValueError of it says which file it is about."""
     try:
-        return published.to_ours(*args)
+        return function(*args)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
 

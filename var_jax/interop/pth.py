@@ -1,4 +1,4 @@
-"""Reading tensors from PyTorch `.pth` files without PyTorch, and from `.safetensors`.
+"""Reading tensors from PyTorch `.pth` files without PyTorch.
 
 A `.pth` file is a zip archive: a pickle that says how tensors are laid out, and their bytes.  A
 pickle can name any function of any module to be called on loading; the few that rebuild tensors are
@@ -9,14 +9,10 @@ import collections
 import pickle
 import struct
 import zipfile
-from collections.abc import Mapping
 from pathlib import Path
 
 import ml_dtypes
 import numpy as np
-from safetensors import SafetensorError, safe_open
-
-SUFFIXES = (".pth", ".pt", ".safetensors")
 
 _STORAGES = {
     "FloatStorage": np.float32,
@@ -108,26 +104,3 @@ def _map_entry(path, info: zipfile.ZipInfo, dtype: np.dtype, count: int) -> np.n
         name_length, extra_length = struct.unpack("<26x2H", file.read(30))
     offset = info.header_offset + 30 + name_length + extra_length
     return np.memmap(path, dtype, "r", offset, shape=(count,))
-
-
-def read_tensors(path: str | Path) -> Mapping[str, np.ndarray]:
-    """Named tensors of a `.pth` or `.safetensors` file.
-
-    Raises:
-      ValueError: naming the file and what was found in it instead.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"no such file: {path}")
-    if path.suffix == ".safetensors":
-        try:
-            with safe_open(path, framework="np") as file:
-                return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        except SafetensorError as error:
-            raise ValueError(f"{path} is not a safetensors file: {error}") from error
-    if path.suffix not in SUFFIXES:
-        raise ValueError(f"{path}: weights must be a {' or '.join(SUFFIXES)} file, found {path.suffix!r}")
-    state = read_pth(path)
-    if not isinstance(state, Mapping) or not all(isinstance(t, np.ndarray) for t in state.values()):
-        raise ValueError(f"{path} holds no plain state dict (names to tensors)")
-    return state

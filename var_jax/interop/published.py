@@ -6,13 +6,14 @@ a tensor is laid out there.  The same table reads and writes, so that a round tr
 
 import dataclasses
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 import jax
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from var_jax.scales import SCALES_256, Scales
+from var_jax.interop.tensor_files import release
+from var_jax.scales import SCALES_256, SCALES_512, Scales
 from var_jax.tokenizer.config import TokenizerConfig
 from var_jax.transformer.config import NextScaleConfig
 
@@ -155,6 +156,20 @@ def tokenizer_config(tensors: Tensors, scales=None) -> TokenizerConfig:
     )
 
 
+def check_expressible(config: TokenizerConfig | NextScaleConfig) -> None:
+    """Raises ValueError where the published layout could not say what the architecture is."""
+    problems = []
+    if isinstance(config, TokenizerConfig):
+        blank = TokenizerConfig()
+        for field in ("norm_groups", "l2_normalized"):
+            if getattr(config, field) != getattr(blank, field):
+                problems.append(f"{field} is {getattr(config, field)}, there always {getattr(blank, field)}")
+    elif not config.normalized_attention and config.head_dim != 64:
+        problems.append(f"heads of plain attention are {config.head_dim} wide, there always 64")
+    if problems:
+        raise ValueError("the published layout cannot express this network: " + "; ".join(problems))
+
+
 # --- transformer ----------------------------------------------------------------------------------
 
 
@@ -202,11 +217,26 @@ def next_scale_buffers(config: NextScaleConfig) -> dict[str, np.ndarray]:
     }
 
 
-def next_scale_config(tensors: Tensors, scales) -> NextScaleConfig:
-    """The architecture that the shapes of a published transformer imply, for a tokenizer's scales."""
+def next_scale_config(tensors: Tensors, scales=None) -> NextScaleConfig:
+    """The architecture that the shapes of a published transformer imply.
+
+    Args:
+      tensors: the published state dict.
+      scales: sides of the token maps, those of its tokenizer; by default the published ones of that length.
+
+    Raises:
+      ValueError: if this is no published transformer, or one of other scales.
+    """
     _require(tensors, ("pos_1LC", "word_embed.weight", "class_emb.weight", "head.weight"), "VAR transformer")
     classes, width = tensors["class_emb.weight"].shape
     temperature = tensors.get("blocks.0.attn.scale_mul_1H11")
+    if scales is None:
+        known = {Scales(sides).length: sides for sides in (SCALES_256, SCALES_512)}
+        if (scales := known.get(tensors["pos_1LC"].shape[1])) is None:
+            raise ValueError(
+                f"pos_1LC has shape {tensors['pos_1LC'].shape}, not the {' or '.join(map(str, known))} "
+                "positions of the published 256 or 512 pixels; give scales, the sides of its token maps"
+            )
     length = Scales(scales).length
     if tensors["pos_1LC"].shape[1] != length:
         raise ValueError(
@@ -229,8 +259,46 @@ def next_scale_config(tensors: Tensors, scales) -> NextScaleConfig:
 # --- both -----------------------------------------------------------------------------------------
 
 
+def published_shapes(table: list[Entry], shapes: dict) -> dict[str, tuple[int, ...]]:
+    """Shape of every tensor that a network has in the published layout.
+
+    Args:
+      table: of the network.
+      shapes: our tree of parameters, as anything with a shape.
+    """
+    ours, found = flatten_dict(shapes, sep="/"), {}
+    for entry in table:
+        shape = ours[entry.path].shape[1:] if entry.stacked else ours[entry.path].shape
+        layout = entry.layout.published(np.broadcast_to(np.float32(0), shape))
+        found |= dict.fromkeys(entry.names, layout.shape)
+    return found
+
+
+def check_tensors(tensors: Tensors, table: list[Entry], shapes: dict, buffers: Tensors | None = None) -> None:
+    """Raises ValueError naming every tensor that is missing, unknown, or of another shape or value.
+
+    Arguments as for `to_ours`.
+    """
+    buffers, expected = buffers or {}, published_shapes(table, shapes)
+    problems = [f"missing: {name}" for name in sorted(set(expected) - set(tensors))]
+    unknown = set(tensors) - set(expected) - set(buffers)
+    problems += [f"unknown: {name} {tensors[name].shape}" for name in sorted(unknown)]
+    for name in sorted(set(buffers) & set(tensors)):
+        if not np.array_equal(buffers[name], tensors[name]):
+            problems.append(f"{name} {tensors[name].shape} holds other values than this architecture implies")
+    problems += [
+        f"{name} has shape {tensors[name].shape}, expected {shape}"
+        for name, shape in expected.items()
+        if name in tensors and tensors[name].shape != shape
+    ]
+    if problems:
+        raise ValueError("the tensors do not fit the architecture:\n  " + "\n  ".join(problems))
+
+
 def to_ours(tensors: Tensors, table: list[Entry], shapes: dict, buffers: Tensors | None = None) -> dict:
-    """Published tensors -> our tree of parameters, every tensor accounted for.
+    """Published tensors -> our tree of parameters (float32), every tensor accounted for.
+
+    Takes the memory of the result alone: a tensor that is mapped from a file is let go once it is copied.
 
     Args:
       tensors: the published state dict.
@@ -241,42 +309,39 @@ def to_ours(tensors: Tensors, table: list[Entry], shapes: dict, buffers: Tensors
     Raises:
       ValueError: naming every tensor that is missing, unknown, or of another shape or value.
     """
-    buffers, problems, ours = buffers or {}, [], {}
-    names = {name for entry in table for name in entry.names}
-    problems += [f"missing: {name}" for name in sorted(names - set(tensors))]
-    problems += [
-        f"unknown: {name} {tensors[name].shape}" for name in sorted(set(tensors) - names - set(buffers))
-    ]
-    for name in sorted(set(buffers) & set(tensors)):
-        if not np.array_equal(buffers[name], tensors[name]):
-            problems.append(f"{name} {tensors[name].shape} holds other values than this architecture implies")
-    expected = {path: leaf.shape for path, leaf in flatten_dict(shapes, sep="/").items()}
+    check_tensors(tensors, table, shapes, buffers)
+    flat, ours = flatten_dict(shapes, sep="/"), {}
     for entry in table:
-        want = expected[entry.path][1:] if entry.stacked else expected[entry.path]
-        parts = []
-        for name in [n for n in entry.names if n in tensors]:
-            # A tensor of another rank cannot be laid out: compare as the published file would have it.
-            blank = entry.layout.published(np.broadcast_to(np.float32(0), want))
-            if tensors[name].shape != blank.shape:
-                problems.append(f"{name} has shape {tensors[name].shape}, expected {blank.shape}")
-                continue
-            parts.append(entry.layout.ours(np.asarray(tensors[name], np.float32)))
-        if not problems:
-            ours[entry.path] = np.stack(parts) if entry.stacked else np.ascontiguousarray(parts[0])
-    if problems:
-        raise ValueError("the tensors do not fit the architecture:\n  " + "\n  ".join(problems))
+        ours[entry.path] = np.empty(flat[entry.path].shape, np.float32)
+        for i, name in enumerate(entry.names):
+            part = ours[entry.path][i] if entry.stacked else ours[entry.path]
+            part[...] = entry.layout.ours(tensors[name])
+            release(tensors[name])
     return unflatten_dict(ours, sep="/")
 
 
 def to_published(params: dict, table: list[Entry], buffers: Tensors | None = None) -> dict[str, np.ndarray]:
     """Our tree of parameters -> the published state dict, with its buffers."""
-    flat = {path: np.asarray(jax.device_get(leaf)) for path, leaf in flatten_dict(params, sep="/").items()}
-    tensors = dict(buffers or {})
+    flat = flatten_dict(params, sep="/")
+    return dict(published_tensors(lambda path: np.asarray(jax.device_get(flat[path])), table, buffers))
+
+
+def published_tensors(
+    read: Callable[[str], np.ndarray], table: list[Entry], buffers: Tensors | None = None
+) -> Iterator[tuple[str, np.ndarray]]:
+    """Names and tensors of the published state dict, one parameter of ours at a time.
+
+    Args:
+      read: path of a parameter of ours -> the parameter.
+      table: of the network.
+      buffers: constants that the published network stores beside its parameters.
+    """
+    yield from (buffers or {}).items()
     for entry in table:
-        parts = flat[entry.path] if entry.stacked else [flat[entry.path]]
-        for name, part in zip(entry.names, parts, strict=True):
-            tensors[name] = np.ascontiguousarray(entry.layout.published(part))
-    return tensors
+        leaf = read(entry.path)
+        for i, name in enumerate(entry.names):
+            part = leaf[i] if entry.stacked else leaf
+            yield name, np.ascontiguousarray(entry.layout.published(part))
 
 
 def _count(tensors: Tensors, pattern: str) -> int:

@@ -5,12 +5,17 @@ there is one); `state`, everything else that training goes on from; `data`, the 
 iterator; `config`, what was trained.
 """
 
+import contextlib
 import shutil
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import grain
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
+from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import SingleDeviceSharding
 from orbax.checkpoint import checkpoint_managers
 
@@ -114,18 +119,27 @@ class Checkpoints:
         self._manager.close()
 
     def _guard(self, write) -> None:
-        try:
+        with _explained(self.directory, self._not_lost):
             write()
-        except Exception as error:  # Orbax wraps what the disk said in errors of several kinds
-            if not _from_disk(error):
-                raise
-            self._manager.reload()
-            raise CheckpointNotWritten(
-                f"a checkpoint could not be written under {self.directory}: {error}\n"
-                f"  Nothing is lost: the last complete one is of step {self.latest()}. "
-                f"{shutil.disk_usage(self.directory).free / 2**30:.2f} GiB are free there. "
-                "Make room and run the same command again to go on."
-            ) from error
+
+    def _not_lost(self) -> str:
+        self._manager.reload()
+        return f"  Nothing is lost: the last complete one is of step {self.latest()}. "
+
+
+@contextlib.contextmanager
+def _explained(directory: Path, note: Callable[[], str] = lambda: "  "):
+    """Turns what the disk says into what to do about it."""
+    try:
+        yield
+    except Exception as error:  # Orbax wraps what the disk said in errors of several kinds
+        if not _from_disk(error):
+            raise
+        raise CheckpointNotWritten(
+            f"a checkpoint could not be written under {directory}: {error}\n{note()}"
+            f"{shutil.disk_usage(directory).free / 2**30:.2f} GiB are free there. "
+            "Make room and run the same command again to go on."
+        ) from error
 
 
 def _from_disk(error: BaseException | None) -> bool:
@@ -163,11 +177,12 @@ def check_space(directory: Path, abstract: TrainState) -> None:
         )
 
 
-def load_config(directory: Path, step: int | str = "latest") -> dict:
-    """What was trained, as a checkpoint has it; arguments and errors as for `load_params`."""
+def load_config(directory: Path, step: int | str = "latest") -> tuple[int, dict]:
+    """Step and what was trained, as a checkpoint has it; arguments and errors as for `load_params`."""
     manager, step = _open(directory, step)
     with manager:
-        return manager.restore(step, args=ocp.args.Composite(config=ocp.args.JsonRestore()))["config"]
+        restored = manager.restore(step, args=ocp.args.Composite(config=ocp.args.JsonRestore()))
+    return step, restored["config"]
 
 
 def load_params(directory: Path, step: int | str = "latest") -> tuple[dict, dict]:
@@ -193,6 +208,69 @@ def load_params(directory: Path, step: int | str = "latest") -> tuple[dict, dict
         items = {"params": ocp.args.StandardRestore(abstract), "config": ocp.args.JsonRestore()}
         restored = manager.restore(step, args=ocp.args.Composite(**items))
     return restored["params"], restored["config"]
+
+
+def save_params(directory: Path, params: dict, extra: dict, config: dict) -> None:
+    """Writes a checkpoint of step 0 that can be sampled from, in little more memory than the parameters.
+
+    Args:
+      directory: folder of the checkpoints of a stage; must hold none.
+      params: host arrays.
+      extra: what the task carries in its state.
+      config: as the training loop saves it.
+
+    Raises:
+      FileExistsError: where there is a checkpoint already.
+      CheckpointNotWritten: if the disk is full.
+    """
+    directory = Path(directory).absolute()
+    if directory.exists() and any(directory.iterdir()):
+        raise FileExistsError(f"{directory} holds checkpoints already; give another directory")
+    # Orbax would copy every array first, for saving in the background; here it is waited for.
+    numpy_handler = ocp.type_handlers.NumpyHandler(deepcopy_host_arrays=False)
+    registry = ocp.type_handlers.create_type_handler_registry((np.ndarray, numpy_handler))
+    handler = partial(
+        ocp.PyTreeCheckpointHandler,
+        save_concurrent_gb=1,
+        type_handler_registry=registry,
+        use_ocdbt=False,
+        use_compression=False,
+    )
+    manager = ocp.CheckpointManager(
+        directory,
+        options=ocp.CheckpointManagerOptions(enable_async_checkpointing=False, cleanup_tmp_directories=True),
+        item_handlers={"params": handler(), "state": handler(), "config": ocp.JsonCheckpointHandler()},
+    )
+    items = ocp.args.Composite(
+        params=ocp.args.PyTreeSave(params),
+        state=ocp.args.PyTreeSave({"extra": extra}),
+        config=ocp.args.JsonSave(config),
+    )
+    with manager, _explained(directory):
+        manager.save(0, args=items)
+
+
+class SavedArrays:
+    """The arrays of one item of a checkpoint (`params` or `state`), read one at a time by their paths."""
+
+    def __init__(self, directory: Path, step: int, item: str):
+        self._where, self._handler = (
+            Path(directory).absolute() / str(step) / item,
+            ocp.PyTreeCheckpointHandler(),
+        )
+        tree = self._handler.metadata(self._where).tree if self._where.exists() else {}
+        self._leaves = flatten_dict(tree, sep="/")
+
+    def __contains__(self, path: str) -> bool:
+        return path in self._leaves
+
+    def read(self, path: str) -> np.ndarray:
+        """The array at a path like `quantizer/codebook`."""
+        leaf = self._leaves[path]
+        abstract = unflatten_dict({path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)}, sep="/")
+        args = unflatten_dict({path: ocp.RestoreArgs(restore_type=np.ndarray)}, sep="/")
+        restore = ocp.args.PyTreeRestore(abstract, restore_args=args, partial_restore=True)
+        return jax.tree.leaves(self._handler.restore(self._where, args=restore))[0]
 
 
 def _open(directory: Path, step: int | str) -> tuple[ocp.CheckpointManager, int]:

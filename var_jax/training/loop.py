@@ -110,7 +110,8 @@ def train(task: Task, stage: ConfigDict, steps: int, workdir: Path, data: tuple[
 
     # ------------------------------------------------------------------ input
     source, held_out = data
-    transform = ToPixels(source.name, task.image_size, stage.data.resize, stage.data.flip)
+    look = stage.data
+    transform = ToPixels(source.name, task.image_size, look.resize, look.flip, look.shift)
     batches = train_batches(source, transform, cfg.batch, stage.seed, stage.data.threads, stage.data.workers)
     transform_held_out = ToPixels(held_out.name, task.image_size, stage.data.resize, False)
 
@@ -119,7 +120,7 @@ def train(task: Task, stage: ConfigDict, steps: int, workdir: Path, data: tuple[
     record = {"task": task.name, "model": task.model_fields(), "stage": stage.to_dict(), "steps": steps}
     record["tokenizer"] = task.fingerprint
     start = saved.latest() or 0
-    if start:
+    if saved.latest() is not None:
         check_same_run(saved.config(start), record, directory)
         if start >= steps:
             print(f"{task.name}: already trained for {start} steps under {directory}", flush=True)

@@ -61,6 +61,10 @@ class NextScaleTask(Task):
 
     def train_step(self, state, frozen, batch, key):
         tokens, inputs = self._tokens(frozen, batch["image"])
+        return self.train_on_tokens(state, batch["label"], tokens, inputs, key)
+
+    def train_on_tokens(self, state, labels, tokens, inputs, key):
+        """A training step where the images are tokens [B, L] and teacher-forcing input already."""
 
         def loss_fn(params, part, key):
             logits = self.model.apply(
@@ -77,7 +81,7 @@ class NextScaleTask(Task):
             }
             return metrics["loss"], (metrics, ())
 
-        parts = {"label": batch["label"], "tokens": tokens, "inputs": inputs}
+        parts = {"label": labels, "tokens": tokens, "inputs": inputs}
         grads, (metrics, _) = accumulated_gradients(
             loss_fn, state.params, parts, key, self.stage.train.accumulate
         )

@@ -11,7 +11,7 @@ from var_jax.sampling import pictures
 from var_jax.tokenizer.codebook import count_codes, dead_codes, restart
 from var_jax.tokenizer.config import TokenizerConfig
 from var_jax.tokenizer.losses import loss_terms, weighted_sum
-from var_jax.tokenizer.model import Tokenizer, decode, encode
+from var_jax.tokenizer.model import Tokenizer, decode_steps, encode
 from var_jax.training.optimizer import accumulated_gradients, make_optimizer
 from var_jax.training.state import TrainState, apply_gradients
 from var_jax.training.task import Task, compute_dtype, model_config, to_unit_range
@@ -102,8 +102,8 @@ class TokenizerTask(Task):
     def preview(self, params, frozen, images):
         images = to_unit_range(jnp.asarray(images))
         tokens = encode(self.model, params, images)
-        steps = [decode(self.model, params, tokens[:, :end]) for end in self.config.schedule.ends]
-        steps = np.stack([np.asarray(step) for step in [*steps, images]], axis=1) / 2 + 0.5
+        steps = jnp.concatenate([decode_steps(self.model, params, tokens), images[:, None]], axis=1)
+        steps = np.asarray(steps) / 2 + 0.5
         return {
             "reconstructions": pictures.side_by_side(steps[:32, -1], steps[:32, -2]),
             "reconstruction_scales": pictures.strips(steps[:10]),

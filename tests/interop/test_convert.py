@@ -1,0 +1,151 @@
+import re
+
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+import var_jax
+from tests.conftest import GOLDEN_SCALES, TRANSFORMERS
+from tests.interop.test_published import assert_identical
+from var_jax.interop.convert import convert, to_file, to_run
+from var_jax.interop.tensor_files import read_networks, read_tensors, write_safetensors
+from var_jax.scales import SCALES_512, Scales
+
+
+def there_and_back(source, tmp_path, stage) -> dict:
+    """Tensors after file -> run -> file."""
+    convert(source, tmp_path / "run", None, GOLDEN_SCALES, "latest")
+    target = tmp_path / "back.safetensors"
+    convert(tmp_path / "run", target, stage, None, "latest")
+    return read_tensors(target, stage)
+
+
+def test_a_tokenizer_goes_to_a_run_and_back_unchanged(goldens, tmp_path):
+    got = there_and_back(goldens / "vae.pth", tmp_path, "tokenizer")
+    assert_identical(got, read_tensors(goldens / "vae.pth", "tokenizer"))
+
+
+@pytest.mark.parametrize("name", TRANSFORMERS)
+def test_a_transformer_goes_to_a_run_and_back_unchanged(name, goldens, tmp_path):
+    got = there_and_back(goldens / f"{name}.pth", tmp_path, "next_scale")
+    assert_identical(got, read_tensors(goldens / f"{name}.pth", "next_scale"))
+
+
+def test_a_converted_run_draws_what_the_files_do(goldens, golden_tokenizer, tmp_path):
+    for name in ("vae", "var"):
+        to_run(goldens / f"{name}.pth", tmp_path, GOLDEN_SCALES)
+    tokenizer = var_jax.load_tokenizer(tmp_path)
+    model = var_jax.load_var(tmp_path, tokenizer=tokenizer)
+    want = var_jax.load_var(goldens / "var.pth", tokenizer=golden_tokenizer)
+    np.testing.assert_array_equal(model.generate([1, 2]), want.generate([1, 2]))
+    with pytest.raises(ValueError, match="has tokenizer and next_scale: say which with --stage"):
+        to_file(tmp_path, None, tmp_path / "x.safetensors")
+    with pytest.raises(FileExistsError, match="holds checkpoints already"):
+        to_run(goldens / "vae.pth", tmp_path, GOLDEN_SCALES)
+
+
+def test_a_trained_run_of_a_layout_that_the_published_one_cannot_express(tiny_run, tmp_path):
+    with pytest.raises(ValueError, match="norm_groups is 4, there always 32"):
+        to_file(tiny_run, "tokenizer", tmp_path / "x.safetensors")
+
+
+def test_a_trained_transformer_goes_to_a_file_and_back(tiny_run, tmp_path):
+    to_file(tiny_run, "next_scale", tmp_path / "x.safetensors")
+    tokenizer = var_jax.load_tokenizer(tiny_run)
+    model = var_jax.load_var(tmp_path / "x.safetensors", tokenizer=tokenizer)
+    want = var_jax.load_var(tiny_run, tokenizer=tokenizer)
+    np.testing.assert_array_equal(model.params["head"]["kernel"], want.params["head"]["kernel"])
+    assert model.module.config.num_heads == want.module.config.num_heads == 4
+
+
+def test_checkpoints_of_the_published_trainer(goldens, golden_tokenizer, tmp_path, monkeypatch):
+    """Both networks, nested beside the state of the optimiser."""
+    nested = {
+        "epoch": 3,
+        "args": {"bs": 768, "pn": "256"},
+        "trainer": {
+            "config": {"label_smooth": 0.0},
+            "vae_local": read_tensors(goldens / "vae.pth", "tokenizer"),
+            "var_wo_ddp": read_tensors(goldens / "var.pth", "next_scale"),
+            "var_opt": {"optimizer": {"state": {0: {"step": 5}}}},
+        },
+    }
+    monkeypatch.setattr("var_jax.interop.tensor_files.read_pth", lambda path: nested)
+    path = tmp_path / "ar-ckpt-last.pth"
+    path.write_bytes(b"")
+    assert len(to_run(path, tmp_path / "run", GOLDEN_SCALES)) == 2
+    tokenizer = var_jax.load_tokenizer(tmp_path / "run")
+    np.testing.assert_array_equal(
+        tokenizer.params["quantizer"]["codebook"], golden_tokenizer.params["quantizer"]["codebook"]
+    )
+    assert var_jax.load_var(path, tokenizer=tokenizer).depth == 3
+    del nested["trainer"]["vae_local"]
+    with pytest.raises(ValueError, match=r"holds next_scale, but no tokenizer \(vae_local\)"):
+        var_jax.load_tokenizer(path)
+
+
+def test_512_pixels_are_known_by_the_length(tmp_path):
+    from var_jax.interop.published import next_scale_config
+
+    tensors = {
+        "pos_1LC": np.zeros((1, Scales(SCALES_512).length, 64), np.float32),
+        "word_embed.weight": np.zeros((64, 32)),
+        "blocks.0.attn.q_bias": np.zeros(64),
+        "class_emb.weight": np.zeros((1001, 64)),
+        "head.weight": np.zeros((4096, 64)),
+    }
+    assert next_scale_config(tensors).scales == SCALES_512
+    tensors["pos_1LC"] = np.zeros((1, 30, 64))
+    with pytest.raises(ValueError, match=r"\(1, 30, 64\), not the 680 or 2240 positions.*give scales"):
+        next_scale_config(tensors)
+
+
+def test_files_and_runs_are_told_apart(goldens, tiny_run, tmp_path):
+    with pytest.raises(ValueError, match="is a file, so the target must be the directory of a run"):
+        convert(goldens / "vae.pth", tmp_path / "x.pth", None, None, "latest")
+    with pytest.raises(ValueError, match="is a run, so the target must be a .pth or .pt or"):
+        convert(tiny_run, tmp_path / "x", None, None, "latest")
+    with pytest.raises(FileNotFoundError, match="no such file: .*nothing.pth"):
+        convert(tmp_path / "nothing.pth", tmp_path / "run", None, None, "latest")
+    with pytest.raises(FileNotFoundError, match="is no run: it has neither tokenizer nor next_scale"):
+        convert(tmp_path, tmp_path / "x.pth", None, None, "latest")
+
+
+def test_truncated_and_foreign_files_leave_no_run(goldens, tmp_path):
+    cut = tmp_path / "cut.pth"
+    cut.write_bytes((goldens / "vae.pth").read_bytes()[:-500])
+    foreign = tmp_path / "foreign.safetensors"
+    save_file({"resnet.weight": np.zeros(3, np.float32)}, foreign)
+    for path, message in ((cut, "cut.pth is not a zip archive"), (foreign, "no published VAR transformer")):
+        with pytest.raises(ValueError, match=message):
+            to_run(path, tmp_path / "run", GOLDEN_SCALES)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_file_that_could_not_be_finished_is_not_there(tmp_path):
+    def tensors():
+        yield "a", np.zeros(3, np.float32)
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(OSError, match="No space left"):
+        write_safetensors(tmp_path / "x.safetensors", {"a": (3,), "b": (2,)}, tensors(), {})
+    with pytest.raises(ValueError, match="announced but not given: b"):
+        write_safetensors(
+            tmp_path / "x.safetensors", {"a": (3,), "b": (2,)}, iter([("a", np.zeros(3, np.float32))]), {}
+        )
+    assert not list(tmp_path.iterdir())
+
+
+def test_pth_is_written_by_pytorch_alone(goldens, tmp_path):
+    """With the extra `torch`: the file reads back the same.  Without: the message says what to install."""
+    to_run(goldens / "var.pth", tmp_path / "run", GOLDEN_SCALES)
+    target = tmp_path / "var.pth"
+    try:
+        import torch  # noqa: F401
+    except ModuleNotFoundError:
+        with pytest.raises(ModuleNotFoundError, match=re.escape("pip install -e '.[torch]'")):
+            to_file(tmp_path / "run", "next_scale", target)
+        assert not target.exists()
+        return
+    to_file(tmp_path / "run", "next_scale", target)
+    assert_identical(read_networks(target)[None], read_tensors(goldens / "var.pth", "next_scale"))

@@ -1,0 +1,189 @@
+"""How fast the published networks run here: images/s, compile time, memory, share of the chip's peak.
+
+    python -m var_jax.benchmarks.throughput sample --depth 16 --batch 8
+    python -m var_jax.benchmarks.throughput train --depth 16 --batch 8 --against ../shared/peer/torch_var.py
+
+Prints one JSON line.  Weights are random: speed does not depend on them.  `--against` first runs a PyTorch
+yardstick of the same shape in this call (it needs the extra `torch`) and adds its line and the ratio.  The
+yardstick knows neither encoder nor decoder, so the ratio is of what it does: sampling without the decoder,
+training from tokens.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from functools import partial
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from ml_collections import ConfigDict
+
+from configs import var
+from var_jax.sampling.generate import generate, image_keys
+from var_jax.sampling.options import SamplingOptions
+from var_jax.sampling.precision import in_compute_dtype
+from var_jax.scales import SCALES_256, SCALES_512
+from var_jax.tokenizer import model as tokenizer_model
+from var_jax.tokenizer.config import TokenizerConfig
+from var_jax.tokenizer.model import Tokenizer
+from var_jax.training.logging import peak_flops
+from var_jax.training.next_scale_task import NextScaleTask
+from var_jax.training.state import TrainState, count_parameters
+from var_jax.training.task import compute_dtype
+from var_jax.transformer.flops import generation_flops, training_flops
+
+CLASSES = 1000
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("what", choices=["sample", "train", "encode", "decode"])
+    parser.add_argument("--depth", type=int, default=16)
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--size", type=int, default=256, choices=[256, 512])
+    parser.add_argument("--dtype", default="auto", help="auto (bfloat16, float32 on CPU), float32, bfloat16")
+    parser.add_argument("--repeats", type=int, default=10, help="of which the median counts")
+    parser.add_argument("--guidance_until", type=int, help="sample: no guidance from this scale on")
+    parser.add_argument("--remat", action="store_true", help="train: keep little for the backward pass")
+    parser.add_argument("--against", help="path of the PyTorch yardstick")
+    parser.add_argument("--compile", action="store_true", help="the yardstick under torch.compile")
+    return parser.parse_args()
+
+
+def yardstick(args: argparse.Namespace, dtype: str) -> dict:
+    """The line that the PyTorch yardstick prints; runs while JAX holds no device yet."""
+    command = [sys.executable, args.against, args.what, f"--depth={args.depth}", f"--batch={args.batch}"]
+    command += [f"--size={args.size}", f"--repeats={args.repeats}", f"--dtype={dtype}"]
+    done = subprocess.run(command + ["--compile"] * args.compile, capture_output=True, text=True)
+    if done.returncode:
+        sys.exit(f"the yardstick failed (it needs pip install -e '.[torch]'):\n{done.stderr[-2000:]}")
+    return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+def measure(function: Callable, *inputs, repeats: int, carry: bool = False) -> dict:
+    """Compiles and times a jitted function.
+
+    Args:
+      function: jitted.
+      carry: its first output is its first input of the next call (and is donated).
+
+    Returns:
+      compile_s, the median of `seconds`, and peak_gib: as the device tells, else as the compiler does.
+    """
+    start = time.perf_counter()
+    compiled = function.lower(*inputs).compile()
+    compile_s, times, inputs = time.perf_counter() - start, [], list(inputs)
+    for _ in range(2 + repeats):  # the first two warm up
+        start = time.perf_counter()
+        found = jax.block_until_ready(compiled(*inputs))
+        times.append(time.perf_counter() - start)
+        if carry:
+            inputs[0] = found[0]
+    memory, stats = compiled.memory_analysis(), jax.devices()[0].memory_stats() or {}
+    parts = ("argument_size_in_bytes", "output_size_in_bytes", "temp_size_in_bytes")
+    needed = sum(getattr(memory, part) for part in parts) - memory.alias_size_in_bytes
+    return {
+        "seconds": round(float(np.median(times[2:])), 5),
+        "compile_s": round(compile_s, 1),
+        "peak_gib": round(stats.get("peak_bytes_in_use", needed) / 2**30, 2),
+    }
+
+
+def make_networks(args: argparse.Namespace) -> tuple[Tokenizer, NextScaleTask]:
+    """The published architectures; d36 and 512 pixels share adaLN as published."""
+    dtype = compute_dtype(args.dtype)
+    scales = SCALES_256 if args.size == 256 else SCALES_512
+    tokenizer = Tokenizer(TokenizerConfig(scales=scales), dtype)
+    stage = ConfigDict(var.get_config("d16" if args.size == 256 else "d36"))
+    stage.model.update(depth=args.depth, width=64 * args.depth, num_heads=args.depth)
+    stage.train.update(batch=args.batch, dtype=dtype.name, remat=args.remat)
+    return tokenizer, NextScaleTask(stage, 1000, tokenizer, {}, CLASSES)
+
+
+def parameters(init: Callable) -> dict:
+    return nn.meta.unbox(jax.jit(init)(jax.random.key(0)))
+
+
+def tokenizer_parameters(tokenizer: Tokenizer) -> dict:
+    side = tokenizer.config.image_size
+    params = parameters(lambda key: tokenizer.init(key, jnp.zeros((1, side, side, 3)))["params"])
+    return in_compute_dtype(params, tokenizer.dtype)
+
+
+def sample(args: argparse.Namespace, tokenizer: Tokenizer, task: NextScaleTask) -> dict:
+    params = in_compute_dtype(parameters(lambda key: task.init(key)[0]), task.model.dtype)
+    options = SamplingOptions(guidance_until=args.guidance_until)
+    controls = options.controls(task.config.schedule, task.config.num_codes)
+    labels = jnp.arange(args.batch, dtype=jnp.int32) % CLASSES
+    inputs = (
+        tokenizer_parameters(tokenizer),
+        params,
+        labels,
+        image_keys(0, jnp.arange(args.batch)),
+        controls,
+    )
+    draw = partial(generate, tokenizer, task.model)
+    found = measure(jax.jit(lambda *inputs: draw(*inputs)[0]), *inputs, repeats=args.repeats)
+    tokens_alone = measure(jax.jit(lambda *inputs: draw(*inputs)[1]), *inputs, repeats=args.repeats)
+    seconds = tokens_alone["seconds"]
+    found["without_decoder"] = {"seconds": seconds, "images_per_s": round(args.batch / seconds, 3)}
+    flops = generation_flops(task.config, controls.guided) * args.batch
+    return found | {"tflops": flops / seconds / 1e12, "parameters": count_parameters(params)}
+
+
+def train(args: argparse.Namespace, tokenizer: Tokenizer, task: NextScaleTask) -> dict:
+    params = parameters(lambda key: task.init(key)[0])
+    count = count_parameters(params)
+    state = TrainState(jnp.zeros((), jnp.int32), params, None, jax.jit(task.optimizer.init)(params), {})
+    rng, length = np.random.default_rng(0), task.config.schedule.length
+    tokens = jnp.asarray(rng.integers(0, task.config.num_codes, (args.batch, length)), jnp.int32)
+    inputs = jnp.asarray(rng.standard_normal((args.batch, length - 1, task.config.code_dim)), jnp.float32)
+    labels = jnp.asarray(rng.integers(0, CLASSES, args.batch), jnp.int32)
+    step = jax.jit(task.train_on_tokens, donate_argnums=0)
+    key = jax.random.key(0)
+    found = measure(step, state, labels, tokens, inputs, key, repeats=args.repeats, carry=True)
+    flops = training_flops(task.config) * args.batch
+    return found | {"tflops": flops / found["seconds"] / 1e12, "parameters": count}
+
+
+def through_tokenizer(args: argparse.Namespace, tokenizer: Tokenizer, task: NextScaleTask) -> dict:
+    """encode: images to tokens; decode: tokens to images."""
+    params, side = tokenizer_parameters(tokenizer), tokenizer.config.image_size
+    if args.what == "encode":
+        inputs = jnp.zeros((args.batch, side, side, 3))
+    else:
+        inputs = jnp.zeros((args.batch, tokenizer.config.schedule.length), jnp.int32)
+    function = jax.jit(partial(getattr(tokenizer_model, args.what), tokenizer))
+    found = measure(function, params, inputs, repeats=args.repeats)
+    flops = function.lower(params, inputs).cost_analysis()["flops"]  # no loops: XLA counts rightly
+    return found | {"tflops": flops / found["seconds"] / 1e12, "parameters": count_parameters(params)}
+
+
+def main():
+    args = arguments()
+    if args.against and args.what not in ("sample", "train"):
+        sys.exit("--against: the yardstick knows sample and train")
+    on_cpu = jax.config.jax_platforms == "cpu"
+    dtype = args.dtype if args.dtype != "auto" else ("float32" if on_cpu else "bfloat16")
+    peer = yardstick(args, dtype) if args.against else None
+    tokenizer, task = make_networks(args)
+    run = {"sample": sample, "train": train}.get(args.what, through_tokenizer)
+    found = run(args, tokenizer, task)
+    line = {"what": args.what, "depth": args.depth, "batch": args.batch, "size": args.size}
+    line |= {"device": jax.devices()[0].device_kind, "dtype": jnp.dtype(tokenizer.dtype).name, **found}
+    line |= {"images_per_s": round(args.batch / found["seconds"], 3), "tflops": round(found["tflops"], 3)}
+    if peak := peak_flops(jax.devices()[0]):
+        line["share_of_peak"] = round(found["tflops"] * 1e12 / peak, 3)
+    if peer:
+        same = found.get("without_decoder", line)["images_per_s"]
+        line |= {"against": peer, "ratio": round(same / peer["images_per_s"], 3)}
+    print(json.dumps(line))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,159 @@
+"""Converts weights between the published layout and a run directory of ours.
+
+    python -m var_jax.interop.convert vae_ch160v4096z32.pth runs/published
+    python -m var_jax.interop.convert var_d16.pth runs/published
+    python -m var_jax.interop.convert runs/published vae.safetensors --stage=tokenizer
+    python -m var_jax.interop.convert runs/published var_d16.pth --stage=next_scale    # extra `torch`
+
+Tensors go one parameter at a time: nothing is held twice.  Every tensor is accounted for; a file that lacks
+one, or has one too many or of another shape, is refused with their names.  What a file holds (tokenizer,
+transformer, or both in a checkpoint of the published trainer) is seen from its names, and the architecture
+from its shapes.
+"""
+
+import dataclasses
+import sys
+from pathlib import Path
+
+import numpy as np
+from absl import app, flags, logging
+
+from var_jax.interop import published
+from var_jax.interop.load import (
+    next_scale_shapes,
+    published_next_scale,
+    published_tokenizer,
+    tokenizer_shapes,
+    with_path,
+)
+from var_jax.interop.tensor_files import SUFFIXES, read_networks, write_pth, write_safetensors
+from var_jax.sampling.options import SamplingOptions
+from var_jax.tokenizer.config import TokenizerConfig
+from var_jax.training.checkpoint import (
+    FOLDER,
+    CheckpointMissing,
+    CheckpointNotWritten,
+    SavedArrays,
+    load_config,
+    save_params,
+)
+from var_jax.transformer.config import NextScaleConfig
+
+FLAGS = flags.FLAGS
+STAGES = ("tokenizer", "next_scale")
+
+
+def to_run(source: Path, run: Path, scales: tuple[int, ...] | None = None) -> list[str]:
+    """Writes what a file in the published layout holds as stages of a run.
+
+    Args:
+      source: `.pth` or `.safetensors`.
+      run: directory of the run; may hold the other stage already.
+      scales: sides of the token maps, where they are not the published ones.
+
+    Returns:
+      A line for each stage that was written.
+
+    Raises:
+      ValueError: naming the tensors that do not fit.
+      FileExistsError: where the run has that stage already.
+    """
+    said = []
+    for kind, tensors in read_networks(source).items():
+        kind = kind or ("tokenizer" if "quantize.embedding.weight" in tensors else "next_scale")
+        if kind == "tokenizer":
+            config, table, shapes = published_tokenizer(source, tensors, scales)
+            params = with_path(source, published.to_ours, tensors, table, shapes)
+            extra = {"code_hits": params.pop("code_hits")}
+        else:
+            config, table, shapes, buffers = published_next_scale(source, tensors, scales)
+            params, extra = with_path(source, published.to_ours, tensors, table, shapes, buffers), {}
+        save_params(run / kind / FOLDER, params, extra, _record(kind, config, source))
+        said.append(f"{run / kind}: {kind} of {source}, {len(tensors)} tensors, scales {config.scales}")
+    return said
+
+
+def _record(kind: str, config: TokenizerConfig | NextScaleConfig, source: Path) -> dict:
+    """What the training loop would have saved beside the parameters."""
+    stage = {"task": kind, "converted_from": str(source.absolute())}
+    if kind == "next_scale":
+        stage |= {"tokenizer": "", "scales": [], "sampling": dataclasses.asdict(SamplingOptions())}
+    return {"task": kind, "model": dataclasses.asdict(config), "stage": stage, "steps": 0}
+
+
+def to_file(run: Path, stage: str | None, target: Path, step: int | str = "latest") -> list[str]:
+    """Writes a stage of a run as a file in the published layout.
+
+    Args:
+      run: directory of a run.
+      stage: `tokenizer` or `next_scale`; may be left out where the run has one alone.
+      target: `.pth` (needs PyTorch) or `.safetensors`.
+      step: checkpoint of the run: a step, `latest` or `best`.
+
+    Raises:
+      ValueError: on a stage that is not there, or a file of another kind.
+      CheckpointMissing: where the run has no checkpoint.
+    """
+    there = [name for name in STAGES if (run / name / FOLDER).exists()]
+    if not there:
+        raise CheckpointMissing(f"{run} is no run: it has neither {' nor '.join(STAGES)}")
+    if stage is None and len(there) > 1:
+        raise ValueError(f"{run} has {' and '.join(there)}: say which with --stage")
+    stage = stage or there[0]
+    folder = run / stage / FOLDER
+    step, record = load_config(folder, step)
+    if stage == "tokenizer":
+        config = TokenizerConfig(**record["model"])
+        table, shapes, buffers = published.tokenizer_table(config), tokenizer_shapes(config), {}
+    else:
+        config = NextScaleConfig(**record["model"])
+        table, shapes = published.next_scale_table(config), next_scale_shapes(config)
+        buffers = published.next_scale_buffers(config)
+    published.check_expressible(config)
+
+    params, state = (SavedArrays(folder, step, item) for item in ("params", "state"))
+
+    def read(path: str) -> np.ndarray:
+        return state.read("extra/code_hits") if path == "code_hits" else params.read(path)
+
+    tensors = published.published_tensors(read, table, buffers)
+    if target.suffix == ".safetensors":
+        announced = {name: tensor.shape for name, tensor in buffers.items()}
+        announced |= published.published_shapes(table, shapes)
+        dtypes = {name: tensor.dtype for name, tensor in buffers.items()}
+        write_safetensors(target, announced, tensors, dtypes)
+    else:
+        write_pth(target, tensors)
+    return [f"{target}: {stage} of {run}, step {step}, {target.stat().st_size / 2**20:.1f} MiB"]
+
+
+def convert(source: Path, target: Path, stage: str | None, scales, step: int | str) -> list[str]:
+    """To a run if the source is a file, to a file if it is a run; see `to_run` and `to_file`."""
+    if source.is_dir():
+        if target.suffix not in SUFFIXES:
+            raise ValueError(
+                f"{source} is a run, so the target must be a {' or '.join(SUFFIXES)} file: {target}"
+            )
+        return to_file(source, stage, target, step)
+    if target.suffix in SUFFIXES:
+        raise ValueError(f"{source} is a file, so the target must be the directory of a run: {target}")
+    return to_run(source, target, scales)
+
+
+def main(argv):
+    if len(argv) != 3:
+        raise app.UsageError("give SRC and DST: a published file and a run directory, or the other way round")
+    logging.set_verbosity(logging.ERROR)  # Orbax warns of every item that is left unread
+    scales = None if FLAGS.scales is None else tuple(int(side) for side in FLAGS.scales)
+    source, target = (Path(path).expanduser() for path in argv[1:])
+    try:
+        print("\n".join(convert(source, target, FLAGS.stage, scales, FLAGS.step)))
+    except (ValueError, OSError, CheckpointNotWritten, ModuleNotFoundError) as error:
+        sys.exit(f"convert: {error}")
+
+
+if __name__ == "__main__":
+    flags.DEFINE_enum("stage", None, STAGES, "Which stage of a run to write; needed where it has both")
+    flags.DEFINE_list("scales", None, "Sides of the token maps of a file that is not of 256 or 512 pixels")
+    flags.DEFINE_string("step", "latest", "Checkpoint of a run: a step, latest or best")
+    app.run(main)
