@@ -12,6 +12,7 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 from var_jax import stages
+from var_jax.command_line import keep_compiled_programs
 from var_jax.data.sources import DataSetMissing
 from var_jax.data.transforms import CorruptImage
 from var_jax.training.checkpoint import CheckpointMissing, CheckpointNotWritten
@@ -24,6 +25,7 @@ def main(argv):
     if len(argv) > 1:
         raise app.UsageError(f"unknown arguments {argv[1:]}")
     logging.set_verbosity(logging.WARNING)  # Orbax reports every file at INFO
+    keep_compiled_programs()
     tfds.disable_progress_bar()
     try:
         stages.run(CONFIG.value, WORKDIR.value)

@@ -12,8 +12,8 @@ from PIL import Image
 from tests.conftest import REPOSITORY
 
 
-def command(*arguments) -> subprocess.CompletedProcess:
-    environment = {**os.environ, "XLA_FLAGS": ""}
+def command(*arguments, xla_flags: str = "") -> subprocess.CompletedProcess:
+    environment = {**os.environ, "XLA_FLAGS": xla_flags}
     return subprocess.run(
         [sys.executable, *arguments],
         cwd=REPOSITORY,

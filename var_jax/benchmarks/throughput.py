@@ -55,8 +55,10 @@ def arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def yardstick(args: argparse.Namespace, dtype: str) -> dict:
+def yardstick(args: argparse.Namespace) -> dict:
     """The line that the PyTorch yardstick prints; runs while JAX holds no device yet."""
+    ask = f"from var_jax.training.task import compute_dtype; print(compute_dtype({args.dtype!r}))"
+    dtype = subprocess.run([sys.executable, "-c", ask], capture_output=True, text=True).stdout.strip()
     command = [sys.executable, args.against, args.what, f"--depth={args.depth}", f"--batch={args.batch}"]
     command += [f"--size={args.size}", f"--repeats={args.repeats}", f"--dtype={dtype}"]
     done = subprocess.run(command + ["--compile"] * args.compile, capture_output=True, text=True)
@@ -168,9 +170,7 @@ def main():
     args = arguments()
     if args.against and args.what not in ("sample", "train"):
         sys.exit("--against: the yardstick knows sample and train")
-    on_cpu = jax.config.jax_platforms == "cpu"
-    dtype = args.dtype if args.dtype != "auto" else ("float32" if on_cpu else "bfloat16")
-    peer = yardstick(args, dtype) if args.against else None
+    peer = yardstick(args) if args.against else None
     tokenizer, task = make_networks(args)
     run = {"sample": sample, "train": train}.get(args.what, through_tokenizer)
     found = run(args, tokenizer, task)

@@ -1,0 +1,141 @@
+"""Sampling at scale and editing from the command line, as processes of their own."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tests.conftest import REPOSITORY
+from tests.test_scripts import command
+
+IMAGE_BYTES = 8 * 8 * 3
+COUNT = 300
+
+
+def sampled(run, out, *flags, devices: int = 1) -> tuple[bytes, np.ndarray]:
+    """Samples of the tiny run: the file and its images."""
+    flags = (f"--workdir={run}", f"--out={out}", f"--num_per_class={COUNT // 10}", *flags)
+    done = command("sample.py", *flags, xla_flags=f"--xla_force_host_platform_device_count={devices}")
+    assert done.returncode == 0, done.stderr[-2000:]
+    with np.load(out / "samples.npz") as samples:
+        assert samples["arr_1"].tolist() == np.repeat(np.arange(10), COUNT // 10).tolist()
+        return (out / "samples.npz").read_bytes(), samples["arr_0"].astype(int)
+
+
+@pytest.fixture(scope="module")
+def unbroken(tiny_run, tmp_path_factory):
+    return sampled(tiny_run, tmp_path_factory.mktemp("unbroken"), "--batch=2")
+
+
+def killed_after(run, out, images: int) -> int:
+    """Starts sampling, kills it once so many images are on disk; returns how many there are then."""
+    flags = (f"--workdir={run}", f"--out={out}", f"--num_per_class={COUNT // 10}", "--batch=2")
+    process = subprocess.Popen(
+        [sys.executable, "sample.py", *flags],
+        cwd=REPOSITORY,
+        env={**os.environ, "XLA_FLAGS": ""},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    file, deadline = out / "samples.partial" / "images.uint8", time.monotonic() + 120
+    done = lambda: file.stat().st_size // IMAGE_BYTES if file.exists() else 0  # noqa: E731
+    while done() < images and time.monotonic() < deadline and process.poll() is None:
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    return done()
+
+
+def test_killed_three_times_it_makes_the_same_file_byte_for_byte(tiny_run, unbroken, tmp_path):
+    there = 0
+    for images in (20, 100, 180):
+        found = killed_after(tiny_run, tmp_path, images)
+        assert max(images, there) <= found < COUNT  # it went on where it was, and was killed on the way
+        there = found
+        assert not (tmp_path / "samples.npz").exists()
+    file, _ = sampled(tiny_run, tmp_path, "--batch=2")
+    assert file == unbroken[0]
+    assert not (tmp_path / "samples.partial").exists()
+
+
+def test_batch_and_devices_do_not_decide_the_images(tiny_run, unbroken, tmp_path):
+    """To 1/255, where a sum in another order falls on the other side of a rounding."""
+    _, sevens = sampled(tiny_run, tmp_path / "7", "--batch=7")
+    _, many = sampled(tiny_run, tmp_path / "64", "--batch=64")
+    _, spread = sampled(tiny_run, tmp_path / "spread", devices=8)
+    for images in (sevens, many, spread):
+        assert np.abs(images - unbroken[1]).max() <= 1
+
+
+def test_unfinished_samples_of_another_call_are_not_mixed(tiny_run, tmp_path):
+    killed_after(tiny_run, tmp_path, 10)
+    flags = (f"--workdir={tiny_run}", f"--out={tmp_path}", f"--num_per_class={COUNT // 10}")
+    done = command("sample.py", *flags, "--seed=5")
+    assert done.returncode != 0 and "seed: 0 there, 5 now" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_classes_and_controls_reach_the_program(tiny_run, tmp_path):
+    flags = ("--classes=2-3,none", "--num_per_class=2", "--guidance=0,1,2", "--top_k=4", "--upto=2")
+    done = command("sample.py", f"--workdir={tiny_run}", f"--out={tmp_path}", *flags, "--smooth=true,0,0")
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "guidance (0.0, 1.0, 2.0)" in done.stdout and "smooth (True, False, False)" in done.stdout
+    with np.load(tmp_path / "samples.npz") as samples:
+        assert samples["arr_1"].tolist() == [2, 2, 3, 3, 10, 10]
+    assert Image.open(tmp_path / "scales.png").size == (2 * 50 + 2, 3 * 50 + 2)  # two maps, three classes
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--top_k=17",), "top_k must be at most the 16 codes of the codebook, 0 for all; found 17"),
+        (("--guidance=1,2",), "guidance must be one value or one for each of the 3 scales"),
+        (("--guidance=high",), "--guidance=high: could not convert string to float"),
+        (("--classes=0-99",), "--classes=0-99: labels must be in 0 .. 10"),
+        (("--classes=3-1",), "--classes=3-1: labels must be int"),
+        (("--smooth=maybe",), "must be true or false, found 'maybe'"),
+    ],
+)
+def test_wrong_controls_are_named(tiny_run, tmp_path, flags, message):
+    done = command("sample.py", f"--workdir={tiny_run}", f"--out={tmp_path}/new", *flags)
+    assert done.returncode != 0 and message in done.stderr + done.stdout
+    assert not (tmp_path / "new").exists()
+
+
+def test_editing_files(tiny_run, tmp_path):
+    rng = np.random.default_rng(0)
+    picture = rng.integers(0, 256, (16, 24, 3)).astype(np.uint8)
+    Image.fromarray(picture).save(tmp_path / "wide.png")
+    flags = (f"--workdir={tiny_run}", f"--image={tmp_path}/wide.png", f"--out={tmp_path}/edit", "--num=2")
+    edit = ("-m", "var_jax.sampling.edit", *flags)
+    done = command(*edit, "--box=0,8,24,16", "--label=3", "--paste_back")
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "24 x 16, cut to a square and resized to 8 x 8" in done.stdout and "50% of them" in done.stdout
+    after = [np.asarray(Image.open(tmp_path / "edit" / f"edit_00{i}.png")).astype(int) for i in (0, 1)]
+    cut = Image.fromarray(picture).crop((4, 0, 20, 16)).resize((8, 8), Image.Resampling.LANCZOS)
+    for image in after:
+        np.testing.assert_array_equal(image[:4], np.asarray(cut)[:4])  # not one pixel outside the mask
+    assert (after[0] != after[1]).any()
+    assert Image.open(tmp_path / "edit" / "edit.png").size == (4 * 50 + 2, 52)  # before, mask, after
+    for wrong, message in (
+        (("--box=0,8,24,17",), "must be left,top,right,bottom inside the image, 24 x 16"),
+        ((f"--mask={REPOSITORY}/README.md",), "README.md is not an image"),
+        ((), "give either --mask=FILE or --box"),
+    ):
+        done = command(*edit, *wrong)
+        assert done.returncode != 0 and message in done.stderr + done.stdout
+
+
+def test_variations_of_a_drawn_image(tiny_run, tmp_path):
+    flags = (f"--workdir={tiny_run}", f"--out={tmp_path}", "--label=1,7", "--num=3")
+    done = command("-m", "var_jax.sampling.vary", *flags)
+    assert done.returncode == 0, done.stderr[-2000:]
+    picture = np.asarray(Image.open(tmp_path / "vary.png")).astype(int)
+    assert picture.shape == (3 * 50 + 2, 4 * 50 + 2, 3)  # a row a scale; the image and three of it
+    rows = picture[2:].reshape(3, 50, -1, 3)[:, :48, 2:50]
+    np.testing.assert_array_equal(rows[0], rows[2])  # the image itself stands first in every row
