@@ -8,6 +8,7 @@ os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", os.path.join(os.getcwd(), ".p
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 
 import dataclasses
+import fcntl
 from pathlib import Path
 
 import flax.linen as nn
@@ -125,11 +126,16 @@ def digits_dir(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def tiny_run(digits_dir, tmp_path_factory) -> Path:
-    """A run of both stages, a few steps long, on eight devices."""
+def tiny_run(digits_dir, tmp_path_factory, worker_id) -> Path:
+    """A run of both stages, a few steps long, on eight devices; made by the first worker that needs it."""
     from tests.training.tiny import tiny_config
     from var_jax.stages import run
 
-    workdir = tmp_path_factory.mktemp("run")
-    run(tiny_config(digits_dir, steps=2), workdir)
-    return workdir
+    folder = tmp_path_factory.getbasetemp()
+    folder = folder if worker_id == "master" else folder.parent
+    with open(folder / "run.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (folder / "run.done").exists():
+            run(tiny_config(digits_dir, steps=2), folder / "run")
+            (folder / "run.done").touch()
+    return folder / "run"

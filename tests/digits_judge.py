@@ -2,8 +2,8 @@
 
     python -m tests.digits_judge runs/digits
 
-Uses scikit-learn's digits and the files of the run only, but for the reconstructions, which it asks
-the public API for.  Prints one JSON line.
+Uses scikit-learn's digits and the files of the run only, but for reconstructions and edits, which it asks the
+public API for.  Prints one JSON line.
 """
 
 import argparse
@@ -63,6 +63,39 @@ def judge(images: np.ndarray, labels: np.ndarray) -> dict:
     }
 
 
+def as_images(digits: np.ndarray, side: int) -> np.ndarray:
+    """[N, 8, 8] in 0 .. 16 -> float32 [N, 8 side, 8 side, 3] in [0, 1], as the data set has them."""
+    pixels = np.round(digits * (255 / 16)).astype(np.uint8).repeat(side, 1).repeat(side, 2)
+    return pixels[..., None].repeat(3, -1).astype(np.float32) / 255
+
+
+def to_files_and_8x8(images: np.ndarray) -> np.ndarray:
+    return to_8x8(np.round(images * 255).astype(np.uint8))
+
+
+def judge_editing(run: Path) -> dict:
+    """Held-out digits whose lower half is made anew, told their class."""
+    digits = load_digits()
+    test = split_off(digits.target)
+    classifier = SVC(gamma=0.001, C=10).fit(digits.data, digits.target)
+    tokenizer = var_jax.load_tokenizer(run)
+    model = var_jax.load_var(run, tokenizer=tokenizer)
+    images = as_images(digits.images[test], tokenizer.module.config.image_size // 8)
+    labels, mask = digits.target[test], np.zeros(images.shape[1:3], bool)
+    mask[len(mask) // 2 :] = True
+    made = model.inpaint(images, mask, labels, **vars(model.options))
+    pasted = model.inpaint(images, mask, labels, paste_back=True, **vars(model.options))
+    decoded = tokenizer.decode(tokenizer.encode(images))
+    right = lambda x: float((classifier.predict(to_files_and_8x8(x)) == labels).mean())  # noqa: E731
+    changed = np.abs(made - decoded).mean((0, 2, 3)).reshape(8, -1).mean(1)
+    return {
+        "edited_right": right(made),
+        "edited_right_pasted": right(pasted),
+        "edited_change_by_row": np.round(changed, 4).tolist(),  # of 1, against what the tokenizer makes of it
+        "pasted_pixels_changed_outside": int((pasted != images)[:, ~mask].sum()),
+    }
+
+
 def judge_reconstructions(run: Path) -> dict:
     """How held-out digits fare through the tokenizer."""
     digits = load_digits()
@@ -71,11 +104,8 @@ def judge_reconstructions(run: Path) -> dict:
     never_saw = SVC(gamma=0.001, C=10).fit(digits.data[~test], digits.target[~test])
     right = lambda classifier, x: float((classifier.predict(x) == digits.target[test]).mean())  # noqa: E731
     tokenizer = var_jax.load_tokenizer(run)
-    side = tokenizer.module.config.image_size // 8
-    real = np.round(digits.images[test] * (255 / 16)).astype(np.uint8)
-    real = real.repeat(side, 1).repeat(side, 2)[..., None].repeat(3, -1)
-    again = tokenizer.decode(tokenizer.encode(real.astype(np.float32) / 255))
-    again = to_8x8(np.round(again * 255).astype(np.uint8))
+    real = as_images(digits.images[test], tokenizer.module.config.image_size // 8)
+    again = to_files_and_8x8(tokenizer.decode(tokenizer.encode(real)))
     return {
         "reconstructions_right": right(knows_all, again),
         "reconstructions_right_unseen": right(never_saw, again),
@@ -91,7 +121,7 @@ def main():
     run = parser.parse_args().run
     with np.load(run / "samples.npz") as samples:
         figures = judge(samples["arr_0"], samples["arr_1"])
-    print(json.dumps(figures | judge_reconstructions(run)))
+    print(json.dumps(figures | judge_reconstructions(run) | judge_editing(run)))
 
 
 if __name__ == "__main__":

@@ -1,10 +1,14 @@
+import dataclasses
 import json
 import shutil
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import var_jax
+from var_jax.sampling.keep import anew_under_mask
+from var_jax.sampling.precision import in_compute_dtype
 
 
 @pytest.fixture(scope="module")
@@ -64,6 +68,68 @@ def test_round_trip_through_golden_files(golden_tokenizer, golden):
 def test_wrong_images(loaded, images, message):
     with pytest.raises(ValueError, match=message):
         loaded[0].encode(images)
+
+
+def test_inpainting_keeps_the_tokens_and_on_request_the_pixels_outside_the_mask(loaded):
+    tokenizer, model = loaded
+    images = np.random.default_rng(1).random((3, 8, 8, 3), dtype=np.float32)
+    mask = np.zeros((8, 8), bool)
+    mask[4:] = True
+    made, tokens = model.inpaint(images, mask, [1, 2, 3], return_tokens=True)
+    given, anew = tokenizer.encode(images), anew_under_mask(mask[None], model.module.config.schedule)[0]
+    np.testing.assert_array_equal(tokens[:, ~anew], given[:, ~anew])
+    assert (tokens[:, anew] != given[:, anew]).mean() > 0.3
+    np.testing.assert_allclose(made, tokenizer.decode(tokens), atol=1e-5)
+    pasted = model.inpaint(images, mask, [1, 2, 3], paste_back=True)
+    np.testing.assert_array_equal(pasted[:, :4], images[:, :4])
+    np.testing.assert_array_equal(pasted[:, 4:], made[:, 4:])
+    # Without labels: as for "no class".  With a mask for each image: as with one for all.
+    none = model.inpaint(images, np.stack([mask] * 3), [10, 10, 10], seed=4)
+    np.testing.assert_array_equal(model.inpaint(images, mask, seed=4), none)
+    for wrong, found in ((mask[:4], r"bool \(4, 8\)"), (mask.astype(int), r"int64 \(8, 8\)")):
+        with pytest.raises(ValueError, match=r"must be bool \(3, 8, 8\) like the images, found " + found):
+            model.inpaint(images, wrong)
+    with pytest.raises(ValueError, match="found 3 images and 2 labels"):
+        model.inpaint(images, mask, [1, 2])
+
+
+def test_variation_keeps_the_coarse_maps(loaded):
+    _, model = loaded
+    _, tokens = model.generate([1, 2, 3], return_tokens=True)
+    for first, start in ((0, 0), (1, 1), (2, 5)):
+        _, varied = model.vary(tokens, first, [1, 2, 3], seed=7, return_tokens=True)
+        np.testing.assert_array_equal(varied[:, :start], tokens[:, :start])
+        assert (varied[:, start:] != tokens[:, start:]).mean() > 0.3
+    # The seed that the image was drawn with gives it again; two at a time as well.
+    _, same = model.vary(tokens, 1, [1, 2, 3], return_tokens=True, batch=2)
+    np.testing.assert_array_equal(same, tokens)
+
+
+def test_eight_devices_share_a_batch(loaded):
+    _, model = loaded
+    spread = model.spread()
+    assert len(spread.params["head"]["kernel"].sharding.device_set) == 8
+    labels = [0, 1, 2, 3, 4]
+    images, tokens = spread.generate(labels, return_tokens=True)
+    want, want_tokens = model.generate(labels, return_tokens=True)
+    np.testing.assert_array_equal(tokens, want_tokens)
+    np.testing.assert_allclose(images, want, atol=1e-5)
+
+
+def test_parameters_are_read_in_the_type_that_they_are_used_in(loaded):
+    params = in_compute_dtype(loaded[1].params, jnp.bfloat16)
+    layers = params["blocks"]["layers"]["attention"]
+    assert layers["qkv"]["kernel"].dtype == layers["q_bias"].dtype == jnp.bfloat16
+    assert params["position_embedding"].dtype == layers["log_temperature"].dtype == jnp.float32
+    tokenizer = in_compute_dtype(loaded[0].params, jnp.bfloat16)
+    assert tokenizer["encoder"]["conv_in"]["kernel"].dtype == jnp.bfloat16
+    assert tokenizer["encoder"]["norm_out"]["bias"].dtype == jnp.float32
+    assert tokenizer["quantizer"]["codebook"].dtype == tokenizer["quantizer"]["phi_bias"].dtype == jnp.float32
+    # The same numbers: a network of that type casts them at every use.
+    module = dataclasses.replace(loaded[1].module, dtype=jnp.dtype(jnp.bfloat16))
+    inputs = (jnp.zeros(1, jnp.int32), jnp.ones((1, 20, 4)))
+    want = module.apply({"params": loaded[1].params}, *inputs)
+    np.testing.assert_array_equal(module.apply({"params": params}, *inputs), want)
 
 
 def test_wrong_tokens_and_labels(loaded):

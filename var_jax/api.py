@@ -192,11 +192,11 @@ class LoadedVAR:
         """
         tokens = self.tokenizer.encode(images)
         images, mask = np.asarray(images, np.float32), np.asarray(mask)
-        mask = np.broadcast_to(mask, images.shape[:3]) if mask.shape == images.shape[1:3] else mask
-        if mask.dtype != bool or mask.shape != images.shape[:3]:
+        if mask.dtype != bool or mask.shape not in (images.shape[:3], images.shape[1:3]):
             raise ValueError(
                 f"mask must be bool {images.shape[:3]} like the images, found {mask.dtype} {mask.shape}"
             )
+        mask = np.broadcast_to(mask, images.shape[:3])
         anew = anew_under_mask(mask, self.module.config.schedule)
         made, tokens = self._anew(tokens, anew, labels, seed, batch, {**EDITING, **options})
         made = np.where(mask[..., None], made, images) if paste_back else made

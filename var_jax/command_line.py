@@ -1,7 +1,6 @@
 """Flags that the scripts share: which networks to load, and how to draw."""
 
 import dataclasses
-import logging as python_logging
 import os
 import sys
 from pathlib import Path
@@ -50,7 +49,6 @@ def keep_compiled_programs() -> None:
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         cache = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "var_jax" / "xla"
         jax.config.update("jax_compilation_cache_dir", str(cache))
-    python_logging.getLogger("jax._src.compilation_cache").setLevel(python_logging.ERROR)
 
 
 def load() -> var_jax.LoadedVAR:

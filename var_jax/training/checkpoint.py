@@ -24,6 +24,15 @@ from var_jax.training.state import TrainState
 FOLDER = "checkpoints"
 
 
+def _item_handlers() -> dict:
+    return {
+        "params": ocp.StandardCheckpointHandler(),
+        "state": ocp.StandardCheckpointHandler(),
+        "data": grain.checkpoint.CheckpointHandler(),
+        "config": ocp.JsonCheckpointHandler(),
+    }
+
+
 def _score(metrics: dict) -> float:
     """What is least at the best checkpoint."""
     return metrics["score"]
@@ -57,12 +66,7 @@ class Checkpoints:
             options=ocp.CheckpointManagerOptions(
                 preservation_policy=policy, best_fn=_score, best_mode="min", cleanup_tmp_directories=True
             ),
-            item_handlers={
-                "params": ocp.StandardCheckpointHandler(),
-                "state": ocp.StandardCheckpointHandler(),
-                "data": grain.checkpoint.CheckpointHandler(),
-                "config": ocp.JsonCheckpointHandler(),
-            },
+            item_handlers=_item_handlers(),
         )
 
     def latest(self) -> int | None:
@@ -280,8 +284,10 @@ def _open(directory: Path, step: int | str) -> tuple[ocp.CheckpointManager, int]
         raise CheckpointMissing(f"no checkpoints under {directory}: train this stage first")
     manager = ocp.CheckpointManager(
         directory,
-        options=ocp.CheckpointManagerOptions(read_only=True, best_fn=_score, best_mode="min"),
-        item_handlers={"params": ocp.StandardCheckpointHandler(), "config": ocp.JsonCheckpointHandler()},
+        options=ocp.CheckpointManagerOptions(
+            read_only=True, create=False, save_interval_steps=0, best_fn=_score, best_mode="min"
+        ),
+        item_handlers=_item_handlers(),
     )
     steps = sorted(manager.all_steps())
     if not steps:
