@@ -17,6 +17,7 @@ def get_config() -> ConfigDict:
         )
     )
     for stage in (config.tokenizer, config.next_scale):
+        stage.seed = 1
         stage.data.update(dict(name="digits", dir="data", eval_split="test", resize=1.0, threads=2))
         stage.train.update(dict(remat=False, keep=1, log_every=50, eval_every=350))
         stage.train.update(dict(preview_every=700, checkpoint_every=350))

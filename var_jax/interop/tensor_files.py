@@ -68,12 +68,15 @@ def read_networks(path: str | Path) -> dict[str | None, Mapping[str, np.ndarray]
 
 
 def read_tensors(path: str | Path, kind: str) -> Mapping[str, np.ndarray]:
-    """The state dict of a `tokenizer` or `next_scale` in a file; errors as for `read_networks`."""
+    """The state dict of a file; of a `tokenizer` or `next_scale` if it holds both.
+
+    Errors as for `read_networks`.
+    """
     networks = read_networks(path)
     if None in networks:
         return networks[None]
     if kind not in networks:
-        raise ValueError(f"{path} holds {', '.join(networks)}, but no {kind} ({TRAINER_NAMES[kind]})")
+        raise ValueError(f"{path} holds {', '.join(networks)} of the published trainer, but no {kind}")
     return networks[kind]
 
 
