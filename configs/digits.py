@@ -27,7 +27,7 @@ def get_config() -> ConfigDict:
         dict(scales=(1, 1, 2, 3, 4), num_codes=128, code_dim=16, ch=32, ch_mult=(1, 2), num_blocks=1)
     )
     config.tokenizer.model.update(dict(norm_groups=8, quantizer_dropout=0.2))
-    config.tokenizer.loss.update(dict(l2=1.0, l1=0.0, codebook=1.0))
+    config.tokenizer.loss.update(dict(l2=1.0, l1=0.0, perceptual=0.0, codebook=1.0))
     config.tokenizer.codebook.update(dict(hits_decay=0.95, restart_every=20, restart_until=0.7))
     config.tokenizer.train.update(dict(steps=1700, batch=64, learning_rate=6e-3, b1=0.9, b2=0.99, clip=1.0))
     config.tokenizer.train.update(dict(schedule="cos", end=0.02, ema=0.99))

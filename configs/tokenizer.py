@@ -4,7 +4,7 @@
 
 Architecture as released; the recipe is what the authors' single-scale trainer reports (PUBLISHED
 figures: AdamW 3e-4, (0.5, 0.9), weight decay 0.005, batch 768, 250 epochs, EMA 0.9999), less its
-adversarial and perceptual terms.  Not yet run at this size: needs ImageNet and accelerators.
+adversarial term.  Not yet run at this size: needs ImageNet and accelerators.
 """
 
 from ml_collections import ConfigDict
@@ -30,7 +30,9 @@ def get_config() -> ConfigDict:
         dropout=0.0,
         quantizer_dropout=0.0,
     )
-    config.loss = dict(l2=1.0, l1=0.2, codebook=1.0)
+    config.loss = dict(l2=1.0, l1=0.2, perceptual=1.0, codebook=1.0)
+    # Files of VGG-16 (torchvision's) and LPIPS's channel weights, comma between; empty: no perceptual loss.
+    config.perceptual_weights = ""
     config.codebook = dict(
         hits_decay=0.99,  # of the moving average of code uses
         dead_below=0.03,  # of an even share of the uses

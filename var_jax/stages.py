@@ -6,6 +6,7 @@ from ml_collections import ConfigDict
 
 from var_jax.data.sources import Source, open_source
 from var_jax.interop.load import load_tokenizer
+from var_jax.interop.perceptual import load_perceptual
 from var_jax.tokenizer.model import Tokenizer
 from var_jax.training.checkpoint import CheckpointMissing
 from var_jax.training.loop import check_training, train
@@ -58,7 +59,7 @@ def build_task(
     """
     steps = num_steps(stage.train, source.num_records)
     if stage.task == "tokenizer":
-        return TokenizerTask(stage, steps), steps
+        return TokenizerTask(stage, steps, perceptual_weights(stage)), steps
     if stage.task != "next_scale":
         raise ValueError(f"config.task must be tokenizer or next_scale, found {stage.task!r}")
     if coming is not None and not stage.tokenizer:
@@ -74,6 +75,16 @@ def build_task(
             "  To see everything work without any of that: python train.py --config=configs/digits.py"
         ) from error
     return NextScaleTask(stage, steps, tokenizer, params, source.num_classes), steps
+
+
+def perceptual_weights(stage: ConfigDict) -> dict | None:
+    """Parameters of the perceptual loss of a tokenizer; None, with a notice, where no file is given."""
+    if not stage.loss.get("perceptual"):
+        return None
+    if not stage.perceptual_weights:
+        print("tokenizer: no perceptual loss, since config.perceptual_weights names no file", flush=True)
+        return None
+    return load_perceptual(stage.perceptual_weights.split(","))
 
 
 def run(config: ConfigDict, workdir: Path) -> None:

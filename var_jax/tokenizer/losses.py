@@ -6,24 +6,33 @@ import jax
 import jax.numpy as jnp
 
 from var_jax.tokenizer.model import Reconstruction
+from var_jax.tokenizer.perceptual import perceptual_distance
 
 
-def loss_terms(images: jax.Array, output: Reconstruction) -> dict[str, jax.Array]:
+def loss_terms(
+    images: jax.Array, output: Reconstruction, vgg: dict | None = None, dtype: jnp.dtype = jnp.float32
+) -> dict[str, jax.Array]:
     """Every term that a training pass can be held to, unweighted.
 
     Args:
       images: float32 [B, H, W, 3] in [-1, 1].
       output: of the tokenizer for them.
+      vgg: parameters for the perceptual distance; None leaves that term out.
+      dtype: of the convolutions of the perceptual distance.
 
     Returns:
-      float32 [B] each: `l2` and `l1`, means over the pixel values, and `codebook`, the loss of the quantizer.
+      float32 [B] each: `l2` and `l1`, means over the pixel values; `codebook`, the loss of the quantizer;
+      `perceptual`, LPIPS.
     """
     error = output.images - images
-    return {
+    terms = {
         "l2": jnp.mean(error**2, axis=(1, 2, 3)),
         "l1": jnp.mean(jnp.abs(error), axis=(1, 2, 3)),
         "codebook": output.quantized.loss,
     }
+    if vgg is not None:
+        terms["perceptual"] = perceptual_distance(vgg, images, output.images, dtype)
+    return terms
 
 
 def weighted_sum(terms: Mapping[str, jax.Array], weights: Mapping[str, float]) -> jax.Array:

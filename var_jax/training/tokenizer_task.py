@@ -18,40 +18,50 @@ from var_jax.training.task import Task, compute_dtype, model_config, to_unit_ran
 
 
 class TokenizerTask(Task):
-    """See `Task`.  The state carries `code_hits` [K, V]: a moving average of uses a step."""
+    """See `Task`.
+
+    The state carries `code_hits` [K, V], a moving average of uses a step.  `frozen` holds the parameters of
+    the perceptual distance, where it is part of the loss.
+    """
 
     name = "tokenizer"
     best_metric = "l2"
 
-    def __init__(self, stage: ConfigDict, steps: int):
+    def __init__(self, stage: ConfigDict, steps: int, vgg: dict | None = None):
         self.stage, self.steps = stage, steps
+        self.weights = {name: w for name, w in stage.loss.items() if vgg is not None or name != "perceptual"}
         self.config = model_config(TokenizerConfig, stage.model)
         self.model = Tokenizer(self.config, compute_dtype(stage.train.dtype))
         self.optimizer = make_optimizer(stage.train, steps)
         self.image_size = self.config.image_size
-        self.frozen = {}
+        self.frozen = {} if vgg is None else {"vgg": vgg}
         # The program is traced here already, so that an impossible loss fails before any data is read.
         blank = jax.ShapeDtypeStruct((1, self.image_size, self.image_size, 3), jnp.float32)
         params = jax.eval_shape(lambda: self.init(jax.random.key(0))[0])
-        jax.eval_shape(lambda p, x: self._loss(p, {"image": x}, jax.random.key(0)), params, blank)
+        check = lambda p, x: self._loss(p, self.frozen, {"image": x}, jax.random.key(0))  # noqa: E731
+        jax.eval_shape(check, params, blank)
 
     def init(self, key):
         blank = jnp.zeros((1, self.image_size, self.image_size, 3))
         hits = jnp.zeros((len(self.config.scales), self.config.num_codes))
         return self.model.init(key, blank)["params"], {"code_hits": hits}
 
-    def _loss(self, params, batch, key):
+    def _terms(self, frozen, images, output):
+        terms = loss_terms(images, output, frozen.get("vgg"), self.model.dtype)
+        return {"loss": weighted_sum(terms, self.weights), **terms}
+
+    def _loss(self, params, frozen, batch, key):
         images = to_unit_range(batch["image"])
         output = self.model.apply({"params": params}, images, train=True, rngs={"dropout": key})
-        terms = loss_terms(images, output)
-        terms = {"loss": weighted_sum(terms, self.stage.loss), **terms}
+        terms = self._terms(frozen, images, output)
         metrics = jax.tree.map(jnp.mean, terms)
         return metrics["loss"], (metrics, (output.quantized.tokens, output.quantized.targets))
 
     def train_step(self, state, frozen, batch, key):
         dropout_key, restart_key = jax.random.split(key)
+        loss = lambda params, part, key: self._loss(params, frozen, part, key)  # noqa: E731
         grads, (metrics, (tokens, targets)) = accumulated_gradients(
-            self._loss, state.params, batch, dropout_key, self.stage.train.accumulate
+            loss, state.params, batch, dropout_key, self.stage.train.accumulate
         )
         state = apply_gradients(state, grads, self.optimizer, self.stage.train.ema)
         state, dead = self._restart_codes(state, tokens, targets, restart_key)
@@ -82,8 +92,7 @@ class TokenizerTask(Task):
         images, valid = to_unit_range(batch["image"]), batch["valid"]
         output = self.model.apply({"params": params}, images)
         output = output.replace(images=jnp.clip(output.images, -1, 1))
-        terms = loss_terms(images, output)
-        terms["loss"] = weighted_sum(terms, self.stage.loss)
+        terms = self._terms(frozen, images, output)
         terms["psnr"] = 10 * jnp.log10(4 / jnp.maximum(terms["l2"], 1e-10))  # values span 2
         return {
             "images": valid.sum(),
@@ -110,6 +119,7 @@ class TokenizerTask(Task):
         }
 
     def flops_per_image(self):
+        """Of encoder, quantizer and decoder; a perceptual loss comes on top."""
         blank = jax.ShapeDtypeStruct((1, self.image_size, self.image_size, 3), jnp.float32)
         params = jax.eval_shape(lambda: self.init(jax.random.key(0))[0])
         forward = jax.jit(lambda p, x: self.model.apply({"params": p}, x).images).lower(params, blank)
