@@ -13,6 +13,7 @@ setup(
         "absl-py",
         "array_record",
         "chex",
+        "dm-pix",  # structural similarity
         "etils[epath]",
         "flax>=0.12,<0.13",
         "grain>=0.2.15",

@@ -123,7 +123,7 @@ def test_rhythm_and_place_may_change_between_runs_and_nothing_else(tmp_path):
     now.data.update(dict(dir="/elsewhere", threads=1))
     check_same_run(saved, {**saved, "stage": now.to_dict()}, tmp_path)
     now.seed = 5
-    with pytest.raises(ValueError, match="config.seed: 0 there, 5 now"):
+    with pytest.raises(ValueError, match="config.seed: 1 there, 5 now"):
         check_same_run(saved, {**saved, "stage": now.to_dict()}, tmp_path)
     with pytest.raises(ValueError, match="tokenizer: 'codebook 1' there, 'codebook 2' now"):
         check_same_run(saved, {**saved, "tokenizer": "codebook 2"}, tmp_path)

@@ -1,0 +1,75 @@
+"""Evaluates what was trained on held-out images.
+
+    python evaluate.py --workdir=runs/digits --what=reconstruction --data=digits --data_dir=data
+    python evaluate.py --tokenizer=vae_ch160v4096z32.pth --what=reconstruction --data=imagenet2012 \\
+        --split=validation --data_dir=DIR --perceptual_weights=vgg16.pth,vgg_lpips.pth --out=eval
+
+Prints the metrics, writes them as JSON, and the worst and the best images beside their reconstructions.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+from absl import app, flags
+
+import var_jax
+from var_jax import command_line
+from var_jax.data.loader import eval_batches
+from var_jax.data.sources import DataSetMissing, open_source
+from var_jax.data.transforms import CorruptImage, ToPixels
+from var_jax.evaluation.reconstruction import evaluate_reconstruction
+from var_jax.interop.perceptual import load_perceptual
+from var_jax.sampling import pictures
+
+FLAGS = flags.FLAGS
+flags.DEFINE_enum("what", "reconstruction", ["reconstruction"], "What to evaluate")
+flags.DEFINE_string("workdir", None, "Directory of a run")
+flags.DEFINE_string("tokenizer", None, "Published tokenizer file or a run; by default that of --workdir")
+flags.DEFINE_list("scales", None, "Sides of the token maps of a published file that is not of 256px")
+flags.DEFINE_string("data", "digits", "Name of a prepared data set")
+flags.DEFINE_string("data_dir", "data", "Where data sets lie")
+flags.DEFINE_string("split", "test", "Held-out split")
+flags.DEFINE_float("resize", 1.0, "Short side over image size before the centre is cut out", lower_bound=1)
+flags.DEFINE_list("perceptual_weights", None, "Files of VGG-16 and LPIPS; without them no LPIPS")
+flags.DEFINE_integer("batch", 64, "Images at once", lower_bound=1)
+flags.DEFINE_string("out", None, "Where to write; by default --workdir, else here")
+
+
+def main(argv):
+    if len(argv) > 1:
+        raise app.UsageError(f"unknown arguments {argv[1:]}")
+    if not (FLAGS.workdir or FLAGS.tokenizer):
+        raise app.UsageError("give --workdir of a run, or --tokenizer")
+    command_line.start()
+    scales = None if FLAGS.scales is None else tuple(command_line.numbers("scales", int))
+    try:
+        tokenizer = var_jax.load_tokenizer(FLAGS.tokenizer or FLAGS.workdir, scales=scales)
+        vgg = load_perceptual(FLAGS.perceptual_weights) if FLAGS.perceptual_weights else None
+        source = open_source(FLAGS.data, FLAGS.split, FLAGS.data_dir)
+        transform = ToPixels(source.name, tokenizer.module.config.image_size, FLAGS.resize, False)
+        batches = eval_batches(source, transform, FLAGS.batch)
+        metrics, worst, best = evaluate_reconstruction(
+            tokenizer.module, tokenizer.params, batches, source.num_records, vgg
+        )
+    except (FileNotFoundError, ValueError, DataSetMissing, CorruptImage) as error:
+        sys.exit(f"evaluate.py: {error}")
+    out = Path(FLAGS.out or FLAGS.workdir or ".")
+    rows = [np.concatenate([side.images, side.again]) for side in (worst, best)]
+    grid = pictures.grid(np.concatenate(rows), columns=len(worst.images))
+    path = pictures.save(grid, out / "reconstruction_extremes.png")
+    (out / "reconstruction.json").write_text(json.dumps(metrics, indent=1))
+    print(f"{source.num_records} images of {source.name}")
+    for name in ("psnr", "ssim", "lpips", "l2", "bits_per_pixel", "bits_per_pixel_coded"):
+        if name in metrics:
+            print(f"  {name:22} {metrics[name]:.4f}")
+    print("  scale  side  perplexity  distinct codes  most possible")
+    for k, side in enumerate(tokenizer.scales):
+        use = [metrics[f"{name}_{k}"] for name in ("perplexity", "distinct", "most")]
+        print(f"  {k:5} {side:5} {use[0]:11.1f} {use[1]:15.0f} {use[2]:14.0f}")
+    print(f"{path}: the worst, their reconstructions, the best and theirs; all figures: reconstruction.json")
+
+
+if __name__ == "__main__":
+    app.run(main)

@@ -1,0 +1,95 @@
+"""How well a tokenizer gives back images that it has not seen."""
+
+import dataclasses
+from collections.abc import Iterable
+
+import dm_pix
+import jax
+import jax.numpy as jnp
+import numpy as np
+from tqdm import tqdm
+
+from var_jax.evaluation.codebook_use import codebook_use
+from var_jax.tokenizer.codebook import count_codes
+from var_jax.tokenizer.model import Tokenizer
+from var_jax.tokenizer.perceptual import perceptual_distance
+
+SHOWN = 8  # of the best and of the worst
+SSIM_WINDOW = 11  # pixels, of the usual Gaussian; smaller images take their own size
+
+
+@dataclasses.dataclass
+class Extremes:
+    """Images and reconstructions uint8 [n, H, W, 3] of the least PSNR, the worst first."""
+
+    psnr: np.ndarray
+    images: np.ndarray
+    again: np.ndarray
+
+    def with_more(self, psnr: np.ndarray, images: np.ndarray, again: np.ndarray, sign: int) -> "Extremes":
+        """Keeps SHOWN of the old and the new; sign -1 keeps those of the greatest PSNR instead."""
+        psnr = np.concatenate([self.psnr, psnr])
+        order = np.argsort(sign * psnr, kind="stable")[:SHOWN]
+        images, again = np.concatenate([self.images, images]), np.concatenate([self.again, again])
+        return Extremes(psnr[order], images[order], again[order])
+
+
+def evaluate_reconstruction(
+    tokenizer: Tokenizer, params: dict, batches: Iterable[dict], images: int, vgg: dict | None = None
+) -> tuple[dict[str, float], Extremes, Extremes]:
+    """Goes through a held-out set once.
+
+    Args:
+      tokenizer, params: the network and its parameters.
+      batches: of {"image": uint8 [b, H, W, 3], "valid": [b]}.
+      images: how many there are, for the progress bar.
+      vgg: parameters of the perceptual distance; None leaves LPIPS out.
+
+    Returns:
+      Metrics: `psnr` in dB and `ssim`, means over the images; `l2` of values in [-1, 1]; `lpips` where
+      asked for; use of the codes per scale beside the most possible (`codebook_use`); `bits_per_pixel`,
+      of tokens as plain numbers, and `bits_per_pixel_coded`, by the entropy of the codes at each scale.
+      Then the worst and the best.
+    """
+    config = tokenizer.config
+    window = min(SSIM_WINDOW, config.image_size)
+
+    @jax.jit
+    def step(params, vgg, pixels, valid):
+        real = pixels.astype(jnp.float32) / 127.5 - 1
+        tokens = tokenizer.apply({"params": params}, real, method="encode")
+        again = tokenizer.apply({"params": params}, tokens, method="decode")
+        l2 = jnp.mean((again - real) ** 2, axis=(1, 2, 3))
+        found = {
+            "l2": l2,
+            "psnr": 10 * jnp.log10(4 / jnp.maximum(l2, 1e-10)),  # values span 2
+            "ssim": dm_pix.ssim(real / 2 + 0.5, again / 2 + 0.5, filter_size=window),
+        }
+        if vgg is not None:
+            found["lpips"] = perceptual_distance(vgg, real, again)
+        counts = count_codes(tokens, config.schedule, config.num_codes, valid)
+        return found, counts, ((again / 2 + 0.5) * 255 + 0.5).astype(jnp.uint8)
+
+    parts, counts = [], 0
+    nothing = np.zeros((0, config.image_size, config.image_size, 3), np.uint8)
+    worst = best = Extremes(np.zeros(0), nothing, nothing)
+    with tqdm(total=images, unit="image", desc="reconstructing", mininterval=1) as bar:
+        for batch in batches:
+            valid = batch["valid"] > 0
+            found, counted, again = jax.device_get(step(params, vgg, batch["image"], batch["valid"]))
+            parts.append({name: values[valid] for name, values in found.items()})
+            counts = counts + counted
+            seen = (parts[-1]["psnr"], batch["image"][valid], again[valid])
+            worst, best = worst.with_more(*seen, sign=1), best.with_more(*seen, sign=-1)
+            bar.update(int(valid.sum()))
+    metrics = {name: float(np.concatenate([part[name] for part in parts]).mean()) for name in parts[0]}
+    use = codebook_use(counts, config.scales, sum(len(part["psnr"]) for part in parts))
+    return metrics | use | _rate(use, config), worst, best
+
+
+def _rate(use: dict, config) -> dict[str, float]:
+    """Bits a pixel of the tokens."""
+    pixels = config.image_size**2
+    coded = sum(side**2 * np.log2(use[f"perplexity_{k}"]) for k, side in enumerate(config.scales))
+    plain = config.schedule.length * np.log2(config.num_codes)
+    return {"bits_per_pixel": float(plain / pixels), "bits_per_pixel_coded": float(coded / pixels)}
