@@ -32,6 +32,7 @@ from var_jax.sampling.store import OtherSamples, SamplesNotWritten, SampleStore
 FLAGS = flags.FLAGS
 command_line.define_model_flags()
 command_line.define_sampling_flags()
+command_line.define_host_flags()
 flags.DEFINE_list("labels", None, "Classes to draw, an image each; `none` is no class")
 flags.DEFINE_list("classes", None, "Classes to draw --num_per_class images of, e.g. 0-999; by default all")
 flags.DEFINE_integer("num_per_class", 10, "Images of each class where no --labels are given", lower_bound=1)
@@ -123,6 +124,7 @@ def main(argv):
     if len(argv) > 1:
         raise app.UsageError(f"unknown arguments {argv[1:]}")
     command_line.start()
+    command_line.join_hosts()
     try:
         model = command_line.load()
         labels, options = chosen_labels(model), command_line.options(model)

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -72,6 +73,30 @@ def test_batch_and_devices_do_not_decide_the_images(tiny_run, unbroken, tmp_path
         assert np.abs(images - unbroken[1]).max() <= 1
 
 
+def test_two_hosts_share_the_work(tiny_run, unbroken, tmp_path):
+    """Two processes on loopback with two devices each; the first one writes."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    flags = (f"--workdir={tiny_run}", f"--num_per_class={COUNT // 10}", "--batch=8")
+    flags += (f"--coordinator=localhost:{port}", "--num_processes=2")
+    hosts = [
+        subprocess.Popen(
+            [sys.executable, "sample.py", *flags, f"--process_id={i}", f"--out={tmp_path}/{i}"],
+            cwd=REPOSITORY,
+            env={**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=2"},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for i in (0, 1)
+    ]
+    said = [host.communicate(timeout=240)[1] for host in hosts]
+    assert [host.returncode for host in hosts] == [0, 0], said[0][-2000:] + said[1][-2000:]
+    with np.load(tmp_path / "0" / "samples.npz") as samples:
+        assert np.abs(samples["arr_0"].astype(int) - unbroken[1]).max() <= 1
+    assert not (tmp_path / "1").exists()
+
+
 def test_unfinished_samples_of_another_call_are_not_mixed(tiny_run, tmp_path):
     killed_after(tiny_run, tmp_path, 10)
     flags = (f"--workdir={tiny_run}", f"--out={tmp_path}", f"--num_per_class={COUNT // 10}")
@@ -98,6 +123,7 @@ def test_classes_and_controls_reach_the_program(tiny_run, tmp_path):
         (("--guidance=high",), "--guidance=high: could not convert string to float"),
         (("--classes=0-99",), "--classes=0-99: labels must be in 0 .. 10"),
         (("--classes=3-1",), "--classes=3-1: labels must be int"),
+        (("--coordinator=localhost:1",), "several hosts need --coordinator, --num_processes and"),
         (("--smooth=maybe",), "must be true or false, found 'maybe'"),
     ],
 )

@@ -4,6 +4,7 @@ Images are float32 [B, H, W, 3] in [0, 1] here, and numpy arrays come back.
 """
 
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -12,7 +13,7 @@ import numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from var_jax.interop import load
-from var_jax.sampling.generate import Given, generate_in_chunks, teacher_forced_logits
+from var_jax.sampling.generate import Given, generate_in_chunks, put, teacher_forced_logits
 from var_jax.sampling.keep import anew_from_scale, anew_under_mask
 from var_jax.sampling.options import SamplingOptions
 from var_jax.sampling.precision import in_compute_dtype
@@ -111,9 +112,9 @@ class LoadedVAR:
         """This model with its parameters on all devices (of all hosts), which then share every batch."""
         devices = jax.devices() if devices is None else devices
         mesh = jax.make_mesh((len(devices),), ("data",), axis_types=(AxisType.Auto,), devices=devices)
-        whole, tokenizer = NamedSharding(mesh, PartitionSpec()), self.tokenizer
-        tokenizer = LoadedTokenizer(tokenizer.module, jax.device_put(tokenizer.params, whole))
-        model = LoadedVAR(self.module, jax.device_put(self.params, whole), self.options, tokenizer)
+        everywhere = partial(jax.tree.map, partial(put, sharding=NamedSharding(mesh, PartitionSpec())))
+        tokenizer = LoadedTokenizer(self.tokenizer.module, everywhere(self.tokenizer.params))
+        model = LoadedVAR(self.module, everywhere(self.params), self.options, tokenizer)
         model._sharding = NamedSharding(mesh, PartitionSpec("data"))
         return model
 

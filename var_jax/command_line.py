@@ -38,10 +38,31 @@ def define_sampling_flags() -> None:
     flags.DEFINE_integer("upto", None, "Draw the first so many maps only, a coarse preview")
 
 
+def define_host_flags() -> None:
+    """For several hosts that do not find each other by themselves."""
+    flags.DEFINE_string("coordinator", None, "host:port of process 0, where several hosts work together")
+    flags.DEFINE_integer("num_processes", None, "How many there are")
+    flags.DEFINE_integer("process_id", None, "Which one this is, from 0")
+
+
 def start() -> None:
     """What every script does first: less noise, and compiled programs kept from run to run."""
     logging.set_verbosity(logging.ERROR)  # Orbax warns of every item that is left unread
     keep_compiled_programs()
+
+
+def join_hosts() -> None:
+    """Connects the processes that the flags name; before anything else is asked of JAX.
+
+    Raises:
+      UsageError: where a flag is missing.
+    """
+    given = [FLAGS.coordinator, FLAGS.num_processes, FLAGS.process_id]
+    if given == [None] * 3:
+        return
+    if None in given:
+        raise app.UsageError("several hosts need --coordinator, --num_processes and --process_id, all three")
+    jax.distributed.initialize(*given)
 
 
 def keep_compiled_programs() -> None:

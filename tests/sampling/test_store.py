@@ -56,7 +56,7 @@ def test_unfinished_samples_of_another_call_are_not_mixed(tmp_path):
 
 def test_a_disk_without_room_is_noticed_before_the_start(tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(100, 99, 1))
-    with pytest.raises(SamplesNotWritten, match="GiB free, but 10 images need"):
+    with pytest.raises(SamplesNotWritten, match="MiB free, but 10 images need"):
         opened(tmp_path)
 
 

@@ -132,6 +132,14 @@ def teacher_forced_logits(
     return model.apply({"params": params}, labels, inputs)
 
 
+def put(x: jax.Array | np.ndarray, sharding: NamedSharding) -> jax.Array:
+    """An array that every host holds whole, onto the devices of all hosts."""
+    if sharding.is_fully_addressable:
+        return jax.device_put(x, sharding)
+    whole = np.asarray(x)
+    return jax.make_array_from_callback(whole.shape, sharding, lambda index: whole[index])
+
+
 def as_pixels(images: jax.Array) -> jax.Array:
     """Images in [-1, 1] -> uint8, rounded to the nearest."""
     return ((images / 2 + 0.5) * 255 + 0.5).astype(jnp.uint8)
@@ -187,7 +195,7 @@ def generate_in_chunks(
     if sharding is not None:
         whole = NamedSharding(sharding.mesh, PartitionSpec())
         chunk = -(-chunk // sharding.num_devices) * sharding.num_devices
-    place = jnp.asarray if sharding is None else partial(jax.device_put, device=sharding)
+    place = jnp.asarray if sharding is None else partial(put, sharding=sharding)
     waiting = None
     for first in range(start, len(labels), chunk):
         indices = np.arange(first, first + chunk)

@@ -62,7 +62,7 @@ class SampleStore:
         need = 2 * count * image + count * sequence - self.done() * (image + sequence)
         if (free := shutil.disk_usage(out).free) < need:
             raise SamplesNotWritten(
-                f"{out} has {free / 2**30:.2f} GiB free, but {count} images need {need / 2**30:.2f} GiB "
+                f"{out} has {free / 2**20:.1f} MiB free, but {count} images need {need / 2**20:.1f} MiB "
                 "until samples.npz is complete; make room or choose another --out"
             )
 
