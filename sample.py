@@ -75,7 +75,9 @@ def write_pngs(images: np.ndarray, labels: np.ndarray, start: int, folder: Path)
         list(pool.map(write, range(len(images))))
 
 
-def draw_pictures(model: var_jax.LoadedVAR, images: np.ndarray, tokens: np.ndarray, out: Path) -> None:
+def draw_pictures(
+    tokenizer: var_jax.LoadedTokenizer, images: np.ndarray, tokens: np.ndarray, out: Path
+) -> None:
     """Writes samples.png, one row a class where there are several images of each, and scales.png."""
     per_row = min(FLAGS.num_per_class, 10) if FLAGS.labels is None else min(len(images), 10)
     shown = np.arange(len(images))
@@ -84,25 +86,39 @@ def draw_pictures(model: var_jax.LoadedVAR, images: np.ndarray, tokens: np.ndarr
     shown = shown[:MAX_GRID]
     pictures.save(pictures.grid(images[shown], columns=per_row), out / "samples.png")
     first = shown[::per_row] if FLAGS.labels is None else shown[:10]
-    pictures.save(pictures.strips(model.tokenizer.decode_steps(tokens[first])), out / "scales.png")
+    pictures.save(pictures.strips(tokenizer.decode_steps(tokens[first])), out / "scales.png")
 
 
-def sample(model: var_jax.LoadedVAR, labels: np.ndarray, options: SamplingOptions, out: Path) -> None:
-    config, whole = model.tokenizer.module.config, model.spread()
+def sample(
+    model: var_jax.LoadedVAR,
+    tokenizer: var_jax.LoadedTokenizer,
+    what: dict,
+    labels: np.ndarray,
+    options: SamplingOptions,
+    out: Path,
+) -> None:
+    """Makes the images of a job and writes them.
+
+    Args:
+      model: on all devices.
+      tokenizer: on this host's first device alone, for the pictures.
+      what: the job.
+    """
+    config = tokenizer.module.config
     controls = options.controls(model.module.config.schedule, config.num_codes)
-    batch = FLAGS.batch or largest_batch(model.tokenizer.module, model.module, controls, len(labels))
+    batch = FLAGS.batch or largest_batch(tokenizer.module, model.module, controls, len(labels))
     chunk = -(-batch // jax.device_count()) * jax.device_count()
     length = model.module.config.schedule.ends[controls.scales - 1]
     shape = (config.image_size, config.image_size, 3)
     writes = jax.process_index() == 0
-    store = SampleStore(out, len(labels), shape, length, job(model, labels, options)) if writes else None
+    store = SampleStore(out, len(labels), shape, length, what) if writes else None
     start = 0
     if writes:
         chunk = store.same_chunk(chunk) if FLAGS.batch is None else chunk
         start = store.resume(chunk)
     if jax.process_count() > 1:
         start, chunk = (int(n) for n in multihost_utils.broadcast_one_to_all(np.array([start, chunk])))
-    batches = whole.generate_batches(labels, FLAGS.seed, chunk, options, start=start, finish=as_pixels)
+    batches = model.generate_batches(labels, FLAGS.seed, chunk, options, start=start, finish=as_pixels)
     bar = tqdm(
         total=len(labels), initial=start, unit="image", desc="sampling", mininterval=1, disable=not writes
     )
@@ -114,7 +130,7 @@ def sample(model: var_jax.LoadedVAR, labels: np.ndarray, options: SamplingOption
                 store.append(images, tokens)
             bar.update(len(images))
     if writes:
-        draw_pictures(model, store.images(), store.tokens(), out)
+        draw_pictures(tokenizer, store.images(), store.tokens(), out)
         store.finish(labels)
         said = ", ".join(f"{name} {value}" for name, value in dataclasses.asdict(options).items())
         print(f"{len(labels)} images ({said}): {out}/samples.npz, samples.png, scales.png")
@@ -128,7 +144,9 @@ def main(argv):
     try:
         model = command_line.load()
         labels, options = chosen_labels(model), command_line.options(model)
-        sample(model, labels, options, Path(FLAGS.out or FLAGS.workdir or "."))
+        what, tokenizer = job(model, labels, options), model.tokenizer
+        model = model.spread()  # lets go of the copy on one device
+        sample(model, tokenizer, what, labels, options, Path(FLAGS.out or FLAGS.workdir or "."))
     except (OtherSamples, SamplesNotWritten) as error:
         sys.exit(f"sample.py: {error}")
 

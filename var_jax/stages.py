@@ -90,15 +90,17 @@ def perceptual_weights(stage: ConfigDict) -> dict | None:
 def run(config: ConfigDict, workdir: Path) -> None:
     """Trains every stage of a config under `workdir`; what is done already is not done again."""
     workdir = Path(workdir).expanduser().absolute()
-    stages, data, coming = stages_of(config), [], None
-    for stage in stages:  # whatever can be wrong with any stage, before the first one starts
+    ready, coming = [], None
+    for stage in stages_of(config):  # whatever can be wrong with any stage, before the first one starts
         if stage.get("tokenizer"):
             stage.tokenizer = str(Path(stage.tokenizer).expanduser().absolute())
         splits = (stage.data.train_split, stage.data.eval_split)
-        data.append(tuple(open_source(stage.data.name, split, stage.data.dir) for split in splits))
+        sources = tuple(open_source(stage.data.name, split, stage.data.dir) for split in splits)
         check_training(stage.train)
-        task, _ = build_task(stage, workdir, data[-1][0], coming)
+        task, steps = build_task(stage, workdir, sources[0], coming)
         coming = task.model if stage.task == "tokenizer" else None
-    for stage, sources in zip(stages, data, strict=True):
-        task, steps = build_task(stage, workdir, sources[0])
+        ready.append((task, stage, steps, sources))
+    for task, stage, steps, sources in ready:
+        if task.name == "next_scale" and not task.frozen["tokenizer"]:  # trained by now
+            task, _ = build_task(stage, workdir, sources[0])
         train(task, stage, steps, workdir, sources)

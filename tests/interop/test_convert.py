@@ -79,6 +79,14 @@ def test_checkpoints_of_the_published_trainer(goldens, golden_tokenizer, tmp_pat
         tokenizer.params["quantizer"]["codebook"], golden_tokenizer.params["quantizer"]["codebook"]
     )
     assert var_jax.load_var(path, tokenizer=tokenizer).depth == 3
+    # Whatever is wrong with either network is found before anything is written.
+    broken = {**nested["trainer"]["var_wo_ddp"]}
+    del broken["blocks.1.attn.q_bias"]
+    whole, nested["trainer"]["var_wo_ddp"] = nested["trainer"]["var_wo_ddp"], broken
+    with pytest.raises(ValueError, match="missing: blocks.1.attn.q_bias"):
+        to_run(path, tmp_path / "other", GOLDEN_SCALES)
+    assert not (tmp_path / "other").exists()
+    nested["trainer"]["var_wo_ddp"] = whole
     del nested["trainer"]["vae_local"]
     with pytest.raises(ValueError, match="holds next_scale of the published trainer, but no tokenizer"):
         var_jax.load_tokenizer(path)
@@ -120,6 +128,13 @@ def test_truncated_and_foreign_files_leave_no_run(goldens, tmp_path):
         with pytest.raises(ValueError, match=message):
             to_run(path, tmp_path / "run", GOLDEN_SCALES)
     assert not (tmp_path / "run").exists()
+
+
+def test_what_a_kill_left_does_not_stand_in_the_way(goldens, tmp_path):
+    (tmp_path / "next_scale" / "checkpoints" / "0.orbax-checkpoint-tmp-1").mkdir(parents=True)
+    to_run(goldens / "var.pth", tmp_path, GOLDEN_SCALES)
+    names = [path.name for path in (tmp_path / "next_scale" / "checkpoints").iterdir()]
+    assert "0" in names and not any("tmp" in name for name in names)
 
 
 def test_a_file_that_could_not_be_finished_is_not_there(tmp_path):

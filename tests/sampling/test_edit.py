@@ -2,7 +2,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from var_jax.sampling.edit import UnusableImage, fitted, mask_from_box, mask_from_file, open_image
+from var_jax.sampling.edit import mask_from_box, mask_from_file
+from var_jax.sampling.image_files import UnusableImage, fitted, open_image
 
 
 @pytest.fixture

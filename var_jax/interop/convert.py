@@ -58,16 +58,17 @@ def to_run(source: Path, run: Path, scales: tuple[int, ...] | None = None) -> li
       ValueError: naming the tensors that do not fit.
       FileExistsError: where the run has that stage already.
     """
-    said = []
-    for kind, tensors in read_networks(source).items():
+    found = []
+    for kind, tensors in read_networks(source).items():  # whatever can be wrong, before anything is written
         kind = kind or ("tokenizer" if "quantize.embedding.weight" in tensors else "next_scale")
-        if kind == "tokenizer":
-            config, table, shapes = published_tokenizer(source, tensors, scales)
-            params = with_path(source, published.to_ours, tensors, table, shapes)
-            extra = {"code_hits": params.pop("code_hits")}
-        else:
-            config, table, shapes, buffers = published_next_scale(source, tensors, scales)
-            params, extra = with_path(source, published.to_ours, tensors, table, shapes, buffers), {}
+        read = published_tokenizer if kind == "tokenizer" else published_next_scale
+        config, *layout = read(source, tensors, scales)
+        with_path(source, published.check_tensors, tensors, *layout)
+        found.append((kind, tensors, config, layout))
+    said = []
+    for kind, tensors, config, layout in found:
+        params = published.to_ours(tensors, *layout)
+        extra = {"code_hits": params.pop("code_hits")} if kind == "tokenizer" else {}
         save_params(run / kind / FOLDER, params, extra, _record(kind, config, source))
         said.append(f"{run / kind}: {kind} of {source}, {len(tensors)} tensors, scales {config.scales}")
     return said
@@ -109,7 +110,7 @@ def to_file(run: Path, stage: str | None, target: Path, step: int | str = "lates
         config = NextScaleConfig(**record["model"])
         table, shapes = published.next_scale_table(config), next_scale_shapes(config)
         buffers = published.next_scale_buffers(config)
-    published.check_expressible(config)
+    check_expressible(config)
 
     params, state = (SavedArrays(folder, step, item) for item in ("params", "state"))
 
@@ -125,6 +126,20 @@ def to_file(run: Path, stage: str | None, target: Path, step: int | str = "lates
     else:
         write_pth(target, tensors)
     return [f"{target}: {stage} of {run}, step {step}, {target.stat().st_size / 2**20:.1f} MiB"]
+
+
+def check_expressible(config: TokenizerConfig | NextScaleConfig) -> None:
+    """Raises ValueError where the published layout could not say what the architecture is."""
+    problems = []
+    if isinstance(config, TokenizerConfig):
+        blank = TokenizerConfig()
+        for field in ("norm_groups", "l2_normalized"):
+            if getattr(config, field) != getattr(blank, field):
+                problems.append(f"{field} is {getattr(config, field)}, there always {getattr(blank, field)}")
+    elif not config.normalized_attention and config.head_dim != 64:
+        problems.append(f"heads of plain attention are {config.head_dim} wide, there always 64")
+    if problems:
+        raise ValueError("the published layout cannot express this network: " + "; ".join(problems))
 
 
 def convert(source: Path, target: Path, stage: str | None, scales, step: int | str) -> list[str]:
@@ -144,9 +159,9 @@ def main(argv):
     if len(argv) != 3:
         raise app.UsageError("give SRC and DST: a published file and a run directory, or the other way round")
     logging.set_verbosity(logging.ERROR)  # Orbax warns of every item that is left unread
-    scales = None if FLAGS.scales is None else tuple(int(side) for side in FLAGS.scales)
     source, target = (Path(path).expanduser() for path in argv[1:])
     try:
+        scales = None if FLAGS.scales is None else tuple(int(side) for side in FLAGS.scales)
         print("\n".join(convert(source, target, FLAGS.stage, scales, FLAGS.step)))
     except (ValueError, OSError, CheckpointNotWritten, ModuleNotFoundError) as error:
         sys.exit(f"convert: {error}")

@@ -35,7 +35,7 @@ def load_tokenizer(
       ValueError: where the tensors do not fit, naming them.
     """
     path, computed = Path(path).expanduser(), compute_dtype(dtype)
-    if not is_weights(path):
+    if not _is_weights(path):
         if not (path / "tokenizer").exists() and (path / "next_scale" / FOLDER).exists():
             stage = load_config(path / "next_scale" / FOLDER)[1]["stage"]
             if stage["tokenizer"]:
@@ -48,8 +48,8 @@ def load_tokenizer(
             )
         return Tokenizer(config, computed), params
     tensors = read_tensors(path, "tokenizer")
-    config, table, shapes = published_tokenizer(path, tensors, scales)
-    params = with_path(path, published.to_ours, tensors, table, shapes)
+    config, *layout = published_tokenizer(path, tensors, scales)
+    params = with_path(path, published.to_ours, tensors, *layout)
     params.pop("code_hits")
     return Tokenizer(config, computed), jax.tree.map(jnp.asarray, params)
 
@@ -69,22 +69,24 @@ def load_next_scale(
       ValueError: where the tensors do not fit each other or the tokenizer, naming them.
     """
     path, dtype = Path(path).expanduser(), compute_dtype("auto")
-    if not is_weights(path):
+    if not _is_weights(path):
         params, record = load_params(path / "next_scale" / FOLDER, step)
         config = NextScaleConfig(**record["model"])
         _check_fit(path, config, tokenizer)
         return NextScale(config, dtype), params, SamplingOptions(**record["stage"]["sampling"])
     tensors = read_tensors(path, "next_scale")
-    config, table, shapes, buffers = published_next_scale(path, tensors, tokenizer.scales)
+    config, *layout = published_next_scale(path, tensors, tokenizer.scales)
     _check_fit(path, config, tokenizer)
-    params = with_path(path, published.to_ours, tensors, table, shapes, buffers)
+    params = with_path(path, published.to_ours, tensors, *layout)
     return NextScale(config, dtype), jax.tree.map(jnp.asarray, params), SamplingOptions()
 
 
-def published_tokenizer(path: Path, tensors: Tensors, scales=None) -> tuple[TokenizerConfig, list, dict]:
-    """Architecture of a published tokenizer, its table of names, and the shapes of our parameters."""
+def published_tokenizer(
+    path: Path, tensors: Tensors, scales=None
+) -> tuple[TokenizerConfig, list, dict, Tensors]:
+    """Architecture of a published tokenizer, its table, the shapes of our parameters, its constants."""
     config = with_path(path, published.tokenizer_config, tensors, scales)
-    return config, published.tokenizer_table(config), tokenizer_shapes(config)
+    return config, published.tokenizer_table(config), tokenizer_shapes(config), {}
 
 
 def published_next_scale(
@@ -110,7 +112,7 @@ def next_scale_shapes(config: NextScaleConfig) -> dict:
     return _shapes(NextScale(config), jnp.zeros(1, jnp.int32), inputs)
 
 
-def is_weights(path: Path) -> bool:
+def _is_weights(path: Path) -> bool:
     """Whether a path means a file of weights (be it missing) and not the directory of a run."""
     return path.is_file() or path.suffix in SUFFIXES
 

@@ -156,20 +156,6 @@ def tokenizer_config(tensors: Tensors, scales=None) -> TokenizerConfig:
     )
 
 
-def check_expressible(config: TokenizerConfig | NextScaleConfig) -> None:
-    """Raises ValueError where the published layout could not say what the architecture is."""
-    problems = []
-    if isinstance(config, TokenizerConfig):
-        blank = TokenizerConfig()
-        for field in ("norm_groups", "l2_normalized"):
-            if getattr(config, field) != getattr(blank, field):
-                problems.append(f"{field} is {getattr(config, field)}, there always {getattr(blank, field)}")
-    elif not config.normalized_attention and config.head_dim != 64:
-        problems.append(f"heads of plain attention are {config.head_dim} wide, there always 64")
-    if problems:
-        raise ValueError("the published layout cannot express this network: " + "; ".join(problems))
-
-
 # --- transformer ----------------------------------------------------------------------------------
 
 

@@ -15,7 +15,7 @@ from absl import app, flags
 
 from var_jax import command_line
 from var_jax.sampling import pictures
-from var_jax.sampling.edit import UnusableImage, fitted, open_image
+from var_jax.sampling.image_files import UnusableImage, fitted, open_image
 
 FLAGS = flags.FLAGS
 

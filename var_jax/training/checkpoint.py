@@ -228,7 +228,7 @@ def save_params(directory: Path, params: dict, extra: dict, config: dict) -> Non
       CheckpointNotWritten: if the disk is full.
     """
     directory = Path(directory).absolute()
-    if directory.exists() and any(directory.iterdir()):
+    if directory.exists() and any(path.name.isdecimal() for path in directory.iterdir()):
         raise FileExistsError(f"{directory} holds checkpoints already; give another directory")
     # Orbax would copy every array first, for saving in the background; here it is waited for.
     numpy_handler = ocp.type_handlers.NumpyHandler(deepcopy_host_arrays=False)
