@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from tests.conftest import close
-from var_jax.tokenizer.resize import area_matrix, area_resize, bicubic_matrix, bicubic_resize
+from var_jax.tokenizer.resize import area_matrix, area_resize, bicubic_matrix, bicubic_resize, bilinear_resize
 
 
 @pytest.mark.parametrize("kind", ["area", "bicubic"])
@@ -24,4 +24,4 @@ def test_rows_add_up_to_one():
 
 def test_same_side_is_left_alone():
     x = np.ones((1, 3, 3, 2), np.float32)
-    assert area_resize(x, 3) is x and bicubic_resize(x, 3) is x
+    assert area_resize(x, 3) is x and bicubic_resize(x, 3) is x and bilinear_resize(x, 3) is x

@@ -124,11 +124,11 @@ def tokenizer_config(tensors: Tensors, scales=None) -> TokenizerConfig:
     Raises:
       ValueError: if this is no published tokenizer, or its K is not that of the scales.
     """
-    _require(
+    require(
         tensors, ("encoder.conv_in.weight", "quantize.embedding.weight", "quant_conv.weight"), "tokenizer"
     )
     ch = tensors["encoder.conv_in.weight"].shape[0]
-    levels = _count(tensors, r"encoder\.down\.(\d+)\.")
+    levels = count(tensors, r"encoder\.down\.(\d+)\.")
     outs = [tensors[f"encoder.down.{i}.block.0.conv1.weight"].shape[0] for i in range(levels)]
     num_codes, code_dim = tensors["quantize.embedding.weight"].shape
     hits = tensors.get("quantize.ema_vocab_hit_SV")
@@ -151,8 +151,8 @@ def tokenizer_config(tensors: Tensors, scales=None) -> TokenizerConfig:
         code_dim=code_dim,
         ch=ch,
         ch_mult=tuple(out // ch for out in outs),
-        num_blocks=_count(tensors, r"encoder\.down\.0\.block\.(\d+)\."),
-        num_phis=1 if single else _count(tensors, r"quantize\.quant_resi\.qresi_ls\.(\d+)\."),
+        num_blocks=count(tensors, r"encoder\.down\.0\.block\.(\d+)\."),
+        num_phis=1 if single else count(tensors, r"quantize\.quant_resi\.qresi_ls\.(\d+)\."),
     )
 
 
@@ -213,7 +213,7 @@ def next_scale_config(tensors: Tensors, scales=None) -> NextScaleConfig:
     Raises:
       ValueError: if this is no published transformer, or one of other scales.
     """
-    _require(tensors, ("pos_1LC", "word_embed.weight", "class_emb.weight", "head.weight"), "VAR transformer")
+    require(tensors, ("pos_1LC", "word_embed.weight", "class_emb.weight", "head.weight"), "VAR transformer")
     classes, width = tensors["class_emb.weight"].shape
     temperature = tensors.get("blocks.0.attn.scale_mul_1H11")
     if scales is None:
@@ -230,7 +230,7 @@ def next_scale_config(tensors: Tensors, scales=None) -> NextScaleConfig:
             f"{length} positions: expected {(1, length, width)}; pass the right scales= to load_tokenizer"
         )
     return NextScaleConfig(
-        depth=_count(tensors, r"blocks\.(\d+)\."),
+        depth=count(tensors, r"blocks\.(\d+)\."),
         width=width,
         num_heads=0 if temperature is None else temperature.shape[1],
         num_classes=classes - 1,
@@ -330,12 +330,13 @@ def published_tensors(
             yield name, np.ascontiguousarray(entry.layout.published(part))
 
 
-def _count(tensors: Tensors, pattern: str) -> int:
+def count(tensors: Tensors, pattern: str) -> int:
     """One more than the largest number that the names hold at the group of the pattern, or 0."""
     found = [int(match[1]) for name in tensors if (match := re.match(pattern, name))]
     return max(found, default=-1) + 1
 
 
-def _require(tensors: Tensors, names: tuple[str, ...], what: str) -> None:
+def require(tensors: Tensors, names: tuple[str, ...], what: str) -> None:
+    """Raises ValueError naming those tensors that a published network of that kind must have and lacks."""
     if missing := [name for name in names if name not in tensors]:
         raise ValueError(f"no published {what}: it has no tensor {', '.join(missing)}")

@@ -62,3 +62,8 @@ def area_resize(x: jax.Array, side: int) -> jax.Array:
 def bicubic_resize(x: jax.Array, side: int) -> jax.Array:
     """[B, h, h, C] -> [B, side, side, C] by cubic interpolation; `x` itself if it has that side."""
     return x if x.shape[1] == side else _resize(x, bicubic_matrix(x.shape[1], side))
+
+
+def bilinear_resize(x: jax.Array, side: int) -> jax.Array:
+    """[B, h, h, C] -> [B, side, side, C] by linear interpolation; `x` itself if it has that side."""
+    return x if x.shape[1] == side else _resize(x, bilinear_matrix(x.shape[1], side))
