@@ -126,16 +126,21 @@ def encoder_flops(tokenizer: Tokenizer) -> float:
     return jax.jit(partial(tokenizer_model.encode, tokenizer)).lower(params, image).cost_analysis()["flops"]
 
 
-def cores_needed(flops: float, per_core: float) -> dict[str, dict]:
+def cores_needed(flops: float, per_core: float, at_best: float) -> dict[str, dict]:
     """Machine -> images/s that it trains on, and the cores that make as many.
 
     Args:
       flops: of a training step, of one image.
-      per_core: images/s that one core makes.
+      per_core: images/s that the loader delivers for each core.
+      at_best: images/s of a core that has nothing else to do.
     """
     rates = {machine: CHIPS * PEAK_FLOPS[machine] * ASSUMED_MFU / flops for machine in MACHINES}
     return {
-        f"{CHIPS} x {machine}": {"images_per_s": round(rate), "cores": round(rate / per_core, 1)}
+        f"{CHIPS} x {machine}": {
+            "images_per_s": round(rate),
+            "cores": round(rate / per_core, 1),
+            "cores_at_best": round(rate / at_best, 1),
+        }
         for machine, rate in rates.items()
     }
 
@@ -144,8 +149,13 @@ def input_rate(args: argparse.Namespace, tokenizer: Tokenizer, config: NextScale
     """Measures reading, decoding, resizing and cropping for training the given networks.
 
     Returns:
-      images_per_s of all cores that this process may use, and of one; ms_per_image of CPU time of each stage;
-      and what machines need that train at ASSUMED_MFU, encoder included.
+      A dict for one line of JSON, in it:
+        images_per_s: that the loader delivers on all cores that this process may use.
+        images_per_s_per_core: the same for one of them.
+        ms_per_image: CPU time of each stage.
+        images_per_s_at_best: of one core, by these times.  Where it is far above images_per_s_per_core, other
+          work was going on, or threads were in each other's way.
+        needed: what machines need that train at ASSUMED_MFU, encoder included.
 
     Raises:
       DataSetMissing, ValueError: from `open_source` and `train_batches`.
@@ -160,6 +170,7 @@ def input_rate(args: argparse.Namespace, tokenizer: Tokenizer, config: NextScale
         rate = loader_rate(source, transform, args)
         sizes = [len(source[i]["image"]) for i in range(min(STAGED, len(source)))]
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    at_best = 1e3 / sum(stages.values())
     flops = {"encoder": encoder_flops(tokenizer), "transformer": training_flops(config)}
     return {
         "what": "input",
@@ -173,8 +184,9 @@ def input_rate(args: argparse.Namespace, tokenizer: Tokenizer, config: NextScale
         "cores": cores,
         "images_per_s": round(rate, 1),
         "images_per_s_per_core": round(rate / cores, 1),
+        "images_per_s_at_best": round(at_best, 1),
         "ms_per_image": stages,
         "gflops_per_image": {name: round(count / 1e9, 1) for name, count in flops.items()},
         "assumed_mfu": ASSUMED_MFU,
-        "needed": cores_needed(sum(flops.values()), rate / cores),
+        "needed": cores_needed(sum(flops.values()), rate / cores, at_best),
     }
