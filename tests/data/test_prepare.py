@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from tests import coloured_shapes
 from var_jax.data.image_folder import list_images
 from var_jax.data.prepare import BadImages, check, prepare
 from var_jax.data.sources import open_source
@@ -137,3 +138,49 @@ def test_what_makes_no_data_set_is_said(folder, tmp_path, change, message):
     arguments = dict(name="colours", held_out=0.2) | change
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         prepare(images, arguments["name"], tmp_path / "data", arguments["held_out"], False, 1)
+
+
+def test_pictures_of_many_kinds_go_through(tmp_path, capsys):
+    pictures = tmp_path / "pictures"
+    broken = coloured_shapes.write_folder(pictures, images=200, seed=1)
+    with pytest.raises(BadImages, match="4 of 204 files cannot be decoded") as error:
+        prepare(pictures, "shapes", tmp_path / "data", 0.2, False, workers=1)
+    lines = str(error.value).splitlines()[1:-1]
+    assert {line.split(": ")[0].strip() for line in lines} == {str(path) for path in broken}
+    assert sum(prepare(pictures, "shapes", tmp_path / "data", 0.2, True, workers=1)) == 200
+    said = capsys.readouterr().out
+    assert all(f"{path}: " in said for path in broken)
+
+    classes = {path.read_bytes(): path.parent.name for path in pictures.rglob("*.*")}
+    pixels, sizes, modes, counts = ToPixels("shapes", 64, 1.125, False), set(), set(), np.zeros(10, int)
+    for split in ("train", "test"):
+        source = open_source("shapes", split, tmp_path / "data")
+        assert source.class_names == tuple(coloured_shapes.SHAPES)
+        for record in map(source.__getitem__, range(len(source))):
+            assert source.class_names[record["label"]] == classes[record["image"]]
+            counts[record["label"]] += 1
+            image = Image.open(io.BytesIO(record["image"]))
+            sizes.add(image.size)
+            modes.add((image.format, image.mode))
+            got, want = pixels(record)["image"], enlarged_centre(image)
+            assert got.shape == (64, 64, 3) and got.dtype == np.uint8
+            assert np.abs(got - want).max() <= 8, (image.size, image.mode)  # rounding twice; moved: > 50
+    assert (counts == 20).all() and sizes == {(64, 64), (96, 64), (64, 96), (80, 80)}
+    assert modes == {("JPEG", "RGB"), ("JPEG", "L"), ("PNG", "RGB"), ("PNG", "L"), ("PNG", "RGBA")}
+
+
+def enlarged_centre(image: Image.Image) -> np.ndarray:
+    """The middle of an image at 72 pixels on the shorter side, 64 by 64, in one step of resampling."""
+    half, (w, h) = 32 * min(image.size) / 72, image.size
+    box = (w / 2 - half, h / 2 - half, w / 2 + half, h / 2 + half)
+    rgb = image.convert("RGB").resize((64, 64), Image.Resampling.LANCZOS, box=box)
+    return np.asarray(rgb).astype(int)
+
+
+def test_shapes_are_drawn_alike_again_and_the_folder_must_be_new(tmp_path):
+    draw = lambda seed: coloured_shapes.draw("star", np.random.default_rng(seed))  # noqa: E731
+    np.testing.assert_array_equal(draw(3), draw(3))
+    assert np.abs(draw(3).astype(int) - draw(4)).mean() > 10
+    (tmp_path / "there.txt").touch()
+    with pytest.raises(FileExistsError, match="is not empty"):
+        coloured_shapes.write_folder(tmp_path, images=10)

@@ -2,11 +2,12 @@
 
     python -m var_jax.benchmarks.throughput sample --depth 16 --batch 8
     python -m var_jax.benchmarks.throughput train --depth 16 --batch 8 --against ../shared/peer/torch_var.py
+    python -m var_jax.benchmarks.throughput input --batch=64
 
 Prints one JSON line.  Weights are random: speed does not depend on them.  `--against` first runs a PyTorch
 yardstick of the same shape in this call (it needs the extra `torch`) and adds its line and the ratio.  The
 yardstick knows neither encoder nor decoder, so the ratio is of what it does: sampling without the decoder,
-training from tokens.
+training from tokens.  `input` measures the host instead: see input_rate.py.
 """
 
 import argparse
@@ -24,6 +25,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from configs import var
+from var_jax.benchmarks.input_rate import add_arguments, input_rate
 from var_jax.sampling.generate import generate, image_keys
 from var_jax.sampling.options import SamplingOptions
 from var_jax.sampling.precision import in_compute_dtype
@@ -42,7 +44,7 @@ CLASSES = 1000
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("what", choices=["sample", "train", "encode", "decode"])
+    parser.add_argument("what", choices=["sample", "train", "encode", "decode", "input"])
     parser.add_argument("--depth", type=int, default=16)
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--size", type=int, default=256, choices=[256, 512])
@@ -52,6 +54,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--remat", action="store_true", help="train: keep little for the backward pass")
     parser.add_argument("--against", help="path of the PyTorch yardstick")
     parser.add_argument("--compile", action="store_true", help="the yardstick under torch.compile")
+    add_arguments(parser)
     return parser.parse_args()
 
 
@@ -172,6 +175,11 @@ def main():
         sys.exit("--against: the yardstick knows sample and train")
     peer = yardstick(args) if args.against else None
     tokenizer, task = make_networks(args)
+    if args.what == "input":
+        try:
+            return print(json.dumps(input_rate(args, tokenizer, task.config)))
+        except (FileNotFoundError, ValueError) as error:  # no such data set, or too small a one
+            sys.exit(f"throughput: {error}")
     run = {"sample": sample, "train": train}.get(args.what, through_tokenizer)
     found = run(args, tokenizer, task)
     line = {"what": args.what, "depth": args.depth, "batch": args.batch, "size": args.size}
