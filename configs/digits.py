@@ -28,7 +28,9 @@ def get_config() -> ConfigDict:
     )
     config.tokenizer.model.update(dict(norm_groups=8, quantizer_dropout=0.2))
     config.tokenizer.loss.update(dict(l2=1.0, l1=0.0, perceptual=0.0, codebook=1.0))
+    config.tokenizer.adversarial.weight = 0.0
     config.tokenizer.codebook.update(dict(hits_decay=0.95, restart_every=20, restart_until=0.7))
+    config.tokenizer.codebook.update(dict(kmeans_steps=0, ema=0.0))
     config.tokenizer.train.update(dict(steps=1700, batch=64, learning_rate=6e-3, b1=0.9, b2=0.99, clip=1.0))
     config.tokenizer.train.update(dict(schedule="cos", end=0.02, ema=0.99))
     # 1442 images are few: moved by a pixel, and with decay, held-out digits come out as well as seen ones.

@@ -5,6 +5,7 @@ from pathlib import Path
 from ml_collections import ConfigDict
 
 from var_jax.data.sources import Source, open_source
+from var_jax.interop.dino import load_dino
 from var_jax.interop.load import load_tokenizer
 from var_jax.interop.perceptual import load_perceptual
 from var_jax.tokenizer.model import Tokenizer
@@ -59,7 +60,7 @@ def build_task(
     """
     steps = num_steps(stage.train, source.num_records)
     if stage.task == "tokenizer":
-        return TokenizerTask(stage, steps, perceptual_weights(stage)), steps
+        return TokenizerTask(stage, steps, judges(stage)), steps
     if stage.task != "next_scale":
         raise ValueError(f"config.task must be tokenizer or next_scale, found {stage.task!r}")
     if coming is not None and not stage.tokenizer:
@@ -77,14 +78,24 @@ def build_task(
     return NextScaleTask(stage, steps, tokenizer, params, source.num_classes), steps
 
 
-def perceptual_weights(stage: ConfigDict) -> dict | None:
-    """Parameters of the perceptual loss of a tokenizer; None, with a notice, where no file is given."""
-    if not stage.loss.get("perceptual"):
-        return None
-    if not stage.perceptual_weights:
-        print("tokenizer: no perceptual loss, since config.perceptual_weights names no file", flush=True)
-        return None
-    return load_perceptual(stage.perceptual_weights.split(","))
+def judges(stage: ConfigDict) -> dict:
+    """Parameters of the frozen networks that a tokenizer's losses need; a notice where a file is not given.
+
+    Raises:
+      ValueError: where the discriminator stands on DINO and no file is given, or a file does not fit.
+      FileNotFoundError: where a file is missing.
+    """
+    found = {}
+    if stage.loss.get("perceptual"):
+        if stage.perceptual_weights:
+            found["vgg"] = load_perceptual(stage.perceptual_weights.split(","))
+        else:
+            print("tokenizer: no perceptual loss, since config.perceptual_weights names no file", flush=True)
+    if stage.adversarial.weight and stage.adversarial.network == "dino":
+        if not stage.adversarial.dino_weights:
+            raise ValueError("config.adversarial.network=dino needs a file: config.adversarial.dino_weights")
+        found["dino"] = load_dino(stage.adversarial.dino_weights)
+    return found
 
 
 def run(config: ConfigDict, workdir: Path) -> None:

@@ -7,7 +7,7 @@ import pytest
 
 from tests.conftest import all_tokens, close
 from var_jax.tokenizer.config import TokenizerConfig
-from var_jax.tokenizer.losses import loss_terms, weighted_sum
+from var_jax.tokenizer.losses import image_terms, weighted_sum
 from var_jax.tokenizer.model import Tokenizer, decode
 
 
@@ -32,7 +32,8 @@ def test_training_pass_passes_gradients_to_every_parameter(tiny_tokenizer):
     images = jax.random.uniform(jax.random.key(0), (4, 8, 8, 3), minval=-1)
 
     def loss(params):
-        terms = loss_terms(images, module.apply({"params": params}, images, train=True))
+        output = module.apply({"params": params}, images, train=True)
+        terms = image_terms(images, output.images) | {"codebook": output.quantized.loss}
         return weighted_sum(terms, {"l2": 1.0, "l1": 0.2, "codebook": 1.0}).mean()
 
     grads = jax.jit(jax.grad(loss))(params)
@@ -63,6 +64,7 @@ def test_an_unknown_loss_is_named():
         ({"ch_mult": ()}, "ch_mult must be multipliers"),
         ({"num_codes": 0}, "num_codes must be at least 1"),
         ({"num_phis": -1}, "num_phis must be 0"),
+        ({"gradient": "none"}, r"must be one of \('straight_through', 'rotation'\), found 'none'"),
         ({"quantizer_dropout": 1.0}, r"quantizer_dropout must be in \[0, 1\)"),
         ({"scales": (2, 1)}, "1 follows 2"),
     ],

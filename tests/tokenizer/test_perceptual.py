@@ -9,7 +9,7 @@ from safetensors.numpy import save_file
 from tests.conftest import close
 from tests.training.tiny import tiny_config
 from var_jax.interop.perceptual import load_perceptual
-from var_jax.stages import perceptual_weights
+from var_jax.stages import judges
 from var_jax.tokenizer.perceptual import (
     CHANNELS,
     LAYERS,
@@ -82,28 +82,29 @@ def test_it_is_a_term_of_the_loss_where_weights_are_given(params):
     config = tiny_config("none").tokenizer
     config.model.update(scales=(1, 2, 4, 8), num_codes=16)
     config.loss.update(l2=1.0, perceptual=0.5, codebook=0.0)
+    config.adversarial.weight = 0.0
     batch = {"image": np.random.default_rng(0).integers(0, 256, (2, 16, 16, 3), dtype=np.uint8)}
     key = jax.random.key(0)
-    with_vgg, without = TokenizerTask(config, 5, params), TokenizerTask(config, 5)
+    with_vgg, without = TokenizerTask(config, 5, {"vgg": params}), TokenizerTask(config, 5)
     variables = nn.meta.unbox(with_vgg.init(key)[0])
-    loss, (metrics, _) = jax.jit(with_vgg._loss)(variables, with_vgg.frozen, batch, key)
-    plain, (plain_metrics, _) = jax.jit(without._loss)(variables, without.frozen, batch, key)
-    assert "perceptual" not in plain_metrics and float(metrics["perceptual"]) > 0
-    np.testing.assert_allclose(loss, plain + 0.5 * metrics["perceptual"], rtol=1e-5)
+    measure = lambda task: jax.jit(task._gradient)(variables, {}, task.frozen, batch, 0, key)[1][0]  # noqa: E731
+    metrics, plain = measure(with_vgg), measure(without)
+    assert "perceptual" not in plain and float(metrics["perceptual"]) > 0
+    np.testing.assert_allclose(metrics["loss"], plain["loss"] + 0.5 * metrics["perceptual"], rtol=1e-5)
     with pytest.raises(ValueError, match="at least 16 x 16 pixels"):
         config.model.scales = (1, 2, 4)
-        TokenizerTask(config, 5, params)
+        TokenizerTask(config, 5, {"vgg": params})
 
 
 def test_without_a_file_it_is_off_with_a_notice(capsys):
     config = tiny_config("none").tokenizer
-    assert perceptual_weights(config) is None and capsys.readouterr().out == ""
+    assert judges(config) == {} and capsys.readouterr().out == ""
     config.loss.perceptual = 1.0
-    assert perceptual_weights(config) is None
+    assert judges(config) == {}
     assert "no perceptual loss, since config.perceptual_weights names no file" in capsys.readouterr().out
     config.perceptual_weights = "nowhere.pth"
     with pytest.raises(FileNotFoundError, match="no such file: nowhere.pth"):
-        perceptual_weights(config)
+        judges(config)
 
 
 def test_what_is_missing_or_misshapen_is_named(tmp_path):

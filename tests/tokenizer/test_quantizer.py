@@ -115,6 +115,37 @@ def test_quantizer_dropout_keeps_the_first_maps_and_leaves_tokens_and_loss_alone
         np.testing.assert_allclose(dropped.f_hat[i], sums[i][i], atol=1e-5)
 
 
+def test_rotation_gives_the_sum_its_value_and_turns_the_gradient_with_it():
+    quantizer = random_quantizer((1, 2, 4))
+    features = jax.random.normal(jax.random.key(1), (2, 4, 4, 8))
+    turned = dataclasses.replace(quantizer, gradient="rotation")
+    f_hat, backward = jax.vjp(lambda f: turned(f).f_hat, features)
+    np.testing.assert_allclose(f_hat, quantizer(features).f_hat, atol=1e-5)
+    along, across = backward(features / jnp.linalg.norm(features, axis=-1, keepdims=True))[0], f_hat
+    # A gradient along the sum arrives along the features, scaled by their ratio of lengths.
+    arrived = backward(across)[0]
+    cosine = jnp.sum(arrived * features, -1) / jnp.linalg.norm(arrived, axis=-1)
+    np.testing.assert_allclose(cosine / jnp.linalg.norm(features, axis=-1), 1, atol=1e-5)
+    lengths = [np.linalg.norm(x, axis=-1) for x in (arrived, across, f_hat, features)]
+    np.testing.assert_allclose(lengths[0] / lengths[1], lengths[2] / lengths[3], rtol=1e-4)
+    # A rotation keeps angles: so do two gradients on their way.
+    unit = lambda x: x / jnp.linalg.norm(x, axis=-1, keepdims=True)  # noqa: E731
+    before = jnp.sum(unit(across) * unit(features), -1)
+    np.testing.assert_allclose(jnp.sum(unit(arrived) * unit(along), -1), before, atol=1e-4)
+    assert float(jnp.abs(before - 1).max()) > 0.1
+
+
+def test_targets_are_what_is_left_and_pass_the_gradient_of_the_features():
+    quantizer = random_quantizer((1, 4))
+    features = jax.random.normal(jax.random.key(1), (2, 4, 4, 8))
+    quantized = quantizer(features)
+    np.testing.assert_allclose(quantized.targets[:, 0], features.mean((1, 2)), atol=1e-6)
+    left = features - quantizer.partial_sums(quantized.tokens)[0]
+    np.testing.assert_allclose(quantized.targets[:, 1:].reshape(2, 4, 4, 8), left, atol=1e-5)
+    gradient = jax.grad(lambda f: quantizer(f).targets.sum())(features)
+    np.testing.assert_allclose(gradient, 1 + 1 / 16, rtol=1e-5)
+
+
 def test_features_of_another_side_are_refused():
     with pytest.raises(ValueError, match="found 4, the features are 8 x 8"):
         random_quantizer((1, 4))(jnp.zeros((1, 8, 8, 8)))

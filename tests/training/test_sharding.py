@@ -1,3 +1,4 @@
+import chex
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -50,10 +51,14 @@ def losses(task, mesh, steps=5):
 
 @pytest.mark.parametrize("name", ["tokenizer", "next_scale"])
 def test_eight_devices_fsdp_equal_one(tasks, name):
-    one, _ = losses(tasks[name], make_mesh(devices=jax.devices()[:1]))
+    one, whole = losses(tasks[name], make_mesh(devices=jax.devices()[:1]))
     eight, state = losses(tasks[name], make_mesh(fsdp=8))
     np.testing.assert_allclose(eight, one, atol=1e-5, rtol=0)
     assert one[0] != one[-1]
+    if name == "tokenizer":  # the steps went through all that the codebook and the adversary do
+        after, alone = (jax.device_get(s.extra) for s in (state, whole))
+        assert alone["adversary"]["means"].any() and alone["code_mean"]["uses"].any()
+        chex.assert_trees_all_close(after, alone, atol=1e-4, rtol=1e-3)
     split = [leaf for leaf in jax.tree.leaves(state.params) if not leaf.is_fully_replicated]
     assert sum(leaf.size for leaf in split) > 0.5 * sum(leaf.size for leaf in jax.tree.leaves(state.params))
     moments = [leaf for leaf in jax.tree.leaves(state.opt_state) if not leaf.is_fully_replicated]

@@ -9,8 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from var_jax.evaluation.codebook_use import codebook_use
-from var_jax.tokenizer.codebook import count_codes
+from var_jax.tokenizer.codebook import codebook_use, count_codes
 from var_jax.tokenizer.model import Tokenizer
 from var_jax.tokenizer.perceptual import perceptual_distance
 
@@ -84,6 +83,7 @@ def evaluate_reconstruction(
             bar.update(int(valid.sum()))
     metrics = {name: float(np.concatenate([part[name] for part in parts]).mean()) for name in parts[0]}
     use = codebook_use(counts, config.scales, sum(len(part["psnr"]) for part in parts))
+    use = {name: float(value) for name, value in use.items()}
     return metrics | use | _rate(use, config), worst, best
 
 

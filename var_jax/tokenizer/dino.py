@@ -16,13 +16,12 @@ import jax.numpy as jnp
 from var_jax.tokenizer.perceptual import SCALE, SHIFT
 from var_jax.tokenizer.resize import bicubic_resize, bilinear_resize
 
-LAYERS = (2, 5, 8, 11)
 HEAD_SIZE = 64
 SMALLEST_GRID = 4  # patches a side; smaller images are enlarged
 
 
 def dino_features(
-    params: dict, images: jax.Array, layers: tuple[int, ...] = LAYERS, dtype: jnp.dtype = jnp.float32
+    params: dict, images: jax.Array, layers: tuple[int, ...] | None = None, dtype: jnp.dtype = jnp.float32
 ) -> list[jax.Array]:
     """Square images [B, H, H, 3] in [-1, 1] -> 1 + len(layers) feature maps [B, h, h, D], h = ceil(H / P).
 
@@ -33,7 +32,8 @@ def dino_features(
     Args:
       params: of `load_dino`; no gradient flows to them where they are not differentiated.
       images: at least 4 patches a side, or they are enlarged to that (16 pixels to 64).
-      layers: blocks, counted from 0, after which features are taken; blocks past the last are not computed.
+      layers: blocks, counted from 0, after which features are taken; by default the last of each quarter
+        (2, 5, 8 and 11 of ViT-S).  Blocks past the last are not computed.
       dtype: of the matrix products and of what is returned; normalisation is in float32.
 
     Returns:
@@ -43,6 +43,8 @@ def dino_features(
       ValueError: on images of another shape, or layers that the network does not have.
     """
     depth = params["blocks"]["qkv"]["kernel"].shape[0]
+    if layers is None:
+        layers = tuple(depth * quarter // 4 - 1 for quarter in (1, 2, 3, 4))
     if not layers or not all(0 <= i < depth for i in layers):
         raise ValueError(f"DINO of {depth} blocks has layers 0 to {depth - 1}, asked for {layers}")
     x = _embed(params, images, dtype)

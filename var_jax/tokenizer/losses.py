@@ -5,34 +5,51 @@ from collections.abc import Mapping
 import jax
 import jax.numpy as jnp
 
-from var_jax.tokenizer.model import Reconstruction
 from var_jax.tokenizer.perceptual import perceptual_distance
 
 
-def loss_terms(
-    images: jax.Array, output: Reconstruction, vgg: dict | None = None, dtype: jnp.dtype = jnp.float32
+def image_terms(
+    images: jax.Array, again: jax.Array, vgg: dict | None = None, dtype: jnp.dtype = jnp.float32
 ) -> dict[str, jax.Array]:
-    """Every term that a training pass can be held to, unweighted.
+    """What a reconstruction is held to, unweighted.
 
     Args:
-      images: float32 [B, H, W, 3] in [-1, 1].
-      output: of the tokenizer for them.
+      images, again: float32 [B, H, W, 3] in [-1, 1], and their reconstructions.
       vgg: parameters for the perceptual distance; None leaves that term out.
       dtype: of the convolutions of the perceptual distance.
 
     Returns:
-      float32 [B] each: `l2` and `l1`, means over the pixel values; `codebook`, the loss of the quantizer;
-      `perceptual`, LPIPS.
+      float32 [B] each: `l2` and `l1`, means over the pixel values; `perceptual`, LPIPS.
     """
-    error = output.images - images
+    error = again - images
     terms = {
         "l2": jnp.mean(error**2, axis=(1, 2, 3)),
         "l1": jnp.mean(jnp.abs(error), axis=(1, 2, 3)),
-        "codebook": output.quantized.loss,
     }
     if vgg is not None:
-        terms["perceptual"] = perceptual_distance(vgg, images, output.images, dtype)
+        terms["perceptual"] = perceptual_distance(vgg, images, again, dtype)
     return terms
+
+
+def entropy_penalty(targets: jax.Array, codes: jax.Array, temperature: float) -> jax.Array:
+    """Low where every target is sure of its code and all codes are wanted (Yu et al. 2023, MAGVIT-2).
+
+    Codes are taken with the probabilities softmax(-distance^2 / temperature); the entropy of their mean over
+    the batch is subtracted from their mean entropy.  Takes memory for [B, L, V] three times over.
+
+    Args:
+      targets: [B, L, C].
+      codes: [V, C].
+      temperature: in units of squared distance.
+
+    Returns:
+      float32 [B].
+    """
+    dots = jnp.einsum("blc,vc->blv", targets, codes, precision=jax.lax.Precision.HIGHEST)
+    log_p = jax.nn.log_softmax((2 * dots - jnp.sum(codes**2, -1)) / temperature)
+    p = jnp.exp(log_p)
+    mean = p.mean((0, 1))
+    return -jnp.sum(p * log_p, -1).mean(-1) + jnp.sum(mean * jnp.log(mean + 1e-10))
 
 
 def weighted_sum(terms: Mapping[str, jax.Array], weights: Mapping[str, float]) -> jax.Array:
@@ -41,6 +58,6 @@ def weighted_sum(terms: Mapping[str, jax.Array], weights: Mapping[str, float]) -
     Raises:
       ValueError: on a weight for a term that does not exist.
     """
-    if unknown := sorted(set(weights) - set(terms)):
+    if unknown := sorted(name for name, weight in weights.items() if weight and name not in terms):
         raise ValueError(f"config.loss weighs unknown terms {unknown}; there are {sorted(terms)}")
     return sum(weight * terms[name] for name, weight in weights.items() if weight)

@@ -28,7 +28,7 @@ class Quantized:
       tokens: int32 [B, L].
       f_hat: [B, h, w, C], the value of the sum of the maps with the gradient of the features.
       loss: [B], codebook loss of each image.
-      targets: [B, L, C], the residual that each token was chosen for (no gradient).
+      targets: [B, L, C], the residual that each token was chosen for, with the gradient of the features.
     """
 
     tokens: jax.Array
@@ -53,6 +53,7 @@ class Quantizer:
     phi_bias: jax.Array | None
     scales: Scales = flax.struct.field(pytree_node=False)
     l2_normalized: bool = flax.struct.field(pytree_node=False, default=False)
+    gradient: str = flax.struct.field(pytree_node=False, default="straight_through")
 
     @classmethod
     def create(cls, params: dict, config: TokenizerConfig) -> "Quantizer":
@@ -63,6 +64,7 @@ class Quantizer:
             params.get("phi_bias"),
             config.schedule,
             config.l2_normalized,
+            config.gradient,
         )
 
     @property
@@ -131,13 +133,13 @@ class Quantizer:
         """
         self.scales.check_feature_side(features.shape[1])
         self.scales.check_feature_side(features.shape[2])
-        f = features.astype(jnp.float32)
-        fixed = residual = jax.lax.stop_gradient(f)
+        f = residual = features.astype(jnp.float32)
+        fixed = jax.lax.stop_gradient(f)
         f_hat = kept = jnp.zeros_like(f)
         loss, tokens, targets = 0.0, [], []
         for k, side in enumerate(self.scales.sides):
             target = area_resize(residual, side).reshape(f.shape[0], side * side, -1)
-            token_map = jax.lax.stop_gradient(self.nearest(target))
+            token_map = self.nearest(jax.lax.stop_gradient(target))
             h = self.contribution(k, self.codes[token_map])
             f_hat = f_hat + h
             kept = f_hat if keep is None else jnp.where((keep > k)[:, None, None, None], f_hat, kept)
@@ -146,12 +148,32 @@ class Quantizer:
             loss += jnp.mean((f_hat - fixed) ** 2, axis=(1, 2, 3))
             tokens.append(token_map)
             targets.append(target)
+        through = rotated if self.gradient == "rotation" else straight_through
         return Quantized(
             tokens=jnp.concatenate(tokens, axis=1),
-            f_hat=f + jax.lax.stop_gradient(kept - f),
+            f_hat=through(f, jax.lax.stop_gradient(kept)),
             loss=loss / len(self.scales),
             targets=jnp.concatenate(targets, axis=1),
         )
+
+
+def straight_through(f: jax.Array, f_hat: jax.Array) -> jax.Array:
+    """`f_hat` in value; its gradient goes to f as it is (Bengio et al. 2013)."""
+    return f + jax.lax.stop_gradient(f_hat - f)
+
+
+def rotated(f: jax.Array, f_hat: jax.Array) -> jax.Array:
+    """`f_hat` in value, as the rotation and scaling of f that take it there, which are held fixed.
+
+    The gradient that reaches f is turned and scaled with them (Fifty et al. 2024, "Restructuring vector
+    quantization with the rotation trick", section 4).  All [..., C].
+    """
+    fixed = jax.lax.stop_gradient(f)
+    lengths = [jnp.sqrt(jnp.sum(x**2, -1, keepdims=True) + 1e-12) for x in (fixed, f_hat)]
+    u, v = fixed / lengths[0], f_hat / lengths[1]
+    r = _unit(u + v)
+    dot = lambda x, y: jnp.sum(x * y, -1, keepdims=True)  # noqa: E731
+    return lengths[1] / lengths[0] * (f - 2 * r * dot(r, f) + 2 * v * dot(u, f))
 
 
 def _unit(x: jax.Array) -> jax.Array:

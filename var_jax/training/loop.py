@@ -101,7 +101,7 @@ def train(task: Task, stage: ConfigDict, steps: int, workdir: Path, data: tuple[
     frozen = jax.device_put(task.frozen, replicated(mesh))
 
     @partial(jax.jit, donate_argnums=0, out_shardings=(shardings, replicated(mesh)))
-    def train_step(state, frozen, batch):
+    def train_step(state, frozen, batch, step_key):  # an argument, so that all seeds share a program
         now = {"learning_rate": rate(state.step), "weight_decay": decay(state.step)}
         state, metrics = task.train_step(state, frozen, batch, jax.random.fold_in(step_key, state.step))
         return state, metrics | now
@@ -158,14 +158,14 @@ def train(task: Task, stage: ConfigDict, steps: int, workdir: Path, data: tuple[
     # ------------------------------------------------------------------ the loop
     with _termination() as stop:
         for step in range(start + 1, steps + 1):
-            state, metrics = train_step(state, frozen, global_batch(next(batches), mesh))
+            state, metrics = train_step(state, frozen, global_batch(next(batches), mesh), step_key)
             log.flush()  # of the step before, while the device works on this one
             log.advance(step)
             last = step == steps
             if step == start + 1:
                 jax.block_until_ready(metrics)
                 log.restart_clock(step)  # compilation does not count as training
-            if step % cfg.log_every == 0 or last:
+            if step % cfg.log_every == 0 or last or step == 1:
                 log.training(step, metrics)
             stopping = stop.is_set() or saved.preempted(step)
             score = None

@@ -2,6 +2,7 @@
 
 import zlib
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -83,7 +84,7 @@ class NextScaleTask(Task):
 
         parts = {"label": labels, "tokens": tokens, "inputs": inputs}
         grads, (metrics, _) = accumulated_gradients(
-            loss_fn, state.params, parts, key, self.stage.train.accumulate
+            jax.grad(loss_fn, has_aux=True), state.params, parts, key, self.stage.train.accumulate
         )
         state = apply_gradients(state, grads, self.optimizer, self.stage.train.ema)
         return state, {**metrics, "gradient_norm": optax.global_norm(grads)}

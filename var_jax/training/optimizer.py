@@ -39,11 +39,12 @@ def make_optimizer(train: ConfigDict, steps: int) -> optax.GradientTransformatio
     return optax.chain(optax.clip_by_global_norm(train.clip), adamw) if train.clip else adamw
 
 
-def accumulated_gradients(loss_fn: Callable, params: dict, batch: dict, key: jax.Array, microbatches: int):
+def accumulated_gradients(gradient: Callable, params: dict, batch: dict, key: jax.Array, microbatches: int):
     """Gradient of a mean loss over a batch, worked out in equal parts to save memory.
 
     Args:
-      loss_fn: (params, batch, key) -> (loss, (metrics, outputs)); outputs are arrays led by the batch.
+      gradient: (params, batch, key) -> gradients, (metrics, outputs), as `jax.grad(loss, has_aux=True)` is;
+        outputs are arrays led by the batch.
       params: to differentiate by.
       batch: arrays [B, ...].
       key: random key; each part folds in its number.
@@ -52,7 +53,6 @@ def accumulated_gradients(loss_fn: Callable, params: dict, batch: dict, key: jax
     Returns:
       Gradients, and (metrics averaged over the parts, outputs of the whole batch).
     """
-    gradient = jax.grad(loss_fn, has_aux=True)
     if microbatches == 1:
         return gradient(params, batch, key)
     # Part i takes images i, i + n, ...: every device keeps its own images.

@@ -70,11 +70,18 @@ def create_state(
 
 
 def apply_gradients(
-    state: TrainState, grads: dict, optimizer: optax.GradientTransformation, ema_decay: float
+    state: TrainState,
+    grads: dict,
+    optimizer: optax.GradientTransformation,
+    ema_decay: float,
+    settle: Callable[[dict], dict] = lambda params: params,
 ) -> TrainState:
-    """The state after one optimiser step; the moving average follows where there is one."""
+    """The state after one optimiser step; the moving average follows where there is one.
+
+    `settle` has the last word on the new parameters.
+    """
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-    params, ema = optax.apply_updates(state.params, updates), state.ema
+    params, ema = settle(optax.apply_updates(state.params, updates)), state.ema
     if ema is not None:
         ema = update_ema(ema, params, ema_decay, state.step)
     return state.replace(step=state.step + 1, params=params, ema=ema, opt_state=opt_state)

@@ -1,98 +1,154 @@
-"""Training the multi-scale tokenizer: reconstruction, codebook, and codes kept alive."""
+"""Training the multi-scale tokenizer: reconstruction, codebook, adversary, and codes kept alive."""
 
+from functools import partial
+
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 from ml_collections import ConfigDict
 
-from var_jax.evaluation.codebook_use import codebook_use
 from var_jax.sampling import pictures
-from var_jax.tokenizer.codebook import count_codes, dead_codes, restart
+from var_jax.tokenizer.codebook import codebook_use, count_codes
 from var_jax.tokenizer.config import TokenizerConfig
-from var_jax.tokenizer.losses import loss_terms, weighted_sum
+from var_jax.tokenizer.discriminator import PatchDiscriminator
+from var_jax.tokenizer.losses import entropy_penalty, image_terms, weighted_sum
 from var_jax.tokenizer.model import Tokenizer, decode_steps, encode
+from var_jax.tokenizer.perceptual import vgg_features
+from var_jax.tokenizer.quantizer import Quantizer
+from var_jax.training.adversarial import Adversary
+from var_jax.training.codebook_care import CodebookCare
 from var_jax.training.optimizer import accumulated_gradients, make_optimizer
-from var_jax.training.state import TrainState, apply_gradients
+from var_jax.training.state import apply_gradients
 from var_jax.training.task import Task, compute_dtype, model_config, to_unit_range
+
+LAST_LAYER = ("decoder", "conv_out", "kernel")  # where the adversary's weight is weighed
+RATIO_MOST = 1e4
 
 
 class TokenizerTask(Task):
     """See `Task`.
 
-    The state carries `code_hits` [K, V], a moving average of uses a step.  `frozen` holds the parameters of
-    the perceptual distance, where it is part of the loss.
+    The state carries what `CodebookCare` and `Adversary` keep.  `frozen` holds the parameters of networks
+    that judge: `vgg` of the perceptual distance, `dino` of the discriminator, where they are used.
     """
 
     name = "tokenizer"
     best_metric = "l2"
 
-    def __init__(self, stage: ConfigDict, steps: int, vgg: dict | None = None):
-        self.stage, self.steps = stage, steps
-        self.weights = {name: w for name, w in stage.loss.items() if vgg is not None or name != "perceptual"}
+    def __init__(self, stage: ConfigDict, steps: int, frozen: dict | None = None):
+        self.stage, self.frozen = stage, frozen or {}
+        self.weights = {name: w for name, w in stage.loss.items() if w}
+        if "vgg" not in self.frozen:
+            self.weights.pop("perceptual", None)
         self.config = model_config(TokenizerConfig, stage.model)
         self.model = Tokenizer(self.config, compute_dtype(stage.train.dtype))
         self.optimizer = make_optimizer(stage.train, steps)
         self.image_size = self.config.image_size
-        self.frozen = {} if vgg is None else {"vgg": vgg}
+        self.care = CodebookCare(stage.codebook, self.config, steps, stage.train.batch)
+        self.adversary = None
+        if stage.adversarial.weight:
+            size, dtype = self.image_size, self.model.dtype
+            self.adversary = Adversary(stage.adversarial, stage.train, steps, size, dtype)
         # The program is traced here already, so that an impossible loss fails before any data is read.
-        blank = jax.ShapeDtypeStruct((1, self.image_size, self.image_size, 3), jnp.float32)
-        params = jax.eval_shape(lambda: self.init(jax.random.key(0))[0])
-        check = lambda p, x: self._loss(p, self.frozen, {"image": x}, jax.random.key(0))  # noqa: E731
-        jax.eval_shape(check, params, blank)
+        blank = jax.ShapeDtypeStruct((1, self.image_size, self.image_size, 3), jnp.uint8)
+        params, extra = jax.eval_shape(lambda: self.init(jax.random.key(0)))
+        check = partial(self._gradient, step=0, key=jax.random.key(0))
+        jax.eval_shape(check, params, extra, self.frozen, {"image": blank})
 
     def init(self, key):
         blank = jnp.zeros((1, self.image_size, self.image_size, 3))
-        hits = jnp.zeros((len(self.config.scales), self.config.num_codes))
-        return self.model.init(key, blank)["params"], {"code_hits": hits}
-
-    def _terms(self, frozen, images, output):
-        terms = loss_terms(images, output, frozen.get("vgg"), self.model.dtype)
-        return {"loss": weighted_sum(terms, self.weights), **terms}
-
-    def _loss(self, params, frozen, batch, key):
-        images = to_unit_range(batch["image"])
-        output = self.model.apply({"params": params}, images, train=True, rngs={"dropout": key})
-        terms = self._terms(frozen, images, output)
-        metrics = jax.tree.map(jnp.mean, terms)
-        return metrics["loss"], (metrics, (output.quantized.tokens, output.quantized.targets))
+        params, extra = self.model.init(key, blank)["params"], self.care.init()
+        if self.adversary:
+            extra["adversary"] = self.adversary.init(jax.random.fold_in(key, 1), self.frozen)
+        return params, extra
 
     def train_step(self, state, frozen, batch, key):
         dropout_key, restart_key = jax.random.split(key)
-        loss = lambda params, part, key: self._loss(params, frozen, part, key)  # noqa: E731
-        grads, (metrics, (tokens, targets)) = accumulated_gradients(
-            loss, state.params, batch, dropout_key, self.stage.train.accumulate
+        fit_key, adversary_key = jax.random.split(jax.random.fold_in(key, 0))
+        state = self.care.before_step(state, lambda params: self._features(params, batch["image"]), fit_key)
+        gradient = lambda params, part, key: self._gradient(  # noqa: E731
+            params, state.extra, frozen, part, state.step, key
         )
-        state = apply_gradients(state, grads, self.optimizer, self.stage.train.ema)
-        state, dead = self._restart_codes(state, tokens, targets, restart_key)
-        return state, {**metrics, "dead_codes": dead, "gradient_norm": optax.global_norm(grads)}
+        grads, (metrics, (quantized, again)) = accumulated_gradients(
+            gradient, state.params, batch, dropout_key, self.stage.train.accumulate
+        )
+        if self.adversary:
+            real, step = to_unit_range(batch["image"]), state.step
+            adversary, found = self.adversary.train_step(
+                state.extra["adversary"], frozen, real, again, adversary_key, step
+            )
+            state, metrics = state.replace(extra={**state.extra, "adversary": adversary}), metrics | found
+        state, settle = self.care.follow(state, quantized)
+        state = apply_gradients(state, grads, self.optimizer, self.stage.train.ema, settle)
+        state, use = self.care.after_step(state, quantized, restart_key)
+        return state, {**metrics, **use, "gradient_norm": optax.global_norm(grads)}
 
-    def _restart_codes(self, state: TrainState, tokens, targets, key) -> tuple[TrainState, jax.Array]:
-        """Counts the codes of this step, and every `restart_every` steps moves those hardly used."""
-        cfg = self.stage.codebook
-        counts = count_codes(tokens, self.config.schedule, self.config.num_codes)
-        hits = cfg.hits_decay * state.extra["code_hits"] + (1 - cfg.hits_decay) * counts
-        dead = dead_codes(hits, cfg.dead_below)
-        if not cfg.restart_every:
-            return state.replace(extra={**state.extra, "code_hits": hits}), dead.sum()
-        due = (state.step % cfg.restart_every == 0) & (state.step <= cfg.restart_until * self.steps)
-        moved = dead & due
+    def _features(self, params, images):
+        return self.model.apply({"params": params}, to_unit_range(images), method="features")
 
-        def move(params):
-            codebook = restart(params["quantizer"]["codebook"], moved, targets, key)
-            return {**params, "quantizer": {**params["quantizer"], "codebook": codebook}}
+    def _gradient(self, params, extra, frozen, batch, step, key):
+        """Gradient of all losses of a batch -> gradients, (metrics, (Quantized, reconstructions)).
 
-        # A moved code starts with an even share of the hits, so that it has time to be found.
-        hits = jnp.where(moved, hits.sum(1, keepdims=True) / hits.shape[1], hits)
-        ema = None if state.ema is None else move(state.ema)
-        extra = {**state.extra, "code_hits": hits}
-        return state.replace(params=move(state.params), ema=ema, extra=extra), dead.sum()
+        The gradients of the losses to the reconstructions come first; then one pass back through decoder
+        and encoder takes their sum.  The two sizes that the adversary's weight is the ratio of cost a
+        convolution each.
+        """
+        images, model_key = to_unit_range(batch["image"]), key
+
+        def forward(params):
+            params = self.care.held(params)
+            output = self.model.apply({"params": params}, images, train=True, rngs={"dropout": model_key})
+            return (output.images, self._codebook_terms(params, output.quantized)), output.quantized
+
+        def objective(again, codebook_terms):
+            terms = image_terms(images, again, frozen.get("vgg"), self.model.dtype) | codebook_terms
+            terms = {"loss": weighted_sum(terms, self.weights), **terms}
+            metrics = jax.tree.map(jnp.mean, terms)
+            return metrics["loss"], metrics
+
+        (again, codebook_terms), backward, quantized = jax.vjp(forward, params, has_aux=True)
+        (pull, inner), metrics = jax.grad(objective, (0, 1), has_aux=True)(again, codebook_terms)
+        if self.adversary:
+            key = jax.random.fold_in(key, 1)
+            loss, push = self.adversary.pull(extra["adversary"], frozen, again, key, step)
+            ratio = self._ratio(backward, pull, push, inner)
+            pull += self.adversary.weight(step) * ratio * push
+            metrics |= {"adversarial": loss, "adaptive_ratio": ratio}
+        return backward((pull, inner))[0], (metrics, (quantized, again if self.adversary else ()))
+
+    def _codebook_terms(self, params, quantized):
+        terms = {"codebook": quantized.loss}
+        if "entropy" in self.weights:
+            codes = Quantizer.create(params["quantizer"], self.config).codes
+            temperature = self.stage.codebook.entropy_temperature
+            terms["entropy"] = entropy_penalty(quantized.targets, codes, temperature)
+        return terms
+
+    def _ratio(self, backward, pull, push, inner):
+        """Size of the image losses' gradient at the last layer over the adversary's (Esser et al. 2021)."""
+        if not self.stage.adversarial.adaptive:
+            return jnp.ones(())
+
+        def size(cotangent):
+            leaf = nn.meta.unbox(backward((cotangent, jax.tree.map(jnp.zeros_like, inner)))[0])
+            for name in LAST_LAYER:
+                leaf = leaf[name]
+            return jnp.linalg.norm(leaf)
+
+        ratio = size(pull) / (size(push) + 1e-4)
+        return jnp.clip(ratio, self.stage.adversarial.min_ratio, RATIO_MOST)
 
     def eval_step(self, params, frozen, batch):
         images, valid = to_unit_range(batch["image"]), batch["valid"]
         output = self.model.apply({"params": params}, images)
-        output = output.replace(images=jnp.clip(output.images, -1, 1))
-        terms = self._terms(frozen, images, output)
+        again = jnp.clip(output.images, -1, 1)
+        terms = image_terms(images, again, frozen.get("vgg"), self.model.dtype)
+        terms["codebook"] = output.quantized.loss
+        # The entropy of a batch is no sum over its images.
+        weights = {name: weight for name, weight in self.weights.items() if name != "entropy"}
+        terms["loss"] = weighted_sum(terms, weights)
         terms["psnr"] = 10 * jnp.log10(4 / jnp.maximum(terms["l2"], 1e-10))  # values span 2
         return {
             "images": valid.sum(),
@@ -104,9 +160,10 @@ class TokenizerTask(Task):
 
     def summarize(self, sums):
         n = sums["images"]
-        return {name: float(total / n) for name, total in sums["terms"].items()} | codebook_use(
-            sums["counts"], self.config.scales, int(n)
-        )
+        use = codebook_use(sums["counts"], self.config.scales, n)
+        return {name: float(total / n) for name, total in sums["terms"].items()} | {
+            name: float(value) for name, value in use.items()
+        }
 
     def preview(self, params, frozen, images):
         images = to_unit_range(jnp.asarray(images))
@@ -119,8 +176,20 @@ class TokenizerTask(Task):
         }
 
     def flops_per_image(self):
-        """Of encoder, quantizer and decoder; a perceptual loss comes on top."""
-        blank = jax.ShapeDtypeStruct((1, self.image_size, self.image_size, 3), jnp.float32)
-        params = jax.eval_shape(lambda: self.init(jax.random.key(0))[0])
-        forward = jax.jit(lambda p, x: self.model.apply({"params": p}, x).images).lower(params, blank)
-        return 3 * forward.cost_analysis()["flops"]  # backward: twice the forward
+        """Of the networks that a step runs through, forward and backward; DINO's blocks are not counted."""
+        side = self.image_size
+        blank = jax.ShapeDtypeStruct((1, side, side, 3), jnp.float32)
+        params, extra = jax.eval_shape(lambda: nn.meta.unbox(self.init(jax.random.key(0))))
+        forward = lambda p, x: self.model.apply({"params": p}, x).images  # noqa: E731
+        flops = 3 * _flops(forward, params, blank)  # backward: twice the forward
+        if "vgg" in self.frozen:  # both images forward, one backward, to the pixels alone
+            flops += 3 * _flops(vgg_features, self.frozen["vgg"], blank)
+        if isinstance(getattr(self.adversary, "model", None), PatchDiscriminator):
+            judge = lambda p, x: self.adversary.model.apply({"params": p}, x)  # noqa: E731
+            # For the tokenizer forward and back to the pixels; for itself twice forward and back.
+            flops += 8 * _flops(judge, extra["adversary"]["params"], blank)
+        return flops
+
+
+def _flops(function, *inputs) -> float:
+    return jax.jit(function).lower(*inputs).cost_analysis()["flops"]

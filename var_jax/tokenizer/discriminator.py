@@ -1,0 +1,99 @@
+"""Discriminators of the tokenizer's adversarial loss, and its hinge.
+
+Both give logits [B, n], one for each place of an image that they judge by itself: high for real.
+"""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from var_jax.tokenizer.layers import Conv1x1, Conv3x3, Norm, bias_init, conv_init
+
+SLOPE = 0.2  # of the leaky ReLUs below zero
+
+
+class PatchDiscriminator(nn.Module):
+    """Convolutions that judge overlapping patches (PatchGAN: Isola et al. 2017, section 3.2.2).
+
+    Norms are over groups of channels, where the original has them over the batch: an image is then judged
+    alike whatever comes with it, on one device and on many.
+
+    Attributes:
+      channels: of the first layer; doubled at every further one, up to eightfold.
+      layers: that halve the side; three judge patches of 70 pixels.
+      dtype: of the convolutions.
+    """
+
+    channels: int = 64
+    layers: int = 3
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, images: jax.Array) -> jax.Array:
+        x = images
+        for i in range(self.layers + 1):
+            stride, features = 2 if i < self.layers else 1, self.channels * min(2**i, 8)
+            x = _conv4x4(features, stride, self.dtype, f"conv{i}")(x)
+            if i:
+                x = Norm(_groups(features), dtype=self.dtype, name=f"norm{i}")(x)
+            x = nn.leaky_relu(x, SLOPE)
+        x = _conv4x4(1, 1, self.dtype, "judge")(x)
+        return x.reshape(x.shape[0], -1).astype(jnp.float32)
+
+
+class FeatureHeads(nn.Module):
+    """Small heads that judge the features of a frozen network at each place (Sauer et al. 2021).
+
+    Attributes:
+      channels: of a head.
+      dtype: of the convolutions.
+    """
+
+    channels: int = 128
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, features: list[jax.Array]) -> jax.Array:
+        """Maps [B, h, w, c] of several layers -> logits of all of them."""
+        logits = []
+        for i, x in enumerate(features):
+            x = Conv1x1(self.channels, dtype=self.dtype, name=f"head{i}_in")(x.astype(self.dtype))
+            x = nn.leaky_relu(Norm(_groups(self.channels), dtype=self.dtype, name=f"head{i}_norm1")(x), SLOPE)
+            y = Conv3x3(self.channels, dtype=self.dtype, name=f"head{i}_conv")(x)
+            y = nn.leaky_relu(Norm(_groups(self.channels), dtype=self.dtype, name=f"head{i}_norm2")(y), SLOPE)
+            x = Conv1x1(1, dtype=self.dtype, name=f"head{i}_judge")(x + y)
+            logits.append(x.reshape(x.shape[0], -1).astype(jnp.float32))
+        return jnp.concatenate(logits, axis=1)
+
+
+def _conv4x4(features: int, stride: int, dtype, name: str) -> nn.Conv:
+    return nn.Conv(
+        features,
+        (4, 4),
+        stride,
+        padding=((1, 2), (1, 2)) if stride == 1 else ((1, 1), (1, 1)),
+        dtype=dtype,
+        kernel_init=conv_init,
+        bias_init=bias_init,
+        name=name,
+    )
+
+
+def _groups(channels: int) -> int:
+    """32 groups, or as many as the channels allow."""
+    return next(groups for groups in (32, 16, 8, 4, 2, 1) if channels % groups == 0)
+
+
+def hinge(real: jax.Array, fake: jax.Array) -> jax.Array:
+    """Loss of a discriminator with logits [B, n] of real images and of reconstructions (Lim & Ye 2017)."""
+    return 0.5 * (jnp.mean(nn.relu(1 - real)) + jnp.mean(nn.relu(1 + fake)))
+
+
+def lecam(real: jax.Array, fake: jax.Array, means: jax.Array) -> jax.Array:
+    """Keeps logits near the other kind's moving mean (Tseng et al. 2021, equation 3).
+
+    Args:
+      real, fake: logits [B, n].
+      means: [2], moving means of the logits of real images and of reconstructions.
+    """
+    return jnp.mean((real - means[1]) ** 2) + jnp.mean((fake - means[0]) ** 2)
