@@ -126,6 +126,14 @@ def digits_dir(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def token_cache(tiny_run, digits_dir, tmp_path_factory) -> Path:
+    """Tokens of the digits by the tokenizer of the tiny run: two random crops, written by eight devices."""
+    from tests.data.cache import make_cache
+
+    return make_cache(tiny_run, digits_dir, tmp_path_factory.mktemp("cache") / "tokens")
+
+
+@pytest.fixture(scope="session")
 def tiny_run(digits_dir, tmp_path_factory, worker_id) -> Path:
     """A run of both stages, a few steps long, on eight devices; made by the first worker that needs it."""
     from tests.training.tiny import tiny_config

@@ -5,6 +5,7 @@ from pathlib import Path
 from ml_collections import ConfigDict
 
 from var_jax.data.sources import Source, open_source
+from var_jax.data.token_cache import open_token_cache
 from var_jax.interop.dino import load_dino
 from var_jax.interop.load import load_tokenizer
 from var_jax.interop.perceptual import load_perceptual
@@ -43,6 +44,24 @@ def num_steps(train_config: ConfigDict, num_images: int) -> int:
     return steps
 
 
+def open_sources(stage: ConfigDict) -> tuple[Source, Source]:
+    """Training and held-out data of a stage: images, or the tokens of a cache (config.data.tokens).
+
+    Raises:
+      DataSetMissing: where they are not there, or a cache is not complete; says how to prepare them.
+      ValueError: on tokens for a tokenizer, which is trained on images.
+    """
+    data = stage.data
+    if not data.tokens:
+        train, held_out = (open_source(data.name, s, data.dir) for s in (data.train_split, data.eval_split))
+        return train, held_out
+    if stage.task == "tokenizer":
+        raise ValueError(
+            f"config.data.tokens={data.tokens!r}: the stage tokenizer is trained on images; leave it empty"
+        )
+    return open_token_cache(data.tokens)
+
+
 def build_task(
     stage: ConfigDict, workdir: Path, source: Source, coming: Tokenizer | None = None
 ) -> tuple[Task, int]:
@@ -55,15 +74,20 @@ def build_task(
       coming: the tokenizer of an earlier stage that is not trained yet, to check a later stage against.
 
     Raises:
-      ValueError: on a task or a model that does not exist.
+      ValueError: on a task or a model that does not exist, or tokens of another tokenizer.
       CheckpointMissing: where a transformer has no tokenizer to stand on; says how to get one.
     """
-    steps = num_steps(stage.train, source.num_records)
+    steps = num_steps(stage.train, source.num_images)
     if stage.task == "tokenizer":
         return TokenizerTask(stage, steps, judges(stage)), steps
     if stage.task != "next_scale":
         raise ValueError(f"config.task must be tokenizer or next_scale, found {stage.task!r}")
     if coming is not None and not stage.tokenizer:
+        if stage.data.tokens:
+            raise ValueError(
+                f"config.data.tokens={stage.data.tokens!r} needs a trained tokenizer, but that stage "
+                "comes first here: once it is done, run next_scale alone, with --config.stages=next_scale"
+            )
         return NextScaleTask(stage, steps, coming, {}, source.num_classes), steps
     path = Path(stage.tokenizer or workdir)
     try:
@@ -75,7 +99,10 @@ def build_task(
             f"  or train one first: python train.py --config=configs/tokenizer.py --workdir={workdir}\n"
             "  To see everything work without any of that: python train.py --config=configs/digits.py"
         ) from error
-    return NextScaleTask(stage, steps, tokenizer, params, source.num_classes), steps
+    task = NextScaleTask(stage, steps, tokenizer, params, source.num_classes)
+    if stage.data.tokens:
+        source.description.check_tokenizer(task.fingerprint, task.config.scales, task.config.num_codes)
+    return task, steps
 
 
 def judges(stage: ConfigDict) -> dict:
@@ -105,8 +132,7 @@ def run(config: ConfigDict, workdir: Path) -> None:
     for stage in stages_of(config):  # whatever can be wrong with any stage, before the first one starts
         if stage.get("tokenizer"):
             stage.tokenizer = str(Path(stage.tokenizer).expanduser().absolute())
-        splits = (stage.data.train_split, stage.data.eval_split)
-        sources = tuple(open_source(stage.data.name, split, stage.data.dir) for split in splits)
+        sources = open_sources(stage)
         check_training(stage.train)
         task, steps = build_task(stage, workdir, sources[0], coming)
         coming = task.model if stage.task == "tokenizer" else None

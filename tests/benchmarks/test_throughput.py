@@ -43,6 +43,16 @@ def test_one_json_line(small, monkeypatch, capsys, what):
     assert found["compile_s"] > 0 and found["tflops"] >= 0 and "ratio" not in found
 
 
+def test_training_from_images_stands_beside_training_from_tokens(small, monkeypatch, capsys):
+    found = line(monkeypatch, capsys, "train", "--with_encoder")
+    whole = found["with_encoder"]
+    assert whole["ratio"] == pytest.approx(whole["seconds"] / found["seconds"], abs=1e-3)
+    assert whole["images_per_s"] == pytest.approx(2 / whole["seconds"], rel=0.02)
+    assert found["images_per_s"] == pytest.approx(2 / found["seconds"], rel=0.02)
+    with pytest.raises(SystemExit, match="--with_encoder: goes with train, not with sample"):
+        line(monkeypatch, capsys, "sample", "--with_encoder")
+
+
 def test_the_ratio_leaves_out_what_the_yardstick_cannot_do(small, monkeypatch, capsys, tmp_path):
     (tmp_path / "peer.py").write_text(YARDSTICK)
     found = line(monkeypatch, capsys, "sample", f"--against={tmp_path}/peer.py")

@@ -2,12 +2,14 @@
 
     python -m var_jax.benchmarks.throughput sample --depth 16 --batch 8
     python -m var_jax.benchmarks.throughput train --depth 16 --batch 8 --against ../shared/peer/torch_var.py
+    python -m var_jax.benchmarks.throughput train --depth 16 --batch 8 --with_encoder
     python -m var_jax.benchmarks.throughput input --batch=64
 
 Prints one JSON line.  Weights are random: speed does not depend on them.  `--against` first runs a PyTorch
 yardstick of the same shape in this call (it needs the extra `torch`) and adds its line and the ratio.  The
 yardstick knows neither encoder nor decoder, so the ratio is of what it does: sampling without the decoder,
-training from tokens.  `input` measures the host instead: see input_rate.py.
+training from tokens.  `--with_encoder` adds a training step from images and how much longer it takes: what a
+token cache saves on the device.  `input` measures the host instead: see input_rate.py.
 """
 
 import argparse
@@ -52,6 +54,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--repeats", type=int, default=10, help="of which the median counts")
     parser.add_argument("--guidance_until", type=int, help="sample: no guidance from this scale on")
     parser.add_argument("--remat", action="store_true", help="train: keep little for the backward pass")
+    parser.add_argument("--with_encoder", action="store_true", help="train: also from images, and the ratio")
     parser.add_argument("--against", help="path of the PyTorch yardstick")
     parser.add_argument("--compile", action="store_true", help="the yardstick under torch.compile")
     add_arguments(parser)
@@ -142,18 +145,27 @@ def sample(args: argparse.Namespace, tokenizer: Tokenizer, task: NextScaleTask) 
 
 
 def train(args: argparse.Namespace, tokenizer: Tokenizer, task: NextScaleTask) -> dict:
-    params = parameters(lambda key: task.init(key)[0])
-    count = count_parameters(params)
-    state = TrainState(jnp.zeros((), jnp.int32), params, None, jax.jit(task.optimizer.init)(params), {})
-    rng, length = np.random.default_rng(0), task.config.schedule.length
+    def start() -> TrainState:
+        params = parameters(lambda key: task.init(key)[0])
+        return TrainState(jnp.zeros((), jnp.int32), params, None, jax.jit(task.optimizer.init)(params), {})
+
+    run = partial(measure, repeats=args.repeats, carry=True)
+    rng, length, side = np.random.default_rng(0), task.config.schedule.length, task.image_size
     tokens = jnp.asarray(rng.integers(0, task.config.num_codes, (args.batch, length)), jnp.int32)
     inputs = jnp.asarray(rng.standard_normal((args.batch, length - 1, task.config.code_dim)), jnp.float32)
     labels = jnp.asarray(rng.integers(0, CLASSES, args.batch), jnp.int32)
-    step = jax.jit(task.train_on_tokens, donate_argnums=0)
-    key = jax.random.key(0)
-    found = measure(step, state, labels, tokens, inputs, key, repeats=args.repeats, carry=True)
+    key, count = jax.random.key(0), count_parameters(jax.eval_shape(start).params)
+    found = run(jax.jit(task.train_on_tokens, donate_argnums=0), start(), labels, tokens, inputs, key)
     flops = training_flops(task.config) * args.batch
-    return found | {"tflops": flops / found["seconds"] / 1e12, "parameters": count}
+    found |= {"tflops": flops / found["seconds"] / 1e12, "parameters": count}
+    if args.with_encoder:
+        images = jnp.asarray(rng.integers(0, 256, (args.batch, side, side, 3)), jnp.uint8)
+        frozen = {"tokenizer": tokenizer_parameters(tokenizer)}
+        batch = {"image": images, "label": labels}
+        whole = run(jax.jit(task.train_step, donate_argnums=0), start(), frozen, batch, key)
+        whole |= {"images_per_s": round(args.batch / whole["seconds"], 3)}
+        found["with_encoder"] = whole | {"ratio": round(whole["seconds"] / found["seconds"], 3)}
+    return found
 
 
 def through_tokenizer(args: argparse.Namespace, tokenizer: Tokenizer, task: NextScaleTask) -> dict:
@@ -173,6 +185,8 @@ def main():
     args = arguments()
     if args.against and args.what not in ("sample", "train"):
         sys.exit("--against: the yardstick knows sample and train")
+    if args.with_encoder and args.what != "train":
+        sys.exit(f"--with_encoder: goes with train, not with {args.what}")
     peer = yardstick(args) if args.against else None
     tokenizer, task = make_networks(args)
     if args.what == "input":

@@ -40,19 +40,21 @@ class Source:
         """Items without filling."""
         return len(self.records)
 
+    @property
+    def num_images(self) -> int:
+        """Images, which make an epoch; fewer than the items where these are several crops of each."""
+        return self.num_records
+
     def __len__(self) -> int:
         return max(self.padded, self.num_records)
 
     def __getitem__(self, index: int) -> dict:
         valid = index < self.num_records
-        index = min(int(index), self.num_records - 1)
+        return {**self._item(min(int(index), self.num_records - 1)), "valid": np.float32(valid)}
+
+    def _item(self, index: int) -> dict:
         record = self.records[index]
-        return {
-            "image": record["image"],
-            "label": np.int32(record["label"]),
-            "index": index,
-            "valid": np.float32(valid),
-        }
+        return {"image": record["image"], "label": np.int32(record["label"]), "index": index}
 
     def pad_to_multiple(self, size: int) -> "Source":
         """The same source, filled up to whole batches of `size`."""

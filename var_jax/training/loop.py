@@ -3,6 +3,7 @@
 A task (`training/task.py`) says what is trained; nothing here knows about tokenizers or transformers.
 """
 
+import dataclasses
 import signal
 import threading
 from functools import partial
@@ -26,6 +27,8 @@ from var_jax.training.task import Task
 
 # What may differ between the run that wrote a checkpoint and the one that goes on from it.
 FREE_TO_CHANGE = ("log_every", "eval_every", "checkpoint_every", "preview_every", "keep")
+# What the tokens of a cache are is checked by its description, wherever it lies.
+FREE_TO_MOVE = ("stage.train.mesh", "stage.data.dir", "stage.data.tokens", "stage.data.threads")
 
 
 class Preempted(SystemExit):
@@ -56,7 +59,7 @@ def check_same_run(saved: dict, now: dict, where: Path) -> None:
         for field in sorted(set(saved) | set(now))
         if saved.get(field) != now.get(field)
         and field.rsplit(".", 1)[-1] not in FREE_TO_CHANGE
-        and not field.startswith(("stage.train.mesh", "stage.data.dir", "stage.data.threads"))
+        and not field.startswith(FREE_TO_MOVE)
     ]
     if different:
         raise ValueError(
@@ -83,7 +86,7 @@ def train(task: Task, stage: ConfigDict, steps: int, workdir: Path, data: tuple[
       stage: its config.
       steps: optimiser steps in all.
       workdir: of the run; the stage writes under workdir/task.name and its pictures to workdir.
-      data: training and held-out source.
+      data: training and held-out source, both of images, or of tokens where config.data.tokens is given.
 
     Raises:
       ValueError: on a batch that the mesh does not divide, or a checkpoint of another config.
@@ -111,14 +114,17 @@ def train(task: Task, stage: ConfigDict, steps: int, workdir: Path, data: tuple[
     # ------------------------------------------------------------------ input
     source, held_out = data
     look = stage.data
-    transform = ToPixels(source.name, task.image_size, look.resize, look.flip, look.shift)
+    transform = transform_held_out = None
+    if not look.tokens:
+        transform = ToPixels(source.name, task.image_size, look.resize, look.flip, look.shift)
+        transform_held_out = ToPixels(held_out.name, task.image_size, stage.data.resize, False)
     batches = train_batches(source, transform, cfg.batch, stage.seed, stage.data.threads, stage.data.workers)
-    transform_held_out = ToPixels(held_out.name, task.image_size, stage.data.resize, False)
 
     # ------------------------------------------------------------------ start or resume
     saved = checkpoint.Checkpoints(directory / checkpoint.FOLDER, cfg.keep)
     record = {"task": task.name, "model": task.model_fields(), "stage": stage.to_dict(), "steps": steps}
     record["tokenizer"] = task.fingerprint
+    record["cache"] = dataclasses.asdict(source.description) if look.tokens else {}
     start = saved.latest() or 0
     if saved.latest() is not None:
         check_same_run(saved.config(start), record, directory)
@@ -132,7 +138,7 @@ def train(task: Task, stage: ConfigDict, steps: int, workdir: Path, data: tuple[
         state = make_state()
     log = Log(directory, task.name, start, steps, cfg.batch, task.flops_per_image())
     log.say(
-        f"{task.name}: {count_parameters(abstract.params):,} parameters, {source.num_records} images, "
+        f"{task.name}: {count_parameters(abstract.params):,} parameters, {source.num_images} images, "
         f"batch {cfg.batch}, steps {start}..{steps}, {jax.device_count()} x {jax.devices()[0].device_kind}"
     )
 
@@ -187,8 +193,10 @@ def train(task: Task, stage: ConfigDict, steps: int, workdir: Path, data: tuple[
         raise Preempted(f"{task.name}: stopped at step {step}, saved; run the same command again to go on")
 
 
-def _examples(source: Source, transform: ToPixels, count: int = 32) -> np.ndarray:
-    """uint8 [count, H, W, 3]: some images, the same every time."""
+def _examples(source: Source, transform: ToPixels | None, count: int = 32) -> np.ndarray | None:
+    """uint8 [count, H, W, 3]: some images, the same every time; None of a source of tokens."""
+    if transform is None:
+        return None
     return np.stack([transform(source[i])["image"] for i in range(min(count, source.num_records))])
 
 

@@ -1,7 +1,5 @@
 """Training the VAR transformer on the tokens of a frozen tokenizer."""
 
-import zlib
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,6 +9,7 @@ from ml_collections import ConfigDict
 from var_jax.sampling import pictures
 from var_jax.sampling.generate import generate_in_chunks
 from var_jax.sampling.options import SamplingOptions
+from var_jax.tokenizer.fingerprint import fingerprint
 from var_jax.tokenizer.model import Tokenizer, decode_steps
 from var_jax.tokenizer.quantizer import Quantizer
 from var_jax.training.optimizer import accumulated_gradients, make_optimizer
@@ -44,8 +43,7 @@ class NextScaleTask(Task):
         self.image_size = tokenizer.config.image_size
         self.frozen = {"tokenizer": tokenizer_params}
         if tokenizer_params:
-            codebook = np.asarray(tokenizer_params["quantizer"]["codebook"])
-            self.fingerprint = f"codebook {zlib.crc32(codebook.tobytes()):08x}"
+            self.fingerprint = fingerprint(tokenizer_params)
         self.options = SamplingOptions(**stage.sampling)
 
     def init(self, key):
@@ -53,15 +51,19 @@ class NextScaleTask(Task):
         inputs = jnp.zeros((1, scales.length - scales.ends[0], self.config.code_dim))
         return self.model.init(key, jnp.zeros(1, jnp.int32), inputs)["params"], {}
 
-    def _tokens(self, frozen, images):
-        """uint8 images -> tokens [B, L] and teacher-forcing input [B, L - s_0^2, C]."""
+    def _tokens(self, frozen, batch):
+        """Tokens [B, L], the batch's own or encoded, and teacher-forcing input [B, L - s_0^2, C]."""
         params = frozen["tokenizer"]
-        tokens = self.tokenizer.apply({"params": params}, to_unit_range(images), method="encode")
+        if "tokens" in batch:
+            tokens = batch["tokens"]
+        else:
+            images = to_unit_range(batch["image"])
+            tokens = self.tokenizer.apply({"params": params}, images, method="encode")
         quantizer = Quantizer.create(params["quantizer"], self.tokenizer.config)
         return tokens, quantizer.teacher_input(quantizer.partial_sums(tokens))
 
     def train_step(self, state, frozen, batch, key):
-        tokens, inputs = self._tokens(frozen, batch["image"])
+        tokens, inputs = self._tokens(frozen, batch)
         return self.train_on_tokens(state, batch["label"], tokens, inputs, key)
 
     def train_on_tokens(self, state, labels, tokens, inputs, key):
@@ -90,7 +92,7 @@ class NextScaleTask(Task):
         return state, {**metrics, "gradient_norm": optax.global_norm(grads)}
 
     def eval_step(self, params, frozen, batch):
-        tokens, inputs = self._tokens(frozen, batch["image"])
+        tokens, inputs = self._tokens(frozen, batch)
         logits = self.model.apply({"params": params}, batch["label"], inputs)
         losses = optax.softmax_cross_entropy_with_integer_labels(logits, tokens)
         right = (logits.argmax(-1) == tokens).astype(jnp.float32)

@@ -80,8 +80,8 @@ class Task(abc.ABC):
         """Sums over the whole held-out set -> metrics."""
 
     @abc.abstractmethod
-    def preview(self, params: dict, frozen: dict, images: np.ndarray) -> dict[str, Image.Image]:
-        """Pictures by name; shows some held-out images uint8 [N, H, W, 3]."""
+    def preview(self, params: dict, frozen: dict, images: np.ndarray | None) -> dict[str, Image.Image]:
+        """Pictures by name; may show some held-out images uint8 [N, H, W, 3] (None in a run on tokens)."""
 
     @abc.abstractmethod
     def flops_per_image(self) -> float:

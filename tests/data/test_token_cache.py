@@ -1,0 +1,84 @@
+import json
+import pickle
+
+import jax
+import numpy as np
+import pytest
+
+from tests.data.cache import COMMAND, altered, describe
+from var_jax.data.loader import eval_batches, train_batches
+from var_jax.data.sources import DataSetMissing
+from var_jax.data.token_cache import Note, open_token_cache
+
+
+def test_a_cache_reads_as_a_source(token_cache):
+    train, held_out = open_token_cache(token_cache)
+    counts = [(split.num_records, split.num_images) for split in (train, held_out)]
+    assert counts == [(2884, 1442), (355, 355)]
+    assert (train.name, held_out.name, train.num_classes) == ("digits/train", "digits/test", 10)
+    item = train[2883]
+    assert item["tokens"].shape == (21,) and item["tokens"].dtype == np.int32 and item["valid"] == 1
+    assert train[1441]["label"] == item["label"] and item["label"].dtype == np.int32
+    padded = held_out.pad_to_multiple(64)
+    assert len(padded) == 384 and padded[355]["valid"] == 0 and padded.num_images == 355
+    np.testing.assert_array_equal(padded[383]["tokens"], held_out[354]["tokens"])
+    again = pickle.loads(pickle.dumps(train))  # as for grain's worker processes
+    np.testing.assert_array_equal(again[700]["tokens"], train[700]["tokens"])
+
+
+def test_files_and_layout_follow_the_description(tiny_run, tmp_path):
+    holds = describe(tiny_run)
+    assert [len(records) for records in holds.shards(tmp_path, "train").values()] == [600] * 4 + [484]
+    assert list(holds.shards(tmp_path, "eval").values()) == [range(355)]
+    assert holds.layout.itemsize == 4 + 21 * 2
+    assert describe(tiny_run, num_codes=2**16).layout["tokens"].subdtype[0] == np.uint16
+    assert describe(tiny_run, num_codes=2**16 + 1).layout["tokens"].subdtype[0] == np.int32
+
+
+def test_batches_hold_every_crop_once_before_they_repeat_and_every_held_out_image(token_cache):
+    train, held_out = open_token_cache(token_cache)
+    batches = train_batches(train, None, 1442, seed=0)
+    first = [next(batches) for _ in range(2)]
+    assert set(first[0]) == {"tokens", "label", "valid"} and first[0]["tokens"].shape == (1442, 21)
+    rows = lambda items: sorted(item.tobytes() for item in items)  # noqa: E731
+    found = np.concatenate([batch["tokens"] for batch in first])
+    assert rows(found) == rows([train[i]["tokens"] for i in range(len(train))])
+    batches = list(eval_batches(held_out, None, 100))
+    valid = np.concatenate([batch["valid"] for batch in batches]) > 0
+    tokens = np.concatenate([batch["tokens"] for batch in batches])[valid]
+    np.testing.assert_array_equal(tokens, np.stack([held_out[i]["tokens"] for i in range(355)]))
+
+
+def test_two_processes_share_a_batch(token_cache, monkeypatch):
+    train, _ = open_token_cache(token_cache)
+    whole = next(train_batches(train, None, 32, seed=1))["tokens"]
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    for process in (0, 1):
+        monkeypatch.setattr(jax, "process_index", lambda: process)  # noqa: B023
+        part = next(train_batches(train, None, 32, seed=1))["tokens"]
+        np.testing.assert_array_equal(part, whole[process::2])
+
+
+def test_an_incomplete_cache_is_refused_with_the_command_that_finishes_it(token_cache, tmp_path):
+    begun = altered(token_cache, tmp_path / "begun", complete=False)
+    with pytest.raises(DataSetMissing, match=rf"begun .*is not complete.  To finish it:\n  {COMMAND}"):
+        open_token_cache(begun)
+    torn = altered(token_cache, tmp_path / "torn")
+    (torn / "train-00003-of-00005.array_record").unlink()
+    with pytest.raises(DataSetMissing, match=rf"it lacks 1 files, e.g. train-00003-of(.|\n)*{COMMAND}"):
+        open_token_cache(torn)
+    with pytest.raises(
+        DataSetMissing, match=r"no token cache at .*none(.|\n)*var_jax.data.tokenize --workdir"
+    ):
+        open_token_cache(tmp_path / "none")
+
+
+def test_files_that_are_not_what_the_description_says_are_refused(token_cache, tmp_path):
+    short = altered(token_cache, tmp_path / "short", eval_images=350)
+    with pytest.raises(
+        ValueError, match="has 355 records in 1 files like eval-.*but description.json says 350"
+    ):
+        open_token_cache(short)
+    (short / "description.json").write_text(json.dumps({"holds": {"crops": 1}, "command": ""}))
+    with pytest.raises(ValueError, match="description.json describes no token cache"):
+        Note.read(short)

@@ -1,0 +1,96 @@
+"""Training the transformer from a token cache."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from tests.data.cache import COMMAND, HOW, altered, sources
+from tests.training.tiny import tiny_config
+from var_jax.data.sources import DataSetMissing
+from var_jax.data.token_cache import open_token_cache
+from var_jax.data.transforms import ToPixels
+from var_jax.interop.load import load_tokenizer
+from var_jax.stages import build_task, open_sources, run
+from var_jax.training.next_scale_task import NextScaleTask
+from var_jax.training.sharding import make_mesh
+from var_jax.training.state import create_state
+
+
+@pytest.fixture
+def stage(tiny_run, token_cache, tmp_path):
+    """The stage next_scale on the cache; of the images it knows nothing."""
+    stage = tiny_config(tmp_path / "no_images", steps=2).next_scale
+    stage.tokenizer, stage.data.tokens = str(tiny_run), str(token_cache)
+    stage.data.name = "nothing"
+    return stage
+
+
+def test_a_step_from_the_cache_is_a_step_from_the_same_crops(tiny_run, token_cache, digits_dir, tmp_path):
+    task = NextScaleTask(tiny_config(tmp_path).next_scale, 6, *load_tokenizer(tiny_run), classes=10)
+    images, (cached, _) = sources(digits_dir)[0], open_token_cache(token_cache)
+    transform = ToPixels("digits", 8, HOW["resize"], HOW["flip"], HOW["shift"])
+    which = np.random.default_rng(0).permutation(len(cached))[:16]
+    rng = lambda i: np.random.default_rng((HOW["seed"], i % 1442, i // 1442))  # noqa: E731
+    on_the_fly = [transform(images[i % 1442], rng(i)) for i in which]
+    together = lambda items: jax.tree.map(lambda *leaves: np.stack(leaves), *items)  # noqa: E731
+    batches = together(on_the_fly), together([cached[i] for i in which])
+    assert "image" not in batches[1] and "tokens" not in batches[0]
+    make_state, _ = create_state(task.init, task.optimizer, True, jax.random.key(0), make_mesh())
+    step = jax.jit(lambda state, batch: task.train_step(state, task.frozen, batch, jax.random.key(1))[1])
+    want, got = (jax.device_get(step(make_state(), batch)) for batch in batches)
+    assert want["loss"] > 1 and want["gradient_norm"] > 0
+    for name in want:
+        assert got[name] == pytest.approx(want[name], abs=1e-6)
+
+
+def test_a_run_on_tokens_evaluates_and_draws_and_goes_on_with_no_other_cache(stage, token_cache, tmp_path):
+    workdir = tmp_path / "run"
+    run(stage, workdir)
+    lines = [json.loads(line) for line in (workdir / "next_scale" / "metrics.jsonl").read_text().splitlines()]
+    (evaluated,) = [line for line in lines if line["kind"] == "eval"]
+    assert 0 < evaluated["loss"] < 10 and {"loss_0", "loss_2", "accuracy_last"} <= set(evaluated)
+    assert (workdir / "samples.png").exists() and (workdir / "scales.png").exists()
+    stage.data.tokens = str(altered(token_cache, tmp_path / "moved"))
+    run(stage, workdir)  # the same tokens elsewhere: nothing is left to do
+    stage.data.tokens = str(altered(token_cache, tmp_path / "other", seed=4))
+    with pytest.raises(ValueError, match=r"another config(.|\n)*cache.seed: 3 there, 4 now"):
+        run(stage, workdir)
+
+
+def test_an_epoch_is_a_pass_over_the_images(stage, tmp_path):
+    stage.train.update(dict(steps=0, epochs=3))
+    _, steps = build_task(stage, tmp_path, open_sources(stage)[0])
+    assert steps == 3 * 1442 // 16
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"tokenizer": "00c0ffee"}, "tokenizer: '00c0ffee' there, '[0-9a-f]{8}' now"),
+        ({"scales": (1, 3, 4)}, r"scales: \(1, 3, 4\) there, \(1, 2, 4\) now"),
+        ({"num_codes": 32}, "num_codes: 32 there, 16 now"),
+    ],
+)
+def test_tokens_of_another_tokenizer_are_refused(stage, token_cache, tmp_path, change, message):
+    stage.data.tokens = str(altered(token_cache, tmp_path / "other", **change))
+    with pytest.raises(ValueError, match=rf"token cache .* is of another tokenizer(.|\n)*{message}"):
+        run(stage, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_incomplete_cache_is_refused(stage, token_cache, tmp_path):
+    stage.data.tokens = str(altered(token_cache, tmp_path / "begun", complete=False))
+    with pytest.raises(DataSetMissing, match=COMMAND):
+        run(stage, tmp_path / "run")
+
+
+def test_a_tokenizer_is_not_trained_on_tokens(digits_dir, token_cache, tmp_path):
+    config = tiny_config(digits_dir)
+    config.next_scale.data.tokens = str(token_cache)
+    with pytest.raises(ValueError, match="comes first here.*--config.stages=next_scale"):
+        run(config, tmp_path)
+    config.tokenizer.data.tokens = str(token_cache)
+    with pytest.raises(ValueError, match="config.data.tokens=.*the stage tokenizer is trained on images"):
+        run(config, tmp_path)

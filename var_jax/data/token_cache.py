@@ -1,0 +1,183 @@
+"""Tokens of a data set, encoded once and for all: what such a cache holds, and reading it.
+
+`python -m var_jax.data.tokenize` writes it: a directory of array_record files beside `description.json`.
+A record is a label (int32) and L tokens (uint16, or int32 where there are more than 65536 codes), all
+little-endian.  Training records come crop after crop: record c * images + i is crop c of image i.
+"""
+
+import dataclasses
+import functools
+import json
+from pathlib import Path
+
+import grain
+import numpy as np
+
+from var_jax.data.sources import DataSetMissing, Source
+from var_jax.scales import Scales
+
+DESCRIPTION = "description.json"
+SPLITS = ("train", "eval")  # as files are called, whatever their splits are called in the data set
+
+
+@dataclasses.dataclass(frozen=True)
+class Description:
+    """What a cache holds: all that its tokens depend on, so that equal descriptions mean equal tokens.
+
+    Attributes:
+      data: name of the data set.
+      train_split: cut out at random, `crops` times.
+      eval_split: cut out at the centre, once.
+      train_images: in the training split.
+      eval_images: in the held-out split.
+      class_names: of labels 0, 1, ...
+      tokenizer: fingerprint of the tokenizer.
+      scales: sides of the token maps.
+      num_codes: V.
+      dtype: that the encoder computed in.
+      crops: of each training image.
+      resize, flip, shift: as `ToPixels` takes them.
+      seed: of the crops; crop c of image i depends on (seed, i, c) alone.
+      shard: records of a file, but for the last.
+    """
+
+    data: str
+    train_split: str
+    eval_split: str
+    train_images: int
+    eval_images: int
+    class_names: tuple[str, ...]
+    tokenizer: str
+    scales: tuple[int, ...]
+    num_codes: int
+    dtype: str
+    crops: int
+    resize: float
+    flip: bool
+    shift: int
+    seed: int
+    shard: int
+
+    @functools.cached_property
+    def layout(self) -> np.dtype:
+        """Of a record: a label and L tokens."""
+        code = "<u2" if self.num_codes <= 2**16 else "<i4"
+        return np.dtype([("label", "<i4"), ("tokens", code, (Scales(self.scales).length,))])
+
+    def records(self, split: str) -> int:
+        """Of `train` or `eval`."""
+        return self.train_images * self.crops if split == "train" else self.eval_images
+
+    def shards(self, directory: Path, split: str) -> dict[Path, range]:
+        """The files of `train` or `eval`, in order, and the records that each holds."""
+        records, size = range(self.records(split)), self.shard
+        count = -(-len(records) // size)
+        return {
+            directory / f"{split}-{i:05d}-of-{count:05d}.array_record": records[i * size :][:size]
+            for i in range(count)
+        }
+
+    def differences(self, asked: "Description") -> list[str]:
+        """One line for each field in which another description is not this one."""
+        fields = [field.name for field in dataclasses.fields(self)]
+        pairs = [(name, getattr(self, name), getattr(asked, name)) for name in fields]
+        return [f"{name}: {there!r} there, {now!r} now" for name, there, now in pairs if there != now]
+
+    def check_tokenizer(self, fingerprint: str, scales: tuple[int, ...], num_codes: int) -> None:
+        """Raises ValueError, naming both, unless the tokens are those of this tokenizer."""
+        asked = dataclasses.replace(self, tokenizer=fingerprint, scales=scales, num_codes=num_codes)
+        if different := self.differences(asked):
+            raise ValueError(
+                f"the token cache (config.data.tokens) of {self.data} is of another tokenizer than that of "
+                "this run (config.tokenizer); encode anew, into another directory, or name the right one\n  "
+                + "\n  ".join(different)
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class Note:
+    """The content of `description.json`.
+
+    Attributes:
+      holds: what is in the cache, or will be.
+      command: that writes it, and goes on where it was stopped.
+      complete: whether everything is there.
+    """
+
+    holds: Description
+    command: str
+    complete: bool = False
+
+    def write(self, directory: Path) -> None:
+        """All of it at once, or not at all."""
+        partial = directory / f"{DESCRIPTION}.partial"
+        partial.write_text(json.dumps(dataclasses.asdict(self), indent=1))
+        partial.replace(directory / DESCRIPTION)
+
+    @classmethod
+    def read(cls, directory: Path) -> "Note":
+        """Raises FileNotFoundError where there is none, ValueError on what is no description."""
+        note = json.loads((directory / DESCRIPTION).read_text())
+        try:
+            holds = {name: tuple(v) if isinstance(v, list) else v for name, v in note["holds"].items()}
+            return cls(Description(**holds), note["command"], note["complete"])
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{directory / DESCRIPTION} describes no token cache: {error!r}") from error
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TokenSource(Source):
+    """One split of a cache; item i is a dict of `tokens` int32 [L], `label` and `valid`.
+
+    Attributes:
+      description: of the cache.
+      crops: records that each image has.
+    """
+
+    description: Description
+    crops: int
+
+    @property
+    def num_images(self) -> int:
+        return self.num_records // self.crops
+
+    def _item(self, index: int) -> dict:
+        record = np.frombuffer(self.records[index], self.description.layout)[0]
+        return {"tokens": record["tokens"].astype(np.int32), "label": np.int32(record["label"])}
+
+
+def open_token_cache(directory: str | Path) -> tuple[TokenSource, TokenSource]:
+    """The training and the held-out split of a cache.
+
+    Raises:
+      DataSetMissing: if there is none, or not all of it yet; says how to make or finish it.
+      ValueError: if its files are not what its description says.
+    """
+    directory = Path(directory).expanduser().absolute()
+    try:
+        note = Note.read(directory)
+    except FileNotFoundError as error:
+        raise DataSetMissing(
+            f"no token cache at {directory} (config.data.tokens).  To make one:\n  python -m "
+            f"var_jax.data.tokenize --workdir=TOKENIZER --name=DATASET --data_dir=DIR --out={directory}"
+        ) from error
+    holds, parts = note.holds, []
+    for split in SPLITS:
+        shards = holds.shards(directory, split)
+        missing = [path.name for path in shards if not path.exists()]
+        if missing or not note.complete:
+            raise DataSetMissing(
+                f"the token cache {directory} (config.data.tokens) is not complete"
+                + (f", it lacks {len(missing)} files, e.g. {missing[0]}" if missing else "")
+                + f".  To finish it:\n  {note.command}"
+            )
+        records = grain.sources.ArrayRecordDataSource([str(path) for path in shards])
+        if len(records) != holds.records(split):
+            raise ValueError(
+                f"the token cache {directory} has {len(records)} records in {len(shards)} files like "
+                f"{next(iter(shards)).name}, but {DESCRIPTION} says {holds.records(split)}"
+            )
+        name = f"{holds.data}/{holds.train_split if split == 'train' else holds.eval_split}"
+        crops = holds.crops if split == "train" else 1
+        parts.append(TokenSource(name, records, holds.class_names, description=holds, crops=crops))
+    return tuple(parts)

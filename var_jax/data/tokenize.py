@@ -1,0 +1,236 @@
+"""Encodes a data set into tokens once, so that training a transformer needs neither images nor the encoder.
+
+    python -m var_jax.data.tokenize --workdir=runs/tokenizer --name=imagenet2012 --data_dir=DATA \\
+        --eval_split=validation --crops=10 --flip --out=TOKENS
+    python train.py --config=configs/var.py:d16 --workdir=runs/d16 --config.tokenizer=runs/tokenizer \\
+        --config.data.tokens=TOKENS
+
+Every training image is cut out at random `--crops` times, every held-out image once at the centre.  Images
+are decoded ahead by threads and encoded by all devices of this host.  A call that was stopped goes on with
+the files that are missing.
+"""
+
+import shlex
+import shutil
+import sys
+from functools import partial
+from pathlib import Path
+
+import grain
+import jax
+import numpy as np
+from absl import app, flags
+from array_record.python.array_record_module import ArrayRecordWriter
+from tqdm import tqdm
+
+from var_jax import command_line
+from var_jax.data.sources import Source, open_source
+from var_jax.data.token_cache import SPLITS, Description, Note
+from var_jax.data.transforms import ToPixels
+from var_jax.interop.load import load_tokenizer
+from var_jax.sampling.precision import in_compute_dtype
+from var_jax.tokenizer.fingerprint import fingerprint
+from var_jax.tokenizer.model import Tokenizer
+from var_jax.training.sharding import batch_sharding, make_mesh, replicated
+from var_jax.training.task import to_unit_range
+
+FLAGS = flags.FLAGS
+OVERHEAD = 128  # bytes at most that a record takes in a file beside its own
+
+
+class BatchEncoder:
+    """Turns up to `batch` images uint8 [n, H, W, 3] into tokens int32 [n, L], on all devices.
+
+    Attributes:
+      image_size: H and W.
+      batch: images at once.
+
+    Raises:
+      ValueError: on a batch that the devices cannot share.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, params: dict, batch: int):
+        mesh = make_mesh()
+        if batch % mesh.size:
+            raise ValueError(f"--batch={batch} must be a multiple of {mesh.size}, the number of devices")
+        self.image_size, self.batch = tokenizer.config.image_size, batch
+        self._sharding = batch_sharding(mesh)
+        self._params = jax.device_put(in_compute_dtype(params, tokenizer.dtype), replicated(mesh))
+        self._program = jax.jit(
+            lambda params, images: tokenizer.apply({"params": params}, to_unit_range(images), method="encode")
+        )
+
+    def __call__(self, images: np.ndarray) -> np.ndarray:
+        filled = np.zeros((self.batch, *images.shape[1:]), np.uint8)  # one shape: compiled once
+        filled[: len(images)] = images
+        tokens = self._program(self._params, jax.device_put(filled, self._sharding))
+        return np.asarray(tokens)[: len(images)]
+
+
+def cut_out(source: Source, transform: ToPixels, seed: int | None, record: int) -> dict:
+    """Record c * images + i of a cache, not encoded yet: crop c of image i; the centre without a seed."""
+    crop, image = divmod(record, source.num_records)
+    return transform(source[image], None if seed is None else np.random.default_rng((seed, image, crop)))
+
+
+def write_records(path: Path, records: np.ndarray) -> None:
+    """Writes a file, which has its name only when it is whole.
+
+    Raises:
+      OSError: where it cannot be written.
+    """
+    partial_path = path.with_suffix(".partial")
+    try:
+        writer = ArrayRecordWriter(str(partial_path))
+        for record in records:
+            writer.write(record.tobytes())
+        writer.close()
+    except RuntimeError as error:
+        raise OSError(f"{path} could not be written: {error}; run the same command again to go on") from error
+    partial_path.rename(path)
+
+
+def claim(out: Path, description: Description, command: str) -> None:
+    """Notes down what a directory is going to hold, or finds that it holds just that, or a part of it.
+
+    Raises:
+      ValueError: where it holds something else; names every difference.
+    """
+    try:
+        different = Note.read(out).holds.differences(description)
+    except FileNotFoundError:
+        different = [path.name for path in sorted(out.glob("*.array_record"))[:1]]
+        out.mkdir(parents=True, exist_ok=True)
+        Note(description, command).write(out)
+    if different:
+        raise ValueError(
+            f"{out} holds something else already; remove it, or choose another --out\n  "
+            + "\n  ".join(different)
+        )
+
+
+def check_space(out: Path, description: Description, records: int) -> None:
+    """Raises OSError unless the disk has room for so many records."""
+    need, free = records * (description.layout.itemsize + OVERHEAD), shutil.disk_usage(out).free
+    if free < need:
+        raise OSError(f"{out} has {free / 2**30:.2f} GiB free, the tokens take {need / 2**30:.2f} GiB")
+
+
+def write_cache(
+    out: Path,
+    description: Description,
+    sources: tuple[Source, Source],
+    encode: BatchEncoder,
+    threads: int,
+    command: str,
+) -> None:
+    """Writes what a cache lacks.
+
+    Args:
+      out: directory of the cache.
+      description: of what it shall hold.
+      sources: training and held-out images.
+      encode: images to tokens.
+      threads: that read and decode ahead.
+      command: that does this, to be named where the cache is found incomplete.
+
+    Raises:
+      ValueError: where the directory holds something else.
+      OSError: where there is no room.
+      CorruptImage: naming a record that is no image.
+    """
+    claim(out, description, command)
+    train, held_out = sources
+    look, side = description, encode.image_size
+    pixels = ToPixels(train.name, side, look.resize, look.flip, look.shift)
+    crops = {
+        "train": partial(cut_out, train, pixels, look.seed),
+        "eval": partial(cut_out, held_out, ToPixels(held_out.name, side, look.resize, False), None),
+    }
+    shards = [(split, *shard) for split in SPLITS for shard in look.shards(out, split).items()]
+    missing = [shard for shard in shards if not shard[1].exists()]
+    total, left = (sum(len(records) for *_, records in some) for some in (shards, missing))
+    check_space(out, look, left)
+    read_ahead = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads)
+    with tqdm(total=total, initial=total - left, unit="image", desc="encoding") as bar:
+        for split, path, which in missing:
+            dataset = grain.MapDataset.range(which.start, which.stop).map(crops[split]).batch(encode.batch)
+            parts = []
+            for batch in dataset.to_iter_dataset(read_ahead):
+                parts.append(np.zeros(len(batch["label"]), look.layout))
+                parts[-1]["label"], parts[-1]["tokens"] = batch["label"], encode(batch["image"])
+                bar.update(len(parts[-1]))
+            write_records(path, np.concatenate(parts))
+    Note(look, command, complete=True).write(out)
+
+
+def tokenize(out: Path, command: str) -> Description:
+    """Does what the flags say.
+
+    Raises:
+      FileNotFoundError: where there is no tokenizer or no data set.
+      ValueError, OSError: as `BatchEncoder` and `write_cache`.
+    """
+    scales = None if FLAGS.scales is None else tuple(command_line.numbers("scales", int))
+    tokenizer, params = load_tokenizer(FLAGS.tokenizer or FLAGS.workdir, scales)
+    train, held_out = (
+        open_source(FLAGS.name, split, FLAGS.data_dir) for split in (FLAGS.train_split, FLAGS.eval_split)
+    )
+    description = Description(
+        data=FLAGS.name,
+        train_split=FLAGS.train_split,
+        eval_split=FLAGS.eval_split,
+        train_images=train.num_images,
+        eval_images=held_out.num_images,
+        class_names=train.class_names,
+        tokenizer=fingerprint(params),
+        scales=tokenizer.config.scales,
+        num_codes=tokenizer.config.num_codes,
+        dtype=tokenizer.dtype.name,
+        crops=FLAGS.crops,
+        resize=FLAGS.resize,
+        flip=FLAGS.flip,
+        shift=FLAGS.shift,
+        seed=FLAGS.seed,
+        shard=FLAGS.shard,
+    )
+    encode = BatchEncoder(tokenizer, params, FLAGS.batch)
+    write_cache(out, description, (train, held_out), encode, FLAGS.threads, command)
+    return description
+
+
+def main(argv):
+    if len(argv) > 1:
+        raise app.UsageError(f"unknown arguments {argv[1:]}")
+    if not (FLAGS.workdir or FLAGS.tokenizer):
+        raise app.UsageError("give --workdir of a run, or --tokenizer")
+    command_line.start()
+    out = Path(FLAGS.out).expanduser().absolute()
+    try:
+        made = tokenize(out, shlex.join(["python", "-m", "var_jax.data.tokenize", *sys.argv[1:]]))
+    except (ValueError, OSError) as error:  # the message says what is wrong, and where
+        sys.exit(f"tokenize: {error}")
+    print(
+        f"{made.train_images} images in {made.crops} crops, {made.eval_images} held out, of {made.data} "
+        f"(tokenizer {made.tokenizer}): --config.data.tokens={out}"
+    )
+
+
+if __name__ == "__main__":
+    flags.DEFINE_string("workdir", None, "Directory of a run")
+    flags.DEFINE_string("tokenizer", None, "Published tokenizer file or a run; by default that of --workdir")
+    flags.DEFINE_list("scales", None, "Sides of the token maps of a published file that is not of 256px")
+    flags.DEFINE_string("name", None, "Of a prepared data set", required=True)
+    flags.DEFINE_string("data_dir", "data", "Where data sets lie")
+    flags.DEFINE_string("train_split", "train", "Split that is cut out at random")
+    flags.DEFINE_string("eval_split", "test", "Held-out split, cut out at the centre")
+    flags.DEFINE_string("out", None, "Directory of the cache", required=True)
+    flags.DEFINE_integer("crops", 1, "Of each training image", lower_bound=1)
+    flags.DEFINE_float("resize", 1.125, "Short side over image size before the crop", lower_bound=1)
+    flags.DEFINE_bool("flip", False, "Mirror half of the crops")
+    flags.DEFINE_integer("shift", 0, "Pixels that half of the images are moved by at most", lower_bound=0)
+    flags.DEFINE_integer("seed", 0, "Of the crops", lower_bound=0)
+    flags.DEFINE_integer("batch", 64, "Images at once, over all devices", lower_bound=1)
+    flags.DEFINE_integer("threads", 16, "That read and decode ahead", lower_bound=1)
+    flags.DEFINE_integer("shard", 2**16, "Records of a file, the most that a kill can lose", lower_bound=1)
+    app.run(main)
