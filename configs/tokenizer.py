@@ -33,6 +33,7 @@ def get_config() -> ConfigDict:
     config.loss = dict(l2=1.0, l1=0.2, perceptual=1.0, codebook=1.0)
     # Files of VGG-16 (torchvision's) and LPIPS's channel weights, comma between; empty: no perceptual loss.
     config.perceptual_weights = ""
+    config.init_from = ""  # published file or run directory to fine-tune; empty: from scratch
     config.codebook = dict(
         hits_decay=0.99,  # of the moving average of code uses
         dead_below=0.03,  # of an even share of the uses
