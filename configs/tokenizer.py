@@ -13,9 +13,9 @@ The architecture is the released one; its training code never was.  What is chos
   is what the authors and XQ-GAN use (rFID 0.80 at V=4096).
 - Quantizer dropout 0.1, as XQ-GAN, so that coarse maps carry the image; theirs begins at the third map, ours
   at the first.
-- k-means in the first steps, codes that follow the mean of their targets (0.99), and restart of dead codes from
-  the targets of all scales, instead of the published uniform start and gradient alone, with which most codes
-  die where the codebook is large for the data.  Measured: docs/codebook.md.
+- k-means in the first steps, codes that follow the mean of their targets (0.99), and restart of dead codes
+  from the targets of all scales, instead of the published uniform start and gradient alone, with which most
+  codes die where the codebook is large for the data.  Measured: docs/codebook.md.
 - Codes of 32 dimensions, as released, not L2-normalised: published transformers and files stay compatible.
 
 `small` has 64 channels in place of 160, batch 128 and 40 epochs.  Neither has been run at this size: they
@@ -51,6 +51,7 @@ def get_config(size: str = "published") -> ConfigDict:
     config.loss = dict(l2=1.0, l1=0.2, perceptual=1.0, codebook=1.0, entropy=0.0)
     # Files of VGG-16 (torchvision's) and LPIPS's channel weights, comma between; empty: no perceptual loss.
     config.perceptual_weights = ""
+    config.init_from = ""  # published file or run directory to fine-tune; empty: from scratch
     config.codebook = dict(
         kmeans_steps=10,  # first steps in which the codebook is fitted to the batch; 0: starts uniform
         ema=0.99,  # decay of the mean of its targets that a code follows; 0: follows its gradient

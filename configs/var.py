@@ -33,6 +33,7 @@ def get_config(name: str = "d16") -> ConfigDict:
     )
     config.data.eval_split = "validation"
     config.tokenizer = ""  # published file or run directory; empty: this run's own
+    config.init_from = ""  # published file or run directory to fine-tune; empty: from scratch
     config.scales = SCALES_512 if large else SCALES_256  # of the tokenizer; () for whatever it has
     config.model = dict(
         depth=depth,

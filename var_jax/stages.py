@@ -2,15 +2,18 @@
 
 from pathlib import Path
 
+import flax.linen as nn
+import jax
 from ml_collections import ConfigDict
 
 from var_jax.data.sources import Source, open_source
 from var_jax.data.token_cache import open_token_cache
 from var_jax.interop.dino import load_dino
-from var_jax.interop.load import load_tokenizer
+from var_jax.interop.load import load_tokenizer, read_network, with_path
 from var_jax.interop.perceptual import load_perceptual
 from var_jax.tokenizer.model import Tokenizer
-from var_jax.training.checkpoint import CheckpointMissing
+from var_jax.training.checkpoint import FOLDER, CheckpointMissing, has_checkpoint
+from var_jax.training.fine_tune import Given, fit
 from var_jax.training.loop import check_training, train
 from var_jax.training.next_scale_task import NextScaleTask
 from var_jax.training.task import Task
@@ -125,19 +128,40 @@ def judges(stage: ConfigDict) -> dict:
     return found
 
 
+def given_params(stage: ConfigDict, task: Task, workdir: Path) -> dict[str, Given]:
+    """Parameters by path that a stage starts from (`init_from`); none where it goes on from a checkpoint.
+
+    Raises:
+      CheckpointMissing: where there is nothing at `init_from`.
+      ValueError: where it is another network; names what to change.
+    """
+    path = stage.get("init_from")
+    if not path or has_checkpoint(workdir / task.name / FOLDER):
+        return {}
+    try:
+        config, params = read_network(path, task.name)
+    except FileNotFoundError as error:
+        raise CheckpointMissing(f"no {task.name} at config.init_from={path}: {error}") from error
+    shapes = nn.meta.unbox(jax.eval_shape(task.init, jax.random.key(0))[0])
+    given, notes = with_path(Path(path), fit, params, config, shapes, task.config)
+    print("\n  ".join([f"{task.name}: starts from {path}", *notes]), flush=True)
+    return given
+
+
 def run(config: ConfigDict, workdir: Path) -> None:
     """Trains every stage of a config under `workdir`; what is done already is not done again."""
     workdir = Path(workdir).expanduser().absolute()
     ready, coming = [], None
     for stage in stages_of(config):  # whatever can be wrong with any stage, before the first one starts
-        if stage.get("tokenizer"):
-            stage.tokenizer = str(Path(stage.tokenizer).expanduser().absolute())
+        for field in ("tokenizer", "init_from"):
+            if stage.get(field):
+                stage[field] = str(Path(stage[field]).expanduser().absolute())
         sources = open_sources(stage)
         check_training(stage.train)
         task, steps = build_task(stage, workdir, sources[0], coming)
         coming = task.model if stage.task == "tokenizer" else None
-        ready.append((task, stage, steps, sources))
-    for task, stage, steps, sources in ready:
+        ready.append((task, stage, steps, sources, given_params(stage, task, workdir)))
+    for task, stage, steps, sources, given in ready:
         if task.name == "next_scale" and not task.frozen["tokenizer"]:  # trained by now
             task, _ = build_task(stage, workdir, sources[0])
-        train(task, stage, steps, workdir, sources)
+        train(task, stage, steps, workdir, sources, given)

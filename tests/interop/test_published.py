@@ -4,7 +4,13 @@ from safetensors.numpy import save_file
 
 import var_jax
 from tests.conftest import GOLDEN_SCALES, TRANSFORMERS
-from var_jax.interop.published import next_scale_buffers, next_scale_table, to_published, tokenizer_table
+from var_jax.interop.published import (
+    next_scale_buffers,
+    next_scale_config,
+    next_scale_table,
+    to_published,
+    tokenizer_table,
+)
 from var_jax.interop.tensor_files import read_networks, read_tensors
 
 
@@ -79,6 +85,14 @@ def test_scales_must_be_given_where_the_published_ones_do_not_fit(goldens):
         var_jax.load_tokenizer(goldens / "vae.pth")
     with pytest.raises(ValueError, match=r"has shape \(4, 128\), but scales \(1, 2, 4\) .* need \(3, 128\)"):
         var_jax.load_tokenizer(goldens / "vae.pth", scales=(1, 2, 4))
+
+
+def test_scales_of_a_transformer_are_those_of_its_levels(goldens):
+    tensors = dict(read_tensors(goldens / "var.pth", "next_scale"))
+    assert next_scale_config(tensors).scales == GOLDEN_SCALES
+    del tensors["lvl_1L"]
+    with pytest.raises(ValueError, match="not the 680 or 2240 positions"):
+        next_scale_config(tensors)
 
 
 def test_a_transformer_of_other_scales_names_tensor_and_both_shapes(goldens):

@@ -5,6 +5,7 @@ from pathlib import Path
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from flax.traverse_util import unflatten_dict
 
 from var_jax.interop import published
 from var_jax.interop.published import Tensors
@@ -12,7 +13,7 @@ from var_jax.interop.tensor_files import SUFFIXES, read_tensors
 from var_jax.sampling.options import SamplingOptions
 from var_jax.tokenizer.config import TokenizerConfig
 from var_jax.tokenizer.model import Tokenizer
-from var_jax.training.checkpoint import FOLDER, load_config, load_params
+from var_jax.training.checkpoint import FOLDER, SavedArrays, load_config, load_params
 from var_jax.training.task import compute_dtype
 from var_jax.transformer.config import NextScaleConfig
 from var_jax.transformer.next_scale import NextScale
@@ -47,10 +48,7 @@ def load_tokenizer(
                 f"the tokenizer under {path} has scales {config.scales}, asked for {tuple(scales)}"
             )
         return Tokenizer(config, computed), params
-    tensors = read_tensors(path, "tokenizer")
-    config, *layout = published_tokenizer(path, tensors, scales)
-    params = with_path(path, published.to_ours, tensors, *layout)
-    params.pop("code_hits")
+    config, params = _from_file(path, "tokenizer", read_tensors(path, "tokenizer"), scales)
     return Tokenizer(config, computed), jax.tree.map(jnp.asarray, params)
 
 
@@ -74,11 +72,50 @@ def load_next_scale(
         config = NextScaleConfig(**record["model"])
         _check_fit(path, config, tokenizer)
         return NextScale(config, dtype), params, SamplingOptions(**record["stage"]["sampling"])
-    tensors = read_tensors(path, "next_scale")
-    config, *layout = published_next_scale(path, tensors, tokenizer.scales)
+    config, params = _from_file(path, "next_scale", read_tensors(path, "next_scale"), tokenizer.scales)
     _check_fit(path, config, tokenizer)
-    params = with_path(path, published.to_ours, tensors, *layout)
     return NextScale(config, dtype), jax.tree.map(jnp.asarray, params), SamplingOptions()
+
+
+def read_network(path: str | Path, kind: str) -> tuple[TokenizerConfig | NextScaleConfig, dict]:
+    """Architecture and parameters of a network as they are, whatever they are wanted for.
+
+    The scales of a published tokenizer mean nothing but their number: its file does not hold them, and no
+    parameter depends on them.
+
+    Args:
+      path: of a run (its --workdir), whose latest checkpoint is read, or of a published file.
+      kind: `tokenizer` or `next_scale`.
+
+    Returns:
+      Architecture, and float32 arrays on the host.
+
+    Raises:
+      FileNotFoundError: where there is nothing of the kind.
+      ValueError: where the tensors do not fit each other, naming them.
+    """
+    path = Path(path).expanduser()
+    if _is_weights(path):
+        tensors = read_tensors(path, kind)
+        hits = tensors.get("quantize.ema_vocab_hit_SV")
+        return _from_file(path, kind, tensors, None if hits is None else (1,) * len(hits))
+    folder = path / kind / FOLDER
+    step, record = load_config(folder)
+    saved = SavedArrays(folder, step, "params")
+    params = unflatten_dict({name: saved.read(name) for name in saved}, sep="/")
+    config = TokenizerConfig if kind == "tokenizer" else NextScaleConfig
+    return config(**record["model"]), params
+
+
+def _from_file(
+    path: Path, kind: str, tensors: Tensors, scales
+) -> tuple[TokenizerConfig | NextScaleConfig, dict]:
+    """Architecture and parameters (host arrays) of a file in the published layout."""
+    read = published_tokenizer if kind == "tokenizer" else published_next_scale
+    config, *layout = read(path, tensors, scales)
+    params = with_path(path, published.to_ours, tensors, *layout)
+    params.pop("code_hits", None)
+    return config, params
 
 
 def published_tokenizer(

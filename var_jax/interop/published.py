@@ -5,6 +5,7 @@ a tensor is laid out there.  The same table reads and writes, so that a round tr
 """
 
 import dataclasses
+import math
 import re
 from collections.abc import Callable, Iterator, Mapping
 
@@ -208,7 +209,8 @@ def next_scale_config(tensors: Tensors, scales=None) -> NextScaleConfig:
 
     Args:
       tensors: the published state dict.
-      scales: sides of the token maps, those of its tokenizer; by default the published ones of that length.
+      scales: sides of the token maps, those of its tokenizer; by default what `lvl_1L` says, or the published
+        ones of that length.
 
     Raises:
       ValueError: if this is no published transformer, or one of other scales.
@@ -216,13 +218,7 @@ def next_scale_config(tensors: Tensors, scales=None) -> NextScaleConfig:
     require(tensors, ("pos_1LC", "word_embed.weight", "class_emb.weight", "head.weight"), "VAR transformer")
     classes, width = tensors["class_emb.weight"].shape
     temperature = tensors.get("blocks.0.attn.scale_mul_1H11")
-    if scales is None:
-        known = {Scales(sides).length: sides for sides in (SCALES_256, SCALES_512)}
-        if (scales := known.get(tensors["pos_1LC"].shape[1])) is None:
-            raise ValueError(
-                f"pos_1LC has shape {tensors['pos_1LC'].shape}, not the {' or '.join(map(str, known))} "
-                "positions of the published 256 or 512 pixels; give scales, the sides of its token maps"
-            )
+    scales = _scales_of(tensors) if scales is None else scales
     length = Scales(scales).length
     if tensors["pos_1LC"].shape[1] != length:
         raise ValueError(
@@ -240,6 +236,19 @@ def next_scale_config(tensors: Tensors, scales=None) -> NextScaleConfig:
         shared_adaln="shared_ada_lin.1.weight" in tensors,
         normalized_attention=temperature is not None,
     )
+
+
+def _scales_of(tensors: Tensors) -> tuple[int, ...]:
+    """Sides of the token maps of a transformer: by the level of every position, or else by their number."""
+    if (levels := tensors.get("lvl_1L")) is not None:
+        return tuple(math.isqrt(count) for count in np.bincount(levels[0]))
+    known = {Scales(sides).length: sides for sides in (SCALES_256, SCALES_512)}
+    if (scales := known.get(tensors["pos_1LC"].shape[1])) is None:
+        raise ValueError(
+            f"pos_1LC has shape {tensors['pos_1LC'].shape}, not the {' or '.join(map(str, known))} "
+            "positions of the published 256 or 512 pixels; give scales, the sides of its token maps"
+        )
+    return scales
 
 
 # --- both -----------------------------------------------------------------------------------------

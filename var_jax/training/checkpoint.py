@@ -7,7 +7,7 @@ iterator; `config`, what was trained.
 
 import contextlib
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
@@ -181,6 +181,16 @@ def check_space(directory: Path, abstract: TrainState) -> None:
         )
 
 
+def has_checkpoint(directory: Path) -> bool:
+    """Whether there is a complete checkpoint to go on from."""
+    try:
+        manager, _ = _open(directory, "latest")
+    except CheckpointMissing:
+        return False
+    manager.close()
+    return True
+
+
 def load_config(directory: Path, step: int | str = "latest") -> tuple[int, dict]:
     """Step and what was trained, as a checkpoint has it; arguments and errors as for `load_params`."""
     manager, step = _open(directory, step)
@@ -267,6 +277,9 @@ class SavedArrays:
 
     def __contains__(self, path: str) -> bool:
         return path in self._leaves
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._leaves)
 
     def read(self, path: str) -> np.ndarray:
         """The array at a path like `quantizer/codebook`."""

@@ -19,6 +19,7 @@ from var_jax.data.sources import Source
 from var_jax.data.transforms import ToPixels
 from var_jax.sampling import pictures
 from var_jax.training import checkpoint
+from var_jax.training.fine_tune import Given
 from var_jax.training.logging import Log, draw_curves
 from var_jax.training.optimizer import schedules
 from var_jax.training.sharding import check_batch, global_batch, make_mesh, replicated
@@ -57,7 +58,7 @@ def check_same_run(saved: dict, now: dict, where: Path) -> None:
     different = [
         f"{field.replace('stage.', 'config.')}: {saved.get(field)!r} there, {now.get(field)!r} now"
         for field in sorted(set(saved) | set(now))
-        if saved.get(field) != now.get(field)
+        if saved.get(field, "") != now.get(field, "")  # a field that is newer than the run, and empty
         and field.rsplit(".", 1)[-1] not in FREE_TO_CHANGE
         and not field.startswith(FREE_TO_MOVE)
     ]
@@ -78,7 +79,14 @@ def _flat(tree: dict, prefix: str = "") -> dict:
     return flat
 
 
-def train(task: Task, stage: ConfigDict, steps: int, workdir: Path, data: tuple[Source, Source]) -> None:
+def train(
+    task: Task,
+    stage: ConfigDict,
+    steps: int,
+    workdir: Path,
+    data: tuple[Source, Source],
+    given: dict[str, Given] | None = None,
+) -> None:
     """Trains a task to its last step, going on from the newest checkpoint under `workdir`.
 
     Args:
@@ -87,6 +95,7 @@ def train(task: Task, stage: ConfigDict, steps: int, workdir: Path, data: tuple[
       steps: optimiser steps in all.
       workdir: of the run; the stage writes under workdir/task.name and its pictures to workdir.
       data: training and held-out source, both of images, or of tokens where config.data.tokens is given.
+      given: parameters to start from where there is no checkpoint to go on from, by path.
 
     Raises:
       ValueError: on a batch that the mesh does not divide, or a checkpoint of another config.
@@ -135,7 +144,7 @@ def train(task: Task, stage: ConfigDict, steps: int, workdir: Path, data: tuple[
         state = saved.restore(start, abstract, batches)
     else:
         checkpoint.check_space(directory, abstract)
-        state = make_state()
+        state = make_state(given)
     log = Log(directory, task.name, start, steps, cfg.batch, task.flops_per_image())
     log.say(
         f"{task.name}: {count_parameters(abstract.params):,} parameters, {source.num_images} images, "

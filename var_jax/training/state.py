@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
+from var_jax.training.fine_tune import fill, place
 from var_jax.training.optimizer import update_ema
 from var_jax.training.sharding import tree_shardings
 
@@ -50,23 +51,25 @@ def create_state(
       mesh: to shard over.
 
     Returns:
-      A function without arguments that makes the state sharded, and the abstract state
-      (ShapeDtypeStructs with shardings).
+      A function that makes the state sharded, with the parameters that it is given in place of the initial
+      ones (see `fine_tune`); and the abstract state (ShapeDtypeStructs with shardings).
     """
 
-    def boxed_state():
+    def boxed_state(given):
         params, extra = init(key)
+        params = fill(params, given)
         ema = jax.tree.map(jnp.copy, params) if use_ema else None
         return TrainState(jnp.zeros((), jnp.int32), params, ema, optimizer.init(params), extra)
 
-    boxed = jax.eval_shape(boxed_state)
+    boxed = jax.eval_shape(boxed_state, {})
     shardings = tree_shardings(boxed, mesh)
     abstract = jax.tree.map(
         lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
         nn.meta.unbox(boxed),
         shardings,
     )
-    return jax.jit(lambda: nn.meta.unbox(boxed_state()), out_shardings=shardings), abstract
+    make = jax.jit(lambda given: nn.meta.unbox(boxed_state(given)), out_shardings=shardings)
+    return lambda given=None: make(place(given or {}, abstract.params)), abstract
 
 
 def apply_gradients(
