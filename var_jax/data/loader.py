@@ -42,9 +42,8 @@ def train_batches(
     dataset = grain.MapDataset.source(source).seed(seed).shuffle().repeat()
     if transform is not None:
         dataset = dataset.random_map(transform)
-    dataset = dataset[jax.process_index() :: jax.process_count()].batch(local, drop_remainder=True)
-    read_ahead = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads)
-    dataset = dataset.to_iter_dataset(read_ahead)
+    dataset = dataset[jax.process_index() :: jax.process_count()]
+    dataset = _read_ahead(dataset, local, threads).batch(local, drop_remainder=True)
     if workers:
         dataset = dataset.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers))
     return iter(dataset)
@@ -57,5 +56,10 @@ def eval_batches(
     local = _local_batch(batch)
     dataset = grain.MapDataset.source(source.pad_to_multiple(batch))
     dataset = dataset[jax.process_index() :: jax.process_count()]
-    dataset = (dataset if transform is None else dataset.map(transform)).batch(local)
-    return iter(dataset.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads)))
+    dataset = dataset if transform is None else dataset.map(transform)
+    return iter(_read_ahead(dataset, local, threads).batch(local))
+
+
+def _read_ahead(dataset: grain.MapDataset, local: int, threads: int) -> grain.IterDataset:
+    """Threads keep two batches ready, image by image: by batches, each thread would fill one of its own."""
+    return dataset.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * local))
