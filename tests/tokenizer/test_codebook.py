@@ -49,14 +49,16 @@ def test_few_images_cannot_use_many_codes():
 
 def test_a_code_is_the_moving_mean_of_its_targets_and_stays_until_it_has_any():
     codebook = jnp.array([[9.0, 9.0], [5.0, 5.0], [7.0, 7.0]])
-    uses, sums = jnp.zeros(3), jnp.zeros((3, 2))
+    uses = jnp.zeros(3)
     first = (jnp.array([[0, 0]]), jnp.array([[[1.0, 0.0], [3.0, 0.0]]]))
-    codebook, uses, sums = moving_mean(codebook, uses, sums, *first, decay=0.5)
+    codebook, uses = moving_mean(codebook, uses, *first, decay=0.5)
     np.testing.assert_allclose(codebook, [[2, 0], [5, 5], [7, 7]])
     second = (jnp.array([[0, 1]]), jnp.array([[[8.0, 0.0], [1.0, 1.0]]]))
-    codebook, uses, sums = moving_mean(codebook, uses, sums, *second, decay=0.5)
+    codebook, uses = moving_mean(codebook, uses, *second, decay=0.5)
     np.testing.assert_allclose(codebook, [[(0.5 * 4 + 8) / (0.5 * 2 + 1), 0], [1, 1], [7, 7]])
     np.testing.assert_allclose(uses, [2, 1, 0])
+    slow, _ = moving_mean(codebook, jnp.full(3, 100.0), *second, decay=0.5)  # codes with a past
+    assert float(jnp.abs(slow - codebook).max()) < 0.1
 
 
 def test_kmeans_finds_the_groups_that_are_there():

@@ -174,7 +174,7 @@ def random_dino(depth=4, width=64) -> dict:
 
 
 def test_heads_on_dino_learn():
-    task, state = make(network="dino", frozen={"dino": random_dino()})
+    task, state = make(network="dino", frozen={"dino": random_dino()}, train=dict(learning_rate=0.05))
     adversary, real = state.extra["adversary"], to_unit_range(BATCH["image"])
     step = jax.jit(lambda adversary: task.adversary.train_step(adversary, task.frozen, real, -real, KEY, 12))
     first = step(adversary)[1]

@@ -105,27 +105,27 @@ def sums_by_code(tokens: jax.Array, targets: jax.Array, num_codes: int) -> tuple
 
 
 def moving_mean(
-    codebook: jax.Array, uses: jax.Array, sums: jax.Array, tokens: jax.Array, targets: jax.Array, decay: float
-) -> tuple[jax.Array, jax.Array, jax.Array]:
+    codebook: jax.Array, uses: jax.Array, tokens: jax.Array, targets: jax.Array, decay: float
+) -> tuple[jax.Array, jax.Array]:
     """Each code becomes a moving mean of its targets (van den Oord et al. 2017, appendix A.1).
 
-    Uses and sums start at 0 and decay alike, so that their ratio needs no correction, and a code that has not
-    been used yet stays where it is.
+    The moving sum of the targets is not kept: it is the code times its moving number of uses.  A code with 0
+    uses so far goes to the mean of its first targets; one without any stays.
 
     Args:
       codebook: [V, C].
-      uses, sums: [V] and [V, C], moving sums.
+      uses: [V], moving number of uses: how much weight the present codes have.
       tokens, targets: int32 [B, L] and [B, L, C], of this batch.
       decay: of the moving sums.
 
     Returns:
-      New codebook, uses and sums.
+      New codebook and uses.
     """
-    new_uses, new_sums = sums_by_code(tokens, targets, codebook.shape[0])
-    uses, sums = decay * uses + new_uses, decay * sums + new_sums
-    used = uses > 1e-6
-    mean = sums / jnp.where(used, uses, 1.0)[:, None]
-    return jnp.where(used[:, None], mean, codebook), uses, sums
+    new_uses, sums = sums_by_code(tokens, targets, codebook.shape[0])
+    weight = decay * uses
+    total = (weight + new_uses)[:, None]
+    mean = (weight[:, None] * codebook + sums) / jnp.where(total > 0, total, 1)
+    return jnp.where(new_uses[:, None] > 0, mean, codebook), weight + new_uses
 
 
 def kmeans(quantizer: Quantizer, features: jax.Array, key: jax.Array, anew: jax.Array) -> jax.Array:

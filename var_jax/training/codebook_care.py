@@ -17,11 +17,19 @@ class CodebookCare:
 
     In the state it keeps `code_hits` [K, V], a moving average of uses a step; `window`, the uses
     counted in the current and in the last full half of the window, and of how many images; and with
-    `codebook.ema` the moving sums of `moving_mean`.
+    `codebook.ema` the moving uses of `moving_mean`.
     """
 
-    def __init__(self, cfg: ConfigDict, model: TokenizerConfig, steps: int, batch: int):
-        """Raises ValueError on a field that cannot be."""
+    def __init__(self, cfg: ConfigDict, model: TokenizerConfig, steps: int, batch: int, trained: bool):
+        """Raises ValueError on a field that cannot be.
+
+        Args:
+          cfg: section `codebook` of the stage.
+          model: the tokenizer's architecture.
+          steps: of the whole training.
+          batch: images a step.
+          trained: the codebook comes from elsewhere, so that it is not fitted and moves but slowly.
+        """
         for name in ("ema", "hits_decay"):
             if not 0 <= cfg[name] < 1:
                 raise ValueError(f"config.codebook.{name} must be in [0, 1), found {cfg[name]}")
@@ -29,29 +37,33 @@ class CodebookCare:
             if cfg[name] < 0:
                 raise ValueError(f"config.codebook.{name} must be 0 or more, found {cfg[name]}")
         self.cfg, self.model, self.steps, self.batch = cfg, model, steps, batch
+        self.kmeans_steps = 0 if trained else cfg.kmeans_steps
+        # What an evenly used code comes to: the weight of codes that are worth keeping.
+        even = batch * model.schedule.length / model.num_codes / (1 - cfg.ema)
+        self.first_uses = even if trained else 0.0
         self.half_window = max(1, cfg.window // (2 * batch))  # steps
 
     def init(self) -> dict:
         """What the state starts with."""
-        scales, codes, dim = len(self.model.scales), self.model.num_codes, self.model.code_dim
+        scales, codes = len(self.model.scales), self.model.num_codes
         extra = {
             "code_hits": jnp.zeros((scales, codes)),
             "window": {"counts": jnp.zeros((2, scales, codes)), "images": jnp.zeros(2)},
         }
         if self.cfg.ema:
-            extra["code_mean"] = {"uses": jnp.zeros(codes), "sums": jnp.zeros((codes, dim))}
+            extra["code_uses"] = jnp.full(codes, self.first_uses)
         return extra
 
     def before_step(self, state: TrainState, features: Callable, key: jax.Array) -> TrainState:
         """In the first steps fits the codebook to the batch; `features` gives those of the parameters."""
-        if not self.cfg.kmeans_steps:
+        if not self.kmeans_steps:
             return state
 
         def fit(codebook):
             quantizer = Quantizer.create(state.params["quantizer"], self.model)
             return kmeans(quantizer, features(state.params), key, anew=state.step == 0)
 
-        due, codebook = state.step < self.cfg.kmeans_steps, state.params["quantizer"]["codebook"]
+        due, codebook = state.step < self.kmeans_steps, state.params["quantizer"]["codebook"]
         codebook = jax.lax.cond(due, fit, lambda codebook: codebook, codebook)
         return _with_codebook(state, lambda old: jnp.where(due, codebook, old))
 
@@ -70,11 +82,14 @@ class CodebookCare:
         """
         if not self.cfg.ema:
             return state, lambda params: params
-        mean, before = state.extra["code_mean"], state.params["quantizer"]["codebook"]
-        codebook, uses, sums = moving_mean(
-            before, mean["uses"], mean["sums"], quantized.tokens, quantized.targets, self.cfg.ema
+        codebook, uses = moving_mean(
+            state.params["quantizer"]["codebook"],
+            state.extra["code_uses"],
+            quantized.tokens,
+            quantized.targets,
+            self.cfg.ema,
         )
-        extra = {**state.extra, "code_mean": {"uses": uses, "sums": sums}}
+        extra = {**state.extra, "code_uses": uses}
         return state.replace(extra=extra), lambda params: _moved(params, lambda _: codebook)
 
     def after_step(self, state: TrainState, quantized: Quantized, key: jax.Array) -> tuple[TrainState, dict]:
@@ -103,9 +118,7 @@ class CodebookCare:
         # A moved code starts with an even share of the hits, so that it has time to be found.
         extra["code_hits"] = jnp.where(moved, hits.sum(1, keepdims=True) / hits.shape[1], hits)
         if cfg.ema:  # and forgets what it was the mean of
-            mean = extra["code_mean"]
-            uses, sums = jnp.where(moved, 0, mean["uses"]), jnp.where(moved[:, None], 0, mean["sums"])
-            extra["code_mean"] = {"uses": uses, "sums": sums}
+            extra["code_uses"] = jnp.where(moved, 0, extra["code_uses"])
         state = _with_codebook(state, lambda codebook: restart(codebook, moved, targets, key))
         return state.replace(extra=extra), dead.sum()
 

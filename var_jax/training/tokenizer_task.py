@@ -46,10 +46,8 @@ class TokenizerTask(Task):
         self.model = Tokenizer(self.config, compute_dtype(stage.train.dtype))
         self.optimizer = make_optimizer(stage.train, steps)
         self.image_size = self.config.image_size
-        codebook = ConfigDict(stage.codebook)
-        if stage.init_from:  # it is a trained one already
-            codebook.kmeans_steps = 0
-        self.care = CodebookCare(codebook, self.config, steps, stage.train.batch)
+        trained = bool(stage.init_from)
+        self.care = CodebookCare(stage.codebook, self.config, steps, stage.train.batch, trained)
         self.adversary = None
         if stage.adversarial.weight:
             size, dtype = self.image_size, self.model.dtype
