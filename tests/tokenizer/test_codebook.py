@@ -5,7 +5,15 @@ import pytest
 
 from tests.tokenizer.test_quantizer import random_quantizer
 from var_jax.scales import Scales
-from var_jax.tokenizer.codebook import codebook_use, count_codes, dead_codes, kmeans, moving_mean, restart
+from var_jax.tokenizer.codebook import (
+    codebook_use,
+    count_codes,
+    dead_codes,
+    draw_targets,
+    kmeans,
+    moving_mean,
+    restart,
+)
 
 SCALES = Scales((1, 2))
 
@@ -27,10 +35,17 @@ def test_restart_moves_dead_codes_onto_targets_of_any_scale():
     codebook = jnp.zeros((64, 2))
     targets = jnp.arange(20.0).reshape(2, 5, 2) + 1
     dead = jnp.arange(64) % 2 == 0
-    moved = np.asarray(restart(codebook, dead, targets, jax.random.key(0)))
+    moved = np.asarray(restart(codebook, dead, targets, SCALES, jax.random.key(0)))
     assert not moved[1::2].any()
     rows = {tuple(row) for row in moved[::2].tolist()}
     assert rows <= {tuple(row) for row in np.asarray(targets).reshape(-1, 2).tolist()} and len(rows) > 5
+
+
+def test_targets_are_drawn_from_all_scales_alike():
+    scales = Scales((1, 4))
+    targets = jnp.asarray(scales.levels, jnp.float32)[None, :, None] * jnp.ones((3, 17, 2))
+    drawn = draw_targets(targets, scales, 1000, jax.random.key(0))
+    assert 0.45 < float(drawn.mean()) < 0.55  # by positions it would be 16/17
 
 
 def test_perplexity_distinct_and_the_most_possible():

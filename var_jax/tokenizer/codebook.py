@@ -73,7 +73,21 @@ def dead_codes(hits: jax.Array, threshold: float) -> jax.Array:
 # ---------------------------------------------------------------------- where codes should be
 
 
-def restart(codebook: jax.Array, dead: jax.Array, targets: jax.Array, key: jax.Array) -> jax.Array:
+def draw_targets(targets: jax.Array, scales: Scales, count: int, key: jax.Array) -> jax.Array:
+    """Targets [B, L, C] -> `count` random ones [count, C].
+
+    They come from all scales alike: the last map has most of the positions, but a code serves all.
+    """
+    image_key, scale_key, position_key = jax.random.split(key, 3)
+    scale = jax.random.randint(scale_key, (count,), 0, len(scales))
+    starts, ends = jnp.asarray(scales.starts)[scale], jnp.asarray(scales.ends)[scale]
+    position = jax.random.randint(position_key, (count,), starts, ends)
+    return targets[jax.random.randint(image_key, (count,), 0, targets.shape[0]), position]
+
+
+def restart(
+    codebook: jax.Array, dead: jax.Array, targets: jax.Array, scales: Scales, key: jax.Array
+) -> jax.Array:
     """Moves dead codes onto random targets.
 
     Targets are what the tokens of this batch were chosen for, pooled over all scales, so that a new
@@ -83,13 +97,13 @@ def restart(codebook: jax.Array, dead: jax.Array, targets: jax.Array, key: jax.A
       codebook: [V, C].
       dead: bool [V].
       targets: [B, L, C].
+      scales: the schedule.
       key: random key.
 
     Returns:
       [V, C].
     """
-    pool = targets.reshape(-1, targets.shape[-1])
-    fresh = pool[jax.random.randint(key, (codebook.shape[0],), 0, pool.shape[0])]
+    fresh = draw_targets(targets, scales, codebook.shape[0], key)
     return jnp.where(dead[:, None], fresh, codebook)
 
 
@@ -132,8 +146,7 @@ def kmeans(quantizer: Quantizer, features: jax.Array, key: jax.Array, anew: jax.
     """A codebook fitted to features, all scales together.
 
     The targets of scale k depend on the codes of the scales before it, so that every round quantises anew
-    before it averages.  A code without targets goes to a random one; there, each scale is drawn from
-    as often as any other, though the last has most of the positions.
+    before it averages.  A code without targets goes to a random one.
 
     Args:
       quantizer: where it starts.
@@ -146,14 +159,7 @@ def kmeans(quantizer: Quantizer, features: jax.Array, key: jax.Array, anew: jax.
     """
     b, *_, c = features.shape
     num_codes, scales = quantizer.codebook.shape[0], quantizer.scales
-
-    def draw(targets, key):
-        """[B, L, C] -> [V, C]."""
-        image_key, scale_key, position_key = jax.random.split(key, 3)
-        scale = jax.random.randint(scale_key, (num_codes,), 0, len(scales))
-        starts, ends = jnp.asarray(scales.starts)[scale], jnp.asarray(scales.ends)[scale]
-        position = jax.random.randint(position_key, (num_codes,), starts, ends)
-        return targets[jax.random.randint(image_key, (num_codes,), 0, b), position]
+    draw = lambda targets, key: draw_targets(targets, scales, num_codes, key)  # noqa: E731
 
     def fit(i, codebook):
         quantized = quantizer.replace(codebook=codebook)(features)

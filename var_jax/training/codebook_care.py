@@ -119,7 +119,9 @@ class CodebookCare:
         extra["code_hits"] = jnp.where(moved, hits.sum(1, keepdims=True) / hits.shape[1], hits)
         if cfg.ema:  # and forgets what it was the mean of
             extra["code_uses"] = jnp.where(moved, 0, extra["code_uses"])
-        state = _with_codebook(state, lambda codebook: restart(codebook, moved, targets, key))
+        state = _with_codebook(
+            state, lambda codebook: restart(codebook, moved, targets, self.model.schedule, key)
+        )
         return state.replace(extra=extra), dead.sum()
 
     def _slide(self, state: TrainState, counts) -> dict:
