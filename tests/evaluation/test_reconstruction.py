@@ -5,6 +5,7 @@ import pytest
 from PIL import Image
 
 from tests.test_scripts import command
+from var_jax.evaluation.frechet import Moments, frechet_distance
 from var_jax.evaluation.reconstruction import evaluate_reconstruction
 from var_jax.tokenizer.model import decode, encode
 
@@ -15,10 +16,16 @@ def test_metrics_are_those_of_the_reconstructions(tiny_tokenizer):
     valid = np.array([[1] * 12, [1] * 8 + [0] * 4], np.float32)
     filled_up = np.resize(images[12:], (12, 8, 8, 3))
     batches = [{"image": images[:12], "valid": valid[0]}, {"image": filled_up, "valid": valid[1]}]
-    metrics, worst, best = evaluate_reconstruction(module, params, batches, 20)
+    features = lambda x: x.mean((1, 2))  # noqa: E731
+    metrics, worst, best = evaluate_reconstruction(module, params, batches, 20, features=features)
     real = images.astype(np.float32) / 127.5 - 1
     tokens = encode(module, params, real)
-    error = ((np.asarray(decode(module, params, tokens)) - real) ** 2).mean((1, 2, 3))
+    again = np.asarray(decode(module, params, tokens))
+    sides = (Moments(), Moments())
+    for side, seen in zip(sides, (real, again), strict=True):
+        side.add(features(seen))
+    assert metrics["rfid"] == pytest.approx(frechet_distance(*sides), rel=1e-3)
+    error = ((again - real) ** 2).mean((1, 2, 3))
     psnr = 10 * np.log10(4 / error)
     assert metrics["l2"] == pytest.approx(error.mean(), rel=1e-5)
     assert metrics["psnr"] == pytest.approx(psnr.mean(), rel=1e-5)

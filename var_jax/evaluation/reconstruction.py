@@ -1,7 +1,7 @@
 """How well a tokenizer gives back images that it has not seen."""
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import dm_pix
 import jax
@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
+from var_jax.evaluation.frechet import Moments, frechet_distance
 from var_jax.tokenizer.codebook import codebook_use, count_codes
 from var_jax.tokenizer.model import Tokenizer
 from var_jax.tokenizer.perceptual import perceptual_distance
@@ -34,7 +35,12 @@ class Extremes:
 
 
 def evaluate_reconstruction(
-    tokenizer: Tokenizer, params: dict, batches: Iterable[dict], images: int, vgg: dict | None = None
+    tokenizer: Tokenizer,
+    params: dict,
+    batches: Iterable[dict],
+    images: int,
+    vgg: dict | None = None,
+    features: Callable[[jax.Array], jax.Array] | None = None,
 ) -> tuple[dict[str, float], Extremes, Extremes]:
     """Goes through a held-out set once.
 
@@ -43,12 +49,14 @@ def evaluate_reconstruction(
       batches: of {"image": uint8 [b, H, W, 3], "valid": [b]}.
       images: how many there are, for the progress bar.
       vgg: parameters of the perceptual distance; None leaves LPIPS out.
+      features: images float32 [b, H, W, 3] in [-1, 1] -> [b, D], to take a Frechet distance in: rFID with
+        Inception's pooled ones.  None leaves it out.
 
     Returns:
-      Metrics: `psnr` in dB and `ssim`, means over the images; `l2` of values in [-1, 1]; `lpips` where
-      asked for; use of the codes per scale beside the most possible (`codebook_use`); `bits_per_pixel`,
-      of tokens as plain numbers, and `bits_per_pixel_coded`, by the entropy of the codes at each scale.
-      Then the worst and the best.
+      Metrics: `psnr` in dB and `ssim`, means over the images; `l2` of values in [-1, 1]; `lpips` and `rfid`
+      where asked for; use of the codes per scale beside the most possible (`codebook_use`);
+      `bits_per_pixel`, of tokens as plain numbers, and `bits_per_pixel_coded`, by the entropy of the codes
+      at each scale.  Then the worst and the best.
     """
     config = tokenizer.config
     window = min(SSIM_WINDOW, config.image_size)
@@ -67,21 +75,27 @@ def evaluate_reconstruction(
         if vgg is not None:
             found["lpips"] = perceptual_distance(vgg, real, again)
         counts = count_codes(tokens, config.schedule, config.num_codes, valid)
-        return found, counts, ((again / 2 + 0.5) * 255 + 0.5).astype(jnp.uint8)
+        seen = () if features is None else (features(real), features(again))
+        return found, counts, ((again / 2 + 0.5) * 255 + 0.5).astype(jnp.uint8), seen
 
-    parts, counts = [], 0
+    parts, counts, moments = [], 0, (Moments(), Moments())
     nothing = np.zeros((0, config.image_size, config.image_size, 3), np.uint8)
     worst = best = Extremes(np.zeros(0), nothing, nothing)
     with tqdm(total=images, unit="image", desc="reconstructing", mininterval=1) as bar:
         for batch in batches:
             valid = batch["valid"] > 0
-            found, counted, again = jax.device_get(step(params, vgg, batch["image"], batch["valid"]))
+            done = step(params, vgg, batch["image"], batch["valid"])
+            found, counted, again, seen = jax.device_get(done)
+            for side, values in zip(moments, seen, strict=False):  # none without features
+                side.add(values[valid])
             parts.append({name: values[valid] for name, values in found.items()})
             counts = counts + counted
-            seen = (parts[-1]["psnr"], batch["image"][valid], again[valid])
-            worst, best = worst.with_more(*seen, sign=1), best.with_more(*seen, sign=-1)
+            shown = (parts[-1]["psnr"], batch["image"][valid], again[valid])
+            worst, best = worst.with_more(*shown, sign=1), best.with_more(*shown, sign=-1)
             bar.update(int(valid.sum()))
     metrics = {name: float(np.concatenate([part[name] for part in parts]).mean()) for name in parts[0]}
+    if features is not None:
+        metrics["rfid"] = frechet_distance(*moments)
     use = codebook_use(counts, config.scales, sum(len(part["psnr"]) for part in parts))
     use = {name: float(value) for name, value in use.items()}
     return metrics | use | _rate(use, config), worst, best
