@@ -26,6 +26,16 @@ def small(monkeypatch):
         return stage
 
     monkeypatch.setattr(throughput.var, "get_config", tiny_var)
+    make_tokenizer = throughput.tokenizer_config.get_config
+
+    def tiny_tokenizer():  # 16 pixels, the least that three layers of a discriminator take
+        stage = make_tokenizer()
+        stage.loss.perceptual = 0.0  # VGG takes long to compile
+        stage.model.update({**tiny, "ch_mult": (1, 1, 1)})
+        stage.adversarial.channels = 8
+        return stage
+
+    monkeypatch.setattr(throughput.tokenizer_config, "get_config", tiny_tokenizer)
 
 
 def line(monkeypatch, capsys, *arguments) -> dict:
@@ -35,7 +45,7 @@ def line(monkeypatch, capsys, *arguments) -> dict:
     return json.loads(printed)
 
 
-@pytest.mark.parametrize("what", ["sample", "train", "encode", "decode"])
+@pytest.mark.parametrize("what", ["sample", "train", "tokenizer", "encode", "decode"])
 def test_one_json_line(small, monkeypatch, capsys, what):
     found = line(monkeypatch, capsys, what)
     assert found["what"] == what and found["dtype"] == "float32" and found["parameters"] > 1000

@@ -3,13 +3,15 @@
     python -m var_jax.benchmarks.throughput sample --depth 16 --batch 8
     python -m var_jax.benchmarks.throughput train --depth 16 --batch 8 --against ../shared/peer/torch_var.py
     python -m var_jax.benchmarks.throughput train --depth 16 --batch 8 --with_encoder
+    python -m var_jax.benchmarks.throughput tokenizer --batch 8
     python -m var_jax.benchmarks.throughput input --batch=64
 
 Prints one JSON line.  Weights are random: speed does not depend on them.  `--against` first runs a PyTorch
 yardstick of the same shape in this call (it needs the extra `torch`) and adds its line and the ratio.  The
 yardstick knows neither encoder nor decoder, so the ratio is of what it does: sampling without the decoder,
 training from tokens.  `--with_encoder` adds a training step from images and how much longer it takes: what a
-token cache saves on the device.  `input` measures the host instead: see input_rate.py.
+token cache saves on the device.  `tokenizer` is a training step of the tokenizer, with LPIPS and
+discriminator.  `input` measures the host instead: see input_rate.py.
 """
 
 import argparse
@@ -26,6 +28,7 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
+from configs import tokenizer as tokenizer_config
 from configs import var
 from var_jax.benchmarks.input_rate import add_arguments, input_rate
 from var_jax.sampling.generate import generate, image_keys
@@ -35,10 +38,13 @@ from var_jax.scales import SCALES_256, SCALES_512
 from var_jax.tokenizer import model as tokenizer_model
 from var_jax.tokenizer.config import TokenizerConfig
 from var_jax.tokenizer.model import Tokenizer
+from var_jax.tokenizer.perceptual import CHANNELS, LAYERS
 from var_jax.training.logging import peak_flops
 from var_jax.training.next_scale_task import NextScaleTask
-from var_jax.training.state import TrainState, count_parameters
+from var_jax.training.sharding import make_mesh
+from var_jax.training.state import TrainState, count_parameters, create_state
 from var_jax.training.task import compute_dtype
+from var_jax.training.tokenizer_task import TokenizerTask
 from var_jax.transformer.flops import generation_flops, training_flops
 
 CLASSES = 1000
@@ -46,7 +52,7 @@ CLASSES = 1000
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("what", choices=["sample", "train", "encode", "decode", "input"])
+    parser.add_argument("what", choices=["sample", "train", "tokenizer", "encode", "decode", "input"])
     parser.add_argument("--depth", type=int, default=16)
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--size", type=int, default=256, choices=[256, 512])
@@ -168,6 +174,39 @@ def train(args: argparse.Namespace, tokenizer: Tokenizer, task: NextScaleTask) -
     return found
 
 
+def train_tokenizer(args: argparse.Namespace, tokenizer: Tokenizer, task: NextScaleTask) -> dict:
+    """The tokenizer's own step, with all that the published one trains with: LPIPS and a discriminator."""
+    stage = tokenizer_config.get_config()
+    stage.model.scales = tokenizer.config.scales
+    stage.adversarial.start = 0.0
+    stage.codebook.kmeans_steps = 0
+    stage.train.update(batch=args.batch, dtype=tokenizer.dtype.name)
+    judges = {"vgg": random_vgg()} if stage.loss.perceptual else {}
+    own, rng = TokenizerTask(stage, 1000, judges), np.random.default_rng(0)
+    one = make_mesh(devices=jax.devices()[:1])
+    state = create_state(own.init, own.optimizer, True, jax.random.key(0), one)[0]()
+    count = count_parameters(state.params)
+    side = own.image_size
+    batch = {"image": jnp.asarray(rng.integers(0, 256, (args.batch, side, side, 3), dtype=np.uint8))}
+    step = jax.jit(own.train_step, donate_argnums=0)
+    found = measure(step, state, own.frozen, batch, jax.random.key(1), repeats=args.repeats, carry=True)
+    return found | {
+        "tflops": own.flops_per_image() * args.batch / found["seconds"] / 1e12,
+        "parameters": count,
+    }
+
+
+def random_vgg() -> dict:
+    """Parameters of VGG-16 and LPIPS in their shapes."""
+    rng, channels, conv = np.random.default_rng(0), 3, {}
+    for layer, convolutions in enumerate(LAYERS):
+        for i in convolutions:
+            kernel = rng.standard_normal((3, 3, channels, CHANNELS[layer])) / (3 * channels**0.5)
+            conv[str(i)] = {"kernel": jnp.asarray(kernel, jnp.float32), "bias": jnp.zeros(CHANNELS[layer])}
+            channels = CHANNELS[layer]
+    return {"conv": conv, "linear": {str(i): jnp.ones(c) / c for i, c in enumerate(CHANNELS)}}
+
+
 def through_tokenizer(args: argparse.Namespace, tokenizer: Tokenizer, task: NextScaleTask) -> dict:
     """encode: images to tokens; decode: tokens to images."""
     params, side = tokenizer_parameters(tokenizer), tokenizer.config.image_size
@@ -194,7 +233,8 @@ def main():
             return print(json.dumps(input_rate(args, tokenizer, task.config)))
         except (FileNotFoundError, ValueError) as error:  # no such data set, or too small a one
             sys.exit(f"throughput: {error}")
-    run = {"sample": sample, "train": train}.get(args.what, through_tokenizer)
+    steps = {"sample": sample, "train": train, "tokenizer": train_tokenizer}
+    run = steps.get(args.what, through_tokenizer)
     found = run(args, tokenizer, task)
     line = {"what": args.what, "depth": args.depth, "batch": args.batch, "size": args.size}
     line |= {"device": jax.devices()[0].device_kind, "dtype": jnp.dtype(tokenizer.dtype).name, **found}
