@@ -68,7 +68,8 @@ class TokenizerTask(Task):
     def train_step(self, state, frozen, batch, key):
         dropout_key, restart_key = jax.random.split(key)
         fit_key, adversary_key = jax.random.split(jax.random.fold_in(key, 0))
-        state = self.care.before_step(state, lambda params: self._features(params, batch["image"]), fit_key)
+        some = batch["image"][:: self.stage.train.accumulate]  # as many as there is memory for
+        state = self.care.before_step(state, lambda params: self._features(params, some), fit_key)
         gradient = lambda params, part, key: self._gradient(  # noqa: E731
             params, state.extra, frozen, part, state.step, key
         )
