@@ -85,7 +85,9 @@ def test_broken_files_are_listed_and_left_out_only_on_request(folder, tmp_path, 
     (folder / "blue" / "1.PNG").write_bytes(b"hello")
     with pytest.raises(BadImages, match="2 of 30 files cannot be decoded") as error:
         prepare(folder, "colours", tmp_path / "data", 0.2, False, workers=1)
-    assert "red/0.jpg: " in str(error.value) and "blue/1.PNG: cannot identify" in str(error.value)
+    assert "red/0.jpg: " in str(error.value) and "blue/1.PNG: not an image of a known kind" in str(
+        error.value
+    )
     assert not (tmp_path / "data" / "colours").exists()
     assert sum(prepare(folder, "colours", tmp_path / "data", 0.2, True, workers=1)) == 28
     assert "left out 2 of 30" in capsys.readouterr().out

@@ -18,7 +18,9 @@ def decode(data: bytes) -> Image.Image:
     """
     try:
         return Image.open(io.BytesIO(data)).convert("RGB")
-    except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as error:
+    except UnidentifiedImageError as error:  # its own words name a buffer in memory
+        raise ValueError("not an image of a known kind" if data else "empty") from error
+    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
         raise ValueError(str(error)) from error
 
 
