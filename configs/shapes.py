@@ -26,7 +26,7 @@ def get_config() -> ConfigDict:
     config.tokenizer.codebook.update(dict(kmeans_steps=10, ema=0.99, restart_every=20))
     config.tokenizer.train.update(dict(steps=1000, batch=32, learning_rate=1e-2, weight_decay=0.005))
     config.tokenizer.train.update(dict(weight_decay_end=0.005))
-    config.next_scale.model.update(dict(depth=6, width=192, num_heads=6, drop_path=0.05))
-    config.next_scale.train.update(dict(steps=1600, batch=32, learning_rate=8e-3, ema=0.99))
+    config.next_scale.model.update(dict(depth=5, width=160, num_heads=5, drop_path=0.05))
+    config.next_scale.train.update(dict(steps=1200, batch=32, learning_rate=8e-3, ema=0.99))
     config.next_scale.sampling.update(dict(guidance=1.5, top_k=0, top_p=0.96))
     return config

@@ -115,9 +115,9 @@ class TokenizerTask(Task):
         if self.adversary:
             key = jax.random.fold_in(key, 1)
             loss, push = self.adversary.pull(extra["adversary"], frozen, again, key, step)
-            ratio = self._ratio(backward, pull, push, inner)
-            pull += self.adversary.weight(step) * ratio * push
-            metrics |= {"adversarial": loss, "adaptive_ratio": ratio}
+            weight = self.adversary.weight(step) * self._ratio(backward, pull, push, inner)
+            pull += weight * push
+            metrics |= {"adversarial": loss, "adversarial_weight": weight}
         return backward((pull, inner))[0], (metrics, (quantized, again if self.adversary else ()))
 
     def _codebook_terms(self, params, quantized):
