@@ -61,7 +61,7 @@ def main(argv):
     path = pictures.save(grid, out / "reconstruction_extremes.png")
     (out / "reconstruction.json").write_text(json.dumps(metrics, indent=1))
     print(f"{source.num_records} images of {source.name}")
-    for name in ("psnr", "ssim", "lpips", "l2", "bits_per_pixel", "bits_per_pixel_coded"):
+    for name in ("psnr", "ssim", "lpips", "rfid", "l2", "bits_per_pixel", "bits_per_pixel_coded"):
         if name in metrics:
             print(f"  {name:22} {metrics[name]:.4f}")
     print("  scale  side  perplexity  distinct codes  most possible")

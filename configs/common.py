@@ -32,7 +32,7 @@ def train() -> ConfigDict:
             batch=768,  # images a step, over all devices
             steps=0,  # 0: from the epochs
             epochs=200,
-            accumulate=1,  # parts that a batch is worked through in, to save memory
+            accumulate=1,  # parts that a batch is worked through in, to save memory; each has its own draws
             learning_rate=1e-4,  # at 256 images; in proportion to the batch
             b1=0.9,
             b2=0.95,
@@ -45,7 +45,7 @@ def train() -> ConfigDict:
             end=0.1,  # share of the peak
             ema=0.0,  # decay of the moving average to sample with; 0 for none
             dtype="auto",  # of matrix products: bfloat16 on accelerators, float32 on CPU
-            remat=True,  # keep only qkv and attention outputs for the backward pass
+            remat=True,  # keep little for the backward pass, and work the rest out again
             mesh=dict(data=1, fsdp=-1, tensor=1),  # -1: all devices that are left
             log_every=50,
             eval_every=5000,

@@ -60,7 +60,7 @@ def get_config(size: str = "published") -> ConfigDict:
         dead_below=0.03,  # of an even share of the uses
         restart_every=100,  # steps; 0 for never
         restart_until=0.8,  # share of all steps
-        window=10_000,  # images that the use of codes in the log is over, at most
+        window=10_000,  # images that the use of codes in the log is over, at most (but two batches)
     )
     config.adversarial = dict(
         weight=0.4,  # 0: no discriminator

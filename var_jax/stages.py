@@ -12,7 +12,7 @@ from var_jax.interop.dino import load_dino
 from var_jax.interop.load import load_tokenizer, read_network, with_path
 from var_jax.interop.perceptual import load_perceptual
 from var_jax.tokenizer.model import Tokenizer
-from var_jax.training.checkpoint import FOLDER, CheckpointMissing, has_checkpoint
+from var_jax.training.checkpoint import FOLDER, CheckpointMissing, has_checkpoint, load_config
 from var_jax.training.fine_tune import Given, fit
 from var_jax.training.loop import check_training, train
 from var_jax.training.next_scale_task import NextScaleTask
@@ -104,6 +104,7 @@ def build_task(
         ) from error
     task = NextScaleTask(stage, steps, tokenizer, params, source.num_classes)
     if stage.data.tokens:
+        source.description.check_data(stage.data)
         source.description.check_tokenizer(task.fingerprint, task.config.scales, task.config.num_codes)
     return task, steps
 
@@ -144,8 +145,23 @@ def given_params(stage: ConfigDict, task: Task, workdir: Path) -> dict[str, Give
         raise CheckpointMissing(f"no {task.name} at config.init_from={path}: {error}") from error
     shapes = nn.meta.unbox(jax.eval_shape(task.init, jax.random.key(0))[0])
     given, notes = with_path(Path(path), fit, params, config, shapes, task.config)
+    notes += _other_tokenizer(path, task)
     print("\n  ".join([f"{task.name}: starts from {path}", *notes]), flush=True)
     return given
+
+
+def _other_tokenizer(path: str, task: Task) -> list[str]:
+    """A warning where a transformer learned the codes of another tokenizer, as far as its run tells."""
+    if task.name != "next_scale" or Path(path).is_file():
+        return []
+    learned = load_config(Path(path) / task.name / FOLDER)[1]["tokenizer"]
+    if learned == task.fingerprint:
+        return []
+    return [
+        f"it was trained on another tokenizer ({learned}) than that of this run "
+        f"({task.fingerprint or 'not trained yet'}): unless one is the other trained further, its codes mean "
+        "nothing here, and a start from nothing may be better"
+    ]
 
 
 def run(config: ConfigDict, workdir: Path) -> None:

@@ -39,8 +39,8 @@ def test_the_command_on_one_device_writes_what_eight_do_and_goes_on(
     flags = [f"--{name}={value}" for name, value in HOW.items()]
     flags += [
         f"--workdir={tiny_run}",
-        "--name=digits",
-        f"--data_dir={digits_dir}",
+        "--data.name=digits",
+        f"--data.dir={digits_dir}",
         f"--out={tmp_path}/tokens",
     ]
     arguments = ("-m", "var_jax.data.tokenize", *flags)

@@ -6,7 +6,7 @@ from tests.conftest import randomized
 from var_jax.tokenizer.discriminator import FeatureHeads, PatchDiscriminator, hinge, lecam
 
 
-def test_patches_are_judged_one_by_one_and_images_apart():
+def test_a_logit_for_every_place_whatever_other_images_there_are():
     module = PatchDiscriminator(channels=8, layers=2)
     images = jax.random.normal(jax.random.key(0), (3, 16, 16, 3))
     params = randomized(module.init(jax.random.key(1), images)["params"])

@@ -1,7 +1,6 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
-import pytest
 
 from var_jax.tokenizer.losses import entropy_penalty
 
@@ -30,4 +29,4 @@ def test_its_gradient_spreads_targets_that_crowd_on_one_code():
     targets = 0.1 * jax.random.normal(jax.random.key(0), (8, 2, 4)).at[..., 0].add(3.0)
     penalty = lambda x: entropy_penalty(x, CODES, 1.0).mean()  # noqa: E731
     moved = targets - 5 * jax.grad(penalty)(targets)
-    assert float(penalty(moved)) < float(penalty(targets)) == pytest.approx(float(penalty(targets)))
+    assert float(penalty(moved)) < float(penalty(targets)) - 0.005

@@ -44,6 +44,17 @@ def test_training_pass_passes_gradients_to_every_parameter(tiny_tokenizer):
     assert still == []
 
 
+def test_keeping_little_for_the_backward_pass_changes_no_number(tiny_tokenizer):
+    module, params = tiny_tokenizer
+    images = jax.random.uniform(jax.random.key(0), (4, 8, 8, 3), minval=-1)
+    loss = lambda params, remat: jnp.mean(  # noqa: E731
+        dataclasses.replace(module, remat=remat).apply({"params": params}, images, train=True).images ** 2
+    )
+    whole, little = (jax.jit(jax.grad(loss), static_argnums=1)(params, remat) for remat in (False, True))
+    assert "remat" in str(jax.make_jaxpr(loss, static_argnums=1)(params, True))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), whole, little)
+
+
 def test_a_share_of_the_images_is_decoded_from_fewer_maps(tiny_tokenizer):
     config = dataclasses.replace(tiny_tokenizer[0].config, quantizer_dropout=0.5)
     rngs = {"dropout": jax.random.key(0)}

@@ -20,11 +20,24 @@ from var_jax.training.state import create_state
 
 @pytest.fixture
 def stage(tiny_run, token_cache, tmp_path):
-    """The stage next_scale on the cache; of the images it knows nothing."""
+    """The stage next_scale on the cache; the images are nowhere."""
     stage = tiny_config(tmp_path / "no_images", steps=2).next_scale
     stage.tokenizer, stage.data.tokens = str(tiny_run), str(token_cache)
-    stage.data.name = "nothing"
+    stage.data.update({name: HOW[name] for name in ("resize", "flip", "shift")})
     return stage
+
+
+def test_tokens_of_other_crops_than_the_config_asks_for_are_refused(stage, tmp_path):
+    stage.data.update(flip=False, resize=1.0, name="flowers")
+    with pytest.raises(ValueError) as error:
+        run(stage, tmp_path / "run")
+    for words in (
+        "name: 'flowers' asked for, 'digits' in the cache",
+        "flip: False asked",
+        "resize: 1.0 asked",
+    ):
+        assert words in str(error.value)
+    assert "shift" not in str(error.value) and not (tmp_path / "run").exists()
 
 
 def test_a_step_from_the_cache_is_a_step_from_the_same_crops(tiny_run, token_cache, digits_dir, tmp_path):

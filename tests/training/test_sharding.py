@@ -24,6 +24,7 @@ from var_jax.training.tokenizer_task import TokenizerTask
 @pytest.fixture(scope="module")
 def tasks(tiny_tokenizer, tmp_path_factory):
     config = tiny_config(tmp_path_factory.mktemp("none"))
+    config.tokenizer.codebook.dead_below = 0.9  # so that codes are restarted
     return {
         "tokenizer": TokenizerTask(config.tokenizer, 6),
         "next_scale": NextScaleTask(config.next_scale, 6, *tiny_tokenizer, classes=10),
@@ -46,6 +47,7 @@ def losses(task, mesh, steps=5):
         }
         state, metrics = step(state, global_batch(batch, mesh))
         found.append(float(metrics["loss"]))
+        assert metrics.get("dead_codes", 1) > 0
     return np.array(found), state
 
 
@@ -59,6 +61,9 @@ def test_eight_devices_fsdp_equal_one(tasks, name):
         after, alone = (jax.device_get(s.extra) for s in (state, whole))
         assert alone["adversary"]["means"].any() and alone["code_uses"].any()
         chex.assert_trees_all_close(after, alone, atol=1e-4, rtol=1e-3)
+        codebooks = [tree["quantizer"]["codebook"] for s in (state, whole) for tree in (s.params, s.ema)]
+        close(codebooks[0], codebooks[2])
+        close(codebooks[1], codebooks[3])
     split = [leaf for leaf in jax.tree.leaves(state.params) if not leaf.is_fully_replicated]
     assert sum(leaf.size for leaf in split) > 0.5 * sum(leaf.size for leaf in jax.tree.leaves(state.params))
     moments = [leaf for leaf in jax.tree.leaves(state.opt_state) if not leaf.is_fully_replicated]
@@ -114,3 +119,15 @@ def test_accumulation_equals_one_go_up_to_dropout(tiny_tokenizer, tmp_path):
     parts, _ = losses(NextScaleTask(config, 6, *tiny_tokenizer, classes=10), mesh, steps=3)
     close(parts, whole, 1e-5)
     assert jnp.isfinite(parts).all()
+
+
+def test_accumulation_of_the_tokenizer_equals_one_go_where_nothing_is_drawn(tmp_path):
+    config = tiny_config(tmp_path).tokenizer
+    config.model.quantizer_dropout = 0.0
+    config.codebook.update(dict(kmeans_steps=0, restart_every=0))
+    config.adversarial.update(dict(adaptive=False, augment=False))
+    mesh, found = make_mesh(devices=jax.devices()[:1]), []
+    for config.train.accumulate in (1, 2):
+        found.append(losses(TokenizerTask(config, 6), mesh, steps=3))
+    close(found[1][0], found[0][0], 1e-5)
+    chex.assert_trees_all_close(found[1][1].extra, found[0][1].extra, atol=1e-4, rtol=1e-3)

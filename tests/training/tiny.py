@@ -15,6 +15,6 @@ def tiny_config(data_dir, steps: int = 6, every: int = 2) -> ConfigDict:
         dict(scales=(1, 2, 4), num_codes=16, code_dim=4, ch=8, ch_mult=(1, 1), norm_groups=4)
     )
     config.tokenizer.codebook.update(dict(restart_every=2, kmeans_steps=1, ema=0.9))
-    config.tokenizer.adversarial.update(dict(weight=0.4, start=0.25, warmup=0.5, layers=1, channels=8))
+    config.tokenizer.adversarial.update(dict(weight=0.4, start=0.25, warmup=0.75, layers=1, channels=8))
     config.next_scale.model.update(dict(depth=2, width=32, num_heads=4, drop_path=0.1))
     return config

@@ -95,7 +95,8 @@ def summary(runs: dict[str, list[list[dict]]], codes: int, num_scales: int) -> d
         names = ["l2", "psnr", "perplexity", "distinct", *(f"perplexity_{k}" for k in range(num_scales))]
         values = {name: np.array([line[name] for line in last]) for name in names}
         values["used"] = values["distinct"] / codes
-        found[variant] = {name: [float(v.mean()), float(v.std())] for name, v in values.items()}
+        spread = {name: float(v.std(ddof=1)) if len(v) > 1 else 0.0 for name, v in values.items()}
+        found[variant] = {name: [float(v.mean()), spread[name]] for name, v in values.items()}
         found[variant]["most"] = [last[0][f"most_{k}"] for k in range(num_scales)]
     return found
 
@@ -151,7 +152,7 @@ def main(argv):
                 stages.run(config, out / variant / str(seed))
     except DataSetMissing as error:
         sys.exit(f"codebook: {error}")
-    model = config.model
+    model = experiment(variants[0], FLAGS.data, FLAGS.data_dir, seeds[0], FLAGS.steps).model
     runs = results(out, variants, seeds)
     found = summary(runs, model.num_codes, len(model.scales))
     (out / "codebook.json").write_text(json.dumps(found, indent=1))

@@ -87,7 +87,7 @@ def loader_rate(source: Source, transform: ToPixels, args: argparse.Namespace) -
     if args.workers and not flags.FLAGS.is_parsed():
         flags.FLAGS.mark_as_parsed()  # which grain's processes ask for
     batches = train_batches(source, transform, args.batch, 0, args.threads, args.workers)
-    ahead = 2 * args.threads * max(1, args.workers)  # batches read ahead: from then on one in, one out
+    ahead = 2 + 2 * args.workers  # batches at least that are read ahead: from then on one in, one out
     for _ in range(ahead):
         next(batches)
     start, count = time.perf_counter(), max(ahead, args.repeats)
@@ -99,10 +99,8 @@ def loader_rate(source: Source, transform: ToPixels, args: argparse.Namespace) -
 def stage_times(source: Source, transform: ToPixels) -> dict[str, float]:
     """CPU milliseconds an image takes in one thread: to read, decode, resize, and crop and mirror."""
     rng, count = np.random.default_rng(0), min(STAGED, len(source))
-    side, spent = (
-        round(transform.size * transform.resize),
-        dict.fromkeys(["read", "decode", "resize", "crop"], 0.0),
-    )
+    side = round(transform.size * transform.resize)
+    spent = dict.fromkeys(["read", "decode", "resize", "crop"], 0.0)
 
     def timed(stage: str, function: Callable, *inputs):
         start = time.thread_time()

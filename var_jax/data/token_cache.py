@@ -8,7 +8,9 @@ little-endian.  Training records come crop after crop: record c * images + i is 
 import dataclasses
 import functools
 import json
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import grain
 import numpy as np
@@ -82,6 +84,20 @@ class Description:
         fields = [field.name for field in dataclasses.fields(self)]
         pairs = [(name, getattr(self, name), getattr(asked, name)) for name in fields]
         return [f"{name}: {there!r} there, {now!r} now" for name, there, now in pairs if there != now]
+
+    def check_data(self, asked: Mapping[str, Any]) -> None:
+        """Raises ValueError, naming both, unless a section `data` of a config asks for these crops."""
+        pairs = {"name": self.data, "resize": self.resize, "flip": self.flip, "shift": self.shift}
+        different = [
+            f"config.data.{name}: {asked[name]!r} asked for, {here!r} in the cache"
+            for name, here in pairs.items()
+            if asked[name] != here
+        ]
+        if different:
+            raise ValueError(
+                "the token cache (config.data.tokens) is of other images or crops than the config asks for; "
+                "set what the cache has, or encode anew, into another directory\n  " + "\n  ".join(different)
+            )
 
     def check_tokenizer(self, fingerprint: str, scales: tuple[int, ...], num_codes: int) -> None:
         """Raises ValueError, naming both, unless the tokens are those of this tokenizer."""
@@ -159,7 +175,7 @@ def open_token_cache(directory: str | Path) -> tuple[TokenSource, TokenSource]:
     except FileNotFoundError as error:
         raise DataSetMissing(
             f"no token cache at {directory} (config.data.tokens).  To make one:\n  python -m "
-            f"var_jax.data.tokenize --workdir=TOKENIZER --name=DATASET --data_dir=DIR --out={directory}"
+            f"var_jax.data.tokenize --workdir=TOKENIZER --data.name=DATASET --data.dir=DIR --out={directory}"
         ) from error
     holds, parts = note.holds, []
     for split in SPLITS:

@@ -1,6 +1,6 @@
 """Encodes a data set into tokens once, so that training a transformer needs neither images nor the encoder.
 
-    python -m var_jax.data.tokenize --workdir=runs/tokenizer --name=imagenet2012 --data_dir=DATA \\
+    python -m var_jax.data.tokenize --workdir=runs/tokenizer --data.name=imagenet2012 --data.dir=DATA \\
         --eval_split=validation --crops=10 --flip --out=TOKENS
     python train.py --config=configs/var.py:d16 --workdir=runs/d16 --config.tokenizer=runs/tokenizer \\
         --config.data.tokens=TOKENS
@@ -173,11 +173,12 @@ def tokenize(out: Path, command: str) -> Description:
     """
     scales = None if FLAGS.scales is None else tuple(command_line.numbers("scales", int))
     tokenizer, params = load_tokenizer(FLAGS.tokenizer or FLAGS.workdir, scales)
+    name = FLAGS["data.name"].value
     train, held_out = (
-        open_source(FLAGS.name, split, FLAGS.data_dir) for split in (FLAGS.train_split, FLAGS.eval_split)
+        open_source(name, split, FLAGS["data.dir"].value) for split in (FLAGS.train_split, FLAGS.eval_split)
     )
     description = Description(
-        data=FLAGS.name,
+        data=name,
         train_split=FLAGS.train_split,
         eval_split=FLAGS.eval_split,
         train_images=train.num_images,
@@ -220,8 +221,8 @@ if __name__ == "__main__":
     flags.DEFINE_string("workdir", None, "Directory of a run")
     flags.DEFINE_string("tokenizer", None, "Published tokenizer file or a run; by default that of --workdir")
     flags.DEFINE_list("scales", None, "Sides of the token maps of a published file that is not of 256px")
-    flags.DEFINE_string("name", None, "Of a prepared data set", required=True)
-    flags.DEFINE_string("data_dir", "data", "Where data sets lie")
+    flags.DEFINE_string("data.name", None, "Of a prepared data set", required=True)
+    flags.DEFINE_string("data.dir", "data", "Where data sets lie")
     flags.DEFINE_string("train_split", "train", "Split that is cut out at random")
     flags.DEFINE_string("eval_split", "test", "Held-out split, cut out at the centre")
     flags.DEFINE_string("out", None, "Directory of the cache", required=True)

@@ -75,8 +75,10 @@ def evaluate_reconstruction(
         if vgg is not None:
             found["lpips"] = perceptual_distance(vgg, real, again)
         counts = count_codes(tokens, config.schedule, config.num_codes, valid)
-        seen = () if features is None else (features(real), features(again))
-        return found, counts, ((again / 2 + 0.5) * 255 + 0.5).astype(jnp.uint8), seen
+        written = ((again / 2 + 0.5) * 255 + 0.5).astype(jnp.uint8)
+        # Of files' values, as others measure it.
+        seen = () if features is None else (features(real), features(written.astype(jnp.float32) / 127.5 - 1))
+        return found, counts, written, seen
 
     parts, counts, moments = [], 0, (Moments(), Moments())
     nothing = np.zeros((0, config.image_size, config.image_size, 3), np.uint8)

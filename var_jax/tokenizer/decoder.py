@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 
 from var_jax.tokenizer.config import TokenizerConfig
-from var_jax.tokenizer.layers import AttentionBlock, Conv3x3, Middle, Norm, ResidualBlock, Upsample
+from var_jax.tokenizer.layers import AttentionBlock, Conv3x3, Middle, Norm, Upsample, residual_block
 
 
 class Decoder(nn.Module):
@@ -17,16 +17,17 @@ class Decoder(nn.Module):
 
     config: TokenizerConfig
     dtype: jnp.dtype
+    remat: bool = False
 
     @nn.compact
     def __call__(self, f_hat: jax.Array, train: bool = False) -> jax.Array:
         cfg, last = self.config, len(self.config.ch_mult) - 1
         x = Conv3x3(cfg.ch * cfg.ch_mult[last], dtype=self.dtype, name="conv_in")(f_hat)
-        x = Middle(cfg.norm_groups, cfg.dropout, self.dtype, name="middle")(x, train)
+        x = Middle(cfg.norm_groups, cfg.dropout, self.dtype, self.remat, name="middle")(x, train)
         for level in reversed(range(len(cfg.ch_mult))):
             for i in range(cfg.num_blocks + 1):
                 features = cfg.ch * cfg.ch_mult[level]
-                block = ResidualBlock(
+                block = residual_block(self.remat)(
                     features, cfg.norm_groups, cfg.dropout, self.dtype, name=f"level{level}_block{i}"
                 )
                 x = block(x, train)

@@ -1,6 +1,6 @@
 """Differentiable augmentation of what a discriminator sees (DiffAugment, Zhao et al. 2020).
 
-Every image gets draws of its own; real and reconstructed images get the same policies with keys of their own.
+Every image gets draws of its own.
 """
 
 from collections.abc import Sequence

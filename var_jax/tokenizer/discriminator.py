@@ -1,6 +1,6 @@
 """Discriminators of the tokenizer's adversarial loss, and its hinge.
 
-Both give logits [B, n], one for each place of an image that they judge by itself: high for real.
+Both give logits [B, n], one for each place of an image: high for real.
 """
 
 import flax.linen as nn
@@ -15,12 +15,12 @@ SLOPE = 0.2  # of the leaky ReLUs below zero
 class PatchDiscriminator(nn.Module):
     """Convolutions that judge overlapping patches (PatchGAN: Isola et al. 2017, section 3.2.2).
 
-    Norms are over groups of channels, where the original has them over the batch: an image is then judged
-    alike whatever comes with it, on one device and on many.
+    Norms are over groups of channels of the whole image, where the original has them over the batch: an
+    image is then judged alike whatever comes with it, on one device and on many.
 
     Attributes:
       channels: of the first layer; doubled at every further one, up to eightfold.
-      layers: that halve the side; three judge patches of 70 pixels.
+      layers: that halve the side; with three, a convolution sees 70 pixels.
       dtype: of the convolutions.
     """
 

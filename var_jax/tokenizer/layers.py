@@ -16,6 +16,11 @@ Conv1x1 = partial(nn.Conv, kernel_size=(1, 1), kernel_init=conv_init, bias_init=
 Norm = partial(nn.GroupNorm, epsilon=1e-6)  # statistics in float32 whatever the dtype
 
 
+def residual_block(remat: bool) -> type[nn.Module]:
+    """`ResidualBlock`, or one that keeps its input alone for the backward pass."""
+    return nn.remat(ResidualBlock, static_argnums=(2,)) if remat else ResidualBlock
+
+
 class ResidualBlock(nn.Module):
     """norm, SiLU, conv, norm, SiLU, dropout, conv; a 1x1 shortcut where the channels change."""
 
@@ -79,10 +84,12 @@ class Middle(nn.Module):
     groups: int
     dropout: float
     dtype: jnp.dtype
+    remat: bool
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
-        residual = partial(ResidualBlock, x.shape[-1], self.groups, self.dropout, self.dtype)
+        block = residual_block(self.remat)
+        residual = partial(block, x.shape[-1], self.groups, self.dropout, self.dtype)
         x = residual(name="block1")(x, train)
         x = AttentionBlock(self.groups, self.dtype, name="attention")(x)
         return residual(name="block2")(x, train)

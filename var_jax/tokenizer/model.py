@@ -50,17 +50,19 @@ class Tokenizer(nn.Module):
     Attributes:
       config: the architecture.
       dtype: of the convolutions; features are quantised, and images returned, in float32.
+      remat: keep only the inputs of the residual blocks for the backward pass.
     """
 
     config: TokenizerConfig
     dtype: jnp.dtype = jnp.float32
+    remat: bool = False
 
     def setup(self):
-        self.encoder = Encoder(self.config, self.dtype)
+        self.encoder = Encoder(self.config, self.dtype, self.remat)
         self.quant_conv = Conv3x3(self.config.code_dim, dtype=self.dtype)
         self.quantizer = Codebook(self.config)
         self.post_quant_conv = Conv3x3(self.config.code_dim, dtype=self.dtype)
-        self.decoder = Decoder(self.config, self.dtype)
+        self.decoder = Decoder(self.config, self.dtype, self.remat)
 
     def __call__(self, images: jax.Array, train: bool = False) -> Reconstruction:
         """Images -> their reconstructions, with gradients straight through the quantizer."""

@@ -173,7 +173,8 @@ def rotated(f: jax.Array, f_hat: jax.Array) -> jax.Array:
     u, v = fixed / lengths[0], f_hat / lengths[1]
     r = _unit(u + v)
     dot = lambda x, y: jnp.sum(x * y, -1, keepdims=True)  # noqa: E731
-    return lengths[1] / lengths[0] * (f - 2 * r * dot(r, f) + 2 * v * dot(u, f))
+    turned = lengths[1] / lengths[0] * (f - 2 * r * dot(r, f) + 2 * v * dot(u, f))
+    return turned + jax.lax.stop_gradient(f_hat - turned)  # 0 but for rounding
 
 
 def _unit(x: jax.Array) -> jax.Array:

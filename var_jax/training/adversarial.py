@@ -19,11 +19,7 @@ MEANS_DECAY = 0.99  # of the moving means of the logits (Tseng et al. 2021)
 
 
 class Adversary:
-    """Discriminator and its part of the step.
-
-    Attributes:
-      weight: of the adversarial loss, before it is adapted.
-    """
+    """Discriminator and its part of the step."""
 
     def __init__(self, cfg: ConfigDict, train: ConfigDict, steps: int, image_size: int, dtype: jnp.dtype):
         """Raises ValueError on a field that cannot be."""
@@ -41,7 +37,7 @@ class Adversary:
                 "fewer layers, or adversarial.weight=0"
             )
         self.cfg, self.dtype, self.image_size = cfg, dtype, image_size
-        self.start, self.rise = round(cfg.start * steps), max(1, round(cfg.warmup * steps))
+        self.start, self.rise = int(cfg.start * steps), max(1, round(cfg.warmup * steps))
         if cfg.network == "patch":
             self.model = PatchDiscriminator(cfg.channels, cfg.layers, dtype)
         else:
@@ -52,7 +48,8 @@ class Adversary:
     def init(self, key: jax.Array, frozen: dict) -> dict:
         """Parameters with logical axis names, their optimiser, and moving means of the logits."""
         blank = jnp.zeros((1, self.image_size, self.image_size, 3))
-        params = self.model.init(key, self._seen(frozen, blank))["params"]
+        seen = jax.tree.map(lambda x: jnp.zeros(x.shape), jax.eval_shape(self._seen, frozen, blank))
+        params = self.model.init(key, seen)["params"]
         return {"params": params, "opt_state": self.optimizer.init(params), "means": jnp.zeros(2)}
 
     def weight(self, step: jax.Array) -> jax.Array:

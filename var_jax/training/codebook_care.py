@@ -16,11 +16,11 @@ class CodebookCare:
     """What happens to the codebook beside the gradient.
 
     In the state it keeps `code_hits` [K, V], a moving average of uses a step; `window`, the uses
-    counted in the current and in the last full half of the window, and of how many images; and with
-    `codebook.ema` the moving uses of `moving_mean`.
+    counted in the current and in the last full half of the window, and of how many images; `fitted`, whether
+    the codebook came from elsewhere; and with `codebook.ema` the moving uses of `moving_mean`.
     """
 
-    def __init__(self, cfg: ConfigDict, model: TokenizerConfig, steps: int, batch: int, trained: bool):
+    def __init__(self, cfg: ConfigDict, model: TokenizerConfig, steps: int, batch: int):
         """Raises ValueError on a field that cannot be.
 
         Args:
@@ -28,42 +28,46 @@ class CodebookCare:
           model: the tokenizer's architecture.
           steps: of the whole training.
           batch: images a step.
-          trained: the codebook comes from elsewhere, so that it is not fitted and moves but slowly.
         """
         for name in ("ema", "hits_decay"):
             if not 0 <= cfg[name] < 1:
                 raise ValueError(f"config.codebook.{name} must be in [0, 1), found {cfg[name]}")
-        for name in ("kmeans_steps", "restart_every", "window"):
-            if cfg[name] < 0:
-                raise ValueError(f"config.codebook.{name} must be 0 or more, found {cfg[name]}")
+        for name, least in (("kmeans_steps", 0), ("restart_every", 0), ("window", 1)):
+            if cfg[name] < least:
+                raise ValueError(f"config.codebook.{name} must be {least} or more, found {cfg[name]}")
         self.cfg, self.model, self.steps, self.batch = cfg, model, steps, batch
-        self.kmeans_steps = 0 if trained else cfg.kmeans_steps
-        # What an evenly used code comes to: the weight of codes that are worth keeping.
-        even = batch * model.schedule.length / model.num_codes / (1 - cfg.ema)
-        self.first_uses = even if trained else 0.0
         self.half_window = max(1, cfg.window // (2 * batch))  # steps
 
-    def init(self) -> dict:
-        """What the state starts with."""
+    def init(self, given: bool) -> dict:
+        """What the state starts with; a codebook that is given is not fitted, and moves but slowly."""
         scales, codes = len(self.model.scales), self.model.num_codes
         extra = {
             "code_hits": jnp.zeros((scales, codes)),
             "window": {"counts": jnp.zeros((2, scales, codes)), "images": jnp.zeros(2)},
+            "fitted": jnp.asarray(given),
         }
-        if self.cfg.ema:
-            extra["code_uses"] = jnp.full(codes, self.first_uses)
+        if self.cfg.ema:  # given codes weigh as much as if they had long been used evenly
+            even = self.batch * self.model.schedule.length / codes / (1 - self.cfg.ema)
+            extra["code_uses"] = jnp.full(codes, even if given else 0.0)
         return extra
 
     def before_step(self, state: TrainState, features: Callable, key: jax.Array) -> TrainState:
-        """In the first steps fits the codebook to the batch; `features` gives those of the parameters."""
-        if not self.kmeans_steps:
+        """In the first steps fits the codebook to the batch, going on from the step before.
+
+        Args:
+          state: before the step.
+          features: parameters -> features of the batch.
+          key: of the draws.
+        """
+        if not self.cfg.kmeans_steps:
             return state
 
         def fit(codebook):
             quantizer = Quantizer.create(state.params["quantizer"], self.model)
             return kmeans(quantizer, features(state.params), key, anew=state.step == 0)
 
-        due, codebook = state.step < self.kmeans_steps, state.params["quantizer"]["codebook"]
+        due = (state.step < self.cfg.kmeans_steps) & ~state.extra["fitted"]
+        codebook = state.params["quantizer"]["codebook"]
         codebook = jax.lax.cond(due, fit, lambda codebook: codebook, codebook)
         return _with_codebook(state, lambda old: jnp.where(due, codebook, old))
 
@@ -119,9 +123,8 @@ class CodebookCare:
         extra["code_hits"] = jnp.where(moved, hits.sum(1, keepdims=True) / hits.shape[1], hits)
         if cfg.ema:  # and forgets what it was the mean of
             extra["code_uses"] = jnp.where(moved, 0, extra["code_uses"])
-        state = _with_codebook(
-            state, lambda codebook: restart(codebook, moved, targets, self.model.schedule, key)
-        )
+        move = lambda codebook: restart(codebook, moved, targets, self.model.schedule, key)  # noqa: E731
+        state = _with_codebook(state, lambda codebook: jax.lax.cond(due, move, lambda c: c, codebook))
         return state.replace(extra=extra), dead.sum()
 
     def _slide(self, state: TrainState, counts) -> dict:

@@ -46,7 +46,7 @@ class NextScaleTask(Task):
             self.fingerprint = fingerprint(tokenizer_params)
         self.options = SamplingOptions(**stage.sampling)
 
-    def init(self, key):
+    def init(self, key, given=()):
         scales = self.config.schedule
         inputs = jnp.zeros((1, scales.length - scales.ends[0], self.config.code_dim))
         return self.model.init(key, jnp.zeros(1, jnp.int32), inputs)["params"], {}

@@ -44,7 +44,7 @@ def create_state(
     """Makes the state where it will live.
 
     Args:
-      init: key -> (parameters with logical axis names, extra).
+      init: of a task.
       optimizer: of the parameters.
       use_ema: whether to keep a moving average.
       key: of the initial parameters.
@@ -56,7 +56,7 @@ def create_state(
     """
 
     def boxed_state(given):
-        params, extra = init(key)
+        params, extra = init(key, given.keys())
         params = fill(params, given)
         ema = jax.tree.map(jnp.copy, params) if use_ema else None
         return TrainState(jnp.zeros((), jnp.int32), params, ema, optimizer.init(params), extra)

@@ -2,6 +2,7 @@
 
 import abc
 import dataclasses
+from collections.abc import Collection
 
 import jax
 import jax.numpy as jnp
@@ -62,8 +63,11 @@ class Task(abc.ABC):
     best_metric: str = "loss"
 
     @abc.abstractmethod
-    def init(self, key: jax.Array) -> tuple[dict, dict]:
-        """Parameters with logical axis names, and what else the task carries in the state."""
+    def init(self, key: jax.Array, given: Collection[str] = ()) -> tuple[dict, dict]:
+        """Parameters with logical axis names, and what else the task carries in the state.
+
+        `given` are paths of parameters in whose place others will be put (see `fine_tune`).
+        """
 
     @abc.abstractmethod
     def train_step(
@@ -85,7 +89,7 @@ class Task(abc.ABC):
 
     @abc.abstractmethod
     def flops_per_image(self) -> float:
-        """Matrix FLOPs of a training step for one image, worked out on paper."""
+        """Matrix FLOPs of a training step for one image."""
 
     def model_fields(self) -> dict:
         """Architecture that was trained, to build it again from a checkpoint."""

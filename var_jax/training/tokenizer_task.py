@@ -42,12 +42,13 @@ class TokenizerTask(Task):
         self.weights = {name: w for name, w in stage.loss.items() if w}
         if "vgg" not in self.frozen:
             self.weights.pop("perceptual", None)
+        if "perceptual" in self.weights:  # an adversary raises l2, so that the best would be the blurred one
+            self.best_metric = "perceptual"
         self.config = model_config(TokenizerConfig, stage.model)
-        self.model = Tokenizer(self.config, compute_dtype(stage.train.dtype))
+        self.model = Tokenizer(self.config, compute_dtype(stage.train.dtype), stage.train.remat)
         self.optimizer = make_optimizer(stage.train, steps)
         self.image_size = self.config.image_size
-        trained = bool(stage.init_from)
-        self.care = CodebookCare(stage.codebook, self.config, steps, stage.train.batch, trained)
+        self.care = CodebookCare(stage.codebook, self.config, steps, stage.train.batch)
         self.adversary = None
         if stage.adversarial.weight:
             size, dtype = self.image_size, self.model.dtype
@@ -58,16 +59,16 @@ class TokenizerTask(Task):
         check = partial(self._gradient, step=0, key=jax.random.key(0))
         jax.eval_shape(check, params, extra, self.frozen, {"image": blank})
 
-    def init(self, key):
+    def init(self, key, given=()):
         blank = jnp.zeros((1, self.image_size, self.image_size, 3))
-        params, extra = self.model.init(key, blank)["params"], self.care.init()
+        params = self.model.init(key, blank)["params"]
+        extra = self.care.init("quantizer/codebook" in given)
         if self.adversary:
             extra["adversary"] = self.adversary.init(jax.random.fold_in(key, 1), self.frozen)
         return params, extra
 
     def train_step(self, state, frozen, batch, key):
-        dropout_key, restart_key = jax.random.split(key)
-        fit_key, adversary_key = jax.random.split(jax.random.fold_in(key, 0))
+        dropout_key, restart_key, fit_key, adversary_key = jax.random.split(key, 4)
         some = batch["image"][:: self.stage.train.accumulate]  # as many as there is memory for
         state = self.care.before_step(state, lambda params: self._features(params, some), fit_key)
         gradient = lambda params, part, key: self._gradient(  # noqa: E731
@@ -97,11 +98,11 @@ class TokenizerTask(Task):
         and encoder takes their sum.  The two sizes that the adversary's weight is the ratio of cost a
         convolution each.
         """
-        images, model_key = to_unit_range(batch["image"]), key
+        images = to_unit_range(batch["image"])
 
         def forward(params):
             params = self.care.held(params)
-            output = self.model.apply({"params": params}, images, train=True, rngs={"dropout": model_key})
+            output = self.model.apply({"params": params}, images, train=True, rngs={"dropout": key})
             return (output.images, self._codebook_terms(params, output.quantized)), output.quantized
 
         def objective(again, codebook_terms):
@@ -113,8 +114,8 @@ class TokenizerTask(Task):
         (again, codebook_terms), backward, quantized = jax.vjp(forward, params, has_aux=True)
         (pull, inner), metrics = jax.grad(objective, (0, 1), has_aux=True)(again, codebook_terms)
         if self.adversary:
-            key = jax.random.fold_in(key, 1)
-            loss, push = self.adversary.pull(extra["adversary"], frozen, again, key, step)
+            augment_key = jax.random.fold_in(key, 1)
+            loss, push = self.adversary.pull(extra["adversary"], frozen, again, augment_key, step)
             weight = self.adversary.weight(step) * self._ratio(backward, pull, push, inner)
             pull += weight * push
             metrics |= {"adversarial": loss, "adversarial_weight": weight}
@@ -129,7 +130,10 @@ class TokenizerTask(Task):
         return terms
 
     def _ratio(self, backward, pull, push, inner):
-        """Size of the image losses' gradient at the last layer over the adversary's (Esser et al. 2021)."""
+        """Size of the image losses' gradient at the last layer over the adversary's (Esser et al. 2021).
+
+        With `train.accumulate`, of each part of the batch by itself.
+        """
         if not self.stage.adversarial.adaptive:
             return jnp.ones(())
 
@@ -178,7 +182,10 @@ class TokenizerTask(Task):
         }
 
     def flops_per_image(self):
-        """Of the networks that a step runs through, forward and backward; DINO's blocks are not counted."""
+        """Of the networks that a step runs through, forward and backward, the discriminator among them.
+
+        DINO's blocks are not counted.
+        """
         side = self.image_size
         blank = jax.ShapeDtypeStruct((1, side, side, 3), jnp.float32)
         params, extra = jax.eval_shape(lambda: nn.meta.unbox(self.init(jax.random.key(0))))
