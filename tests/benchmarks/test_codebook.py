@@ -4,6 +4,7 @@ import pytest
 
 from configs import tokenizer
 from var_jax.benchmarks.codebook import BASELINE, RECIPE, VARIANTS, draw, experiment, results, summary, table
+from var_jax.training.tokenizer_task import TokenizerTask
 
 
 def flat(variant: str) -> dict:
@@ -20,6 +21,12 @@ def test_a_variant_differs_from_the_baseline_in_its_switch_alone(variant):
     one, other = flat("baseline"), flat(variant)
     different = {name: other[name] for name in one if one[name] != other[name]}
     assert different == VARIANTS[variant] and set(different) <= set(BASELINE)
+
+
+@pytest.mark.parametrize("variant", ["entropy", "rotation", "recipe_without_dropout"])
+def test_a_variant_can_be_trained(variant):
+    config = experiment(variant, "digits", "data", 0, 100)
+    assert TokenizerTask(config, 100).config.num_codes == 512  # traces a step
 
 
 def test_the_recipe_is_that_of_the_config():

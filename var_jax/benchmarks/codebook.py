@@ -5,7 +5,7 @@
 
 The baseline is prone to collapse: the published losses, optimiser and uniform codes within C^-0.5 / 36, a
 codebook that is large for the data, and nothing else.  Each remedy is added to it alone; the recipe is what
-`configs/tokenizer.py` ships.  Every run is a run of the training loop (its logs and checkpoints lie under
+`configs/tokenizer.py` ships, with and without quantizer dropout.  Every run is a run of the training loop (its logs and checkpoints lie under
 OUT/VARIANT/SEED), so that a call that was stopped goes on.  Writes `codebook.md` (a table), `codebook.json`
 and `codebook.png` (use per scale over training).
 """
@@ -49,6 +49,7 @@ BASELINE = {
     "loss.perceptual": 0.0,
     "adversarial.weight": 0.0,
 }
+RECIPES = ("recipe", "recipe_without_dropout")
 RECIPE = ("model.l2_normalized", "model.quantizer_dropout", "model.gradient", "codebook.kmeans_steps")
 RECIPE += ("codebook.ema", "codebook.restart_every", "loss.entropy")
 
@@ -72,10 +73,12 @@ def experiment(variant: str, data: str, data_dir: str, seed: int, steps: int) ->
     every = dict.fromkeys(("eval_every", "preview_every", "checkpoint_every"), steps)
     config.train.update(dict(steps=steps, log_every=20, **every))
     changes = BASELINE | VARIANTS.get(variant, {})
-    if variant == "recipe":
+    if variant in RECIPES:
         flat = published.to_dict()
         changes |= {name: flat[name.split(".")[0]][name.split(".")[1]] for name in RECIPE}
         changes["codebook.restart_every"] = 20  # runs are short
+    if variant == "recipe_without_dropout":
+        changes["model.quantizer_dropout"] = 0.0
     config.update_from_flattened_dict(changes)
     return config
 
@@ -138,7 +141,7 @@ def draw(runs: dict[str, list[list[dict]]], sides: tuple[int, ...], path: Path) 
 def main(argv):
     if len(argv) > 1:
         raise app.UsageError(f"unknown arguments {argv[1:]}")
-    known = [*VARIANTS, "recipe"]
+    known = [*VARIANTS, *RECIPES]
     variants = FLAGS.variants or known
     if unknown := sorted(set(variants) - set(known)):
         raise app.UsageError(f"--variants must be among {', '.join(known)}; found {', '.join(unknown)}")

@@ -55,7 +55,7 @@ class TokenizerTask(Task):
             self.adversary = Adversary(stage.adversarial, stage.train, steps, size, dtype)
         # The program is traced here already, so that an impossible loss fails before any data is read.
         blank = jax.ShapeDtypeStruct((1, self.image_size, self.image_size, 3), jnp.uint8)
-        params, extra = jax.eval_shape(lambda: self.init(jax.random.key(0)))
+        params, extra = nn.meta.unbox(jax.eval_shape(lambda: self.init(jax.random.key(0))))
         check = partial(self._gradient, step=0, key=jax.random.key(0))
         jax.eval_shape(check, params, extra, self.frozen, {"image": blank})
 
@@ -138,7 +138,7 @@ class TokenizerTask(Task):
             return jnp.ones(())
 
         def size(cotangent):
-            leaf = nn.meta.unbox(backward((cotangent, jax.tree.map(jnp.zeros_like, inner)))[0])
+            leaf = backward((cotangent, jax.tree.map(jnp.zeros_like, inner)))[0]
             for name in LAST_LAYER:
                 leaf = leaf[name]
             return jnp.linalg.norm(leaf)
