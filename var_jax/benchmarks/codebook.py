@@ -5,8 +5,8 @@
 
 The baseline is prone to collapse: the published losses, optimiser and uniform codes within C^-0.5 / 36, a
 codebook that is large for the data, and nothing else.  Each remedy is added to it alone; the recipe is what
-`configs/tokenizer.py` ships, with and without quantizer dropout.  Every run is a run of the training loop (its
-logs and checkpoints lie under OUT/VARIANT/SEED), so that a call that was stopped goes on.  Writes
+`configs/tokenizer.py` ships, with and without quantizer dropout.  Every run is a run of the training loop
+(its logs and checkpoints lie under OUT/VARIANT/SEED), so that a call that was stopped goes on.  Writes
 `codebook.md` (a table), `codebook.json` and `codebook.png` (use per scale over training).
 """
 
