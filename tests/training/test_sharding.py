@@ -8,6 +8,7 @@ from jax.sharding import PartitionSpec as P
 
 from tests.conftest import close
 from tests.training.tiny import tiny_config
+from var_jax.tokenizer.codebook import dead_codes
 from var_jax.training.next_scale_task import NextScaleTask
 from var_jax.training.sharding import (
     batch_sharding,
@@ -47,7 +48,6 @@ def losses(task, mesh, steps=5):
         }
         state, metrics = step(state, global_batch(batch, mesh))
         found.append(float(metrics["loss"]))
-        assert metrics.get("dead_codes", 1) > 0
     return np.array(found), state
 
 
@@ -60,6 +60,7 @@ def test_eight_devices_fsdp_equal_one(tasks, name):
     if name == "tokenizer":  # the steps went through all that the codebook and the adversary do
         after, alone = (jax.device_get(s.extra) for s in (state, whole))
         assert alone["adversary"]["means"].any() and alone["code_uses"].any()
+        assert dead_codes(alone["code_hits"], 0.9).any()  # so that there were codes to move
         chex.assert_trees_all_close(after, alone, atol=1e-4, rtol=1e-3)
         codebooks = [tree["quantizer"]["codebook"] for s in (state, whole) for tree in (s.params, s.ema)]
         close(codebooks[0], codebooks[2])

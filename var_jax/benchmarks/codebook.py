@@ -83,11 +83,14 @@ def experiment(variant: str, data: str, data_dir: str, seed: int, steps: int) ->
     return config
 
 
-def results(out: Path, variants: list[str], seeds: list[int]) -> dict[str, list[dict]]:
-    """Lines of the logs: variant -> one list a seed of what was logged."""
-    return {
-        v: [read_metrics(out / v / str(s) / "tokenizer" / "metrics.jsonl") for s in seeds] for v in variants
-    }
+def results(out: Path, variants: list[str]) -> dict[str, list[list[dict]]]:
+    """Logs of the runs that are done: variant -> one for each seed, each a list of lines."""
+    found = {}
+    for variant in variants:
+        logs = [read_metrics(path) for path in sorted((out / variant).glob("*/tokenizer/metrics.jsonl"))]
+        if logs := [log for log in logs if any(line["kind"] == "eval" for line in log)]:
+            found[variant] = logs
+    return found
 
 
 def summary(runs: dict[str, list[list[dict]]], codes: int, num_scales: int) -> dict[str, dict]:
@@ -100,6 +103,7 @@ def summary(runs: dict[str, list[list[dict]]], codes: int, num_scales: int) -> d
         values["used"] = values["distinct"] / codes
         spread = {name: float(v.std(ddof=1)) if len(v) > 1 else 0.0 for name, v in values.items()}
         found[variant] = {name: [float(v.mean()), spread[name]] for name, v in values.items()}
+        found[variant]["seeds"] = len(logs)
         found[variant]["most"] = [last[0][f"most_{k}"] for k in range(num_scales)]
     return found
 
@@ -109,11 +113,11 @@ def table(found: dict[str, dict], sides: tuple[int, ...]) -> str:
     most = next(iter(found.values()))["most"]
     heads = ["held-out PSNR, dB", "codes used"]
     heads += [f"{side}x{side} (most {n:.0f})" for side, n in zip(sides, most, strict=True)]
-    lines = [f"| | {' | '.join(heads)} |", "| --- " * (len(heads) + 1) + "|"]
+    lines = [f"| (seeds) | {' | '.join(heads)} |", "| --- " * (len(heads) + 1) + "|"]
     for variant, values in found.items():
         cells = ["{:.2f} ± {:.2f}".format(*values["psnr"]), "{:.0%} ± {:.0%}".format(*values["used"])]
         cells += ["{:.1f} ± {:.1f}".format(*values[f"perplexity_{k}"]) for k in range(len(sides))]
-        lines.append(f"| {variant} | {' | '.join(cells)} |")
+        lines.append(f"| {variant} ({values['seeds']}) | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -156,7 +160,7 @@ def main(argv):
     except DataSetMissing as error:
         sys.exit(f"codebook: {error}")
     model = experiment(variants[0], FLAGS.data, FLAGS.data_dir, seeds[0], FLAGS.steps).model
-    runs = results(out, variants, seeds)
+    runs = results(out, known)  # of earlier calls too
     found = summary(runs, model.num_codes, len(model.scales))
     (out / "codebook.json").write_text(json.dumps(found, indent=1))
     (out / "codebook.md").write_text(table(found, model.scales) + "\n")
