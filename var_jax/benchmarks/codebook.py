@@ -114,9 +114,10 @@ def table(found: dict[str, dict], sides: tuple[int, ...]) -> str:
     heads = ["held-out PSNR, dB", "codes used"]
     heads += [f"{side}x{side} (most {n:.0f})" for side, n in zip(sides, most, strict=True)]
     lines = [f"| (seeds) | {' | '.join(heads)} |", "| --- " * (len(heads) + 1) + "|"]
+    names = [("psnr", ".2f"), ("used", ".0%"), *((f"perplexity_{k}", ".1f") for k in range(len(sides)))]
     for variant, values in found.items():
-        cells = ["{:.2f} ± {:.2f}".format(*values["psnr"]), "{:.0%} ± {:.0%}".format(*values["used"])]
-        cells += ["{:.1f} ± {:.1f}".format(*values[f"perplexity_{k}"]) for k in range(len(sides))]
+        parts = 1 if values["seeds"] == 1 else 2  # of one seed there is no deviation
+        cells = [" ± ".join(format(x, form) for x in values[name][:parts]) for name, form in names]
         lines.append(f"| {variant} ({values['seeds']}) | {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -124,7 +125,8 @@ def table(found: dict[str, dict], sides: tuple[int, ...]) -> str:
 def draw(runs: dict[str, list[list[dict]]], sides: tuple[int, ...], path: Path) -> None:
     """Perplexity at each scale over the steps, mean over the seeds, a line a variant."""
     columns = (len(sides) + 1) // 2
-    figure, axes = plt.subplots(2, columns, figsize=(4 * columns, 6.5), squeeze=False, sharex=True)
+    size = (4 * columns + 2, 6.5)
+    figure, axes = plt.subplots(2, columns, figsize=size, squeeze=False, sharex=True, layout="constrained")
     for k, axis in zip(range(len(sides)), axes.flat, strict=False):
         for variant, logs in runs.items():
             lines = [[line for line in log if line["kind"] == "train"] for log in logs]
@@ -134,10 +136,9 @@ def draw(runs: dict[str, list[list[dict]]], sides: tuple[int, ...], path: Path) 
             axis.plot(steps, mean, label=variant, linewidth=width)
         axis.set(title=f"map {k}: {sides[k]}x{sides[k]}", yscale="log", xlabel="step", ylabel="perplexity")
         axis.grid(alpha=0.3)
-    axes.flat[0].legend(fontsize=7)
+    figure.legend(*axes.flat[0].get_legend_handles_labels(), loc="outside right upper")
     for axis in axes.flat[len(sides) :]:
         axis.axis("off")
-    figure.tight_layout()
     figure.savefig(path, dpi=110)
     plt.close(figure)
 
