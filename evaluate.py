@@ -25,9 +25,7 @@ from var_jax.sampling import pictures
 
 FLAGS = flags.FLAGS
 flags.DEFINE_enum("what", "reconstruction", ["reconstruction"], "What to evaluate")
-flags.DEFINE_string("workdir", None, "Directory of a run")
-flags.DEFINE_string("tokenizer", None, "Published tokenizer file or a run; by default that of --workdir")
-flags.DEFINE_list("scales", None, "Sides of the token maps of a published file that is not of 256px")
+command_line.define_tokenizer_flags()
 flags.DEFINE_string("data", "digits", "Name of a prepared data set")
 flags.DEFINE_string("data_dir", "data", "Where data sets lie")
 flags.DEFINE_string("split", "test", "Held-out split")
@@ -40,12 +38,10 @@ flags.DEFINE_string("out", None, "Where to write; by default --workdir, else her
 def main(argv):
     if len(argv) > 1:
         raise app.UsageError(f"unknown arguments {argv[1:]}")
-    if not (FLAGS.workdir or FLAGS.tokenizer):
-        raise app.UsageError("give --workdir of a run, or --tokenizer")
+    path, scales = command_line.tokenizer_source()
     command_line.start()
-    scales = None if FLAGS.scales is None else tuple(command_line.numbers("scales", int))
     try:
-        tokenizer = var_jax.load_tokenizer(FLAGS.tokenizer or FLAGS.workdir, scales=scales)
+        tokenizer = var_jax.load_tokenizer(path, scales=scales)
         vgg = load_perceptual(FLAGS.perceptual_weights) if FLAGS.perceptual_weights else None
         source = open_source(FLAGS.data, FLAGS.split, FLAGS.data_dir)
         transform = ToPixels(source.name, tokenizer.module.config.image_size, FLAGS.resize, False)

@@ -17,11 +17,15 @@ FLAGS = flags.FLAGS
 PER_SCALE = ("guidance", "top_k", "top_p", "temperature", "smooth")
 
 
-def define_model_flags() -> None:
+def define_tokenizer_flags() -> None:
     flags.DEFINE_string("workdir", None, "Directory of a run")
     flags.DEFINE_string("tokenizer", None, "Published tokenizer file or a run; by default that of --workdir")
-    flags.DEFINE_string("checkpoint", None, "Published VAR file; or a step of the run, `latest` or `best`")
     flags.DEFINE_list("scales", None, "Sides of the token maps of a published file that is not of 256px")
+
+
+def define_model_flags() -> None:
+    define_tokenizer_flags()
+    flags.DEFINE_string("checkpoint", None, "Published VAR file; or a step of the run, `latest` or `best`")
     flags.DEFINE_string("out", None, "Where to write; by default --workdir, else here")
 
 
@@ -72,6 +76,18 @@ def keep_compiled_programs() -> None:
         jax.config.update("jax_compilation_cache_dir", str(cache))
 
 
+def tokenizer_source() -> tuple[str, tuple[int, ...] | None]:
+    """Path of the tokenizer that the flags name, and the sides of its token maps where they are given.
+
+    Raises:
+      UsageError: where the flags name none.
+    """
+    if not (FLAGS.tokenizer or FLAGS.workdir):
+        raise app.UsageError("give --workdir of a run, or --tokenizer")
+    scales = None if FLAGS.scales is None else tuple(numbers("scales", int))
+    return FLAGS.tokenizer or FLAGS.workdir, scales
+
+
 def load() -> var_jax.LoadedVAR:
     """The networks that the flags name; ends the script with a message where they do not load.
 
@@ -82,9 +98,9 @@ def load() -> var_jax.LoadedVAR:
     is_file = checkpoint.endswith(SUFFIXES)
     if not (FLAGS.tokenizer or FLAGS.workdir) or not (is_file or FLAGS.workdir):
         raise app.UsageError("give --workdir of a run, or --tokenizer and --checkpoint of published files")
-    scales = None if FLAGS.scales is None else tuple(numbers("scales", int))
+    path, scales = tokenizer_source()
     try:
-        tokenizer = var_jax.load_tokenizer(FLAGS.tokenizer or FLAGS.workdir, scales=scales)
+        tokenizer = var_jax.load_tokenizer(path, scales=scales)
         if is_file:
             return var_jax.load_var(checkpoint, tokenizer=tokenizer)
         return var_jax.load_var(FLAGS.workdir, tokenizer=tokenizer, step=checkpoint)

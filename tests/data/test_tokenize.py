@@ -12,8 +12,7 @@ from var_jax.data.tokenize import BatchEncoder, write_cache
 from var_jax.data.transforms import ToPixels
 from var_jax.interop.load import load_tokenizer
 from var_jax.tokenizer.fingerprint import fingerprint
-from var_jax.tokenizer.model import encode
-from var_jax.training.task import to_unit_range
+from var_jax.tokenizer.model import encode, to_unit_range
 
 
 def test_tokens_are_those_of_the_crops_that_seed_image_and_crop_decide(token_cache, tiny_run, digits_dir):

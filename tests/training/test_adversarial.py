@@ -10,9 +10,9 @@ from jax.flatten_util import ravel_pytree
 from tests.conftest import close
 from tests.training.tiny import tiny_config
 from var_jax.tokenizer.discriminator import hinge
+from var_jax.tokenizer.model import to_unit_range
 from var_jax.training.sharding import make_mesh
 from var_jax.training.state import create_state
-from var_jax.training.task import to_unit_range
 from var_jax.training.tokenizer_task import LAST_LAYER, TokenizerTask
 
 STEPS = 20

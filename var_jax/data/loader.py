@@ -43,7 +43,7 @@ def train_batches(
     if transform is not None:
         dataset = dataset.random_map(transform)
     dataset = dataset[jax.process_index() :: jax.process_count()]
-    dataset = _read_ahead(dataset, local, threads).batch(local, drop_remainder=True)
+    dataset = read_ahead(dataset, local, threads).batch(local, drop_remainder=True)
     if workers:
         dataset = dataset.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers))
     return iter(dataset)
@@ -57,9 +57,9 @@ def eval_batches(
     dataset = grain.MapDataset.source(source.pad_to_multiple(batch))
     dataset = dataset[jax.process_index() :: jax.process_count()]
     dataset = dataset if transform is None else dataset.map(transform)
-    return iter(_read_ahead(dataset, local, threads).batch(local))
+    return iter(read_ahead(dataset, local, threads).batch(local))
 
 
-def _read_ahead(dataset: grain.MapDataset, local: int, threads: int) -> grain.IterDataset:
+def read_ahead(dataset: grain.MapDataset, batch: int, threads: int) -> grain.IterDataset:
     """Threads keep two batches ready, image by image: by batches, each thread would fill one of its own."""
-    return dataset.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * local))
+    return dataset.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * batch))

@@ -24,15 +24,15 @@ from array_record.python.array_record_module import ArrayRecordWriter
 from tqdm import tqdm
 
 from var_jax import command_line
+from var_jax.data.loader import read_ahead
 from var_jax.data.sources import Source, open_source
 from var_jax.data.token_cache import SPLITS, Description, Note
 from var_jax.data.transforms import ToPixels
 from var_jax.interop.load import load_tokenizer
 from var_jax.sampling.precision import in_compute_dtype
 from var_jax.tokenizer.fingerprint import fingerprint
-from var_jax.tokenizer.model import Tokenizer
+from var_jax.tokenizer.model import Tokenizer, to_unit_range
 from var_jax.training.sharding import batch_sharding, make_mesh, replicated
-from var_jax.training.task import to_unit_range
 
 FLAGS = flags.FLAGS
 OVERHEAD = 128  # bytes at most that a record takes in a file beside its own
@@ -151,12 +151,11 @@ def write_cache(
     missing = [shard for shard in shards if not shard[1].exists()]
     total, left = (sum(len(records) for *_, records in some) for some in (shards, missing))
     check_space(out, look, left)
-    read_ahead = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads)
     with tqdm(total=total, initial=total - left, unit="image", desc="encoding") as bar:
         for split, path, which in missing:
-            dataset = grain.MapDataset.range(which.start, which.stop).map(crops[split]).batch(encode.batch)
+            dataset = grain.MapDataset.range(which.start, which.stop).map(crops[split])
             parts = []
-            for batch in dataset.to_iter_dataset(read_ahead):
+            for batch in read_ahead(dataset, encode.batch, threads).batch(encode.batch):
                 parts.append(np.zeros(len(batch["label"]), look.layout))
                 parts[-1]["label"], parts[-1]["tokens"] = batch["label"], encode(batch["image"])
                 bar.update(len(parts[-1]))
@@ -171,8 +170,7 @@ def tokenize(out: Path, command: str) -> Description:
       FileNotFoundError: where there is no tokenizer or no data set.
       ValueError, OSError: as `BatchEncoder` and `write_cache`.
     """
-    scales = None if FLAGS.scales is None else tuple(command_line.numbers("scales", int))
-    tokenizer, params = load_tokenizer(FLAGS.tokenizer or FLAGS.workdir, scales)
+    tokenizer, params = load_tokenizer(*command_line.tokenizer_source())
     name = FLAGS["data.name"].value
     train, held_out = (
         open_source(name, split, FLAGS["data.dir"].value) for split in (FLAGS.train_split, FLAGS.eval_split)
@@ -203,8 +201,6 @@ def tokenize(out: Path, command: str) -> Description:
 def main(argv):
     if len(argv) > 1:
         raise app.UsageError(f"unknown arguments {argv[1:]}")
-    if not (FLAGS.workdir or FLAGS.tokenizer):
-        raise app.UsageError("give --workdir of a run, or --tokenizer")
     command_line.start()
     out = Path(FLAGS.out).expanduser().absolute()
     try:
@@ -218,9 +214,7 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    flags.DEFINE_string("workdir", None, "Directory of a run")
-    flags.DEFINE_string("tokenizer", None, "Published tokenizer file or a run; by default that of --workdir")
-    flags.DEFINE_list("scales", None, "Sides of the token maps of a published file that is not of 256px")
+    command_line.define_tokenizer_flags()
     flags.DEFINE_string("data.name", None, "Of a prepared data set", required=True)
     flags.DEFINE_string("data.dir", "data", "Where data sets lie")
     flags.DEFINE_string("train_split", "train", "Split that is cut out at random")

@@ -13,6 +13,7 @@ from var_jax.tokenizer.diff_augment import diff_augment
 from var_jax.tokenizer.dino import dino_features
 from var_jax.tokenizer.discriminator import FeatureHeads, PatchDiscriminator, hinge, lecam
 from var_jax.training.optimizer import accumulated_gradients, make_optimizer
+from var_jax.training.task import program_flops
 
 NETWORKS = ("patch", "dino")
 MEANS_DECAY = 0.99  # of the moving means of the logits (Tseng et al. 2021)
@@ -51,6 +52,15 @@ class Adversary:
         seen = jax.tree.map(lambda x: jnp.zeros(x.shape), jax.eval_shape(self._seen, frozen, blank))
         params = self.model.init(key, seen)["params"]
         return {"params": params, "opt_state": self.optimizer.init(params), "means": jnp.zeros(2)}
+
+    def flops_per_image(self, params: dict, frozen: dict) -> float:
+        """Of the discriminator in a step: for the tokenizer forward and back, for itself both twice.
+
+        The features of DINO, which is frozen, are not counted.
+        """
+        blank = jax.ShapeDtypeStruct((1, self.image_size, self.image_size, 3), jnp.float32)
+        seen = jax.eval_shape(self._seen, frozen, blank)
+        return 8 * program_flops(lambda p, x: self.model.apply({"params": p}, x), params, seen)
 
     def weight(self, step: jax.Array) -> jax.Array:
         """0 before the start, then rising in a line to the full weight."""

@@ -10,11 +10,11 @@ from var_jax.sampling import pictures
 from var_jax.sampling.generate import generate_in_chunks
 from var_jax.sampling.options import SamplingOptions
 from var_jax.tokenizer.fingerprint import fingerprint
-from var_jax.tokenizer.model import Tokenizer, decode_steps
+from var_jax.tokenizer.model import Tokenizer, decode_steps, to_unit_range
 from var_jax.tokenizer.quantizer import Quantizer
 from var_jax.training.optimizer import accumulated_gradients, make_optimizer
 from var_jax.training.state import apply_gradients
-from var_jax.training.task import Task, compute_dtype, model_config, to_unit_range
+from var_jax.training.task import Task, compute_dtype, model_config
 from var_jax.transformer.config import NextScaleConfig
 from var_jax.transformer.flops import training_flops
 from var_jax.transformer.next_scale import NextScale

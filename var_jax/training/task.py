@@ -2,7 +2,7 @@
 
 import abc
 import dataclasses
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 
 import jax
 import jax.numpy as jnp
@@ -11,11 +11,6 @@ from ml_collections import ConfigDict
 from PIL import Image
 
 from var_jax.training.state import TrainState
-
-
-def to_unit_range(images: jax.Array) -> jax.Array:
-    """uint8 [...] -> float32 in [-1, 1]."""
-    return images.astype(jnp.float32) / 127.5 - 1
 
 
 def compute_dtype(name: str) -> jnp.dtype:
@@ -41,6 +36,11 @@ def model_config(cls, fields: ConfigDict, **fixed):
     if unknown := sorted(set(fields) - known):
         raise ValueError(f"config.model has no field {', '.join(unknown)}; it has {', '.join(sorted(known))}")
     return cls(**{**fields.to_dict(), **fixed})
+
+
+def program_flops(function: Callable, *inputs) -> float:
+    """FLOPs of a function without loops, as XLA counts them."""
+    return jax.jit(function).lower(*inputs).cost_analysis()["flops"]
 
 
 class Task(abc.ABC):

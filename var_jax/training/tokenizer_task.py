@@ -12,16 +12,15 @@ from ml_collections import ConfigDict
 from var_jax.sampling import pictures
 from var_jax.tokenizer.codebook import codebook_use, count_codes
 from var_jax.tokenizer.config import TokenizerConfig
-from var_jax.tokenizer.discriminator import PatchDiscriminator
 from var_jax.tokenizer.losses import entropy_penalty, image_terms, weighted_sum
-from var_jax.tokenizer.model import Tokenizer, decode_steps, encode
+from var_jax.tokenizer.model import Tokenizer, decode_steps, encode, to_unit_range
 from var_jax.tokenizer.perceptual import vgg_features
 from var_jax.tokenizer.quantizer import Quantizer
 from var_jax.training.adversarial import Adversary
 from var_jax.training.codebook_care import CodebookCare
 from var_jax.training.optimizer import accumulated_gradients, make_optimizer
 from var_jax.training.state import apply_gradients
-from var_jax.training.task import Task, compute_dtype, model_config, to_unit_range
+from var_jax.training.task import Task, compute_dtype, model_config, program_flops
 
 LAST_LAYER = ("decoder", "conv_out", "kernel")  # where the adversary's weight is weighed
 RATIO_MOST = 1e4
@@ -190,15 +189,9 @@ class TokenizerTask(Task):
         blank = jax.ShapeDtypeStruct((1, side, side, 3), jnp.float32)
         params, extra = jax.eval_shape(lambda: nn.meta.unbox(self.init(jax.random.key(0))))
         forward = lambda p, x: self.model.apply({"params": p}, x).images  # noqa: E731
-        flops = 3 * _flops(forward, params, blank)  # backward: twice the forward
+        flops = 3 * program_flops(forward, params, blank)  # backward: twice the forward
         if "vgg" in self.frozen:  # both images forward, one backward, to the pixels alone
-            flops += 3 * _flops(vgg_features, self.frozen["vgg"], blank)
-        if isinstance(getattr(self.adversary, "model", None), PatchDiscriminator):
-            judge = lambda p, x: self.adversary.model.apply({"params": p}, x)  # noqa: E731
-            # For the tokenizer forward and back to the pixels; for itself twice forward and back.
-            flops += 8 * _flops(judge, extra["adversary"]["params"], blank)
+            flops += 3 * program_flops(vgg_features, self.frozen["vgg"], blank)
+        if self.adversary:
+            flops += self.adversary.flops_per_image(extra["adversary"]["params"], self.frozen)
         return flops
-
-
-def _flops(function, *inputs) -> float:
-    return jax.jit(function).lower(*inputs).cost_analysis()["flops"]
