@@ -32,7 +32,9 @@ setup(
         "tqdm",
     ],
     extras_require={
-        "test": ["pytest", "pytest-xdist", "ruff"],
+        "test": ["libtpu", "pytest", "pytest-xdist", "ruff"],
+        "plan": ["libtpu"],  # compiling for TPU slices where there is none: var_jax/benchmarks/plan.py
+        "tokamax": ["tokamax==0.0.12"],  # attention kernels for GPUs
         "torch": ["torch==2.13.0"],  # writing .pth files and the PyTorch yardstick
         "tpu": ["jax[tpu]"],
         "cuda": ["jax[cuda12]"],

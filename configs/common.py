@@ -45,12 +45,21 @@ def train() -> ConfigDict:
             end=0.1,  # share of the peak
             ema=0.0,  # decay of the moving average to sample with; 0 for none
             dtype="auto",  # of matrix products: bfloat16 on accelerators, float32 on CPU
-            remat=True,  # keep little for the backward pass, and work the rest out again
             mesh=dict(data=1, fsdp=-1, tensor=1),  # -1: all devices that are left
             log_every=50,
             eval_every=5000,
             preview_every=5000,
             checkpoint_every=5000,
             keep=2,  # latest checkpoints kept, beside the best
+        )
+    )
+
+
+def transformer() -> ConfigDict:
+    """How the transformer is computed; what it computes is in `model`."""
+    return ConfigDict(
+        dict(
+            attention="auto",  # einsum, grouped, cudnn, splash or tokamax: var_jax/transformer/attention.py
+            remat="auto",  # none, mlp, flat_qkv or full, by memory: var_jax/transformer/remat.py
         )
     )

@@ -19,7 +19,7 @@ def get_config() -> ConfigDict:
     for stage in (config.tokenizer, config.next_scale):
         stage.seed = 1
         stage.data.update(dict(name="digits", dir="data", eval_split="test", resize=1.0, threads=2))
-        stage.train.update(dict(remat=False, keep=1, log_every=50, eval_every=350))
+        stage.train.update(dict(keep=1, log_every=50, eval_every=350))
         stage.train.update(dict(preview_every=700, checkpoint_every=350))
     # Two 1x1 maps and quantizer dropout: the first tokens then say which digit it is and how it is written,
     # so that the tokens of a larger map, drawn independently of each other, agree.
@@ -29,6 +29,7 @@ def get_config() -> ConfigDict:
     config.tokenizer.model.update(dict(norm_groups=8, quantizer_dropout=0.2))
     config.tokenizer.loss.update(dict(l2=1.0, l1=0.0, perceptual=0.0, codebook=1.0))
     config.tokenizer.adversarial.weight = 0.0
+    config.tokenizer.train.remat = False
     config.tokenizer.codebook.update(dict(hits_decay=0.95, restart_every=20, restart_until=0.7))
     config.tokenizer.codebook.update(dict(kmeans_steps=0, ema=0.0))
     config.tokenizer.train.update(dict(steps=1700, batch=64, learning_rate=6e-3, b1=0.9, b2=0.99, clip=1.0))

@@ -49,6 +49,7 @@ def get_config(size: str = "published") -> ConfigDict:
         gradient="straight_through",  # or "rotation"
     )
     config.loss = dict(l2=1.0, l1=0.2, perceptual=1.0, codebook=1.0, entropy=0.0)
+    config.train.remat = True  # keep little for the backward pass, and work the rest out again
     # Files of VGG-16 (torchvision's) and LPIPS's channel weights, comma between; empty: no perceptual loss.
     config.perceptual_weights = ""
     config.init_from = ""  # published file or run directory to fine-tune; empty: from scratch

@@ -31,6 +31,7 @@ def get_config(name: str = "d16") -> ConfigDict:
     config = ConfigDict(
         dict(task="next_scale", seed=0, data=common.data("imagenet2012"), train=common.train())
     )
+    config.transformer = common.transformer()
     config.data.eval_split = "validation"
     config.tokenizer = ""  # published file or run directory; empty: this run's own
     config.init_from = ""  # published file or run directory to fine-tune; empty: from scratch

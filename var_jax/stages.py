@@ -16,6 +16,7 @@ from var_jax.training.checkpoint import FOLDER, CheckpointMissing, has_checkpoin
 from var_jax.training.fine_tune import Given, fit
 from var_jax.training.loop import check_training, train
 from var_jax.training.next_scale_task import NextScaleTask
+from var_jax.training.sharding import make_mesh
 from var_jax.training.task import Task
 from var_jax.training.tokenizer_task import TokenizerTask
 
@@ -85,13 +86,14 @@ def build_task(
         return TokenizerTask(stage, steps, judges(stage)), steps
     if stage.task != "next_scale":
         raise ValueError(f"config.task must be tokenizer or next_scale, found {stage.task!r}")
+    mesh = make_mesh(**stage.train.mesh)
     if coming is not None and not stage.tokenizer:
         if stage.data.tokens:
             raise ValueError(
                 f"config.data.tokens={stage.data.tokens!r} needs a trained tokenizer, but that stage "
                 "comes first here: once it is done, run next_scale alone, with --config.stages=next_scale"
             )
-        return NextScaleTask(stage, steps, coming, {}, source.num_classes), steps
+        return NextScaleTask(stage, steps, coming, {}, source.num_classes, mesh), steps
     path = Path(stage.tokenizer or workdir)
     try:
         tokenizer, params = load_tokenizer(path, tuple(stage.scales) or None, dtype=stage.train.dtype)
@@ -102,7 +104,7 @@ def build_task(
             f"  or train one first: python train.py --config=configs/tokenizer.py --workdir={workdir}\n"
             "  To see everything work without any of that: python train.py --config=configs/digits.py"
         ) from error
-    task = NextScaleTask(stage, steps, tokenizer, params, source.num_classes)
+    task = NextScaleTask(stage, steps, tokenizer, params, source.num_classes, mesh)
     if stage.data.tokens:
         source.description.check_data(stage.data)
         source.description.check_tokenizer(task.fingerprint, task.config.scales, task.config.num_codes)

@@ -3,7 +3,8 @@ import json
 import jax.numpy as jnp
 import pytest
 
-from var_jax.training.logging import Log, draw_curves, duration, peak_flops, read_metrics
+from var_jax.training.chips import peak_flops
+from var_jax.training.logging import Log, draw_curves, duration, read_metrics
 
 
 class FakeDevice:

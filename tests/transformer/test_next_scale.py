@@ -29,7 +29,7 @@ def test_golden_loss_and_gradients(golden_var, golden):
     model, arrays = golden_var
     vae = golden("vae")
     # Rematerialisation is on, and must change nothing (label drop and dropout are off without train).
-    module = NextScale(dataclasses.replace(model.module.config, label_drop=0.0), remat=True)
+    module = NextScale(dataclasses.replace(model.module.config, label_drop=0.0), remat="flat_qkv")
 
     @jax.jit
     def loss_and_gradients(params):
@@ -70,14 +70,12 @@ def test_scanned_equals_looped(tiny_var):
     config, labels = module.config, jnp.array([1, 4])
     condition = module.apply({"params": params}, labels, method="condition")
     x = jax.random.normal(jax.random.key(0), (2, 21, 32))
-    scanned, _ = module.apply(
-        {"params": params}, method=lambda m: m.blocks(x, condition.blocks, config.schedule.mask)
-    )
+    scanned, _ = module.apply({"params": params}, method=lambda m: m.blocks(x, condition.blocks))
     block = Block(config, jnp.float32)
     for i in range(config.depth):
         layer = jax.tree.map(lambda leaf: leaf[i], params["blocks"]["layers"])  # noqa: B023
         inputs = (jnp.array(i), condition.blocks[i], jnp.array(0.0))
-        (x, _), _ = block.apply({"params": layer}, (x, None), inputs, config.schedule.mask)
+        (x, _), _ = block.apply({"params": layer}, (x, None), inputs)
     close(scanned, x, 1e-5)
 
 
@@ -134,10 +132,10 @@ def test_stochastic_depth_drops_whole_branches_and_keeps_the_mean():
     six = jnp.zeros((2000, 6, 8)).at[:, :2].set(1.0)
     x = jnp.ones((2000, 1, 8)) * jnp.arange(8.0)
     inputs = (jnp.array(0), six, jnp.array(0.5))
-    variables = block.init(jax.random.key(0), (x, None), inputs, None)
+    variables = block.init(jax.random.key(0), (x, None), inputs)
     variables = {"params": randomized(variables["params"])}
-    kept = Block(config, jnp.float32).apply(variables, (x, None), inputs, None)[0][0] - x
-    dropped = block.apply(variables, (x, None), inputs, None, rngs={"dropout": jax.random.key(1)})[0][0] - x
+    kept = Block(config, jnp.float32).apply(variables, (x, None), inputs)[0][0] - x
+    dropped = block.apply(variables, (x, None), inputs, rngs={"dropout": jax.random.key(1)})[0][0] - x
     untouched = np.isclose(np.abs(dropped).max((1, 2)), 0)
     assert 0.2 < untouched.mean() < 0.3  # both branches dropped: a quarter
     assert np.abs(kept).max() > 0.1

@@ -32,7 +32,7 @@ from var_jax.data.sources import Source, open_source
 from var_jax.data.transforms import ToPixels, decode, resize_short_side
 from var_jax.tokenizer import model as tokenizer_model
 from var_jax.tokenizer.model import Tokenizer
-from var_jax.training.logging import PEAK_FLOPS
+from var_jax.training.chips import CHIPS as DATA_SHEETS
 from var_jax.transformer.config import NextScaleConfig
 from var_jax.transformer.flops import training_flops
 
@@ -132,7 +132,7 @@ def cores_needed(flops: float, per_core: float, at_best: float) -> dict[str, dic
       per_core: images/s that the loader delivers for each core.
       at_best: images/s of a core that has nothing else to do.
     """
-    rates = {machine: CHIPS * PEAK_FLOPS[machine] * ASSUMED_MFU / flops for machine in MACHINES}
+    rates = {machine: CHIPS * DATA_SHEETS[machine].flops * ASSUMED_MFU / flops for machine in MACHINES}
     return {
         f"{CHIPS} x {machine}": {
             "images_per_s": round(rate),

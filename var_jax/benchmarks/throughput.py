@@ -39,7 +39,7 @@ from var_jax.tokenizer import model as tokenizer_model
 from var_jax.tokenizer.config import TokenizerConfig
 from var_jax.tokenizer.model import Tokenizer
 from var_jax.tokenizer.perceptual import CHANNELS, LAYERS
-from var_jax.training.logging import peak_flops
+from var_jax.training.chips import peak_flops
 from var_jax.training.next_scale_task import NextScaleTask
 from var_jax.training.sharding import make_mesh
 from var_jax.training.state import TrainState, count_parameters, create_state
@@ -59,7 +59,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--dtype", default="auto", help="auto (bfloat16, float32 on CPU), float32, bfloat16")
     parser.add_argument("--repeats", type=int, default=10, help="of which the median counts")
     parser.add_argument("--guidance_until", type=int, help="sample: no guidance from this scale on")
-    parser.add_argument("--remat", action="store_true", help="train: keep little for the backward pass")
+    parser.add_argument("--attention", default="auto", help="train: one of transformer/attention.py")
+    parser.add_argument("--remat", default="auto", help="train: policy of transformer/remat.py")
     parser.add_argument("--with_encoder", action="store_true", help="train: also from images, and the ratio")
     parser.add_argument("--against", help="path of the PyTorch yardstick")
     parser.add_argument("--compile", action="store_true", help="the yardstick under torch.compile")
@@ -115,7 +116,8 @@ def make_networks(args: argparse.Namespace) -> tuple[Tokenizer, NextScaleTask]:
     tokenizer = Tokenizer(TokenizerConfig(scales=scales), dtype)
     stage = ConfigDict(var.get_config("d16" if args.size == 256 else "d36"))
     stage.model.update(depth=args.depth, width=64 * args.depth, num_heads=args.depth)
-    stage.train.update(batch=args.batch, dtype=dtype.name, remat=args.remat)
+    stage.train.update(batch=args.batch, dtype=dtype.name)
+    stage.transformer.update(attention=args.attention, remat=args.remat)
     return tokenizer, NextScaleTask(stage, 1000, tokenizer, {}, CLASSES)
 
 

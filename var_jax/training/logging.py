@@ -15,23 +15,7 @@ from tqdm import tqdm
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
-# Dense bfloat16 peak of one device, FLOP/s, by a part of its `device_kind` (vendors' data sheets).
-PEAK_FLOPS = {
-    "TPU v4": 275e12,
-    "TPU v5 lite": 197e12,
-    "TPU v5e": 197e12,
-    "TPU v5p": 459e12,
-    "TPU v5": 459e12,
-    "TPU v6": 918e12,
-    "H100": 989e12,
-    "H200": 989e12,
-    "A100": 312e12,
-}
-
-
-def peak_flops(device: jax.Device) -> float | None:
-    """Peak of the device in FLOP/s, where known."""
-    return next((peak for name, peak in PEAK_FLOPS.items() if name in device.device_kind), None)
+from var_jax.training.chips import peak_flops
 
 
 def duration(seconds: float) -> str:

@@ -29,7 +29,13 @@ from var_jax.training.task import Task
 # What may differ between the run that wrote a checkpoint and the one that goes on from it.
 FREE_TO_CHANGE = ("log_every", "eval_every", "checkpoint_every", "preview_every", "keep")
 # What the tokens of a cache are is checked by its description, wherever it lies.
-FREE_TO_MOVE = ("stage.train.mesh", "stage.data.dir", "stage.data.tokens", "stage.data.threads")
+FREE_TO_MOVE = (
+    "stage.train.mesh",
+    "stage.transformer",
+    "stage.data.dir",
+    "stage.data.tokens",
+    "stage.data.threads",
+)
 
 
 class Preempted(SystemExit):

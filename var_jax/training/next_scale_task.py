@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from var_jax.sampling import pictures
@@ -12,9 +13,12 @@ from var_jax.sampling.options import SamplingOptions
 from var_jax.tokenizer.fingerprint import fingerprint
 from var_jax.tokenizer.model import Tokenizer, decode_steps, to_unit_range
 from var_jax.tokenizer.quantizer import Quantizer
+from var_jax.training.memory import remat_that_fits
 from var_jax.training.optimizer import accumulated_gradients, make_optimizer
+from var_jax.training.sharding import make_mesh
 from var_jax.training.state import apply_gradients
 from var_jax.training.task import Task, compute_dtype, model_config
+from var_jax.transformer.attention import choose_attention
 from var_jax.transformer.config import NextScaleConfig
 from var_jax.transformer.flops import training_flops
 from var_jax.transformer.next_scale import NextScale
@@ -26,8 +30,15 @@ class NextScaleTask(Task):
     name = "next_scale"
 
     def __init__(
-        self, stage: ConfigDict, steps: int, tokenizer: Tokenizer, tokenizer_params: dict, classes: int
+        self,
+        stage: ConfigDict,
+        steps: int,
+        tokenizer: Tokenizer,
+        tokenizer_params: dict,
+        classes: int,
+        mesh: Mesh | None = None,
     ):
+        """`mesh` is what it will be trained on (None: one device), for what is chosen by the chip."""
         self.stage = stage
         self.tokenizer = tokenizer
         self.config = model_config(
@@ -38,7 +49,11 @@ class NextScaleTask(Task):
             code_dim=tokenizer.config.code_dim,
             scales=tokenizer.config.scales,
         )
-        self.model = NextScale(self.config, compute_dtype(stage.train.dtype), stage.train.remat)
+        mesh = make_mesh(devices=jax.devices()[:1]) if mesh is None else mesh
+        dtype = compute_dtype(stage.train.dtype)
+        attention = choose_attention(stage.transformer.attention, mesh.devices.flat[0].platform, dtype)
+        remat = remat_that_fits(stage, self.config, mesh, attention, dtype)
+        self.model = NextScale(self.config, dtype, attention, remat)
         self.optimizer = make_optimizer(stage.train, steps)
         self.image_size = tokenizer.config.image_size
         self.frozen = {"tokenizer": tokenizer_params}
@@ -70,11 +85,10 @@ class NextScaleTask(Task):
         """A training step where the images are tokens [B, L] and teacher-forcing input already."""
 
         def loss_fn(params, part, key):
-            logits = self.model.apply(
-                {"params": params}, part["label"], part["inputs"], train=True, rngs={"dropout": key}
+            losses, right = self.model.apply(
+                {"params": params}, **part, train=True, rngs={"dropout": key}, method="losses"
             )
-            losses = optax.softmax_cross_entropy_with_integer_labels(logits, part["tokens"])
-            right = (logits.argmax(-1) == part["tokens"]).astype(jnp.float32)
+            right = right.astype(jnp.float32)
             last = self.config.schedule.starts[-1]
             metrics = {
                 "loss": losses.mean(),
@@ -84,7 +98,7 @@ class NextScaleTask(Task):
             }
             return metrics["loss"], (metrics, ())
 
-        parts = {"label": labels, "tokens": tokens, "inputs": inputs}
+        parts = {"labels": labels, "tokens": tokens, "inputs": inputs}
         grads, (metrics, _) = accumulated_gradients(
             jax.grad(loss_fn, has_aux=True), state.params, parts, key, self.stage.train.accumulate
         )
@@ -93,9 +107,7 @@ class NextScaleTask(Task):
 
     def eval_step(self, params, frozen, batch):
         tokens, inputs = self._tokens(frozen, batch)
-        logits = self.model.apply({"params": params}, batch["label"], inputs)
-        losses = optax.softmax_cross_entropy_with_integer_labels(logits, tokens)
-        right = (logits.argmax(-1) == tokens).astype(jnp.float32)
+        losses, right = self.model.apply({"params": params}, batch["label"], inputs, tokens, method="losses")
         over_images = lambda x: jnp.sum(x * batch["valid"][:, None], axis=0)  # noqa: E731
         return {"images": batch["valid"].sum(), "losses": over_images(losses), "right": over_images(right)}
 

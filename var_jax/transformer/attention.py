@@ -1,48 +1,60 @@
-"""Attention of the transformer, and the cache of keys and values for generation."""
+"""Attention of the transformer: one function, several implementations that agree.
 
+| name | what it is | where it is meant to run |
+| --- | --- | --- |
+| `einsum` | all scores in memory, masked | the reference; CPU |
+| `grouped` | queries of a group attend to the keys up to its end, so large maps need no mask | anywhere |
+| `cudnn` | as grouped, the groups without a mask by cuDNN's fused kernel | NVIDIA GPUs, bfloat16 |
+| `splash` | Pallas kernel that skips masked blocks (`transformer/splash.py`) | TPU |
+| `tokamax` | fused kernel with a last key for each query; needs the extra `tokamax` | NVIDIA GPUs |
+
+`auto` is `splash` on TPU, `cudnn` on GPU in 16 bits, `grouped` on GPU otherwise, `einsum` on CPU.
+"""
+
+import itertools
 import math
+from collections.abc import Callable
+from functools import partial
 
-import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 
+from var_jax.partition import on_each_device
+from var_jax.transformer.splash import OUTPUT, splash
+
+IMPLEMENTATIONS = ("einsum", "grouped", "cudnn", "splash", "tokamax")
+LEAST_ROWS = 64  # queries that are worth a kernel, or a group of their own
 MAX_LOG_TEMPERATURE = math.log(100)
 
 
-@flax.struct.dataclass
-class KVCache:
-    """Keys and values of all positions so far, each [layers, B, L, N, H]."""
+def choose_attention(name: str, platform: str, dtype: jnp.dtype) -> str:
+    """What `auto` stands for on a platform ("cpu", "gpu", "tpu"); other names are checked against it.
 
-    k: jax.Array
-    v: jax.Array
-
-    @classmethod
-    def zeros(cls, layers: int, batch: int, length: int, heads: int, head_dim: int, dtype) -> "KVCache":
-        shape = (layers, batch, length, heads, head_dim)
-        return cls(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
-
-    def conditional(self) -> "KVCache":
-        """Of every other sequence, from the first on: what is left when guidance ends."""
-        return KVCache(self.k[:, ::2], self.v[:, ::2])
-
-    def extend(self, layer: jax.Array, start: int, k: jax.Array, v: jax.Array):
-        """Writes k, v [B, n, N, H] of one layer at positions start .. start + n.
-
-        Returns:
-          The new cache, and the keys and values [B, start + n, N, H] of this layer up to there.
-        """
-        where = (layer, 0, start, 0, 0)
-        cache = KVCache(
-            jax.lax.dynamic_update_slice(self.k, k[None].astype(self.k.dtype), where),
-            jax.lax.dynamic_update_slice(self.v, v[None].astype(self.v.dtype), where),
+    Raises:
+      ValueError: on a name that is none, or an implementation that cannot run there.
+    """
+    half = jnp.dtype(dtype).itemsize == 2
+    if name == "auto":
+        on_gpu = "cudnn" if half else "grouped"
+        return {"tpu": "splash", "gpu": on_gpu}.get(platform, "einsum")
+    if name not in IMPLEMENTATIONS:
+        known = ", ".join(("auto", *IMPLEMENTATIONS))
+        raise ValueError(f"transformer.attention must be one of {known}; found {name!r}")
+    if name == "splash" and platform != "tpu":
+        raise ValueError(f"transformer.attention=splash runs on TPU, found {platform}; try auto or grouped")
+    if name == "cudnn" and (platform != "gpu" or not half):
+        raise ValueError(
+            "transformer.attention=cudnn runs on an NVIDIA GPU in bfloat16, found "
+            f"{jnp.dtype(dtype).name} on {platform}; try auto or grouped"
         )
-        size = (1, k.shape[0], start + k.shape[1], *k.shape[2:])
-        prefix = lambda x: jax.lax.dynamic_slice(x, (layer, 0, 0, 0, 0), size)[0]  # noqa: E731
-        return cache, prefix(cache.k), prefix(cache.v)
+    return name
 
 
-def attend(q: jax.Array, k: jax.Array, v: jax.Array, scale: float, mask: np.ndarray | None) -> jax.Array:
+def attend(
+    q: jax.Array, k: jax.Array, v: jax.Array, scale: float, mask: np.ndarray | None, name: str = "auto"
+) -> jax.Array:
     """Softmax attention, softmax in float32.
 
     Args:
@@ -50,17 +62,118 @@ def attend(q: jax.Array, k: jax.Array, v: jax.Array, scale: float, mask: np.ndar
       k, v: [B, Lk, N, H].
       scale: factor on the dot products.
       mask: bool [Lq, Lk], True where a query sees a key; None where all see all.
+      name: of the implementation; `auto` chooses for the platform that JAX runs on.
 
     Returns:
       [B, Lq, N, H].
+
+    Raises:
+      ValueError: where an implementation cannot have this mask, or cannot run here.
     """
+    if name == "auto":
+        name = choose_attention(name, jax.default_backend(), q.dtype)
+    if name == "einsum" or (mask is None and q.shape[1] < LEAST_ROWS):
+        return einsum(q, k, v, scale, mask)
+    if name == "splash":
+        return splash(q, k, v, scale, mask)
+    if name == "tokamax":
+        return on_each_device(partial(tokamax, scale=scale, mask=mask), q, k, v, tensor=2)
+    return grouped(q, k, v, scale, mask, cudnn if name == "cudnn" else einsum)
+
+
+def einsum(q: jax.Array, k: jax.Array, v: jax.Array, scale: float, mask: np.ndarray | None) -> jax.Array:
+    """See `attend`; plain matrix products."""
     # Heads before positions in memory: XLA's CPU matrix products are then two to three times as fast.
     q, k, v = (x.swapaxes(1, 2) for x in (q, k, v))
     scores = jnp.einsum("bnqh,bnkh->bnqk", q, k, preferred_element_type=jnp.float32) * scale
     if mask is not None:
         scores = jnp.where(mask, scores, jnp.finfo(jnp.float32).min)
     shares = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
-    return jnp.einsum("bnqk,bnkh->bnqh", shares, v).swapaxes(1, 2)
+    return checkpoint_name(jnp.einsum("bnqk,bnkh->bnqh", shares, v).swapaxes(1, 2), OUTPUT)
+
+
+def cudnn(q: jax.Array, k: jax.Array, v: jax.Array, scale: float, mask: None) -> jax.Array:
+    """See `attend`; without a mask, in which cuDNN is slow."""
+    assert mask is None
+    return jax.nn.dot_product_attention(q, k, v, scale=scale, implementation="cudnn")
+
+
+def tokamax(
+    q: jax.Array, k: jax.Array, v: jax.Array, scale: float, mask: np.ndarray | None, kernel: str | None = None
+) -> jax.Array:
+    """See `attend`; `kernel` is one of tokamax's implementations, None for the best that runs here.
+
+    Its public interface has a window around the diagonal: here from the first key to the end of each query's.
+
+    Raises:
+      ValueError: where the extra is not installed, or a query sees other keys than those up to some end.
+    """
+    try:
+        from tokamax import dot_product_attention  # an extra, and slow to import
+    except ImportError as error:
+        raise ValueError(
+            "transformer.attention=tokamax needs an extra: pip install -e '.[tokamax]'"
+        ) from error
+    window = None
+    if mask is not None:
+        here = np.arange(len(mask))
+        window = (jnp.asarray(here), jnp.asarray(key_ends(mask) - 1 - here))
+    out = dot_product_attention(q, k, v, scale=scale, local_window_size=window, implementation=kernel)
+    return checkpoint_name(out, OUTPUT)
+
+
+def key_ends(mask: np.ndarray) -> np.ndarray:
+    """The number of keys, from the first on, that each query sees: int [Lq].
+
+    Raises:
+      ValueError: where a query sees other keys than those up to some end.
+    """
+    ends = mask.sum(1)
+    if not np.array_equal(mask, np.arange(mask.shape[1]) < ends[:, None]) or ends.min() < 1:
+        raise ValueError(
+            "this attention needs a mask by which each query sees the keys up to some end; "
+            "use einsum or splash"
+        )
+    return ends
+
+
+def groups(ends: np.ndarray, least: int = LEAST_ROWS) -> list[tuple[int, int]]:
+    """Cuts queries into runs (start, stop): of at least `least` with one end, or of several ends together.
+
+    A run of several ends, which needs a mask, has at most 4 * `least` queries.
+    """
+    cuts = [0, *(np.flatnonzero(np.diff(ends)) + 1).tolist(), len(ends)]
+    found, mixed = [], None
+    for start, stop in itertools.pairwise(cuts):
+        if stop - start >= least:
+            found.append((start, stop))
+            mixed = None
+        elif mixed is not None and stop - found[mixed][0] <= 4 * least:
+            found[mixed] = (found[mixed][0], stop)
+        else:
+            mixed = len(found)
+            found.append((start, stop))
+    return found
+
+
+def grouped(
+    q: jax.Array, k: jax.Array, v: jax.Array, scale: float, mask: np.ndarray | None, free: Callable
+) -> jax.Array:
+    """See `attend`; group by group, each with the keys that it sees and no others.
+
+    `free` is the attention of groups whose queries all see the same keys, where they are many.
+
+    Raises:
+      ValueError: where a query sees other keys than those up to some end.
+    """
+    ends = np.full(q.shape[1], k.shape[1]) if mask is None else key_ends(mask)
+    parts = []
+    for start, stop in groups(ends):
+        end = int(ends[start:stop].max())
+        own = None if (ends[start:stop] == end).all() else np.arange(end) < ends[start:stop, None]
+        attention = free if own is None and stop - start >= LEAST_ROWS else einsum
+        parts.append(attention(q[:, start:stop], k[:, :end], v[:, :end], scale, own))
+    return jnp.concatenate(parts, axis=1)
 
 
 def normalize_qk(q: jax.Array, k: jax.Array, log_temperature: jax.Array):

@@ -8,11 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
-from var_jax.transformer.attention import KVCache, attend, normalize_qk
+from var_jax.partition import split
+from var_jax.transformer.attention import attend, normalize_qk
+from var_jax.transformer.cache import KVCache
 from var_jax.transformer.config import NextScaleConfig
-
-# Kept for the backward pass under rematerialisation; all else is computed again.
-SAVED_NAMES = ("qkv", "attention_out")
 
 
 def normal(width: int, factor: float = 1.0):
@@ -68,14 +67,17 @@ class Modulation(nn.Module):
 
 
 class SelfAttention(nn.Module):
-    """Multi-head self-attention; with a cache, new positions attend to all cached ones and themselves."""
+    """Multi-head self-attention: over all positions under the mask of the scales, or, with a cache, of new
+    positions to all cached ones and themselves.
+    """
 
     config: NextScaleConfig
     dtype: jnp.dtype
+    attention: str
     start: int
 
     @nn.compact
-    def __call__(self, x: jax.Array, layer: jax.Array, mask: np.ndarray | None, cache: KVCache | None):
+    def __call__(self, x: jax.Array, layer: jax.Array, cache: KVCache | None):
         cfg, (b, n, d) = self.config, x.shape
         bias = nn.with_logical_partitioning(nn.initializers.zeros_init(), ("heads",))
         q_bias, v_bias = self.param("q_bias", bias, (d,)), self.param("v_bias", bias, (d,))
@@ -88,9 +90,12 @@ class SelfAttention(nn.Module):
             init = nn.with_logical_partitioning(nn.initializers.constant(math.log(4)), (None,))
             q, k = normalize_qk(q, k, self.param("log_temperature", init, (cfg.num_heads,)))
             scale, q, k = 1.0, q.astype(self.dtype), k.astype(self.dtype)
+        mask = self.config.schedule.mask  # not an argument: rematerialisation would trace it
         if cache is not None:
             cache, k, v = cache.extend(layer, self.start, k, v)
-        y = checkpoint_name(attend(q, k, v, scale, mask).reshape(b, n, d), "attention_out")
+            mask = None
+        q, k, v = (split(x, tensor=2) for x in (q, k, v))
+        y = attend(q, k, v, scale, mask, self.attention).reshape(b, n, d)
         out_init = normal(d, 1 / math.sqrt(2 * cfg.depth))
         return dense(d, ("heads", "embed"), out_init, self.dtype, "proj")(y), cache
 
@@ -104,10 +109,10 @@ class MLP(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         d = self.config.width
-        h = nn.gelu(dense(4 * d, ("embed", "mlp"), normal(d), self.dtype, "fc1")(x), approximate=True)
-        return dense(d, ("mlp", "embed"), normal(d, 1 / math.sqrt(2 * self.config.depth)), self.dtype, "fc2")(
-            h
-        )
+        h = dense(4 * d, ("embed", "mlp"), normal(d), self.dtype, "fc1")(x)
+        h = nn.gelu(checkpoint_name(split(h, tensor=2), "fc1"), approximate=True)
+        out_init = normal(d, 1 / math.sqrt(2 * self.config.depth))
+        return dense(d, ("mlp", "embed"), out_init, self.dtype, "fc2")(h)
 
 
 class Block(nn.Module):
@@ -117,25 +122,27 @@ class Block(nn.Module):
     code) and the cache are carried; the layer's number, adaLN vectors and drop rate are scanned over.
 
     Attributes:
+      attention: the implementation (see `attend`).
       start: first position of x in the sequence; only with a cache.
       train: whether to drop.
     """
 
     config: NextScaleConfig
     dtype: jnp.dtype
+    attention: str = "auto"
     start: int = 0
     train: bool = False
 
     @nn.compact
-    def __call__(self, carry: tuple, scanned: tuple, mask: np.ndarray | None):
+    def __call__(self, carry: tuple, scanned: tuple):
         (x, cache), (layer, six, drop_rate) = carry, scanned
         gamma1, gamma2, scale1, scale2, shift1, shift2 = jnp.moveaxis(six, 1, 0)
         h = modulate(x, scale1, shift1).astype(self.dtype)
-        attention = SelfAttention(self.config, self.dtype, self.start, name="attention")
-        h, cache = attention(h, layer, mask, cache)
+        attention = SelfAttention(self.config, self.dtype, self.attention, self.start, name="attention")
+        h, cache = attention(h, layer, cache)
         x = x + gamma1[:, None] * self._drop(h, drop_rate)
         h = MLP(self.config, self.dtype, name="mlp")(modulate(x, scale2, shift2).astype(self.dtype))
-        return (x + gamma2[:, None] * self._drop(h, drop_rate), cache), None
+        return (split(x + gamma2[:, None] * self._drop(h, drop_rate)), cache), None
 
     def _drop(self, y: jax.Array, drop_rate: jax.Array) -> jax.Array:
         """Dropout, then stochastic depth: the whole branch of an image, with `drop_rate`."""

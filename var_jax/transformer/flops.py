@@ -11,6 +11,11 @@ def _adaln(cfg: NextScaleConfig) -> int:
     return (12 * (1 if cfg.shared_adaln else cfg.depth) + 4) * cfg.width**2
 
 
+def matrix_parameters(cfg: NextScaleConfig) -> int:
+    """Entries of all matrices: nearly all parameters."""
+    return 12 * cfg.depth * cfg.width**2 + _adaln(cfg) // 2 + cfg.width * (cfg.num_codes + cfg.num_classes)
+
+
 def _maps(cfg: NextScaleConfig, queries: int, keys: int) -> int:
     """Of `queries` positions that attend to `keys`, from codes to logits."""
     d = cfg.width

@@ -6,9 +6,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from var_jax.transformer.attention import KVCache
-from var_jax.transformer.block import SAVED_NAMES, Block, Modulation, dense, modulate, normal
+from var_jax.partition import split
+from var_jax.transformer.block import Block, Modulation, dense, modulate, normal
+from var_jax.transformer.cache import KVCache
 from var_jax.transformer.config import NextScaleConfig
+from var_jax.transformer.remat import rematerialized
+
+MOST_LOGITS = 1024  # positions whose logits live at once in training: all at 256px, a part at 512px
 
 
 @flax.struct.dataclass
@@ -35,24 +39,22 @@ class Blocks(nn.Module):
 
     config: NextScaleConfig
     dtype: jnp.dtype
-    remat: bool
+    attention: str
+    remat: str
 
     @nn.compact
-    def __call__(self, x, modulations, mask, cache=None, start=0, train=False):
-        cfg, block = self.config, Block
-        if self.remat and train:
-            policy = jax.checkpoint_policies.save_only_these_names(*SAVED_NAMES)
-            block = nn.remat(Block, policy=policy, prevent_cse=False)
+    def __call__(self, x, modulations, cache=None, start=0, train=False):
+        cfg = self.config
         stack = nn.scan(
-            block,
+            rematerialized(Block, self.remat if train else "none"),
             variable_axes={"params": 0},
             split_rngs={"params": True, "dropout": True},
-            in_axes=(0, nn.broadcast),
+            in_axes=0,
             length=cfg.depth,
             metadata_params={nn.PARTITION_NAME: "layers"},
-        )(cfg, self.dtype, start, train, name="layers")
+        )(cfg, self.dtype, self.attention, start, train, name="layers")
         rates = jnp.linspace(0.0, cfg.drop_path, cfg.depth)
-        (x, cache), _ = stack((x, cache), (jnp.arange(cfg.depth), modulations, rates), mask)
+        (x, cache), _ = stack((x, cache), (jnp.arange(cfg.depth), modulations, rates))
         return x, cache
 
 
@@ -62,12 +64,14 @@ class NextScale(nn.Module):
     Attributes:
       config: the architecture.
       dtype: of the matrix products; norms, residual stream and logits are float32.
-      remat: keep only qkv and attention outputs for the backward pass of a block.
+      attention: its implementation (see `attend`).
+      remat: what a block keeps for its backward pass (see `transformer/remat.py`).
     """
 
     config: NextScaleConfig
     dtype: jnp.dtype = jnp.float32
-    remat: bool = False
+    attention: str = "auto"
+    remat: str = "none"
 
     def setup(self):
         cfg, scales = self.config, self.config.schedule
@@ -92,7 +96,7 @@ class NextScale(nn.Module):
                 length=cfg.depth,
                 metadata_params={nn.PARTITION_NAME: "layers"},
             )(cfg, self.dtype)
-        self.blocks = Blocks(cfg, self.dtype, self.remat)
+        self.blocks = Blocks(cfg, self.dtype, self.attention, self.remat)
         self.head_adaln = dense(2 * d, ("embed", "mlp"), normal(d, 0.5), self.dtype, None)
         self.head = dense(cfg.num_codes, ("embed", "codes"), normal(d, 0.02), self.dtype, None)
 
@@ -108,15 +112,48 @@ class NextScale(nn.Module):
         Returns:
           float32 [B, L, V].
         """
+        x, condition = self._body(labels, inputs, train)
+        return self._logits(x, condition.head)
+
+    def losses(self, labels: jax.Array, inputs: jax.Array, tokens: jax.Array, train: bool = False):
+        """Cross-entropy of every token; no more than `MOST_LOGITS` positions' logits live at once.
+
+        Args:
+          labels, inputs, train: as for `__call__`.
+          tokens: int32 [B, L], the true ones.
+
+        Returns:
+          Losses float32 [B, L] in nats; bool [B, L], whether no code has a larger logit than the true one.
+        """
+        x, condition = self._body(labels, inputs, train)
+        length = tokens.shape[1]
+        chunks = -(-length // MOST_LOGITS)
+        size = -(-length // chunks)
+
+        def loss(module, x, tokens, head):
+            logits = module._logits(x, head)
+            # A sum in place of a lookup, and no argmax: of codes split over devices, neither gathers logits.
+            true = jnp.arange(logits.shape[-1]) == tokens[..., None]
+            wanted = jnp.sum(jnp.where(true, logits, 0.0), -1)
+            return jax.nn.logsumexp(logits, -1) - wanted, wanted >= logits.max(-1)
+
+        loss, found = nn.remat(loss), []
+        for start in range(0, length, size):
+            part = slice(start, start + size)
+            found.append(loss(self, x[:, part], tokens[:, part], condition.head))
+        return tuple(jnp.concatenate(parts, axis=1) for parts in zip(*found, strict=True))
+
+    def _body(self, labels, inputs, train):
+        """The residual stream float32 [B, L, D] after all blocks, and the condition."""
         scales = self.config.schedule
         if train:
             dropped = jax.random.bernoulli(self.make_rng("dropout"), self.config.label_drop, labels.shape)
             labels = jnp.where(dropped, self.config.num_classes, labels)
         condition = self.condition(labels)
         x = jnp.concatenate([self._start(condition), self._embed(inputs)], axis=1)
-        x = x + self.level_embedding[scales.levels] + self.position_embedding
-        x, _ = self.blocks(x, condition.blocks, scales.mask, train=train)
-        return self._logits(x, condition)
+        x = split(x + self.level_embedding[scales.levels] + self.position_embedding)
+        x, _ = self.blocks(x, condition.blocks, train=train)
+        return x, condition
 
     def condition(self, labels: jax.Array) -> Condition:
         """Labels int32 [B] -> all adaLN vectors."""
@@ -150,8 +187,8 @@ class NextScale(nn.Module):
         start, end = self.config.schedule.starts[k], self.config.schedule.ends[k]
         x = self._start(condition) if k == 0 else self._embed(inputs)
         x = x + self.level_embedding[k] + self.position_embedding[start:end]
-        x, cache = self.blocks(x, condition.blocks, None, cache, start)
-        return self._logits(x, condition), cache
+        x, cache = self.blocks(x, condition.blocks, cache, start)
+        return self._logits(x, condition.head), cache
 
     def _start(self, condition: Condition) -> jax.Array:
         return condition.start[:, None] + self.start_embedding
@@ -159,6 +196,6 @@ class NextScale(nn.Module):
     def _embed(self, inputs: jax.Array) -> jax.Array:
         return self.code_embedding(inputs).astype(jnp.float32)
 
-    def _logits(self, x: jax.Array, condition: Condition) -> jax.Array:
-        x = modulate(x, condition.head[:, 0], condition.head[:, 1]).astype(self.dtype)
-        return self.head(x).astype(jnp.float32)
+    def _logits(self, x: jax.Array, scale_shift: jax.Array) -> jax.Array:
+        x = modulate(x, scale_shift[:, 0], scale_shift[:, 1]).astype(self.dtype)
+        return split(self.head(x), tensor=2).astype(jnp.float32)

@@ -1,0 +1,48 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from var_jax.transformer.config import NextScaleConfig
+from var_jax.transformer.next_scale import Blocks
+from var_jax.transformer.remat import KEPT, choose_remat, kept_bytes
+
+CONFIG = NextScaleConfig(depth=4, width=128, num_heads=4, scales=(1, 2, 3, 4))
+HALF = jnp.dtype(jnp.bfloat16)
+
+
+def residual_bytes(policy: str) -> int:
+    """Of all blocks for one image, as differentiation keeps them; parameters and adaLN vectors aside."""
+    blocks = Blocks(CONFIG, HALF, "einsum", policy)
+    x = jnp.zeros((1, CONFIG.schedule.length, CONFIG.width))
+    six = jnp.zeros((CONFIG.depth, 1, 6, CONFIG.width))
+    params = jax.eval_shape(lambda: blocks.init(jax.random.key(0), x, six))
+
+    def kept(params, x):
+        run = lambda params, x: blocks.apply(params, x, six, train=True)[0]  # noqa: E731
+        return jax.tree.leaves(jax.vjp(run, params, x)[1])
+
+    rngs_free = jax.eval_shape(kept, params, x)
+    by_position = [leaf for leaf in rngs_free if CONFIG.schedule.length in leaf.shape]
+    return sum(np.prod(leaf.shape) * leaf.dtype.itemsize for leaf in by_position)
+
+
+@pytest.mark.parametrize("policy", [name for name in KEPT if name != "none"])
+def test_policies_keep_what_the_table_says(policy):
+    heads = 4 * CONFIG.num_heads * CONFIG.schedule.length * CONFIG.depth  # log-sum-exp, of a kernel only
+    assert residual_bytes(policy) == kept_bytes(CONFIG, policy, 2, True) - heads
+
+
+def test_without_a_policy_nearly_everything_is_kept():
+    assert 0.8 < residual_bytes("none") / kept_bytes(CONFIG, "none", 2, True) < 1.2
+
+
+def test_auto_takes_the_fastest_that_fits():
+    sizes = {policy: kept_bytes(CONFIG, policy, 2, False) for policy in KEPT}
+    assert list(sizes.values()) == sorted(sizes.values(), reverse=True)
+    for policy, size in sizes.items():
+        assert choose_remat(CONFIG, "auto", 3, 3 * size, 2, False) == policy
+    assert choose_remat(CONFIG, "auto", 3, 0, 2, False) == "full"
+    assert choose_remat(CONFIG, "mlp", 3, 0, 2, False) == "mlp"
+    with pytest.raises(ValueError, match="one of auto, none, mlp, flat_qkv, full; found 'some'"):
+        choose_remat(CONFIG, "some", 3, 0, 2, False)
