@@ -22,8 +22,10 @@ def residual_bytes(policy: str) -> int:
         run = lambda params, x: blocks.apply(params, x, six, train=True)[0]  # noqa: E731
         return jax.tree.leaves(jax.vjp(run, params, x)[1])
 
-    rngs_free = jax.eval_shape(kept, params, x)
-    by_position = [leaf for leaf in rngs_free if CONFIG.schedule.length in leaf.shape]
+    leaves = jax.eval_shape(kept, params, x)
+    by_position = [
+        leaf for leaf in leaves if CONFIG.schedule.length in leaf.shape and leaf.ndim > 2
+    ]  # no mask
     return sum(np.prod(leaf.shape) * leaf.dtype.itemsize for leaf in by_position)
 
 
