@@ -34,6 +34,17 @@ def split(x: jax.Array, tensor: int | None = None) -> jax.Array:
     return x if spec is None else jax.lax.with_sharding_constraint(x, spec)
 
 
+def gathered(table: jax.Array) -> jax.Array:
+    """A small parameter, whole on every device, to look rows up in without moving what asks for them."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return table if mesh.empty or mesh.size == 1 else jax.lax.with_sharding_constraint(table, P())
+
+
+def tensor_shards() -> int:
+    """Size of the mesh axis TENSOR of the mesh that is set; 1 without one."""
+    return dict(jax.sharding.get_abstract_mesh().shape).get(TENSOR, 1)
+
+
 def on_each_device(kernel: Callable, *arrays: jax.Array, tensor: int) -> jax.Array:
     """A kernel, which XLA cannot partition, of arrays split as `split` does, every device on its own part."""
     spec = activation_spec(arrays[0].shape, tensor)

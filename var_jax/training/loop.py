@@ -22,7 +22,7 @@ from var_jax.training import checkpoint
 from var_jax.training.fine_tune import Given
 from var_jax.training.logging import Log, draw_curves
 from var_jax.training.optimizer import schedules
-from var_jax.training.sharding import check_batch, global_batch, make_mesh, replicated
+from var_jax.training.sharding import check_batch, global_batch, make_mesh, on_mesh, replicated
 from var_jax.training.state import count_parameters, create_state
 from var_jax.training.task import Task
 
@@ -118,13 +118,15 @@ def train(
     rate, decay = schedules(cfg, steps)
     frozen = jax.device_put(task.frozen, replicated(mesh))
 
+    step_on_mesh = on_mesh(task.train_step, mesh)
+
     @partial(jax.jit, donate_argnums=0, out_shardings=(shardings, replicated(mesh)))
     def train_step(state, frozen, batch, step_key):  # an argument, so that all seeds share a program
         now = {"learning_rate": rate(state.step), "weight_decay": decay(state.step)}
-        state, metrics = task.train_step(state, frozen, batch, jax.random.fold_in(step_key, state.step))
+        state, metrics = step_on_mesh(state, frozen, batch, jax.random.fold_in(step_key, state.step))
         return state, metrics | now
 
-    eval_step = jax.jit(task.eval_step, out_shardings=replicated(mesh))
+    eval_step = jax.jit(on_mesh(task.eval_step, mesh), out_shardings=replicated(mesh))
 
     # ------------------------------------------------------------------ input
     source, held_out = data

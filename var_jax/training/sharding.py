@@ -4,21 +4,26 @@ Mesh axes: `data` (replicas), `fsdp` (parameters split, gathered for use), `tens
 split).  Batches are split over `data` and `fsdp`.
 """
 
+from collections.abc import Callable
+from functools import wraps
+
 import flax.linen as nn
 import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-MESH_AXES = ("data", "fsdp", "tensor")
+from var_jax.partition import TENSOR
+
 BATCH_AXES = ("data", "fsdp")
+MESH_AXES = (*BATCH_AXES, TENSOR)
 
 RULES = {
     "layers": None,
     "embed": "fsdp",
-    "heads": "tensor",
-    "mlp": "tensor",
-    "codes": "tensor",
+    "heads": TENSOR,
+    "mlp": TENSOR,
+    "codes": TENSOR,
     "code_dim": None,
     "conv_height": None,
     "conv_width": None,
@@ -101,3 +106,14 @@ def global_batch(batch: dict, mesh: Mesh) -> dict:
     """This process's part of a batch (numpy) -> global arrays on the devices."""
     sharding = batch_sharding(mesh)
     return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x), batch)
+
+
+def on_mesh(function: Callable, mesh: Mesh) -> Callable:
+    """A function for `jit` whose activations are split over a mesh (see `var_jax/partition.py`)."""
+
+    @wraps(function)
+    def traced(*args):
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            return function(*args)
+
+    return traced

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
-from var_jax.partition import split
+from var_jax.partition import split, tensor_shards
 from var_jax.transformer.attention import attend, normalize_qk
 from var_jax.transformer.cache import KVCache
 from var_jax.transformer.config import NextScaleConfig
@@ -38,15 +38,16 @@ def modulate(x: jax.Array, scale: jax.Array, shift: jax.Array) -> jax.Array:
 
 
 def dense(
-    features: int, axes: tuple[str | None, str], init, dtype, name: str | None, use_bias: bool = True
+    features: int, axes: tuple[str | None, str], init, dtype, name: str | None, use_bias=True, product=None
 ) -> nn.Dense:
-    """A linear layer whose parameters carry logical axis names."""
+    """A linear layer whose parameters carry logical axis names; `product` in place of `dot_general`."""
     return nn.Dense(
         features,
         use_bias=use_bias,
         dtype=dtype,
         kernel_init=nn.with_logical_partitioning(init, axes),
         bias_init=nn.with_logical_partitioning(nn.initializers.zeros_init(), axes[1:]),
+        dot_general=product,
         name=name,
     )
 
@@ -63,7 +64,7 @@ class Modulation(nn.Module):
         cfg = self.config
         init = adaln_init(cfg.width, cfg.gamma_init)
         six = dense(6 * cfg.width, ("embed", "mlp"), init, self.dtype, "adaln")(condition)
-        return condition, six.reshape(-1, 6, cfg.width).astype(jnp.float32)
+        return condition, split(six.reshape(-1, 6, cfg.width)).astype(jnp.float32)
 
 
 class SelfAttention(nn.Module):
@@ -79,12 +80,7 @@ class SelfAttention(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, layer: jax.Array, cache: KVCache | None):
         cfg, (b, n, d) = self.config, x.shape
-        bias = nn.with_logical_partitioning(nn.initializers.zeros_init(), ("heads",))
-        q_bias, v_bias = self.param("q_bias", bias, (d,)), self.param("v_bias", bias, (d,))
-        qkv = dense(3 * d, ("embed", "heads"), normal(d), self.dtype, "qkv", use_bias=False)(x)
-        qkv = qkv + jnp.concatenate([q_bias, jnp.zeros_like(q_bias), v_bias]).astype(self.dtype)
-        qkv = checkpoint_name(qkv, "qkv")
-        q, k, v = (t.reshape(b, n, cfg.num_heads, cfg.head_dim) for t in jnp.split(qkv, 3, axis=-1))
+        q, k, v = self._qkv(x)
         scale = 0.25 / math.sqrt(cfg.head_dim)
         if cfg.normalized_attention:
             init = nn.with_logical_partitioning(nn.initializers.constant(math.log(4)), (None,))
@@ -98,6 +94,23 @@ class SelfAttention(nn.Module):
         y = attend(q, k, v, scale, mask, self.attention).reshape(b, n, d)
         out_init = normal(d, 1 / math.sqrt(2 * cfg.depth))
         return dense(d, ("heads", "embed"), out_init, self.dtype, "proj")(y), cache
+
+    def _qkv(self, x: jax.Array) -> list[jax.Array]:
+        """x [B, n, D] -> queries, keys and values, each [B, n, N, H], heads split over the axis `tensor`."""
+        cfg, (b, n, d) = self.config, x.shape
+        init = nn.with_logical_partitioning(nn.initializers.zeros_init(), ("heads",))
+        q_bias, v_bias = self.param("q_bias", init, (d,)), self.param("v_bias", init, (d,))
+        bias = jnp.concatenate([q_bias, jnp.zeros_like(q_bias), v_bias]).astype(self.dtype)
+        # Each device's queries, keys and values side by side, so that no activation moves for its heads.
+        shards = tensor_shards() if cfg.num_heads % tensor_shards() == 0 else 1
+        beside = lambda w: jnp.moveaxis(w.reshape(-1, 3, shards, d // shards), 1, 2).reshape(-1, 3 * d)  # noqa: E731
+        product = lambda x, kernel, *args, **kwargs: jax.lax.dot_general(x, beside(kernel), *args, **kwargs)  # noqa: E731
+        layer = dense(
+            3 * d, ("embed", "heads"), normal(d), self.dtype, "qkv", use_bias=False, product=product
+        )
+        qkv = split(layer(x) + beside(bias)[0], tensor=2)
+        qkv = checkpoint_name(qkv, "qkv").reshape(b, n, shards, 3, -1, cfg.head_dim)
+        return [qkv[:, :, :, i].reshape(b, n, cfg.num_heads, cfg.head_dim) for i in range(3)]
 
 
 class MLP(nn.Module):

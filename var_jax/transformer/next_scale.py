@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from var_jax.partition import split
+from var_jax.partition import gathered, split
 from var_jax.transformer.block import Block, Modulation, dense, modulate, normal
 from var_jax.transformer.cache import KVCache
 from var_jax.transformer.config import NextScaleConfig
@@ -151,20 +151,20 @@ class NextScale(nn.Module):
             labels = jnp.where(dropped, self.config.num_classes, labels)
         condition = self.condition(labels)
         x = jnp.concatenate([self._start(condition), self._embed(inputs)], axis=1)
-        x = split(x + self.level_embedding[scales.levels] + self.position_embedding)
+        x = split(x + gathered(self.level_embedding)[scales.levels] + self.position_embedding)
         x, _ = self.blocks(x, condition.blocks, train=train)
         return x, condition
 
     def condition(self, labels: jax.Array) -> Condition:
         """Labels int32 [B] -> all adaLN vectors."""
-        cfg, embedded = self.config, self.class_embedding[labels]
+        cfg, embedded = self.config, split(gathered(self.class_embedding)[labels])
         active = nn.silu(embedded)
         if cfg.shared_adaln:
-            six = self.shared_adaln(active).reshape(-1, 6, cfg.width).astype(jnp.float32)
+            six = split(self.shared_adaln(active).reshape(-1, 6, cfg.width)).astype(jnp.float32)
             blocks = self.adaln_offset[:, None] + six
         else:
             _, blocks = self.adaln(active, None)
-        head = self.head_adaln(active).reshape(-1, 2, cfg.width).astype(jnp.float32)
+        head = split(self.head_adaln(active).reshape(-1, 2, cfg.width)).astype(jnp.float32)
         return Condition(embedded, blocks, head)
 
     def empty_cache(self, batch: int) -> KVCache:
