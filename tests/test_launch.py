@@ -1,0 +1,248 @@
+"""The scripts that launch training: linted, run dry, and run against stand-ins for gcloud and SLURM."""
+
+import math
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tests.conftest import REPOSITORY
+
+LAUNCH = REPOSITORY / "launch"
+SLICE = {"BUCKET": "a-bucket", "EVERY": "0", "NAME": "pod", "ZONE": "z", "ACCELERATOR": "v5litepod-16"}
+
+# Answers from files, and writes down what it was asked.
+GCLOUD = """#!/bin/bash
+printf '%s\\n' "${*//$'\\n'/ }" >> "$FAKE/asked"
+case "$*" in
+  *"queued-resources list"*) [[ ! -e $FAKE/no_network ]] && { [[ -e $FAKE/state ]] && echo pod || true; } ;;
+  *"queued-resources describe"*) cat "$FAKE/state" ;;
+  *"queued-resources delete"*) rm "$FAKE/state" ;;
+  *"queued-resources create"*) echo ACTIVE > "$FAKE/state" ;;
+  *"echo running; elif"*) cat "$FAKE/hosts" && cat "$FAKE/next" > "$FAKE/hosts" ;;
+esac
+"""
+
+
+def tpu_vm(*arguments, path: Path | None = None, **environment) -> subprocess.CompletedProcess:
+    environment = {**os.environ, **SLICE, **environment}
+    if path:
+        environment |= {"PATH": f"{path}:{os.environ['PATH']}", "FAKE": str(path)}
+    command = [LAUNCH / "tpu_vm.sh", *arguments]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+
+
+@pytest.fixture
+def gcloud(tmp_path):
+    """Folder of a stand-in for gcloud that knows no slice."""
+    (tmp_path / "gcloud").write_text(GCLOUD)
+    (tmp_path / "git").write_text("#!/bin/bash\n")
+    for name in ("gcloud", "git"):
+        (tmp_path / name).chmod(0o755)
+    (tmp_path / "asked").touch()
+    return tmp_path
+
+
+def asked(folder: Path) -> list[str]:
+    """What the stand-in was told to do, a word or two each; questions left out."""
+    kinds = {
+        "resources create": "create",
+        "resources delete": "delete",
+        "vm scp": "copy",
+        "uv venv": "install",
+    }
+    kinds |= {"train.py": "run"}
+    lines = (folder / "asked").read_text().splitlines()
+    return [name for line in lines for part, name in kinds.items() if part in line]
+
+
+@pytest.mark.parametrize("script", ["tpu_vm.sh", "slurm.sh"])
+def test_shellcheck_finds_nothing(script):
+    linter = Path(sys.executable).parent / "shellcheck"
+    done = subprocess.run([linter, LAUNCH / script], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+
+
+@pytest.mark.parametrize(
+    ("subcommand", "commands"),
+    [
+        (
+            "create",
+            [r"queued-resources create pod --node-id=pod --zone=z --accelerator-type=v5litepod-16 .*--spot"],
+        ),
+        (
+            "install",
+            [r"^git archive", r"tpu-vm scp \S+ pod: --zone=z --worker=all", r"ssh pod .*gcsfuse.*a-bucket"],
+        ),
+        ("run", [r"tpu-vm ssh pod --zone=z --worker=all .*train\.py.*var\.py:d16.*workdir="]),
+        ("status", [r"describe pod", r"ssh pod --zone=z --worker=all .*train\.rc"]),
+        ("logs", [r"ssh pod --zone=z --worker=3 .*tail"]),
+        (
+            "resume",
+            [r"describe pod", r"resources create", r"^git archive", r"vm scp", r"uv.*venv", r"train\.py"],
+        ),
+        (
+            "watch",
+            [r"describe pod", r"resources create", r"^git archive", r"vm scp", r"uv.*venv", r"train\.py"],
+        ),
+        ("delete", [r"queued-resources delete pod --zone=z --force --quiet"]),
+    ],
+)
+def test_dry_run_prints_every_command_and_runs_none(gcloud, subcommand, commands):
+    done = tpu_vm(subcommand, path=gcloud, DRY_RUN="1", WORKER="3")
+    assert done.returncode == 0, done.stderr
+    printed = [line for line in done.stdout.splitlines() if line.startswith(("gcloud", "git"))]
+    assert len(printed) == len(commands)
+    for line, pattern in zip(printed, commands, strict=True):
+        assert re.search(pattern, line)
+        assert shlex.split(line.replace("$'", "'"))[0] in ("gcloud", "git")
+    assert not (gcloud / "asked").read_text()
+
+
+def test_on_demand_and_flags_of_your_own(gcloud):
+    assert "--spot" not in tpu_vm("create", DRY_RUN="1", SPOT="0").stdout
+    assert "digits.py" in tpu_vm("run", DRY_RUN="1", TRAIN_FLAGS="--config=configs/digits.py").stdout
+
+
+def test_without_a_bucket_or_with_an_unknown_word_it_says_so():
+    assert "BUCKET" in tpu_vm("create", BUCKET="").stderr
+    done = tpu_vm("reboot")
+    assert done.returncode == 2 and "unknown subcommand 'reboot'" in done.stderr and "resume" in done.stderr
+
+
+def test_watch_runs_again_recreates_what_was_preempted_and_ends_when_done(gcloud):
+    (gcloud / "state").write_text("SUSPENDED\n")
+    (gcloud / "hosts").write_text("running\nfinished 1\n")
+    (gcloud / "next").write_text("idle\nfinished 1\n")
+    watching = subprocess.Popen(
+        [LAUNCH / "tpu_vm.sh", "watch"],
+        env={
+            **os.environ,
+            **SLICE,
+            "EVERY": "0.1",
+            "PATH": f"{gcloud}:{os.environ['PATH']}",
+            "FAKE": str(gcloud),
+        },
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    made_anew = ["delete", "create", "copy", "install", "run"]
+    wait_until(lambda: asked(gcloud)[:6] == [*made_anew, "run"])  # the second since all hosts had stopped
+    (gcloud / "next").write_text("finished 0\nfinished 0\n")
+    _, said = watching.communicate(timeout=30)
+    assert watching.returncode == 0 and "training is done" in said
+    assert "pod is SUSPENDED: making it anew" in said
+    assert set(asked(gcloud)[6:]) <= {"run"}
+
+
+def wait_until(happened):
+    deadline = time.monotonic() + 30
+    while not happened():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def test_watch_gives_up_on_what_fails_soon_after_each_start(gcloud):
+    (gcloud / "state").write_text("ACTIVE\n")
+    for name in ("hosts", "next"):
+        (gcloud / name).write_text("finished 1\n")
+    done = tpu_vm("watch", path=gcloud, MAX_FAILURES="3")
+    assert done.returncode == 1 and "training ended 3 times soon after its start" in done.stderr
+    assert asked(gcloud) == ["run"] * 3
+
+
+def test_trouble_on_the_network_is_not_taken_for_a_lost_slice(gcloud):
+    (gcloud / "no_network").touch()
+    assert tpu_vm("resume", path=gcloud).returncode != 0
+    assert asked(gcloud) == []
+
+
+def test_the_command_of_run_starts_training_once_and_keeps_its_exit_code(tmp_path):
+    """What is sent to the hosts, in a home of its own."""
+    (tmp_path / "var_jax").mkdir()
+    (tmp_path / "venv" / "bin").mkdir(parents=True)
+    python = tmp_path / "venv" / "bin" / "python"
+    python.write_text('#!/bin/bash\necho "$@" >> ~/said; sleep 0.5; exit 3\n')
+    python.chmod(0o755)
+    (tmp_path / "gcloud").write_text('#!/bin/bash\nfor word; do :; done\nexec bash -c "${word#--command=}"\n')
+    (tmp_path / "gcloud").chmod(0o755)
+    home = {"HOME": str(tmp_path), "TRAIN_FLAGS": "--workdir=$HOME/gcs/run"}
+    for _ in range(2):
+        subprocess.run(
+            [LAUNCH / "tpu_vm.sh", "run"],
+            env={**os.environ, **SLICE, **home, "PATH": f"{tmp_path}:{os.environ['PATH']}"},
+            check=True,
+        )
+    assert (tmp_path / "said").read_text() == f"train.py --workdir={tmp_path}/gcs/run\n" * 2
+    assert (tmp_path / "train.rc").read_text() == "3\n"
+
+
+@pytest.mark.parametrize(("code", "requeued"), [(1, True), (0, False)])
+def test_slurm_hands_sigterm_to_python_waits_for_it_and_requeues(tmp_path, code, requeued):
+    fakes = {
+        "srun": 'touch "$FAKE/started"; until test -e "$FAKE/term"; do sleep 0.05; done; '
+        f'sleep 0.3; touch "$FAKE/saved"; exit {code}',
+        "scancel": 'echo "$@" > "$FAKE/cancelled"; touch "$FAKE/term"',
+        "scontrol": 'test -e "$FAKE/saved" && echo "$@" > "$FAKE/requeued"',
+    }
+    for name, body in fakes.items():
+        (tmp_path / name).write_text(f"#!/bin/bash\n{body}\n")
+        (tmp_path / name).chmod(0o755)
+    environment = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "FAKE": str(tmp_path)}
+    job = subprocess.Popen([LAUNCH / "slurm.sh", "--config=c"], env={**environment, "SLURM_JOB_ID": "17"})
+    wait_until((tmp_path / "started").exists)
+    job.send_signal(signal.SIGTERM)
+    assert job.wait(timeout=20) == code
+    assert (tmp_path / "cancelled").read_text() == "--signal=TERM 17\n"
+    assert (tmp_path / "saved").exists()
+    assert (tmp_path / "requeued").exists() == requeued
+    if requeued:
+        assert (tmp_path / "requeued").read_text() == "requeue 17\n"
+
+
+def test_slurm_asks_for_a_process_a_gpu_and_a_warning_to_the_shell():
+    asked = dict(re.findall(r"^#SBATCH --([\w-]+)=?(.*)$", (LAUNCH / "slurm.sh").read_text(), re.MULTILINE))
+    assert asked["ntasks-per-node"] == asked["gpus-per-node"]  # as JAX's detection wants it
+    assert asked["signal"] == "B:TERM@120" and "requeue" in asked and "gpus-per-task" not in asked
+
+
+def test_the_jobset_has_a_pod_for_each_host_of_the_topology():
+    jobset = yaml.safe_load((LAUNCH / "gke_jobset.yaml").read_text())
+    assert (jobset["apiVersion"], jobset["kind"]) == ("jobset.x-k8s.io/v1alpha2", "JobSet")
+    (replicated,) = jobset["spec"]["replicatedJobs"]
+    job = replicated["template"]["spec"]
+    pod = job["template"]["spec"]
+    (container,) = pod["containers"]
+    chips_of_a_host = container["resources"]["limits"]["google.com/tpu"]
+    assert container["resources"]["requests"] == container["resources"]["limits"]
+    sides = [int(n) for n in pod["nodeSelector"]["cloud.google.com/gke-tpu-topology"].split("x")]
+    dimensions = {"tpu-v5-lite-podslice": 2, "tpu-v6e-slice": 2, "tpu-v5p-slice": 3, "tpu-v4-podslice": 3}
+    assert len(sides) == dimensions[pod["nodeSelector"]["cloud.google.com/gke-tpu-accelerator"]]
+    assert job["parallelism"] == job["completions"] == math.prod(sides) // chips_of_a_host == 4
+    assert job["completionMode"] == "Indexed"
+
+
+def test_the_jobset_restarts_together_and_preemptions_are_free():
+    spec = yaml.safe_load((LAUNCH / "gke_jobset.yaml").read_text())["spec"]
+    job = spec["replicatedJobs"][0]["template"]["spec"]
+    pod = job["template"]["spec"]
+    assert job["backoffLimit"] == 0 and pod["restartPolicy"] == "Never"
+    (rule,) = job["podFailurePolicy"]["rules"]
+    assert rule == {"action": "FailJob", "onPodConditions": [{"type": "DisruptionTarget", "status": "True"}]}
+    (rule,) = spec["failurePolicy"]["rules"]
+    assert rule["onJobFailureReasons"] == ["PodFailurePolicy"] and spec["failurePolicy"]["maxRestarts"] > 0
+    assert rule["action"] == "RestartJobSetAndIgnoreMaxRestarts"
+    (container,) = pod["containers"]
+    assert container["command"] == ["python", "train.py"]  # SIGTERM reaches python
+    config = next(a for a in container["args"] if a.startswith("--config=")).split("=")[1]
+    assert (REPOSITORY / config.split(":")[0]).exists()
+    mounted = {mount["name"]: mount["mountPath"] for mount in container["volumeMounts"]}
+    assert mounted == {volume["name"]: "/gcs" for volume in pod["volumes"]}
+    assert all("=/gcs/" in a for a in container["args"] if not a.startswith("--config="))

@@ -1,0 +1,245 @@
+"""How the training step scales over devices: images/s, step time, MFU and efficiency on 1, 2, 4, ... of them.
+
+    python -m var_jax.benchmarks.scaling --config=configs/var.py:d16 --config.train.batch=256 --out=scaling
+    python -m var_jax.benchmarks.scaling --config=configs/var.py:d16 --config.train.batch=256 \\
+        --batch_per_device=32 --out=host8                              # one run a slice, ...
+    python -m var_jax.benchmarks.scaling --merge=host1,host4,host8 --out=all   # ... and their pictures in one
+
+Times the step of the stage next_scale of a config as `train.py` runs it (state sharded as config.train.mesh
+says, next step handed over while the device works), on random tokens: speed does not depend on them, and
+input, encoder, checkpoints are not measured.  Weak scaling keeps the batch of a device; strong scaling keeps
+the global batch, config.train.batch; on the most devices both are the same step.  Efficiency is images/s a
+device, over that on the fewest devices.
+
+All processes take part (flags as of sample.py), process 0 prints a table and one JSON line, and writes
+scaling.json and scaling.png under --out.  Every process has to have devices in every mesh, so the numbers of
+devices are multiples of the number of processes; for fewer, start fewer processes and --merge the runs.
+"""
+
+import dataclasses
+import json
+import sys
+import time
+from functools import partial
+from pathlib import Path
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import app, flags
+from jax.sharding import Mesh
+from ml_collections import ConfigDict, config_flags
+
+from var_jax import command_line
+from var_jax.benchmarks.scaling_report import MODES, draw, merge, table, with_efficiency, with_rates
+from var_jax.tokenizer.config import TokenizerConfig
+from var_jax.tokenizer.model import Tokenizer
+from var_jax.training.logging import peak_flops
+from var_jax.training.next_scale_task import NextScaleTask
+from var_jax.training.sharding import batch_sharding, check_batch, make_mesh, replicated
+from var_jax.training.state import count_parameters, create_state
+from var_jax.training.task import compute_dtype, model_config
+
+FLAGS = flags.FLAGS
+CLASSES = 1000
+WARM_UP = 2  # steps before those that are timed
+FAKE = "CPU devices share the same cores: efficiencies mean nothing here"
+
+
+@dataclasses.dataclass(frozen=True)
+class Point:
+    """One thing to measure: a number of devices and the global batch on them."""
+
+    mode: str
+    devices: int
+    batch: int
+
+
+def default_counts(devices: int, processes: int) -> list[int]:
+    """Every process with 1, 2, 4, ... of its devices, and all."""
+    each = devices // processes
+    return [processes * n for n in sorted({1 << i for i in range(each.bit_length())} | {each})]
+
+
+def plan(counts: list[int], modes: list[str], batch: int, batch_per_device: int | None) -> list[Point]:
+    """What to measure.
+
+    Args:
+      counts: numbers of devices.
+      modes: of MODES.
+      batch: global batch of strong scaling.
+      batch_per_device: of weak scaling; None for what it is in strong scaling on the most devices.
+    """
+    each = batch_per_device or max(batch // max(counts), 1)
+    batches = {"weak": lambda n: n * each, "strong": lambda n: batch}
+    return [Point(mode, n, batches[mode](n)) for mode in modes for n in sorted(counts)]
+
+
+def subset(count: int) -> list[jax.Device]:
+    """So many devices, equally many of each process.
+
+    Raises:
+      ValueError: where that cannot be.
+    """
+    processes, there = jax.process_count(), jax.device_count()
+    if not 0 < count <= there or count % processes:
+        raise ValueError(
+            f"--devices={count}: must be at most the {there} devices there are, and a multiple of the "
+            f"{processes} processes, which all need devices; for fewer, start fewer processes and --merge"
+        )
+    return [
+        device
+        for i in range(processes)
+        for device in jax.local_devices(process_index=i)[: count // processes]
+    ]
+
+
+def make_task(config: ConfigDict) -> NextScaleTask:
+    """The task of a config's next_scale stage; its tokenizer has random weights.
+
+    Raises:
+      ValueError: where the config has no such stage.
+    """
+    stages = [config] if "task" in config else [config[name] for name in config.stages]
+    by_task = {stage.task: stage for stage in stages}
+    if "next_scale" not in by_task:
+        raise ValueError(f"scaling is measured of a stage next_scale; the config has {', '.join(by_task)}")
+    stage = by_task["next_scale"]
+    if "tokenizer" in by_task:
+        tokenizer = model_config(TokenizerConfig, by_task["tokenizer"].model)
+    else:
+        tokenizer = TokenizerConfig(**({"scales": stage.scales} if stage.scales else {}))
+    module = Tokenizer(tokenizer, compute_dtype(stage.train.dtype))
+    return NextScaleTask(stage, WARM_UP + FLAGS.steps, module, {}, CLASSES)
+
+
+def random_inputs(task: NextScaleTask, batch: int, mesh: Mesh) -> tuple[dict, dict]:
+    """What `train_step` reads beside the state: the quantizer's parameters, and a global batch of tokens."""
+    rng, side = np.random.default_rng(0), task.image_size
+    make = partial(task.tokenizer.init, images=jnp.zeros((1, side, side, 3)))
+    shapes = nn.meta.unbox(jax.eval_shape(make, jax.random.key(0))["params"]["quantizer"])
+    draw = lambda leaf: rng.standard_normal(leaf.shape).astype(leaf.dtype)  # noqa: E731
+    tokens = rng.integers(0, task.config.num_codes, (batch, task.config.schedule.length), np.int32)
+    labels = rng.integers(0, CLASSES, batch, np.int32)
+
+    def split(array):  # every process has drawn all of it, and keeps its part
+        return jax.make_array_from_callback(array.shape, batch_sharding(mesh), lambda part: array[part])
+
+    frozen = {"tokenizer": {"quantizer": jax.device_put(jax.tree.map(draw, shapes), replicated(mesh))}}
+    return frozen, {"tokens": split(tokens), "label": split(labels)}
+
+
+def time_step(task: NextScaleTask, batch: int, mesh: Mesh, steps: int) -> dict[str, float]:
+    """Compiles the training step and takes its time.
+
+    Returns:
+      compile_s, and the median of `seconds` from step to step.
+    """
+    use_ema = task.stage.train.ema > 0
+    make_state, abstract = create_state(task.init, task.optimizer, use_ema, jax.random.key(2), mesh)
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
+    step = jax.jit(task.train_step, donate_argnums=0, out_shardings=(shardings, replicated(mesh)))
+    state, inputs, key = make_state(), random_inputs(task, batch, mesh), jax.random.key(3)
+    start = time.perf_counter()
+    step = step.lower(state, *inputs, key).compile()
+    compile_s, before, ticks = time.perf_counter() - start, None, []
+    for _ in range(WARM_UP + steps):
+        state, metrics = step(state, *inputs, key)
+        jax.block_until_ready(before)  # of the step before, while the device works on this one
+        before = metrics
+        ticks.append(time.perf_counter())
+    jax.block_until_ready(before)
+    ticks.append(time.perf_counter())
+    return {"compile_s": compile_s, "seconds": float(np.median(np.diff(ticks)[WARM_UP:]))}
+
+
+def measure(task: NextScaleTask, points: list[Point], meshes: dict[int, Mesh], steps: int) -> list[dict]:
+    """A row for each point; where a step does not fit the memory, without its time."""
+    rows, timed = [], {}
+    for point in points:
+        same = (point.devices, point.batch)
+        if same not in timed:
+            try:
+                timed[same] = time_step(task, point.batch, meshes[point.devices], steps)
+            except jax.errors.JaxRuntimeError as error:
+                if "RESOURCE_EXHAUSTED" not in str(error):
+                    raise
+                timed[same] = {"compile_s": None, "seconds": None}
+        how = {"processes": jax.process_count(), "steps": steps}
+        rows.append(dataclasses.asdict(point) | how | timed[same])
+    return rows
+
+
+def asked() -> tuple[NextScaleTask, list[Point], dict[int, Mesh]]:
+    """What the flags ask for, and the mesh of each number of devices.
+
+    Raises:
+      ValueError: where devices, mesh and batch do not fit each other, or the config makes no model.
+    """
+    task = make_task(FLAGS.config)
+    cfg, counts = task.stage.train, default_counts(jax.device_count(), jax.process_count())
+    if FLAGS.devices is not None:
+        counts = sorted(set(command_line.numbers("devices", int)))
+    meshes = {n: make_mesh(**cfg.mesh, devices=subset(n)) for n in counts}
+    points = plan(counts, FLAGS.modes, cfg.batch, FLAGS.batch_per_device)
+    for point in points:
+        check_batch(point.batch, meshes[point.devices], cfg.accumulate)
+    return task, points, meshes
+
+
+def measured(task: NextScaleTask, points: list[Point], meshes: dict[int, Mesh]) -> dict:
+    """The run, as it is written."""
+    device, rows = jax.local_devices()[0], measure(task, points, meshes, FLAGS.steps)
+    rows = with_rates(rows, task.flops_per_image(), peak_flops(device))
+    return {
+        "config": config_flags.get_config_filename(FLAGS["config"]),
+        "device": device.device_kind,
+        "dtype": jnp.dtype(task.model.dtype).name,
+        "parameters": count_parameters(jax.eval_shape(lambda: task.init(jax.random.key(0))[0])),
+        "note": FAKE if device.platform == "cpu" else "",
+        "rows": with_efficiency(rows),
+    }
+
+
+def main(argv):
+    if len(argv) > 1:
+        raise app.UsageError(f"unknown arguments {argv[1:]}")
+    if bool(FLAGS.config) == bool(FLAGS.merge):
+        raise app.UsageError("give --config of what to measure, or --merge of what was")
+    command_line.start()
+    command_line.join_hosts()
+    try:
+        if FLAGS.merge:
+            run = merge([json.loads((Path(folder) / "scaling.json").read_text()) for folder in FLAGS.merge])
+        else:
+            job = asked()
+    except (FileNotFoundError, ValueError) as error:  # the message names the flag, field or file
+        sys.exit(f"scaling: {error}")
+    if not FLAGS.merge:
+        run = measured(*job)
+    if jax.process_index() == 0:
+        report(run, Path(FLAGS.out))
+
+
+def report(run: dict, out: Path) -> None:
+    """Prints and writes a run."""
+    print(table(run))
+    print(json.dumps({"what": "scaling", **run}))
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "scaling.json").write_text(json.dumps(run, indent=1) + "\n")
+    draw(run, out / "scaling.png")
+
+
+if __name__ == "__main__":
+    config_flags.DEFINE_config_file("config", help_string="What to measure, e.g. configs/var.py:d16")
+    flags.DEFINE_list("devices", None, "Numbers of devices; by default 1, 2, 4, ... of each process, and all")
+    flags.DEFINE_multi_enum("modes", list(MODES), MODES, "Of scaling; give it twice for both")
+    flags.DEFINE_integer(
+        "batch_per_device", None, "Of weak scaling; by default of config.train.batch", lower_bound=1
+    )
+    flags.DEFINE_integer("steps", 10, "Timed at each point", lower_bound=1)
+    flags.DEFINE_list("merge", None, "Directories of earlier runs to put into one, in place of measuring")
+    flags.DEFINE_string("out", None, "Where scaling.json and scaling.png go", required=True)
+    command_line.define_host_flags()
+    app.run(main)
