@@ -1,8 +1,8 @@
 """Checkpoints of a stage, by Orbax: written in the background, complete or not there at all.
 
-One checkpoint holds four items: `params`, the parameters to sample with (the moving average where
-there is one); `state`, everything else that training goes on from; `data`, the position of the data
-iterator; `config`, what was trained.
+One checkpoint holds three items: `params`, the parameters to sample with (the moving average where
+there is one); `state`, everything else that training goes on from; `config`, what was trained.  The
+position of the data is the step.
 """
 
 import contextlib
@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
-import grain
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
@@ -28,7 +27,6 @@ def _item_handlers() -> dict:
     return {
         "params": ocp.StandardCheckpointHandler(),
         "state": ocp.StandardCheckpointHandler(),
-        "data": grain.checkpoint.CheckpointHandler(),
         "config": ocp.JsonCheckpointHandler(),
     }
 
@@ -73,9 +71,7 @@ class Checkpoints:
         """Step of the newest complete checkpoint."""
         return self._manager.latest_step()
 
-    def save(
-        self, step: int, state: TrainState, data: grain.DatasetIterator, config: dict, score: float | None
-    ):
+    def save(self, step: int, state: TrainState, config: dict, score: float | None):
         """Starts writing; returns as soon as the arrays are copied.  Less is better in `score`.
 
         Raises:
@@ -85,19 +81,16 @@ class Checkpoints:
         items = ocp.args.Composite(
             params=ocp.args.StandardSave(params),
             state=ocp.args.StandardSave(rest),
-            data=grain.checkpoint.CheckpointSave(data),
             config=ocp.args.JsonSave(config),
         )
         metrics = None if score is None else {"score": score}
         self._guard(lambda: self._manager.save(step, args=items, metrics=metrics))
 
-    def restore(self, step: int, abstract: TrainState, data: grain.DatasetIterator) -> TrainState:
-        """The state at a step, sharded as the abstract state says; moves the data iterator there."""
+    def restore(self, step: int, abstract: TrainState) -> TrainState:
+        """The state at a step, sharded as the abstract state says."""
         params, rest = _split(abstract)
         items = ocp.args.Composite(
-            params=ocp.args.StandardRestore(params),
-            state=ocp.args.StandardRestore(rest),
-            data=grain.checkpoint.CheckpointRestore(data),
+            params=ocp.args.StandardRestore(params), state=ocp.args.StandardRestore(rest)
         )
         restored = self._manager.restore(step, args=items)
         return _join(restored["params"], restored["state"], abstract)

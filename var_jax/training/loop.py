@@ -14,7 +14,7 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from var_jax.data.loader import eval_batches, train_batches
+from var_jax.data.loader import eval_batches, local_rows, train_batches
 from var_jax.data.sources import Source
 from var_jax.data.transforms import ToPixels
 from var_jax.sampling import pictures
@@ -22,7 +22,7 @@ from var_jax.training import checkpoint
 from var_jax.training.fine_tune import Given
 from var_jax.training.logging import Log, draw_curves
 from var_jax.training.optimizer import schedules
-from var_jax.training.sharding import check_batch, global_batch, make_mesh, replicated
+from var_jax.training.sharding import batch_sharding, check_batch, global_batch, make_mesh, replicated
 from var_jax.training.state import count_parameters, create_state
 from var_jax.training.task import Task
 
@@ -127,7 +127,7 @@ def train(
     if not look.tokens:
         transform = ToPixels(source.name, task.image_size, look.resize, look.flip, look.shift)
         transform_held_out = ToPixels(held_out.name, task.image_size, stage.data.resize, False)
-    batches = train_batches(source, transform, cfg.batch, stage.seed, stage.data.threads, stage.data.workers)
+    rows = local_rows(batch_sharding(mesh), cfg.batch)
 
     # ------------------------------------------------------------------ start or resume
     saved = checkpoint.Checkpoints(directory / checkpoint.FOLDER, cfg.keep)
@@ -141,10 +141,11 @@ def train(
             print(f"{task.name}: already trained for {start} steps under {directory}", flush=True)
             saved.close()
             return
-        state = saved.restore(start, abstract, batches)
+        state = saved.restore(start, abstract)
     else:
         checkpoint.check_space(directory, abstract)
         state = make_state(given)
+    batches = train_batches(source, transform, cfg.batch, stage.seed, look.threads, look.workers, start, rows)
     log = Log(directory, task.name, start, steps, cfg.batch, task.flops_per_image())
     log.say(
         f"{task.name}: {count_parameters(abstract.params):,} parameters, {source.num_images} images, "
@@ -154,7 +155,7 @@ def train(
     def evaluate() -> dict[str, float]:
         with log.pause(state.step):
             sums = {}
-            for batch in eval_batches(held_out, transform_held_out, cfg.batch, stage.data.threads):
+            for batch in eval_batches(held_out, transform_held_out, cfg.batch, look.threads, rows):
                 found = jax.device_get(eval_step(state.sampling_params, frozen, global_batch(batch, mesh)))
                 sums = jax.tree.map(np.add, sums, found) if sums else found
             return task.summarize(sums)
@@ -192,7 +193,7 @@ def train(
                 draw(step)
             if step % cfg.checkpoint_every == 0 or last or stopping:
                 with log.pause(state.step):
-                    saved.save(step, state, batches, record, score)
+                    saved.save(step, state, record, score)
             if stopping:
                 break
     saved.wait()
