@@ -21,6 +21,7 @@ from orbax.checkpoint import checkpoint_managers
 from var_jax.training.state import TrainState
 
 FOLDER = "checkpoints"
+REST = ("step", "opt_state", "extra", "skipped", "skipped_in_a_row")  # of the state, beside parameters
 
 
 def _item_handlers() -> dict:
@@ -151,7 +152,7 @@ def _from_disk(error: BaseException | None) -> bool:
 
 def _split(state: TrainState) -> tuple[dict, dict]:
     """The parameters to sample with, and the rest of the state, as plain trees."""
-    rest = {"step": state.step, "opt_state": state.opt_state, "extra": state.extra}
+    rest = {name: getattr(state, name) for name in REST}
     if state.ema is not None:
         rest["params"] = state.params
     return state.sampling_params, rest
@@ -159,7 +160,7 @@ def _split(state: TrainState) -> tuple[dict, dict]:
 
 def _join(params: dict, rest: dict, like: TrainState) -> TrainState:
     ema = None if like.ema is None else params
-    return TrainState(rest["step"], rest.get("params", params), ema, rest["opt_state"], rest["extra"])
+    return TrainState(params=rest.get("params", params), ema=ema, **{name: rest[name] for name in REST})
 
 
 def check_space(directory: Path, abstract: TrainState) -> None:

@@ -3,6 +3,7 @@
 A task (`training/task.py`) says what is trained; nothing here knows about tokenizers or transformers.
 """
 
+import contextlib
 import dataclasses
 import signal
 import threading
@@ -14,7 +15,7 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from var_jax.data.loader import eval_batches, local_rows, train_batches
+from var_jax.data.loader import batch_indices, eval_batches, local_rows, train_batches
 from var_jax.data.sources import Source
 from var_jax.data.transforms import ToPixels
 from var_jax.sampling import pictures
@@ -25,9 +26,10 @@ from var_jax.training.optimizer import schedules
 from var_jax.training.sharding import batch_sharding, check_batch, global_batch, make_mesh, replicated
 from var_jax.training.state import count_parameters, create_state
 from var_jax.training.task import Task
+from var_jax.training.watch import TrainingDiverged, Watch, is_finite, skip_if_not_finite
 
 # What may differ between the run that wrote a checkpoint and the one that goes on from it.
-FREE_TO_CHANGE = ("log_every", "eval_every", "checkpoint_every", "preview_every", "keep")
+FREE_TO_CHANGE = ("log_every", "eval_every", "checkpoint_every", "preview_every", "keep", "max_skipped")
 # What the tokens of a cache are is checked by its description, wherever it lies.
 FREE_TO_MOVE = ("stage.train.mesh", "stage.data.dir", "stage.data.tokens", "stage.data.threads")
 
@@ -100,6 +102,7 @@ def train(
     Raises:
       ValueError: on a batch that the mesh does not divide, or a checkpoint of another config.
       CheckpointNotWritten: where the disk is full.
+      TrainingDiverged: where steps are not finite any more; the last sound checkpoint is kept.
       Preempted: after SIGTERM, with everything saved.
     """
     # ------------------------------------------------------------------ mesh, state, programs
@@ -115,9 +118,11 @@ def train(
     @partial(jax.jit, donate_argnums=0, out_shardings=(shardings, replicated(mesh)))
     def train_step(state, frozen, batch, step_key):  # an argument, so that all seeds share a program
         now = {"learning_rate": rate(state.step), "weight_decay": decay(state.step)}
-        state, metrics = task.train_step(state, frozen, batch, jax.random.fold_in(step_key, state.step))
+        new, metrics = task.train_step(state, frozen, batch, jax.random.fold_in(step_key, state.step))
+        state, metrics = skip_if_not_finite(state, new, metrics)
         return state, metrics | now
 
+    finite = jax.jit(is_finite, out_shardings=replicated(mesh))
     eval_step = jax.jit(task.eval_step, out_shardings=replicated(mesh))
 
     # ------------------------------------------------------------------ input
@@ -152,6 +157,13 @@ def train(
         f"batch {cfg.batch}, steps {start}..{steps}, {jax.device_count()} x {jax.devices()[0].device_kind}"
     )
 
+    watch = Watch(
+        log,
+        cfg.log_every,
+        cfg.get("max_skipped", 20),
+        lambda step: batch_indices(len(source), cfg.batch, stage.seed, step - 1),
+    )
+
     def evaluate() -> dict[str, float]:
         with log.pause(state.step):
             sums = {}
@@ -171,11 +183,22 @@ def train(
             if log.active:
                 draw_curves(directory, workdir / f"curves_{task.name}.png", task.name)
 
+    def save(step: int, score: float | None, at_once: bool) -> None:
+        with log.pause(state.step):
+            watch.read()
+            if not finite(state):
+                raise TrainingDiverged(f"{task.name}: the state after step {step} is not finite")
+            if watch.skipping and not at_once:  # checkpoints of before push each other out
+                log.say(f"{task.name}: no checkpoint of step {step}, which was skipped")
+            else:
+                saved.save(step, state, record, score)
+
     # ------------------------------------------------------------------ the loop
-    with _termination() as stop:
+    with _last_checkpoint_named(saved), _termination() as stop:
         for step in range(start + 1, steps + 1):
             state, metrics = train_step(state, frozen, global_batch(next(batches), mesh), step_key)
             log.flush()  # of the step before, while the device works on this one
+            watch.take(step, metrics)
             log.advance(step)
             last = step == steps
             if step == start + 1:
@@ -192,8 +215,7 @@ def train(
             if step % cfg.preview_every == 0 or last:
                 draw(step)
             if step % cfg.checkpoint_every == 0 or last or stopping:
-                with log.pause(state.step):
-                    saved.save(step, state, record, score)
+                save(step, score, at_once=last or stopping)
             if stopping:
                 break
     saved.wait()
@@ -208,6 +230,21 @@ def _examples(source: Source, transform: ToPixels | None, count: int = 32) -> np
     if transform is None:
         return None
     return np.stack([transform(source[i])["image"] for i in range(min(count, source.num_records))])
+
+
+@contextlib.contextmanager
+def _last_checkpoint_named(saved: checkpoint.Checkpoints):
+    """Adds to the news that training diverged what there is to go back to."""
+    try:
+        yield
+    except TrainingDiverged as error:
+        saved.wait()
+        saved.close()
+        raise TrainingDiverged(
+            f"{error}\n  The last checkpoint under {saved.directory} is of step {saved.latest()}.\n"
+            "  Run the same command again to go on from it.  If that ends like this, look at the records\n"
+            "  named above, or start another run from it (config.init_from) with a lower learning rate."
+        ) from error
 
 
 class _termination:
