@@ -16,6 +16,7 @@ from var_jax.command_line import keep_compiled_programs
 from var_jax.data.sources import DataSetMissing
 from var_jax.data.transforms import CorruptImage
 from var_jax.training.checkpoint import CheckpointMissing, CheckpointNotWritten
+from var_jax.training.watch import TrainingDiverged
 
 CONFIG = config_flags.DEFINE_config_file("config", help_string="What to train, e.g. configs/digits.py")
 WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run: checkpoints, logs, pictures")
@@ -29,7 +30,7 @@ def main(argv):
     tfds.disable_progress_bar()
     try:
         stages.run(CONFIG.value, WORKDIR.value)
-    except (DataSetMissing, CheckpointMissing, CheckpointNotWritten, CorruptImage) as error:
+    except (DataSetMissing, CheckpointMissing, CheckpointNotWritten, CorruptImage, TrainingDiverged) as error:
         sys.exit(f"train.py: {error}")  # what to do about it stands in the message
 
 

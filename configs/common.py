@@ -50,6 +50,7 @@ def train() -> ConfigDict:
             eval_every=5000,
             preview_every=5000,
             checkpoint_every=5000,
+            max_skipped=20,  # steps in a row whose loss or gradient is not finite, before training stops
             keep=2,  # latest checkpoints kept, beside the best
         )
     )

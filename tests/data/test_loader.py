@@ -1,10 +1,11 @@
 import dataclasses
-import json
 
+import jax
 import numpy as np
 import pytest
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from var_jax.data.loader import eval_batches, train_batches
+from var_jax.data.loader import batch_indices, eval_batches, local_rows, train_batches
 from var_jax.data.sources import open_source
 from var_jax.data.transforms import CorruptImage, ToPixels
 
@@ -29,18 +30,32 @@ def test_every_epoch_has_every_image_once_in_another_order(source, transform):
     np.testing.assert_array_equal(a[np.lexsort(a.T)], b[np.lexsort(b.T)])
 
 
-def test_the_position_is_small_json_and_resumes_the_very_order(source, transform):
-    batches = train_batches(source, transform, 64, seed=1)
-    for _ in range(30):  # into the second epoch
-        next(batches)
-    state = json.loads(json.dumps(batches.get_state()))
-    rest = [next(batches) for _ in range(3)]
-    again = train_batches(source, transform, 64, seed=1)
-    again.set_state(state)
-    for want in rest:
-        got = next(again)
+@pytest.mark.parametrize("processes", [1, 2, 4])
+def test_a_batch_is_a_function_of_seed_and_step_whatever_the_processes(source, processes):
+    transform = ToPixels("digits", 8, 1.25, True, shift=1)  # all that chance can do
+    batches = train_batches(source, transform, 100, seed=1)
+    want = [next(batches) for _ in range(16)]  # into the second epoch, in the midst of a batch
+    parts = np.arange(100).reshape(processes, -1)
+    shares = [train_batches(source, transform, 100, seed=1, start=12, rows=rows) for rows in parts]
+    for step in range(12, 16):
+        got = [next(share) for share in shares]
         for name in ("image", "label"):
-            np.testing.assert_array_equal(got[name], want[name])
+            np.testing.assert_array_equal(np.concatenate([part[name] for part in got]), want[step][name])
+        indices = batch_indices(len(source), 100, 1, step)
+        assert [source[i]["label"] for i in indices] == want[step]["label"].tolist()
+
+
+def test_every_epoch_of_a_broken_run_has_every_image_once():
+    steps = [*range(5), *range(5, 15)]  # two processes until step 5, then four: nothing of it shows
+    found = np.concatenate([batch_indices(30, 4, 7, step) for step in steps])
+    assert all(sorted(epoch) == list(range(30)) for epoch in found.reshape(2, 30))
+    assert (found[:30] != found[30:]).any()
+
+
+def test_the_rows_of_a_process_are_those_of_its_devices():
+    mesh = Mesh(np.array(jax.devices()).reshape(2, 2, 2), ("data", "fsdp", "tensor"))
+    sharding = NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
+    np.testing.assert_array_equal(local_rows(sharding, 12), np.arange(12))
 
 
 def test_order_follows_the_seed(source, transform):
@@ -53,6 +68,11 @@ def test_evaluation_counts_every_image_once(digits_dir, transform):
     source = open_source("digits", "test", digits_dir)
     batches = list(eval_batches(source, transform, 100))
     assert [len(b["label"]) for b in batches] == [100] * 4
+    parts = [
+        list(eval_batches(source, transform, 100, rows=rows)) for rows in (np.arange(50), np.arange(50, 100))
+    ]
+    for whole, *halves in zip(batches, *parts, strict=True):
+        np.testing.assert_array_equal(whole["image"], np.concatenate([half["image"] for half in halves]))
     valid = np.concatenate([b["valid"] for b in batches]) > 0
     labels = np.concatenate([b["label"] for b in batches])[valid]
     assert labels.tolist() == [source[i]["label"] for i in range(len(source))]

@@ -1,7 +1,6 @@
 import json
 import pickle
 
-import jax
 import numpy as np
 import pytest
 
@@ -47,16 +46,6 @@ def test_batches_hold_every_crop_once_before_they_repeat_and_every_held_out_imag
     valid = np.concatenate([batch["valid"] for batch in batches]) > 0
     tokens = np.concatenate([batch["tokens"] for batch in batches])[valid]
     np.testing.assert_array_equal(tokens, np.stack([held_out[i]["tokens"] for i in range(355)]))
-
-
-def test_two_processes_share_a_batch(token_cache, monkeypatch):
-    train, _ = open_token_cache(token_cache)
-    whole = next(train_batches(train, None, 32, seed=1))["tokens"]
-    monkeypatch.setattr(jax, "process_count", lambda: 2)
-    for process in (0, 1):
-        monkeypatch.setattr(jax, "process_index", lambda: process)  # noqa: B023
-        part = next(train_batches(train, None, 32, seed=1))["tokens"]
-        np.testing.assert_array_equal(part, whole[process::2])
 
 
 def test_an_incomplete_cache_is_refused_with_the_command_that_finishes_it(token_cache, tmp_path):

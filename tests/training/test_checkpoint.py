@@ -8,9 +8,6 @@ import numpy as np
 import pytest
 
 from tests.training.tiny import tiny_config
-from var_jax.data.loader import train_batches
-from var_jax.data.sources import open_source
-from var_jax.data.transforms import ToPixels
 from var_jax.training.checkpoint import (
     CheckpointMissing,
     CheckpointNotWritten,
@@ -28,12 +25,6 @@ def task(digits_dir):
     return TokenizerTask(tiny_config(digits_dir).tokenizer, 6)
 
 
-@pytest.fixture
-def batches(digits_dir):
-    source = open_source("digits", "train", digits_dir)
-    return train_batches(source, ToPixels("digits", 8, 1.0, False), 16, seed=0)
-
-
 def state_on(task, mesh, use_ema=True, seed=0):
     make_state, abstract = create_state(task.init, task.optimizer, use_ema, jax.random.key(seed), mesh)
     state = make_state()
@@ -43,32 +34,28 @@ def state_on(task, mesh, use_ema=True, seed=0):
 
 
 @pytest.mark.parametrize("use_ema", [True, False])
-def test_saved_on_one_mesh_equals_restored_on_another(task, batches, tmp_path, use_ema):
+def test_saved_on_one_mesh_equals_restored_on_another(task, tmp_path, use_ema):
     state, _ = state_on(task, make_mesh(fsdp=8), use_ema)
-    next(batches)
-    position = batches.get_state()
     saved = Checkpoints(tmp_path, keep=1)
-    saved.save(3, state, batches, {"model": task.model_fields()}, score=1.0)
+    saved.save(3, state, {"model": task.model_fields()}, score=1.0)
     saved.wait()
-    next(batches)
     _, abstract = state_on(task, make_mesh(data=2, fsdp=2, tensor=2), use_ema, seed=1)
-    restored = saved.restore(3, abstract, batches)
+    restored = saved.restore(3, abstract)
     chex.assert_trees_all_equal(jax.device_get(restored), jax.device_get(state))
     got = jax.tree.map(lambda leaf: leaf.sharding, restored)
     assert got == jax.tree.map(lambda leaf: leaf.sharding, abstract)
-    assert batches.get_state() == position
     assert saved.config(3)["model"]["num_codes"] == 16
     saved.close()
     params, _ = load_params(tmp_path)
     chex.assert_trees_all_equal(jax.device_get(params), jax.device_get(state.sampling_params))
 
 
-def test_keeps_the_latest_and_the_best(task, batches, tmp_path):
+def test_keeps_the_latest_and_the_best(task, tmp_path):
     state, _ = state_on(task, make_mesh(fsdp=8))
     saved = Checkpoints(tmp_path, keep=2)
     for step, score in ((1, 5.0), (2, 1.0), (3, 4.0), (4, None), (5, 3.0)):
         at_step = state.replace(ema=jax.tree.map(lambda p: jnp.full_like(p, step), state.ema))  # noqa: B023
-        saved.save(step, at_step, batches, {"step": step}, score)
+        saved.save(step, at_step, {"step": step}, score)
         saved.wait()
     saved.close()
     assert sorted(int(p.name) for p in tmp_path.iterdir() if p.name.isdigit()) == [2, 4, 5]
@@ -88,10 +75,10 @@ def test_no_checkpoint_is_an_error_that_names_the_folder(tmp_path):
         load_params(tmp_path)
 
 
-def test_a_disk_that_fills_up_loses_nothing(task, batches, tmp_path, monkeypatch):
+def test_a_disk_that_fills_up_loses_nothing(task, tmp_path, monkeypatch):
     state, _ = state_on(task, make_mesh(fsdp=8))
     saved = Checkpoints(tmp_path, keep=2)
-    saved.save(1, state, batches, {}, None)
+    saved.save(1, state, {}, None)
     saved.wait()
 
     def full(*_, **__):
@@ -99,7 +86,7 @@ def test_a_disk_that_fills_up_loses_nothing(task, batches, tmp_path, monkeypatch
 
     monkeypatch.setattr(saved._manager, "save", full)
     with pytest.raises(CheckpointNotWritten) as error:
-        saved.save(2, state, batches, {}, None)
+        saved.save(2, state, {}, None)
     for words in (
         str(tmp_path),
         "No space left on device",

@@ -63,11 +63,10 @@ def logged(workdir, stage) -> list[dict]:
 
 
 def final_state(workdir, stage) -> dict:
-    """Everything in the last checkpoint: parameters, moving average, optimiser, counts, data position."""
+    """Everything in the last checkpoint: parameters, moving average, optimiser, counts."""
     folder = workdir / stage / "checkpoints" / str(STEPS)
     restore = lambda item: ocp.StandardCheckpointer().restore(folder / item)  # noqa: E731
-    position = json.loads(next((folder / "data").glob("process_0*.json")).read_text())
-    return {"params": restore("params"), "state": restore("state"), "position": position}
+    return {"params": restore("params"), "state": restore("state")}
 
 
 def wait_for(happened, process):

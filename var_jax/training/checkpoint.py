@@ -1,8 +1,8 @@
 """Checkpoints of a stage, by Orbax: written in the background, complete or not there at all.
 
-One checkpoint holds four items: `params`, the parameters to sample with (the moving average where
-there is one); `state`, everything else that training goes on from; `data`, the position of the data
-iterator; `config`, what was trained.
+One checkpoint holds three items: `params`, the parameters to sample with (the moving average where
+there is one); `state`, everything else that training goes on from; `config`, what was trained.  The
+position of the data is the step.
 """
 
 import contextlib
@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
-import grain
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
@@ -22,13 +21,13 @@ from orbax.checkpoint import checkpoint_managers
 from var_jax.training.state import TrainState
 
 FOLDER = "checkpoints"
+REST = ("step", "opt_state", "extra", "skipped", "skipped_in_a_row")  # of the state, beside parameters
 
 
 def _item_handlers() -> dict:
     return {
         "params": ocp.StandardCheckpointHandler(),
         "state": ocp.StandardCheckpointHandler(),
-        "data": grain.checkpoint.CheckpointHandler(),
         "config": ocp.JsonCheckpointHandler(),
     }
 
@@ -73,9 +72,7 @@ class Checkpoints:
         """Step of the newest complete checkpoint."""
         return self._manager.latest_step()
 
-    def save(
-        self, step: int, state: TrainState, data: grain.DatasetIterator, config: dict, score: float | None
-    ):
+    def save(self, step: int, state: TrainState, config: dict, score: float | None):
         """Starts writing; returns as soon as the arrays are copied.  Less is better in `score`.
 
         Raises:
@@ -85,19 +82,16 @@ class Checkpoints:
         items = ocp.args.Composite(
             params=ocp.args.StandardSave(params),
             state=ocp.args.StandardSave(rest),
-            data=grain.checkpoint.CheckpointSave(data),
             config=ocp.args.JsonSave(config),
         )
         metrics = None if score is None else {"score": score}
         self._guard(lambda: self._manager.save(step, args=items, metrics=metrics))
 
-    def restore(self, step: int, abstract: TrainState, data: grain.DatasetIterator) -> TrainState:
-        """The state at a step, sharded as the abstract state says; moves the data iterator there."""
+    def restore(self, step: int, abstract: TrainState) -> TrainState:
+        """The state at a step, sharded as the abstract state says."""
         params, rest = _split(abstract)
         items = ocp.args.Composite(
-            params=ocp.args.StandardRestore(params),
-            state=ocp.args.StandardRestore(rest),
-            data=grain.checkpoint.CheckpointRestore(data),
+            params=ocp.args.StandardRestore(params), state=ocp.args.StandardRestore(rest)
         )
         restored = self._manager.restore(step, args=items)
         return _join(restored["params"], restored["state"], abstract)
@@ -158,7 +152,7 @@ def _from_disk(error: BaseException | None) -> bool:
 
 def _split(state: TrainState) -> tuple[dict, dict]:
     """The parameters to sample with, and the rest of the state, as plain trees."""
-    rest = {"step": state.step, "opt_state": state.opt_state, "extra": state.extra}
+    rest = {name: getattr(state, name) for name in REST}
     if state.ema is not None:
         rest["params"] = state.params
     return state.sampling_params, rest
@@ -166,7 +160,7 @@ def _split(state: TrainState) -> tuple[dict, dict]:
 
 def _join(params: dict, rest: dict, like: TrainState) -> TrainState:
     ema = None if like.ema is None else params
-    return TrainState(rest["step"], rest.get("params", params), ema, rest["opt_state"], rest["extra"])
+    return TrainState(params=rest.get("params", params), ema=ema, **{name: rest[name] for name in REST})
 
 
 def check_space(directory: Path, abstract: TrainState) -> None:

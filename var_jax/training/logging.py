@@ -4,6 +4,7 @@ import json
 import re
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import jax
@@ -87,6 +88,17 @@ class Log:
             speed["mfu"] = speed["tflops"] * 1e12 / (peak * jax.device_count())
         self.write(step, "train", {**metrics, **speed}, f"{rate:.0f} images/s  {duration(left)} left")
 
+    def event(
+        self, step: int, kind: str, metrics: dict[str, float], note: str, records: Sequence[int]
+    ) -> None:
+        """Something odd in a step: said with the first records of its batch; metrics.jsonl has them all."""
+        if not self.active:
+            return
+        self._record({"step": step, "kind": kind, **metrics, "records": [int(i) for i in records]})
+        first = ", ".join(str(i) for i in records[:8]) + (", ..." if len(records) > 8 else "")
+        shown = "  ".join(f"{name} {value:.4g}" for name, value in metrics.items())
+        self.say(f"{self.stage} {kind}: step {step}  {shown}  {note}; records {first}")
+
     def evaluation(self, step: int, metrics: dict[str, float]) -> None:
         """Writes metrics of the held-out set."""
         self.flush()
@@ -96,15 +108,18 @@ class Log:
         """One line on the screen (totals, not single scales), all metrics in the files."""
         if not self.active:
             return
-        self._file.write(json.dumps({"step": step, "kind": kind, **metrics}) + "\n")
-        self._file.flush()
+        self._record({"step": step, "kind": kind, **metrics})
         for name, value in metrics.items():
             self._board.add_scalar(f"{kind}/{name}", value, step)
         hidden = re.compile(
-            r".*_\d+|images_per_s|tflops|gradient_norm|code_norm|f_hat_norm|weight_decay"
+            r".*_\d+|images_per_s|tflops|gradient_norm|code_norm|f_hat_norm|weight_decay|skipped.*"
         )  # to be found in the files
         shown = "  ".join(f"{n} {value:.4g}" for n, value in metrics.items() if not hidden.fullmatch(n))
         self.say(f"{self.stage} {kind:5} {step:>{len(str(self.steps))}}/{self.steps}  {shown}  {note}")
+
+    def _record(self, line: dict) -> None:
+        self._file.write(json.dumps(line) + "\n")
+        self._file.flush()
 
     def say(self, line: str) -> None:
         """A line on the screen that leaves the bar alone."""

@@ -3,10 +3,10 @@
 A task (`training/task.py`) says what is trained; nothing here knows about tokenizers or transformers.
 """
 
+import contextlib
 import dataclasses
 import signal
 import threading
-from functools import partial
 from pathlib import Path
 
 import jax
@@ -14,20 +14,21 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from var_jax.data.loader import eval_batches, train_batches
+from var_jax.data.loader import batch_indices, eval_batches, local_rows, train_batches
 from var_jax.data.sources import Source
 from var_jax.data.transforms import ToPixels
 from var_jax.sampling import pictures
 from var_jax.training import checkpoint
 from var_jax.training.fine_tune import Given
 from var_jax.training.logging import Log, draw_curves
-from var_jax.training.optimizer import schedules
-from var_jax.training.sharding import check_batch, global_batch, make_mesh, on_mesh, replicated
+from var_jax.training.sharding import batch_sharding, check_batch, global_batch, make_mesh, replicated
 from var_jax.training.state import count_parameters, create_state
+from var_jax.training.step import eval_program, train_program
 from var_jax.training.task import Task
+from var_jax.training.watch import TrainingDiverged, Watch, is_finite
 
 # What may differ between the run that wrote a checkpoint and the one that goes on from it.
-FREE_TO_CHANGE = ("log_every", "eval_every", "checkpoint_every", "preview_every", "keep")
+FREE_TO_CHANGE = ("log_every", "eval_every", "checkpoint_every", "preview_every", "keep", "max_skipped")
 # What the tokens of a cache are is checked by its description, wherever it lies.
 FREE_TO_MOVE = (
     "stage.train.mesh",
@@ -106,6 +107,7 @@ def train(
     Raises:
       ValueError: on a batch that the mesh does not divide, or a checkpoint of another config.
       CheckpointNotWritten: where the disk is full.
+      TrainingDiverged: where steps are not finite any more; the last sound checkpoint is kept.
       Preempted: after SIGTERM, with everything saved.
     """
     # ------------------------------------------------------------------ mesh, state, programs
@@ -114,19 +116,10 @@ def train(
     key = jax.random.key(stage.seed)
     init_key, step_key = jax.random.split(key)
     make_state, abstract = create_state(task.init, task.optimizer, cfg.ema > 0, init_key, mesh)
-    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
-    rate, decay = schedules(cfg, steps)
     frozen = jax.device_put(task.frozen, replicated(mesh))
 
-    step_on_mesh = on_mesh(task.train_step, mesh)
-
-    @partial(jax.jit, donate_argnums=0, out_shardings=(shardings, replicated(mesh)))
-    def train_step(state, frozen, batch, step_key):  # an argument, so that all seeds share a program
-        now = {"learning_rate": rate(state.step), "weight_decay": decay(state.step)}
-        state, metrics = step_on_mesh(state, frozen, batch, jax.random.fold_in(step_key, state.step))
-        return state, metrics | now
-
-    eval_step = jax.jit(on_mesh(task.eval_step, mesh), out_shardings=replicated(mesh))
+    train_step, eval_step = train_program(task, cfg, steps, mesh, abstract), eval_program(task, mesh)
+    finite = jax.jit(is_finite, out_shardings=replicated(mesh))
 
     # ------------------------------------------------------------------ input
     source, held_out = data
@@ -135,7 +128,7 @@ def train(
     if not look.tokens:
         transform = ToPixels(source.name, task.image_size, look.resize, look.flip, look.shift)
         transform_held_out = ToPixels(held_out.name, task.image_size, stage.data.resize, False)
-    batches = train_batches(source, transform, cfg.batch, stage.seed, stage.data.threads, stage.data.workers)
+    rows = local_rows(batch_sharding(mesh), cfg.batch)
 
     # ------------------------------------------------------------------ start or resume
     saved = checkpoint.Checkpoints(directory / checkpoint.FOLDER, cfg.keep)
@@ -149,20 +142,28 @@ def train(
             print(f"{task.name}: already trained for {start} steps under {directory}", flush=True)
             saved.close()
             return
-        state = saved.restore(start, abstract, batches)
+        state = saved.restore(start, abstract)
     else:
         checkpoint.check_space(directory, abstract)
         state = make_state(given)
+    batches = train_batches(source, transform, cfg.batch, stage.seed, look.threads, look.workers, start, rows)
     log = Log(directory, task.name, start, steps, cfg.batch, task.flops_per_image())
     log.say(
         f"{task.name}: {count_parameters(abstract.params):,} parameters, {source.num_images} images, "
         f"batch {cfg.batch}, steps {start}..{steps}, {jax.device_count()} x {jax.devices()[0].device_kind}"
     )
 
+    watch = Watch(
+        log,
+        cfg.log_every,
+        cfg.get("max_skipped", 20),
+        lambda step: batch_indices(len(source), cfg.batch, stage.seed, step - 1),
+    )
+
     def evaluate() -> dict[str, float]:
         with log.pause(state.step):
             sums = {}
-            for batch in eval_batches(held_out, transform_held_out, cfg.batch, stage.data.threads):
+            for batch in eval_batches(held_out, transform_held_out, cfg.batch, look.threads, rows):
                 found = jax.device_get(eval_step(state.sampling_params, frozen, global_batch(batch, mesh)))
                 sums = jax.tree.map(np.add, sums, found) if sums else found
             return task.summarize(sums)
@@ -178,11 +179,22 @@ def train(
             if log.active:
                 draw_curves(directory, workdir / f"curves_{task.name}.png", task.name)
 
+    def save(step: int, score: float | None, at_once: bool) -> None:
+        with log.pause(state.step):
+            watch.read()
+            if not finite(state):
+                raise TrainingDiverged(f"{task.name}: the state after step {step} is not finite")
+            if watch.skipping and not at_once:  # checkpoints of before push each other out
+                log.say(f"{task.name}: no checkpoint of step {step}, which was skipped")
+            else:
+                saved.save(step, state, record, score)
+
     # ------------------------------------------------------------------ the loop
-    with _termination() as stop:
+    with _last_checkpoint_named(saved), _termination() as stop:
         for step in range(start + 1, steps + 1):
             state, metrics = train_step(state, frozen, global_batch(next(batches), mesh), step_key)
             log.flush()  # of the step before, while the device works on this one
+            watch.take(step, metrics)
             log.advance(step)
             last = step == steps
             if step == start + 1:
@@ -199,8 +211,7 @@ def train(
             if step % cfg.preview_every == 0 or last:
                 draw(step)
             if step % cfg.checkpoint_every == 0 or last or stopping:
-                with log.pause(state.step):
-                    saved.save(step, state, batches, record, score)
+                save(step, score, at_once=last or stopping)
             if stopping:
                 break
     saved.wait()
@@ -215,6 +226,21 @@ def _examples(source: Source, transform: ToPixels | None, count: int = 32) -> np
     if transform is None:
         return None
     return np.stack([transform(source[i])["image"] for i in range(min(count, source.num_records))])
+
+
+@contextlib.contextmanager
+def _last_checkpoint_named(saved: checkpoint.Checkpoints):
+    """Adds to the news that training diverged what there is to go back to."""
+    try:
+        yield
+    except TrainingDiverged as error:
+        saved.wait()
+        saved.close()
+        raise TrainingDiverged(
+            f"{error}\n  The last checkpoint under {saved.directory} is of step {saved.latest()}.\n"
+            "  Run the same command again to go on from it.  If that ends like this, look at the records\n"
+            "  named above, or start another run from it (config.init_from) with a lower learning rate."
+        ) from error
 
 
 class _termination:

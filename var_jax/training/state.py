@@ -24,6 +24,8 @@ class TrainState:
       ema: moving average of the parameters to evaluate and sample with; None without one.
       opt_state: of Optax.
       extra: what else the task carries from step to step.
+      skipped: int32 scalar, steps that changed nothing since their loss or gradient was not finite.
+      skipped_in_a_row: int32 scalar, how many of them the last steps were.
     """
 
     step: jax.Array
@@ -31,6 +33,8 @@ class TrainState:
     ema: dict | None
     opt_state: optax.OptState
     extra: dict
+    skipped: jax.Array | int = 0
+    skipped_in_a_row: jax.Array | int = 0
 
     @property
     def sampling_params(self) -> dict:
@@ -59,7 +63,8 @@ def create_state(
         params, extra = init(key, given.keys())
         params = fill(params, given)
         ema = jax.tree.map(jnp.copy, params) if use_ema else None
-        return TrainState(jnp.zeros((), jnp.int32), params, ema, optimizer.init(params), extra)
+        none = jnp.zeros((), jnp.int32)
+        return TrainState(none, params, ema, optimizer.init(params), extra, none, none)
 
     boxed = jax.eval_shape(boxed_state, {})
     shardings = tree_shardings(boxed, mesh)

@@ -1,0 +1,58 @@
+"""A task of four numbers, which learns the mean brightness of a batch; it breaks on request."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from tests.training.tiny import tiny_config
+from var_jax.training.state import apply_gradients
+from var_jax.training.task import Task
+
+RATE = 0.1
+
+
+class Toy(Task):
+    """The loss of the steps `bad` (counted from 1) is NaN, that of step `high` a hundred times too large."""
+
+    name = "toy"
+    image_size = 8
+
+    def __init__(self, bad=(), high: int = 0):
+        self.bad, self.high = np.array(bad, np.int32), high
+        self.optimizer, self.frozen = optax.sgd(RATE), {}
+
+    def init(self, key, given=()):
+        return {"w": jnp.zeros(4)}, {}
+
+    def train_step(self, state, frozen, batch, key):
+        def loss_fn(params):
+            loss = jnp.mean((params["w"] - batch["image"].astype(jnp.float32).mean() / 255) ** 2) + 1.0
+            return jnp.where(jnp.isin(state.step + 1, self.bad), jnp.nan, loss)
+
+        loss, grads = jax.value_and_grad(loss_fn)(state.params)
+        state = apply_gradients(state, grads, self.optimizer, 0.0)
+        loss *= jnp.where(state.step == self.high, 100.0, 1.0)
+        return state, {"loss": loss, "gradient_norm": optax.global_norm(grads)}
+
+    def eval_step(self, params, frozen, batch):
+        return {"images": batch["valid"].sum()}
+
+    def summarize(self, sums):
+        return {"loss": float(sums["images"])}
+
+    def preview(self, params, frozen, images):
+        return {}
+
+    def flops_per_image(self):
+        return 1.0
+
+    def model_fields(self):
+        return {}
+
+
+def toy_stage(data_dir, every: int, **train):
+    """Config of a stage; a checkpoint every so many steps."""
+    stage = tiny_config(data_dir, every=every).next_scale
+    stage.train.update(dict(ema=0.0, eval_every=1000, preview_every=1000, **train))
+    return stage
