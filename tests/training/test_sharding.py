@@ -19,6 +19,7 @@ from var_jax.training.sharding import (
     tree_shardings,
 )
 from var_jax.training.state import create_state
+from var_jax.training.step import train_program
 from var_jax.training.tokenizer_task import TokenizerTask
 
 
@@ -34,11 +35,10 @@ def tasks(tiny_tokenizer, tmp_path_factory):
 
 def losses(task, mesh, steps=5):
     """Losses of a few steps from the same start and batches, on a mesh; and the final state."""
-    make_state, _ = create_state(task.init, task.optimizer, True, jax.random.key(0), mesh)
+    cfg = task.stage.train
+    make_state, abstract = create_state(task.init, task.optimizer, True, jax.random.key(0), mesh)
     state, rng = make_state(), np.random.default_rng(0)
-    step = jax.jit(
-        lambda s, b: task.train_step(s, task.frozen, b, jax.random.fold_in(jax.random.key(1), s.step))
-    )
+    step = train_program(task, cfg, 6, mesh, abstract)
     found = []
     for _ in range(steps):
         batch = {
@@ -46,7 +46,7 @@ def losses(task, mesh, steps=5):
             "label": rng.integers(0, 10, 16, dtype=np.int32),
             "valid": np.ones(16, np.float32),
         }
-        state, metrics = step(state, global_batch(batch, mesh))
+        state, metrics = step(state, task.frozen, global_batch(batch, mesh), jax.random.key(1))
         found.append(float(metrics["loss"]))
     return np.array(found), state
 

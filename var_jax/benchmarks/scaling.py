@@ -20,7 +20,6 @@ import dataclasses
 import json
 import sys
 import time
-from functools import partial
 from pathlib import Path
 
 import flax.linen as nn
@@ -29,20 +28,18 @@ import jax.numpy as jnp
 import numpy as np
 from absl import app, flags
 from jax.sharding import Mesh
-from ml_collections import ConfigDict, config_flags
+from ml_collections import config_flags
 
 from var_jax import command_line
 from var_jax.benchmarks.scaling_report import MODES, draw, merge, table, with_efficiency, with_rates
-from var_jax.tokenizer.config import TokenizerConfig
-from var_jax.tokenizer.model import Tokenizer
-from var_jax.training.logging import peak_flops
+from var_jax.benchmarks.subject import CLASSES, make_task, next_scale_stage, tokenizer_shapes
+from var_jax.training.chips import peak_flops
 from var_jax.training.next_scale_task import NextScaleTask
 from var_jax.training.sharding import batch_sharding, check_batch, make_mesh, replicated
 from var_jax.training.state import count_parameters, create_state
-from var_jax.training.task import compute_dtype, model_config
+from var_jax.training.step import train_program
 
 FLAGS = flags.FLAGS
-CLASSES = 1000
 WARM_UP = 2  # steps before those that are timed
 FAKE = "CPU devices share the same cores: efficiencies mean nothing here"
 
@@ -95,30 +92,10 @@ def subset(count: int) -> list[jax.Device]:
     ]
 
 
-def make_task(config: ConfigDict) -> NextScaleTask:
-    """The task of a config's next_scale stage; its tokenizer has random weights.
-
-    Raises:
-      ValueError: where the config has no such stage.
-    """
-    stages = [config] if "task" in config else [config[name] for name in config.stages]
-    by_task = {stage.task: stage for stage in stages}
-    if "next_scale" not in by_task:
-        raise ValueError(f"scaling is measured of a stage next_scale; the config has {', '.join(by_task)}")
-    stage = by_task["next_scale"]
-    if "tokenizer" in by_task:
-        tokenizer = model_config(TokenizerConfig, by_task["tokenizer"].model)
-    else:
-        tokenizer = TokenizerConfig(**({"scales": stage.scales} if stage.scales else {}))
-    module = Tokenizer(tokenizer, compute_dtype(stage.train.dtype))
-    return NextScaleTask(stage, WARM_UP + FLAGS.steps, module, {}, CLASSES)
-
-
 def random_inputs(task: NextScaleTask, batch: int, mesh: Mesh) -> tuple[dict, dict]:
     """What `train_step` reads beside the state: the quantizer's parameters, and a global batch of tokens."""
-    rng, side = np.random.default_rng(0), task.image_size
-    make = partial(task.tokenizer.init, images=jnp.zeros((1, side, side, 3)))
-    shapes = nn.meta.unbox(jax.eval_shape(make, jax.random.key(0))["params"]["quantizer"])
+    rng = np.random.default_rng(0)
+    shapes = nn.meta.unbox(tokenizer_shapes(task.tokenizer))["quantizer"]
     draw = lambda leaf: rng.standard_normal(leaf.shape).astype(leaf.dtype)  # noqa: E731
     tokens = rng.integers(0, task.config.num_codes, (batch, task.config.schedule.length), np.int32)
     labels = rng.integers(0, CLASSES, batch, np.int32)
@@ -136,10 +113,9 @@ def time_step(task: NextScaleTask, batch: int, mesh: Mesh, steps: int) -> dict[s
     Returns:
       compile_s, and the median of `seconds` from step to step.
     """
-    use_ema = task.stage.train.ema > 0
-    make_state, abstract = create_state(task.init, task.optimizer, use_ema, jax.random.key(2), mesh)
-    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
-    step = jax.jit(task.train_step, donate_argnums=0, out_shardings=(shardings, replicated(mesh)))
+    cfg = task.stage.train
+    make_state, abstract = create_state(task.init, task.optimizer, cfg.ema > 0, jax.random.key(2), mesh)
+    step = train_program(task, cfg, WARM_UP + steps, mesh, abstract)
     state, inputs, key = make_state(), random_inputs(task, batch, mesh), jax.random.key(3)
     start = time.perf_counter()
     step = step.lower(state, *inputs, key).compile()
@@ -154,14 +130,16 @@ def time_step(task: NextScaleTask, batch: int, mesh: Mesh, steps: int) -> dict[s
     return {"compile_s": compile_s, "seconds": float(np.median(np.diff(ticks)[WARM_UP:]))}
 
 
-def measure(task: NextScaleTask, points: list[Point], meshes: dict[int, Mesh], steps: int) -> list[dict]:
+def measure(
+    tasks: dict[int, NextScaleTask], points: list[Point], meshes: dict[int, Mesh], steps: int
+) -> list[dict]:
     """A row for each point; where a step does not fit the memory, without its time."""
     rows, timed = [], {}
     for point in points:
         same = (point.devices, point.batch)
         if same not in timed:
             try:
-                timed[same] = time_step(task, point.batch, meshes[point.devices], steps)
+                timed[same] = time_step(tasks[point.devices], point.batch, meshes[point.devices], steps)
             except jax.errors.JaxRuntimeError as error:
                 if "RESOURCE_EXHAUSTED" not in str(error):
                     raise
@@ -171,26 +149,30 @@ def measure(task: NextScaleTask, points: list[Point], meshes: dict[int, Mesh], s
     return rows
 
 
-def asked() -> tuple[NextScaleTask, list[Point], dict[int, Mesh]]:
-    """What the flags ask for, and the mesh of each number of devices.
+def asked() -> tuple[dict[int, NextScaleTask], list[Point], dict[int, Mesh]]:
+    """What the flags ask for: points to measure, and task and mesh by number of devices.
 
     Raises:
       ValueError: where devices, mesh and batch do not fit each other, or the config makes no model.
     """
-    task = make_task(FLAGS.config)
-    cfg, counts = task.stage.train, default_counts(jax.device_count(), jax.process_count())
+    cfg, counts = (
+        next_scale_stage(FLAGS.config).train,
+        default_counts(jax.device_count(), jax.process_count()),
+    )
     if FLAGS.devices is not None:
         counts = sorted(set(command_line.numbers("devices", int)))
     meshes = {n: make_mesh(**cfg.mesh, devices=subset(n)) for n in counts}
     points = plan(counts, FLAGS.modes, cfg.batch, FLAGS.batch_per_device)
     for point in points:
         check_batch(point.batch, meshes[point.devices], cfg.accumulate)
-    return task, points, meshes
+    tasks = {n: make_task(FLAGS.config, WARM_UP + FLAGS.steps, mesh) for n, mesh in meshes.items()}
+    return tasks, points, meshes
 
 
-def measured(task: NextScaleTask, points: list[Point], meshes: dict[int, Mesh]) -> dict:
+def measured(tasks: dict[int, NextScaleTask], points: list[Point], meshes: dict[int, Mesh]) -> dict:
     """The run, as it is written."""
-    device, rows = jax.local_devices()[0], measure(task, points, meshes, FLAGS.steps)
+    device, rows = jax.local_devices()[0], measure(tasks, points, meshes, FLAGS.steps)
+    task = next(iter(tasks.values()))
     rows = with_rates(rows, task.flops_per_image(), peak_flops(device))
     return {
         "config": config_flags.get_config_filename(FLAGS["config"]),

@@ -4,6 +4,7 @@ The scales are unrolled, the cache of keys and values has its full size from the
 attends to a static prefix of it; all that depends on the label alone is computed once.
 """
 
+import contextlib
 from collections.abc import Iterator
 from functools import partial
 
@@ -202,7 +203,10 @@ def generate_in_chunks(
         rows = np.minimum(indices, len(labels) - 1)
         part = None if given is None else jax.tree.map(lambda x: place(np.asarray(x)[rows]), given)  # noqa: B023
         keys = image_keys(seed, place(indices))
-        made = generate(tokenizer, model, tokenizer_params, params, place(labels[rows]), keys, controls, part)
+        with contextlib.nullcontext() if sharding is None else jax.set_mesh(sharding.mesh):
+            made = generate(
+                tokenizer, model, tokenizer_params, params, place(labels[rows]), keys, controls, part
+            )
         made = (*_finished(*made, finish, whole), min(chunk, len(labels) - first))
         if waiting is not None:
             yield _to_host(*waiting)

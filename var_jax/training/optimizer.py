@@ -5,6 +5,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 import optax
+from jax.experimental.shard_alike import shard_alike
 from ml_collections import ConfigDict
 
 from var_jax.training import schedule
@@ -63,7 +64,8 @@ def accumulated_gradients(gradient: Callable, params: dict, batch: dict, key: ja
         grads, aux = gradient(params, part_of_batch, jax.random.fold_in(key, i))
         return jax.tree.map(jnp.add, total, grads), aux
 
-    zeros = jax.tree.map(jnp.zeros_like, params)
+    # Split as the parameters are: each part's gradients are scattered before they are added.
+    zeros = jax.tree.map(lambda p: shard_alike(jnp.zeros_like(p), p)[0], params)
     total, (metrics, outputs) = jax.lax.scan(part, zeros, (jnp.arange(microbatches), parts))
     outputs = jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(-1, *x.shape[2:]), outputs)
     metrics = jax.tree.map(lambda x: x.mean(0), metrics)

@@ -1,0 +1,99 @@
+"""Programs compiled for TPU slices with no TPU: what fits, and what moves between the chips."""
+
+import json
+import re
+import subprocess
+import sys
+
+import pytest
+
+from configs import var
+from tests.conftest import REPOSITORY
+from var_jax.benchmarks.roofline import Step, best_mesh, bound, link_bytes
+from var_jax.training.chips import CHIPS
+from var_jax.transformer.config import NextScaleConfig
+from var_jax.transformer.flops import matrix_parameters, training_flops
+
+D16 = NextScaleConfig()
+STEP = Step(768, 1, 1, 16, 1, remat="none", itemsize=2, ema=False, other_flops=0.0)
+# Width 256 over 8 chips, from tokens; batch, width and codes are unlike, so that shapes tell what is moved.
+SMALL = ["--config=configs/var.py:d16", "--from_tokens", "--topology=v5e:2x4", "--config.train.batch=96"]
+SMALL += ["--config.model.depth=2", "--config.model.width=256", "--config.model.num_heads=4"]
+
+
+def plan(tmp_path, *flags: str) -> tuple[dict, str]:
+    """The row, and the text of the program."""
+    command = [sys.executable, "-m", "var_jax.benchmarks.plan", *SMALL, *flags, f"--hlo={tmp_path}/"]
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    (row,) = json.loads(done.stdout.splitlines()[-1])["rows"]
+    return row, (tmp_path / "v5e_2x4.txt").read_text()
+
+
+def moved(text: str) -> dict[str, set[str]]:
+    """Shapes that each kind of collective in a program gives."""
+    kinds = "all-gather|reduce-scatter|all-reduce|all-to-all|collective-permute"
+    found = {kind: set() for kind in kinds.split("|")}
+    for shapes, kind in re.findall(rf"= (\([^=]*?\)|\S+) ({kinds})(?:-start)?\(", text):
+        found[kind] |= set(re.findall(r"\w+\[[\d,]*\]", shapes))
+    return found
+
+
+def is_of_images(shape: str) -> bool:
+    """Whether it is led by all images or those of a chip, and has more axes."""
+    sizes = re.findall(r"\d+", shape.split("[")[1])
+    return len(sizes) > 1 and sizes[0] in ("96", "12")
+
+
+def test_fsdp_gathers_and_scatters_parameters_alone(tmp_path):
+    row, text = plan(tmp_path)
+    assert row["fits"] and row["attention"] == "splash" and row["mesh"] == "fsdp 8"
+    assert 0 < row["parameters_gib"] * 8 < 0.05 and row["optimiser_gib"] == pytest.approx(
+        2 * row["parameters_gib"], rel=0.01
+    )
+    assert row["gib"] == pytest.approx(
+        sum(row[f"{p}_gib"] for p in ("arguments", "outputs", "temporaries", "program"))
+    )
+    found = moved(text)
+    # Weights are gathered in 16 bits, one block of the scan at a time: as a whole, or round a ring of chips.
+    assert {"bf16[1,256,1024]", "bf16[1,1024,256]"} & found["all-gather"]
+    assert {"bf16[1,32,768]"} & found["collective-permute"]
+    assert not any(shape.startswith("bf16[2,") for shape in found["all-gather"])  # all blocks at once
+    assert not [s for shapes in found.values() for s in shapes if is_of_images(s)]
+
+
+def test_data_parallel_sums_gradients_alone(tmp_path):
+    _, text = plan(tmp_path, "--config.train.mesh.data=8", "--config.train.mesh.fsdp=1")
+    found = moved(text)
+    assert {kind for kind, shapes in found.items() if shapes} == {"all-reduce"}
+    assert {"bf16[1,256,1024]", "bf16[1,256,768]", "f32[1001,256]"} <= found["all-reduce"]
+    assert not [s for shapes in found.values() for s in shapes if is_of_images(s)]
+
+
+def test_what_cannot_be_planned_is_said():
+    command = [sys.executable, "-m", "var_jax.benchmarks.plan", "--config=configs/var.py:d16"]
+    done = subprocess.run([*command, "--topology=v5e:3x7"], cwd=REPOSITORY, capture_output=True, text=True)
+    assert done.returncode == 1 and "--topology=v5e:3x7: cannot be compiled for" in done.stderr
+
+
+def test_bounds_of_d16_on_paper():
+    found = bound(D16, STEP, CHIPS["TPU v5e"])
+    flops = 768 * training_flops(D16)
+    assert found["compute_s"] == pytest.approx(flops / (16 * 197e12))
+    assert found["step_s"] == found["compute_s"] and found["mfu"] == pytest.approx(1)
+    again = bound(D16, Step(**{**vars(STEP), "remat": "full"}), CHIPS["TPU v5e"])
+    assert again["mfu"] == pytest.approx(0.75)
+    assert link_bytes(D16, STEP) == pytest.approx(3 * 2 * matrix_parameters(D16) * 15 / 16)
+
+
+def test_the_mesh_with_the_least_traffic_that_holds_the_state():
+    state = 16 * matrix_parameters(D16)
+    assert best_mesh(D16, STEP, state) == {"data": 16, "fsdp": 1, "tensor": 1}
+    assert best_mesh(D16, STEP, state / 3) == {"data": 4, "fsdp": 4, "tensor": 1}
+    assert best_mesh(D16, STEP, 0) == {"data": 1, "fsdp": 16, "tensor": 1}
+
+
+def test_parameters_on_paper_are_those_of_the_published_sizes():
+    for name, millions in (("d16", 310), ("d20", 600), ("d24", 1000), ("d30", 2000)):
+        fields = var.get_config(name).model.to_dict()
+        assert matrix_parameters(NextScaleConfig(**fields)) / 1e6 == pytest.approx(millions, rel=0.05)
