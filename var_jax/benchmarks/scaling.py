@@ -35,14 +35,16 @@ from var_jax import command_line
 from var_jax.benchmarks.scaling_report import MODES, draw, merge, table, with_efficiency, with_rates
 from var_jax.tokenizer.config import TokenizerConfig
 from var_jax.tokenizer.model import Tokenizer
-from var_jax.training.logging import peak_flops
+from var_jax.training.chips import peak_flops
 from var_jax.training.next_scale_task import NextScaleTask
 from var_jax.training.sharding import batch_sharding, check_batch, make_mesh, replicated
 from var_jax.training.state import count_parameters, create_state
+from var_jax.training.step import train_program
 from var_jax.training.task import compute_dtype, model_config
 
 FLAGS = flags.FLAGS
 CLASSES = 1000
+STEPS = 1000  # of the run whose steps they are: for the schedules
 WARM_UP = 2  # steps before those that are timed
 FAKE = "CPU devices share the same cores: efficiencies mean nothing here"
 
@@ -95,8 +97,8 @@ def subset(count: int) -> list[jax.Device]:
     ]
 
 
-def make_task(config: ConfigDict) -> NextScaleTask:
-    """The task of a config's next_scale stage; its tokenizer has random weights.
+def networks(config: ConfigDict) -> tuple[ConfigDict, Tokenizer]:
+    """A config's stage next_scale, and the tokenizer under it.
 
     Raises:
       ValueError: where the config has no such stage.
@@ -110,8 +112,14 @@ def make_task(config: ConfigDict) -> NextScaleTask:
         tokenizer = model_config(TokenizerConfig, by_task["tokenizer"].model)
     else:
         tokenizer = TokenizerConfig(**({"scales": stage.scales} if stage.scales else {}))
-    module = Tokenizer(tokenizer, compute_dtype(stage.train.dtype))
-    return NextScaleTask(stage, WARM_UP + FLAGS.steps, module, {}, CLASSES)
+    return stage, Tokenizer(tokenizer, compute_dtype(stage.train.dtype))
+
+
+def make_task(stage: ConfigDict, tokenizer: Tokenizer, batch: int, mesh: Mesh) -> NextScaleTask:
+    """The task of a run with this batch on this mesh, which decide what is kept for the backward pass."""
+    stage = stage.copy_and_resolve_references()
+    stage.train.batch = batch
+    return NextScaleTask(stage, STEPS, tokenizer, {}, CLASSES, mesh)
 
 
 def random_inputs(task: NextScaleTask, batch: int, mesh: Mesh) -> tuple[dict, dict]:
@@ -130,17 +138,16 @@ def random_inputs(task: NextScaleTask, batch: int, mesh: Mesh) -> tuple[dict, di
     return frozen, {"tokens": split(tokens), "label": split(labels)}
 
 
-def time_step(task: NextScaleTask, batch: int, mesh: Mesh, steps: int) -> dict[str, float]:
+def time_step(task: NextScaleTask, mesh: Mesh, steps: int) -> dict[str, float]:
     """Compiles the training step and takes its time.
 
     Returns:
       compile_s, and the median of `seconds` from step to step.
     """
-    use_ema = task.stage.train.ema > 0
-    make_state, abstract = create_state(task.init, task.optimizer, use_ema, jax.random.key(2), mesh)
-    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
-    step = jax.jit(task.train_step, donate_argnums=0, out_shardings=(shardings, replicated(mesh)))
-    state, inputs, key = make_state(), random_inputs(task, batch, mesh), jax.random.key(3)
+    cfg = task.stage.train
+    make_state, abstract = create_state(task.init, task.optimizer, cfg.ema > 0, jax.random.key(2), mesh)
+    step = train_program(task, cfg, STEPS, mesh, abstract)
+    state, inputs, key = make_state(), random_inputs(task, cfg.batch, mesh), jax.random.key(3)
     start = time.perf_counter()
     step = step.lower(state, *inputs, key).compile()
     compile_s, before, ticks = time.perf_counter() - start, None, []
@@ -154,43 +161,46 @@ def time_step(task: NextScaleTask, batch: int, mesh: Mesh, steps: int) -> dict[s
     return {"compile_s": compile_s, "seconds": float(np.median(np.diff(ticks)[WARM_UP:]))}
 
 
-def measure(task: NextScaleTask, points: list[Point], meshes: dict[int, Mesh], steps: int) -> list[dict]:
+def measure(tasks: dict[Point, NextScaleTask], meshes: dict[int, Mesh], steps: int) -> list[dict]:
     """A row for each point; where a step does not fit the memory, without its time."""
     rows, timed = [], {}
-    for point in points:
+    for point, task in tasks.items():
         same = (point.devices, point.batch)
         if same not in timed:
             try:
-                timed[same] = time_step(task, point.batch, meshes[point.devices], steps)
+                timed[same] = time_step(task, meshes[point.devices], steps)
             except jax.errors.JaxRuntimeError as error:
                 if "RESOURCE_EXHAUSTED" not in str(error):
                     raise
                 timed[same] = {"compile_s": None, "seconds": None}
-        how = {"processes": jax.process_count(), "steps": steps}
+        how = {"attention": task.model.attention, "remat": task.model.remat}
+        how |= {"processes": jax.process_count(), "steps": steps}
         rows.append(dataclasses.asdict(point) | how | timed[same])
     return rows
 
 
-def asked() -> tuple[NextScaleTask, list[Point], dict[int, Mesh]]:
-    """What the flags ask for, and the mesh of each number of devices.
+def asked() -> tuple[dict[Point, NextScaleTask], dict[int, Mesh]]:
+    """What the flags ask for: the task of each point, and the mesh of each number of devices.
 
     Raises:
       ValueError: where devices, mesh and batch do not fit each other, or the config makes no model.
     """
-    task = make_task(FLAGS.config)
-    cfg, counts = task.stage.train, default_counts(jax.device_count(), jax.process_count())
+    stage, tokenizer = networks(FLAGS.config)
+    cfg, counts = stage.train, default_counts(jax.device_count(), jax.process_count())
     if FLAGS.devices is not None:
         counts = sorted(set(command_line.numbers("devices", int)))
     meshes = {n: make_mesh(**cfg.mesh, devices=subset(n)) for n in counts}
-    points = plan(counts, FLAGS.modes, cfg.batch, FLAGS.batch_per_device)
-    for point in points:
+    tasks = {}
+    for point in plan(counts, FLAGS.modes, cfg.batch, FLAGS.batch_per_device):
         check_batch(point.batch, meshes[point.devices], cfg.accumulate)
-    return task, points, meshes
+        tasks[point] = make_task(stage, tokenizer, point.batch, meshes[point.devices])
+    return tasks, meshes
 
 
-def measured(task: NextScaleTask, points: list[Point], meshes: dict[int, Mesh]) -> dict:
+def measured(tasks: dict[Point, NextScaleTask], meshes: dict[int, Mesh]) -> dict:
     """The run, as it is written."""
-    device, rows = jax.local_devices()[0], measure(task, points, meshes, FLAGS.steps)
+    device, rows = jax.local_devices()[0], measure(tasks, meshes, FLAGS.steps)
+    task = next(iter(tasks.values()))
     rows = with_rates(rows, task.flops_per_image(), peak_flops(device))
     return {
         "config": config_flags.get_config_filename(FLAGS["config"]),
