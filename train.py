@@ -16,20 +16,26 @@ from var_jax.command_line import keep_compiled_programs
 from var_jax.data.sources import DataSetMissing
 from var_jax.data.transforms import CorruptImage
 from var_jax.training.checkpoint import CheckpointMissing, CheckpointNotWritten
+from var_jax.training.profile import parse_steps
 from var_jax.training.watch import TrainingDiverged
 
 CONFIG = config_flags.DEFINE_config_file("config", help_string="What to train, e.g. configs/digits.py")
 WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run: checkpoints, logs, pictures")
+PROFILE = flags.DEFINE_string("profile", None, "START:STOP, steps to trace into WORKDIR/<stage>/profile")
 
 
 def main(argv):
     if len(argv) > 1:
         raise app.UsageError(f"unknown arguments {argv[1:]}")
+    try:
+        profile = PROFILE.value and parse_steps(PROFILE.value)
+    except ValueError as error:
+        raise app.UsageError(str(error)) from error
     logging.set_verbosity(logging.WARNING)  # Orbax reports every file at INFO
     keep_compiled_programs()
     tfds.disable_progress_bar()
     try:
-        stages.run(CONFIG.value, WORKDIR.value)
+        stages.run(CONFIG.value, WORKDIR.value, profile)
     except (DataSetMissing, CheckpointMissing, CheckpointNotWritten, CorruptImage, TrainingDiverged) as error:
         sys.exit(f"train.py: {error}")  # what to do about it stands in the message
 

@@ -16,6 +16,7 @@ from var_jax.training.checkpoint import FOLDER, CheckpointMissing, has_checkpoin
 from var_jax.training.fine_tune import Given, fit
 from var_jax.training.loop import check_training, train
 from var_jax.training.next_scale_task import NextScaleTask
+from var_jax.training.profile import Steps
 from var_jax.training.sharding import make_mesh
 from var_jax.training.task import Task
 from var_jax.training.tokenizer_task import TokenizerTask
@@ -166,8 +167,11 @@ def _other_tokenizer(path: str, task: Task) -> list[str]:
     ]
 
 
-def run(config: ConfigDict, workdir: Path) -> None:
-    """Trains every stage of a config under `workdir`; what is done already is not done again."""
+def run(config: ConfigDict, workdir: Path, profile: Steps | None = None) -> None:
+    """Trains every stage of a config under `workdir`; what is done already is not done again.
+
+    `profile` names steps of every stage to trace.
+    """
     workdir = Path(workdir).expanduser().absolute()
     ready, coming = [], None
     for stage in stages_of(config):  # whatever can be wrong with any stage, before the first one starts
@@ -177,9 +181,11 @@ def run(config: ConfigDict, workdir: Path) -> None:
         sources = open_sources(stage)
         check_training(stage.train)
         task, steps = build_task(stage, workdir, sources[0], coming)
+        if profile:
+            profile.check(task.name, steps)
         coming = task.model if stage.task == "tokenizer" else None
         ready.append((task, stage, steps, sources, given_params(stage, task, workdir)))
     for task, stage, steps, sources, given in ready:
         if task.name == "next_scale" and not task.frozen["tokenizer"]:  # trained by now
             task, _ = build_task(stage, workdir, sources[0])
-        train(task, stage, steps, workdir, sources, given)
+        train(task, stage, steps, workdir, sources, given, profile)

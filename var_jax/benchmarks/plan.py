@@ -29,7 +29,7 @@ from ml_collections import ConfigDict, config_flags
 from var_jax import command_line
 from var_jax.benchmarks.compile_ahead import Compiled, compiled, gib, slice_of, train_inputs, whole
 from var_jax.benchmarks.roofline import Step, best_mesh, bound
-from var_jax.benchmarks.subject import make_task, next_scale_stage, tokenizer_shapes
+from var_jax.benchmarks.subject import STEPS, make_task, next_scale_stage, tokenizer_shapes
 from var_jax.sampling.generate import generate, image_keys
 from var_jax.sampling.precision import in_compute_dtype
 from var_jax.training.chips import chip
@@ -42,7 +42,6 @@ from var_jax.transformer.flops import generation_flops
 from var_jax.transformer.remat import kept_bytes
 
 FLAGS = flags.FLAGS
-STEPS = 1000  # of the run, as far as the schedules are concerned
 # Generation -> how Cloud TPU names a slice of {chips} or {cores}, and its software (see launch/tpu_vm.sh).
 CLOUD_NAMES = {
     "v4": ("v4-{cores}", "tpu-ubuntu2204-base"),
@@ -54,7 +53,7 @@ CLOUD_NAMES = {
 
 def plan_train(config: ConfigDict, mesh: Mesh, from_tokens: bool) -> dict:
     """Compiles the training step on a mesh; fields of a row of the table."""
-    task = make_task(config, STEPS, mesh)
+    task = make_task(config, mesh)
     cfg, inputs = task.stage.train, train_inputs(task, mesh, from_tokens)
     check_batch(cfg.batch, mesh, cfg.accumulate)
     found = compiled(train_program(task, cfg, STEPS, mesh, inputs[0]), *inputs)
@@ -95,7 +94,7 @@ def encoder_flops(task: NextScaleTask) -> float:
 
 def plan_sample(config: ConfigDict, mesh: Mesh, batch: int) -> dict:
     """Compiles the generation of a batch, every device with all parameters; fields of a row of the table."""
-    task, devices = make_task(config, STEPS, mesh), mesh.size
+    task, devices = make_task(config, mesh), mesh.size
     if batch % devices:
         raise ValueError(f"--batch={batch} must be a multiple of the {devices} chips")
     cast = partial(in_compute_dtype, dtype=task.model.dtype)

@@ -32,7 +32,7 @@ from ml_collections import config_flags
 
 from var_jax import command_line
 from var_jax.benchmarks.scaling_report import MODES, draw, merge, table, with_efficiency, with_rates
-from var_jax.benchmarks.subject import CLASSES, make_task, next_scale_stage, tokenizer_shapes
+from var_jax.benchmarks.subject import CLASSES, STEPS, make_task, next_scale_stage, tokenizer_shapes
 from var_jax.training.chips import peak_flops
 from var_jax.training.next_scale_task import NextScaleTask
 from var_jax.training.sharding import batch_sharding, check_batch, make_mesh, replicated
@@ -107,7 +107,7 @@ def random_inputs(task: NextScaleTask, batch: int, mesh: Mesh) -> tuple[dict, di
     return frozen, {"tokens": split(tokens), "label": split(labels)}
 
 
-def time_step(task: NextScaleTask, batch: int, mesh: Mesh, steps: int) -> dict[str, float]:
+def time_step(task: NextScaleTask, mesh: Mesh, steps: int) -> dict[str, float]:
     """Compiles the training step and takes its time.
 
     Returns:
@@ -115,8 +115,8 @@ def time_step(task: NextScaleTask, batch: int, mesh: Mesh, steps: int) -> dict[s
     """
     cfg = task.stage.train
     make_state, abstract = create_state(task.init, task.optimizer, cfg.ema > 0, jax.random.key(2), mesh)
-    step = train_program(task, cfg, WARM_UP + steps, mesh, abstract)
-    state, inputs, key = make_state(), random_inputs(task, batch, mesh), jax.random.key(3)
+    step = train_program(task, cfg, STEPS, mesh, abstract)
+    state, inputs, key = make_state(), random_inputs(task, cfg.batch, mesh), jax.random.key(3)
     start = time.perf_counter()
     step = step.lower(state, *inputs, key).compile()
     compile_s, before, ticks = time.perf_counter() - start, None, []
@@ -130,48 +130,45 @@ def time_step(task: NextScaleTask, batch: int, mesh: Mesh, steps: int) -> dict[s
     return {"compile_s": compile_s, "seconds": float(np.median(np.diff(ticks)[WARM_UP:]))}
 
 
-def measure(
-    tasks: dict[int, NextScaleTask], points: list[Point], meshes: dict[int, Mesh], steps: int
-) -> list[dict]:
+def measure(tasks: dict[Point, NextScaleTask], meshes: dict[int, Mesh], steps: int) -> list[dict]:
     """A row for each point; where a step does not fit the memory, without its time."""
     rows, timed = [], {}
-    for point in points:
+    for point, task in tasks.items():
         same = (point.devices, point.batch)
         if same not in timed:
             try:
-                timed[same] = time_step(tasks[point.devices], point.batch, meshes[point.devices], steps)
+                timed[same] = time_step(task, meshes[point.devices], steps)
             except jax.errors.JaxRuntimeError as error:
                 if "RESOURCE_EXHAUSTED" not in str(error):
                     raise
                 timed[same] = {"compile_s": None, "seconds": None}
-        how = {"processes": jax.process_count(), "steps": steps}
+        how = {"attention": task.model.attention, "remat": task.model.remat}
+        how |= {"processes": jax.process_count(), "steps": steps}
         rows.append(dataclasses.asdict(point) | how | timed[same])
     return rows
 
 
-def asked() -> tuple[dict[int, NextScaleTask], list[Point], dict[int, Mesh]]:
-    """What the flags ask for: points to measure, and task and mesh by number of devices.
+def asked() -> tuple[dict[Point, NextScaleTask], dict[int, Mesh]]:
+    """What the flags ask for: the task of each point, and the mesh of each number of devices.
 
     Raises:
       ValueError: where devices, mesh and batch do not fit each other, or the config makes no model.
     """
-    cfg, counts = (
-        next_scale_stage(FLAGS.config).train,
-        default_counts(jax.device_count(), jax.process_count()),
-    )
+    cfg = next_scale_stage(FLAGS.config).train
+    counts = default_counts(jax.device_count(), jax.process_count())
     if FLAGS.devices is not None:
         counts = sorted(set(command_line.numbers("devices", int)))
     meshes = {n: make_mesh(**cfg.mesh, devices=subset(n)) for n in counts}
-    points = plan(counts, FLAGS.modes, cfg.batch, FLAGS.batch_per_device)
-    for point in points:
+    tasks = {}
+    for point in plan(counts, FLAGS.modes, cfg.batch, FLAGS.batch_per_device):
         check_batch(point.batch, meshes[point.devices], cfg.accumulate)
-    tasks = {n: make_task(FLAGS.config, WARM_UP + FLAGS.steps, mesh) for n, mesh in meshes.items()}
-    return tasks, points, meshes
+        tasks[point] = make_task(FLAGS.config, meshes[point.devices], point.batch)
+    return tasks, meshes
 
 
-def measured(tasks: dict[int, NextScaleTask], points: list[Point], meshes: dict[int, Mesh]) -> dict:
+def measured(tasks: dict[Point, NextScaleTask], meshes: dict[int, Mesh]) -> dict:
     """The run, as it is written."""
-    device, rows = jax.local_devices()[0], measure(tasks, points, meshes, FLAGS.steps)
+    device, rows = jax.local_devices()[0], measure(tasks, meshes, FLAGS.steps)
     task = next(iter(tasks.values()))
     rows = with_rates(rows, task.flops_per_image(), peak_flops(device))
     return {

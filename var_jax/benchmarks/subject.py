@@ -11,6 +11,7 @@ from var_jax.training.next_scale_task import NextScaleTask
 from var_jax.training.task import compute_dtype, model_config
 
 CLASSES = 1000
+STEPS = 1000  # of the run, as far as its schedules are concerned
 
 
 def next_scale_stage(config: ConfigDict) -> ConfigDict:
@@ -35,11 +36,12 @@ def tokenizer_of(config: ConfigDict, dtype: jnp.dtype) -> Tokenizer:
     return Tokenizer(model_config(TokenizerConfig, own[0]) if own else TokenizerConfig(**fields), dtype)
 
 
-def make_task(config: ConfigDict, steps: int, mesh: Mesh) -> NextScaleTask:
-    """The task of a config's next_scale stage, for so many steps on a mesh."""
-    stage = next_scale_stage(config)
+def make_task(config: ConfigDict, mesh: Mesh, batch: int | None = None) -> NextScaleTask:
+    """The task of a config's next_scale stage, with its own batch or another, on a mesh."""
+    stage = next_scale_stage(config).copy_and_resolve_references()
+    stage.train.batch = batch or stage.train.batch
     tokenizer = tokenizer_of(config, compute_dtype(stage.train.dtype))
-    return NextScaleTask(stage, steps, tokenizer, {}, CLASSES, mesh)
+    return NextScaleTask(stage, STEPS, tokenizer, {}, CLASSES, mesh)
 
 
 def tokenizer_shapes(tokenizer: Tokenizer):

@@ -21,6 +21,7 @@ from var_jax.sampling import pictures
 from var_jax.training import checkpoint
 from var_jax.training.fine_tune import Given
 from var_jax.training.logging import Log, draw_curves
+from var_jax.training.profile import Profile, Steps
 from var_jax.training.sharding import batch_sharding, check_batch, global_batch, make_mesh, replicated
 from var_jax.training.state import count_parameters, create_state
 from var_jax.training.step import eval_program, train_program
@@ -93,6 +94,7 @@ def train(
     workdir: Path,
     data: tuple[Source, Source],
     given: dict[str, Given] | None = None,
+    profile: Steps | None = None,
 ) -> None:
     """Trains a task to its last step, going on from the newest checkpoint under `workdir`.
 
@@ -103,6 +105,7 @@ def train(
       workdir: of the run; the stage writes under workdir/task.name and its pictures to workdir.
       data: training and held-out source, both of images, or of tokens where config.data.tokens is given.
       given: parameters to start from where there is no checkpoint to go on from, by path.
+      profile: steps to trace.
 
     Raises:
       ValueError: on a batch that the mesh does not divide, or a checkpoint of another config.
@@ -190,9 +193,11 @@ def train(
                 saved.save(step, state, record, score)
 
     # ------------------------------------------------------------------ the loop
-    with _last_checkpoint_named(saved), _termination() as stop:
+    with Profile(profile, directory) as traced, _last_checkpoint_named(saved), _termination() as stop:
         for step in range(start + 1, steps + 1):
-            state, metrics = train_step(state, frozen, global_batch(next(batches), mesh), step_key)
+            with traced.step(step, before=state):
+                state, metrics = train_step(state, frozen, global_batch(next(batches), mesh), step_key)
+            traced.end(step, after=metrics)
             log.flush()  # of the step before, while the device works on this one
             watch.take(step, metrics)
             log.advance(step)

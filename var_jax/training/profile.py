@@ -1,0 +1,86 @@
+"""Traces of some training steps, for Perfetto (https://ui.perfetto.dev) and XProf."""
+
+import contextlib
+import dataclasses
+import re
+from pathlib import Path
+
+import jax
+from jax import profiler
+
+FOLDER = "profile"
+EVENT = "train"  # name of a step's event in the trace; its number is the argument step_num
+
+
+@dataclasses.dataclass(frozen=True)
+class Steps:
+    """The steps first .. last, both among them; numbered from 1, as the log does."""
+
+    first: int
+    last: int
+
+    def check(self, stage: str, steps: int) -> None:
+        """Raises ValueError where a stage has no such step."""
+        if self.last > steps:
+            raise ValueError(
+                f"--profile={self.first}:{self.last}: the stage {stage} ends with step {steps}; give steps "
+                "that it has, or train the other stages alone (--config.stages)"
+            )
+
+
+def parse_steps(text: str) -> Steps:
+    """START:STOP -> those steps.
+
+    Raises:
+      ValueError: on something else.
+    """
+    found = re.fullmatch(r"(\d+):(\d+)", text)
+    if not found or not 1 <= int(found[1]) <= int(found[2]):
+        raise ValueError(
+            f"--profile={text}: must be START:STOP, the first and the last step to trace, e.g. 10:12; steps "
+            "are numbered from 1"
+        )
+    return Steps(int(found[1]), int(found[2]))
+
+
+class Profile:
+    """Context of a training loop that writes a trace of some of its steps.
+
+    Every process writes its own, since it sees its own devices alone: under profile/process_0, ...  A run
+    that goes on from a checkpoint traces those of the steps that it does itself.
+    """
+
+    def __init__(self, steps: Steps | None, directory: Path):
+        """`directory`: of the stage.  None as `steps` traces nothing."""
+        self.steps = steps
+        self.folder = directory / FOLDER / f"process_{jax.process_index()}"
+        self.tracing = False
+
+    def __enter__(self) -> "Profile":
+        return self
+
+    def step(self, step: int, before) -> contextlib.AbstractContextManager:
+        """Context of one step, its input too; first waits for the arrays `before`, which are not its own."""
+        if self.steps is None or not self.steps.first <= step <= self.steps.last:
+            return contextlib.nullcontext()
+        if not self.tracing:
+            jax.block_until_ready(before)
+            options = profiler.ProfileOptions()
+            options.python_tracer_level = 0  # of all Python calls: it slows them, and hides the rest
+            profiler.start_trace(self.folder, create_perfetto_trace=True, profiler_options=options)
+            self.tracing = True
+        return profiler.StepTraceAnnotation(EVENT, step_num=step)
+
+    def end(self, step: int, after) -> None:
+        """After a step: writes the trace if it was the last of them, once `after` is worked out."""
+        if self.tracing and step == self.steps.last:
+            jax.block_until_ready(after)
+            self._write()
+
+    def __exit__(self, *_) -> None:
+        if self.tracing:  # stopped on the way
+            self._write()
+
+    def _write(self) -> None:
+        self.tracing = False
+        profiler.stop_trace()
