@@ -35,13 +35,13 @@ OVER = re.compile(r"Used ([\d.]+)([MG]) of ([\d.]+)([MG]) hbm")
 
 @dataclasses.dataclass
 class Compiled:
-    """What came of compiling: seconds, whether it fits, GiB a chip in all and by kind, the program's text."""
+    """What came of compiling: seconds, whether it fits, GiB a chip in all and by kind, the program."""
 
     compile_s: float
     fits: bool
     gib: float
     parts: dict[str, float]
-    text: str = ""
+    program: jax.stages.Compiled | None = None
 
 
 def slice_of(name: str) -> list[jax.Device]:
@@ -91,7 +91,7 @@ def compiled(program, *inputs, **static) -> Compiled:
         "program": memory.generated_code_size_in_bytes,
     }
     parts = {name: size / 2**30 for name, size in parts.items()}
-    return Compiled(seconds, True, sum(parts.values()), parts, done.as_text())
+    return Compiled(seconds, True, sum(parts.values()), parts, done)
 
 
 def train_inputs(task: NextScaleTask, mesh: Mesh, from_tokens: bool) -> tuple:

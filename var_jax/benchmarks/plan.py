@@ -72,7 +72,7 @@ def plan_train(config: ConfigDict, mesh: Mesh, from_tokens: bool) -> dict:
         **_fit(found, data_sheet.memory),
         **bound(task.config, step, data_sheet),
         "suggested": suggestion(task, step, mesh),
-        "hlo": found.text,
+        "program": found.program,
     }
 
 
@@ -125,7 +125,7 @@ def plan_sample(config: ConfigDict, mesh: Mesh, batch: int) -> dict:
         "step_s": step_s,
         "images_per_s": batch / step_s,
         "model_tflops": batch * flops / 1e12,
-        "hlo": found.text,
+        "program": found.program,
     }
 
 
@@ -204,9 +204,9 @@ def main(argv):
                 row = plan_train(config, mesh, FLAGS.from_tokens)
             else:
                 row = plan_sample(config, mesh, FLAGS.batch)
-            if FLAGS.hlo:
-                Path(f"{FLAGS.hlo}{name.replace(':', '_')}.txt").write_text(row["hlo"])
-            del row["hlo"]
+            program = row.pop("program")
+            if FLAGS.hlo and program:  # some of libtpu's programs for v5p cannot be written
+                Path(f"{FLAGS.hlo}{name.replace(':', '_')}.txt").write_text(program.as_text())
             here = {"topology": name, "what": FLAGS.what, "mesh": in_words(dict(mesh.shape))}
             rows.append(here | row | {"launch": launch_command(name, mesh.size)})
             print(table(rows[-1:]), flush=True)
