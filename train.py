@@ -15,7 +15,9 @@ from var_jax import stages
 from var_jax.command_line import keep_compiled_programs
 from var_jax.data.sources import DataSetMissing
 from var_jax.data.transforms import CorruptImage
-from var_jax.training.checkpoint import CheckpointMissing, CheckpointNotWritten
+from var_jax.training.checkpoint import CheckpointMissing
+from var_jax.training.disk import CheckpointNotWritten
+from var_jax.training.manifest import CheckpointDamaged
 from var_jax.training.watch import TrainingDiverged
 
 CONFIG = config_flags.DEFINE_config_file("config", help_string="What to train, e.g. configs/digits.py")
@@ -30,7 +32,14 @@ def main(argv):
     tfds.disable_progress_bar()
     try:
         stages.run(CONFIG.value, WORKDIR.value)
-    except (DataSetMissing, CheckpointMissing, CheckpointNotWritten, CorruptImage, TrainingDiverged) as error:
+    except (
+        DataSetMissing,
+        CheckpointMissing,
+        CheckpointDamaged,
+        CheckpointNotWritten,
+        CorruptImage,
+        TrainingDiverged,
+    ) as error:
         sys.exit(f"train.py: {error}")  # what to do about it stands in the message
 
 

@@ -13,17 +13,20 @@ RATE = 0.1
 
 
 class Toy(Task):
-    """The loss of the steps `bad` (counted from 1) is NaN, that of step `high` a hundred times too large."""
+    """The loss of the steps `bad` (counted from 1) is NaN, that of step `high` a hundred times too large.
+
+    `ballast` are numbers that make checkpoints larger.
+    """
 
     name = "toy"
     image_size = 8
 
-    def __init__(self, bad=(), high: int = 0):
-        self.bad, self.high = np.array(bad, np.int32), high
+    def __init__(self, bad=(), high: int = 0, ballast: int = 1):
+        self.bad, self.high, self.ballast = np.array(bad, np.int32), high, ballast
         self.optimizer, self.frozen = optax.sgd(RATE), {}
 
     def init(self, key, given=()):
-        return {"w": jnp.zeros(4)}, {}
+        return {"w": jnp.zeros(4), "ballast": jax.random.normal(key, (self.ballast,))}, {}
 
     def train_step(self, state, frozen, batch, key):
         def loss_fn(params):

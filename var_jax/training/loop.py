@@ -20,6 +20,7 @@ from var_jax.data.sources import Source
 from var_jax.data.transforms import ToPixels
 from var_jax.sampling import pictures
 from var_jax.training import checkpoint
+from var_jax.training.disk import check_space
 from var_jax.training.fine_tune import Given
 from var_jax.training.logging import Log, draw_curves
 from var_jax.training.optimizer import schedules
@@ -101,7 +102,8 @@ def train(
 
     Raises:
       ValueError: on a batch that the mesh does not divide, or a checkpoint of another config.
-      CheckpointNotWritten: where the disk is full.
+      CheckpointNotWritten: where the disk is full, and still is at the next checkpoint.
+      CheckpointDamaged: where there are checkpoints, but none is whole.
       TrainingDiverged: where steps are not finite any more; the last sound checkpoint is kept.
       Preempted: after SIGTERM, with everything saved.
     """
@@ -148,7 +150,7 @@ def train(
             return
         state = saved.restore(start, abstract)
     else:
-        checkpoint.check_space(directory, abstract)
+        check_space(directory, abstract)
         state = make_state(given)
     batches = train_batches(source, transform, cfg.batch, stage.seed, look.threads, look.workers, start, rows)
     log = Log(directory, task.name, start, steps, cfg.batch, task.flops_per_image())
@@ -205,6 +207,7 @@ def train(
                 jax.block_until_ready(metrics)
                 log.restart_clock(step)  # compilation does not count as training
             if step % cfg.log_every == 0 or last or step == 1:
+                saved.poll()
                 log.training(step, metrics)
             stopping = stop.is_set() or saved.preempted(step)
             score = None
