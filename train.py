@@ -2,7 +2,10 @@
 
     python train.py --config=configs/digits.py --workdir=runs/digits
 
-Run the same command again to go on where it was stopped.
+On several hosts the same command runs on each: in a TPU pod or a SLURM job they find each other; elsewhere
+add --coordinator=HOST:PORT --num_processes=N --process_id=I.
+
+Run the same command again, on as many hosts as there are then, to go on where it was stopped.
 """
 
 import sys
@@ -12,7 +15,7 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 from var_jax import stages
-from var_jax.command_line import keep_compiled_programs
+from var_jax.command_line import define_host_flags, failing_at_once, join_hosts, keep_compiled_programs
 from var_jax.data.sources import DataSetMissing
 from var_jax.data.transforms import CorruptImage
 from var_jax.training.checkpoint import CheckpointMissing
@@ -22,6 +25,15 @@ from var_jax.training.watch import TrainingDiverged
 
 CONFIG = config_flags.DEFINE_config_file("config", help_string="What to train, e.g. configs/digits.py")
 WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run: checkpoints, logs, pictures")
+define_host_flags()
+EXPLAINED = (
+    DataSetMissing,
+    CheckpointMissing,
+    CheckpointDamaged,
+    CheckpointNotWritten,
+    CorruptImage,
+    TrainingDiverged,
+)
 
 
 def main(argv):
@@ -29,17 +41,12 @@ def main(argv):
         raise app.UsageError(f"unknown arguments {argv[1:]}")
     logging.set_verbosity(logging.WARNING)  # Orbax reports every file at INFO
     keep_compiled_programs()
+    join_hosts()
     tfds.disable_progress_bar()
     try:
-        stages.run(CONFIG.value, WORKDIR.value)
-    except (
-        DataSetMissing,
-        CheckpointMissing,
-        CheckpointDamaged,
-        CheckpointNotWritten,
-        CorruptImage,
-        TrainingDiverged,
-    ) as error:
+        with failing_at_once():
+            stages.run(CONFIG.value, WORKDIR.value)
+    except EXPLAINED as error:
         sys.exit(f"train.py: {error}")  # what to do about it stands in the message
 
 

@@ -115,7 +115,7 @@ def train(
     make_state, abstract = create_state(task.init, task.optimizer, cfg.ema > 0, init_key, mesh)
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
     rate, decay = schedules(cfg, steps)
-    frozen = jax.device_put(task.frozen, replicated(mesh))
+    frozen = jax.device_put(jax.device_get(task.frozen), replicated(mesh))
 
     @partial(jax.jit, donate_argnums=0, out_shardings=(shardings, replicated(mesh)))
     def train_step(state, frozen, batch, step_key):  # an argument, so that all seeds share a program
