@@ -50,6 +50,7 @@ def define_host_flags() -> None:
     flags.DEFINE_string("coordinator", None, "host:port of process 0, where several hosts work together")
     flags.DEFINE_integer("num_processes", None, "How many there are")
     flags.DEFINE_integer("process_id", None, "Which one this is, from 0")
+    flags.DEFINE_integer("host_timeout", 100, "Seconds after which a host that is gone ends the others, too")
 
 
 def start() -> None:
@@ -74,7 +75,7 @@ def join_hosts() -> None:
     if None in given and not in_cluster():
         return
     try:
-        jax.distributed.initialize(*given)
+        jax.distributed.initialize(*given, heartbeat_timeout_seconds=FLAGS.host_timeout)
     except (RuntimeError, ValueError) as error:
         named = given[0] or "of process 0, as the cluster names it"
         sys.exit(

@@ -18,6 +18,7 @@ from var_jax import command_line
 from var_jax.training.checkpoint import load_params
 
 STEPS = 40
+TIMEOUT = "--host_timeout=10"
 CLOSE = 1e-5  # sums over devices in another order
 
 
@@ -36,7 +37,11 @@ def start(digits_dir, tmp_path_factory):
             free.bind(("localhost", 0))
             port = free.getsockname()[1]
         flags = (f"--workdir={workdir}", f"--data_dir={digits_dir}", f"--steps={STEPS}", *extra)
-        hosts = (f"--coordinator=localhost:{port}", f"--num_processes={processes}") if processes > 1 else ()
+        hosts = (
+            (f"--coordinator=localhost:{port}", f"--num_processes={processes}", TIMEOUT)
+            if processes > 1
+            else ()
+        )
         return [
             subprocess.Popen(
                 [sys.executable, "-m", "tests.training.toy_run", *flags, *hosts]
@@ -95,14 +100,14 @@ def test_preempted_on_two_hosts_killed_on_four_done_on_one_equals_unbroken(start
     words = [re.search(pattern, err) for _, _, err in found]
     assert [code for code, _, _ in found] == [1, 1] and all(words), found
     assert words[0][1] == words[1][1]
-    assert found[0][1].count(" train ") >= 7 and found[1][1] == ""  # process 0 alone speaks
+    assert found[0][1].count(" train ") >= 7 and "toy" not in found[1][1]  # process 0 alone speaks
     stopped = int(words[0][1])
     # SIGKILL to one of four: the others leave, none with 0.
     hosts = start(4, broken, "--pause=0.1")
     wait_for_step(hosts, broken, stopped + 8)
     killed = time.monotonic()
     hosts[2].send_signal(signal.SIGKILL)
-    found = ended(hosts, within=200)
+    found = ended(hosts, within=60)
     print(f"{time.monotonic() - killed:.0f} s after the kill all had left: {[code for code, _, _ in found]}")
     assert all(code != 0 for code, _, _ in found)
     assert f"steps {stopped}..{STEPS}, 8 x" in found[0][1]
@@ -111,7 +116,7 @@ def test_preempted_on_two_hosts_killed_on_four_done_on_one_equals_unbroken(start
     assert code == 0, err[-2000:]
     went_on = int(re.search(r"steps (\d+)\.\.", out)[1])
     assert went_on % 5 == 0 and stopped < went_on
-    assert ended([alone], within=100)[0][0] == 0
+    assert ended(alone, within=100)[0][0] == 0
     got, want = losses(broken), losses(whole)
     assert sorted(got) == list(range(1, STEPS + 1))
     np.testing.assert_allclose([got[i] for i in sorted(got)], [want[i] for i in sorted(want)], rtol=CLOSE)
@@ -122,17 +127,17 @@ def test_preempted_on_two_hosts_killed_on_four_done_on_one_equals_unbroken(start
 def test_a_failure_on_one_host_ends_all(start, tmp_path):
     hosts = start(2, tmp_path, "--pause=0.1", "--fails_at=3")
     began = time.monotonic()
-    found = ended(hosts, within=200)
+    found = ended(hosts, within=60)
     print(f"all had left after {time.monotonic() - began:.0f} s")
     assert all(code != 0 for code, _, _ in found)
     assert "the cosmic ray" in found[1][2]
 
 
 def test_hosts_that_do_not_find_each_other_say_what_to_check(monkeypatch):
-    given = types.SimpleNamespace(coordinator="far:1", num_processes=2, process_id=1)
+    given = types.SimpleNamespace(coordinator="far:1", num_processes=2, process_id=1, host_timeout=9)
     monkeypatch.setattr(command_line, "FLAGS", given)
 
-    def initialize(*_):
+    def initialize(*_, **__):
         raise RuntimeError("DEADLINE_EXCEEDED")
 
     monkeypatch.setattr(command_line.jax.distributed, "initialize", initialize)
