@@ -2,7 +2,10 @@
 
     python train.py --config=configs/digits.py --workdir=runs/digits
 
-Run the same command again to go on where it was stopped.
+On several hosts the same command runs on each: in a TPU pod or a SLURM job they find each other; elsewhere
+add --coordinator=HOST:PORT --num_processes=N --process_id=I.
+
+Run the same command again, on as many hosts as there are then, to go on where it was stopped.
 """
 
 import sys
@@ -12,16 +15,27 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 from var_jax import stages
-from var_jax.command_line import keep_compiled_programs
+from var_jax.command_line import define_host_flags, failing_at_once, join_hosts, keep_compiled_programs
 from var_jax.data.sources import DataSetMissing
 from var_jax.data.transforms import CorruptImage
-from var_jax.training.checkpoint import CheckpointMissing, CheckpointNotWritten
+from var_jax.training.checkpoint import CheckpointMissing
+from var_jax.training.disk import CheckpointNotWritten
+from var_jax.training.manifest import CheckpointDamaged
 from var_jax.training.profile import parse_steps
 from var_jax.training.watch import TrainingDiverged
 
 CONFIG = config_flags.DEFINE_config_file("config", help_string="What to train, e.g. configs/digits.py")
 WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run: checkpoints, logs, pictures")
 PROFILE = flags.DEFINE_string("profile", None, "START:STOP, steps to trace into WORKDIR/<stage>/profile")
+define_host_flags()
+EXPLAINED = (
+    DataSetMissing,
+    CheckpointMissing,
+    CheckpointDamaged,
+    CheckpointNotWritten,
+    CorruptImage,
+    TrainingDiverged,
+)
 
 
 def main(argv):
@@ -33,10 +47,12 @@ def main(argv):
         raise app.UsageError(str(error)) from error
     logging.set_verbosity(logging.WARNING)  # Orbax reports every file at INFO
     keep_compiled_programs()
+    join_hosts()
     tfds.disable_progress_bar()
     try:
-        stages.run(CONFIG.value, WORKDIR.value, profile)
-    except (DataSetMissing, CheckpointMissing, CheckpointNotWritten, CorruptImage, TrainingDiverged) as error:
+        with failing_at_once():
+            stages.run(CONFIG.value, WORKDIR.value, profile)
+    except EXPLAINED as error:
         sys.exit(f"train.py: {error}")  # what to do about it stands in the message
 
 

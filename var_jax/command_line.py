@@ -1,13 +1,16 @@
 """Flags that the scripts share: which networks to load, and how to draw."""
 
+import contextlib
 import dataclasses
 import os
 import sys
+import traceback
 from pathlib import Path
 
 import jax
 import numpy as np
 from absl import app, flags, logging
+from jax._src import clusters
 
 import var_jax
 from var_jax.interop.tensor_files import SUFFIXES
@@ -47,6 +50,7 @@ def define_host_flags() -> None:
     flags.DEFINE_string("coordinator", None, "host:port of process 0, where several hosts work together")
     flags.DEFINE_integer("num_processes", None, "How many there are")
     flags.DEFINE_integer("process_id", None, "Which one this is, from 0")
+    flags.DEFINE_integer("host_timeout", 100, "Seconds after which a host that is gone ends the others, too")
 
 
 def start() -> None:
@@ -56,17 +60,54 @@ def start() -> None:
 
 
 def join_hosts() -> None:
-    """Connects the processes that the flags name; before anything else is asked of JAX.
+    """Connects the processes of a run, before anything else is asked of JAX; all but process 0 fall silent.
+
+    They are those that the flags name, or those of the TPU pod, the SLURM, MPI or Kubernetes job that this
+    process is part of; outside of all of these it stays alone.  Ends the script with what to check where
+    they do not find each other.
 
     Raises:
       UsageError: where a flag is missing.
     """
     given = [FLAGS.coordinator, FLAGS.num_processes, FLAGS.process_id]
-    if given == [None] * 3:
-        return
-    if None in given:
+    if None in given and given != [None] * 3:
         raise app.UsageError("several hosts need --coordinator, --num_processes and --process_id, all three")
-    jax.distributed.initialize(*given)
+    if None in given and not in_cluster():
+        return
+    try:
+        jax.distributed.initialize(*given, heartbeat_timeout_seconds=FLAGS.host_timeout)
+    except (RuntimeError, ValueError) as error:
+        named = given[0] or "of process 0, as the cluster names it"
+        sys.exit(
+            f"{Path(sys.argv[0]).name}: the hosts did not find each other: {error}\n"
+            "  Check that every process was started, with the same number of them and an id of its own, and\n"
+            f"  that the address {named} is reachable from all hosts and its port free on process 0."
+        )
+    if jax.process_index() > 0:
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+
+
+@contextlib.contextmanager
+def failing_at_once():
+    """Where there are several hosts, ends a process that fails without the usual ways out, with code 1.
+
+    On those JAX would wait for the other hosts, for minutes, while they wait for this one.  A SystemExit
+    of all hosts alike (they were told to stop) goes the usual way.
+    """
+    try:
+        yield
+    except Exception:
+        if jax.process_count() == 1:
+            raise
+        traceback.print_exc()
+        sys.stderr.flush()
+        os._exit(1)
+
+
+def in_cluster() -> bool:
+    """Whether JAX knows the cluster that this process was started in, and can find the others by itself."""
+    known = clusters.ClusterEnv._cluster_types
+    return any(not kind.opt_in_only_method and kind.is_env_present() for kind in known)
 
 
 def keep_compiled_programs() -> None:

@@ -1,5 +1,6 @@
 import errno
 import shutil
+import subprocess
 
 import chex
 import jax
@@ -8,13 +9,17 @@ import numpy as np
 import pytest
 
 from tests.training.tiny import tiny_config
+from tests.training.toy import Toy, toy_stage
+from var_jax.data.sources import open_source
 from var_jax.training.checkpoint import (
     CheckpointMissing,
-    CheckpointNotWritten,
     Checkpoints,
-    check_space,
     load_params,
 )
+from var_jax.training.disk import CheckpointNotWritten, check_space
+from var_jax.training.loop import train
+from var_jax.training.manifest import FILE as MANIFEST
+from var_jax.training.manifest import NOT_LISTED, CheckpointDamaged
 from var_jax.training.sharding import make_mesh
 from var_jax.training.state import create_state
 from var_jax.training.tokenizer_task import TokenizerTask
@@ -31,6 +36,12 @@ def state_on(task, mesh, use_ema=True, seed=0):
     # The moving average differs from the parameters, so that a mix-up would show.
     ema = jax.tree.map(lambda p: p + 1, state.ema) if use_ema else None
     return state.replace(step=jnp.array(3), ema=ema), abstract
+
+
+def toy_state():
+    toy, mesh = Toy(), make_mesh(fsdp=8)
+    make_state, abstract = create_state(toy.init, toy.optimizer, False, jax.random.key(0), mesh)
+    return make_state(), abstract
 
 
 @pytest.mark.parametrize("use_ema", [True, False])
@@ -75,27 +86,132 @@ def test_no_checkpoint_is_an_error_that_names_the_folder(tmp_path):
         load_params(tmp_path)
 
 
-def test_a_disk_that_fills_up_loses_nothing(task, tmp_path, monkeypatch):
-    state, _ = state_on(task, make_mesh(fsdp=8))
+def test_a_disk_that_fills_up_loses_nothing(tmp_path, monkeypatch, caplog):
+    """Without a disk to fill."""
+    state, _ = toy_state()
     saved = Checkpoints(tmp_path, keep=2)
     saved.save(1, state, {}, None)
-    saved.wait()
 
     def full(*_, **__):
         raise OSError(errno.ENOSPC, "No space left on device")
 
+    saved.wait()
     monkeypatch.setattr(saved._manager, "save", full)
+    saved.save(2, state, {}, None)
+    assert "Training goes on" in caplog.text and "last complete one is of step 1" in caplog.text
+    with pytest.raises(CheckpointNotWritten, match="No space left on device"):
+        saved.wait()  # the last of a run must be written
     with pytest.raises(CheckpointNotWritten) as error:
-        saved.save(2, state, {}, None)
-    for words in (
-        str(tmp_path),
-        "No space left on device",
-        "the last complete one is of step 1",
-        "run the same",
-    ):
+        saved.save(3, state, {}, None)
+    for words in (str(tmp_path), "No space left on device", "last complete one is of step 1", "GiB are free"):
         assert words in str(error.value)
     saved.close()
     load_params(tmp_path)
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A disk of 6 MB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=6m", "tmpfs", str(folder)]
+    if subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("a small disk cannot be mounted here")
+    yield folder
+    subprocess.run(["umount", "--lazy", str(folder)], check=True)  # a log may still be open
+
+
+@pytest.fixture
+def train_on(small_disk, digits_dir, monkeypatch):
+    """Trains 12 steps, a checkpoint (0.8 MB) every two, while something else fills the disk at times."""
+    sources = tuple(open_source("digits", split, digits_dir) for split in ("train", "test"))
+    save, filler = Checkpoints.save, small_disk / "filler"
+
+    def run(full: range) -> None:
+        def save_beside(self, step, *rest):
+            filler.unlink(missing_ok=True)
+            if step in full:
+                filler.write_bytes(bytes(shutil.disk_usage(small_disk).free - 200_000))
+            save(self, step, *rest)
+
+        monkeypatch.setattr(Checkpoints, "save", save_beside)
+        train(Toy(ballast=200_000), toy_stage(digits_dir, every=2), 12, small_disk, sources)
+
+    return run
+
+
+def test_a_disk_that_is_full_once_is_warned_of_and_training_goes_on(train_on, small_disk, caplog):
+    train_on(full=range(4, 5))
+    folder = small_disk / "toy" / "checkpoints"
+    assert sorted(path.name for path in folder.iterdir()) == ["10", "12"]
+    load_params(folder)
+    (said,) = (record.getMessage() for record in caplog.records if "Training goes on" in record.getMessage())
+    for words in (f"could not be written under {folder}", "last complete one is of step 2", "GiB are free"):
+        assert words in said
+
+
+def test_a_disk_that_stays_full_ends_training_and_loses_nothing(train_on, small_disk):
+    with pytest.raises(
+        CheckpointNotWritten, match="last complete one is of step 4.*the same command goes on"
+    ):
+        train_on(full=range(6, 13))
+    folder = small_disk / "toy" / "checkpoints"
+    assert sorted(path.name for path in folder.iterdir()) == ["2", "4"]
+    train_on(full=range(0))
+    assert sorted(path.name for path in folder.iterdir()) == ["10", "12"]
+
+
+def every_file(folder) -> list[str]:
+    return [str(path.relative_to(folder)) for path in sorted(folder.rglob("*")) if path.is_file()]
+
+
+@pytest.mark.parametrize("how", ["deleted", "emptied", "halved"])
+def test_a_checkpoint_that_was_cut_off_is_never_taken_for_whole(digits_dir, tmp_path, caplog, how):
+    """Each file of the newer of two in turn."""
+    state, abstract = toy_state()
+    saved = Checkpoints(tmp_path / "sound", keep=2)
+    for step in (1, 2):
+        saved.save(step, state.replace(step=jnp.array(step)), {"step": step}, score=1.0)
+    saved.wait()
+    saved.close()
+    files = every_file(tmp_path / "sound" / "2")
+    assert len(files) > 12
+    for number, name in enumerate(files):
+        folder = tmp_path / f"{number}"
+        shutil.copytree(tmp_path / "sound", folder)
+        damaged = folder / "2" / name
+        caplog.clear()
+        content = damaged.read_bytes()
+        damaged.unlink()
+        if how != "deleted":
+            damaged.write_bytes(content[: len(content) // 2 if how == "halved" else 0])
+        harmless = name == NOT_LISTED[2]  # a word of Orbax that nothing reads
+        try:
+            params, _ = load_params(folder)
+            assert harmless or (name, how) == (MANIFEST, "deleted")  # as of an older version
+            np.testing.assert_array_equal(params["w"], state.params["w"])
+        except CheckpointDamaged as error:
+            assert str(folder / "2") in str(error)
+        again = Checkpoints(folder, keep=2)
+        restored = again.restore(again.latest(), abstract)
+        assert again.config(again.latest())["step"] == int(restored.step) == (2 if harmless else 1), name
+        again.close()
+        if not harmless:
+            assert f"{folder / '2'} is damaged: " in caplog.text and "going on from step 1" in caplog.text
+        shutil.rmtree(folder)
+
+
+def test_a_run_without_one_whole_checkpoint_stops_with_their_names(tmp_path):
+    saved = Checkpoints(tmp_path, keep=2)
+    saved.save(1, toy_state()[0], {}, None)
+    saved.wait()
+    saved.close()
+    (tmp_path / "1" / "config" / "metadata").write_text("{")
+    with pytest.raises(CheckpointDamaged, match=r"no checkpoint under .*\n  1: config/metadata has 1 bytes"):
+        Checkpoints(tmp_path, keep=2)
+    assert (tmp_path / "1").is_dir()
+    with pytest.raises(CheckpointDamaged, match="/1 is damaged: config/metadata has 1 bytes in place of 2"):
+        load_params(tmp_path)
 
 
 def test_a_disk_without_room_is_noticed_before_anything_runs(task, tmp_path, monkeypatch):

@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.training.toy import RATE, Toy, toy_stage
+from tests.training.toy import RATE, WIDTH, Toy, toy_stage
 from var_jax.data.loader import batch_indices, train_batches
 from var_jax.data.sources import open_source
 from var_jax.data.transforms import ToPixels
@@ -24,12 +24,12 @@ def lines(workdir, kind) -> list[dict]:
 
 
 def expected(source, stage, steps, skipped) -> float:
-    """What four numbers become that follow the mean of each batch that is not skipped."""
+    """What the numbers become that follow the mean of each batch that is not skipped."""
     batches = train_batches(source, ToPixels("digits", 8, 1.0, False), 16, stage.seed)
     w = 0.0
     for step in range(1, steps + 1):
         mean = next(batches)["image"].mean() / 255
-        w -= 0.0 if step in skipped else RATE * 2 / 4 * (w - mean)
+        w -= 0.0 if step in skipped else RATE * 2 / WIDTH * (w - mean)
     return w
 
 

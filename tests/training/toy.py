@@ -1,5 +1,6 @@
-"""A task of four numbers, which learns the mean brightness of a batch; it breaks on request."""
+"""A task of eight numbers, which learns the mean brightness of a batch; it breaks on request."""
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,25 +10,35 @@ from tests.training.tiny import tiny_config
 from var_jax.training.state import apply_gradients
 from var_jax.training.task import Task
 
-RATE = 0.1
+RATE, WIDTH = 0.1, 8
 
 
 class Toy(Task):
-    """The loss of the steps `bad` (counted from 1) is NaN, that of step `high` a hundred times too large."""
+    """The loss of the steps `bad` (counted from 1) is NaN, that of step `high` a hundred times too large.
+
+    `ballast` are numbers that make checkpoints larger.  With `noisy` each row of a batch has a random
+    weight, so that their order matters.
+    """
 
     name = "toy"
     image_size = 8
 
-    def __init__(self, bad=(), high: int = 0):
-        self.bad, self.high = np.array(bad, np.int32), high
+    def __init__(self, bad=(), high: int = 0, ballast: int = 1, noisy: bool = False):
+        self.noisy = noisy
+        self.bad, self.high, self.ballast = np.array(bad, np.int32), high, ballast
         self.optimizer, self.frozen = optax.sgd(RATE), {}
 
     def init(self, key, given=()):
-        return {"w": jnp.zeros(4)}, {}
+        w = nn.LogicallyPartitioned(jnp.zeros(WIDTH), ("embed",))
+        return {"w": w, "ballast": jax.random.normal(key, (self.ballast,))}, {}
 
     def train_step(self, state, frozen, batch, key):
+        brightness = batch["image"].astype(jnp.float32).mean((1, 2, 3)) / 255
+        if self.noisy:
+            brightness *= jax.random.normal(key, brightness.shape)
+
         def loss_fn(params):
-            loss = jnp.mean((params["w"] - batch["image"].astype(jnp.float32).mean() / 255) ** 2) + 1.0
+            loss = jnp.mean((params["w"] - brightness.mean()) ** 2) + 1.0
             return jnp.where(jnp.isin(state.step + 1, self.bad), jnp.nan, loss)
 
         loss, grads = jax.value_and_grad(loss_fn)(state.params)

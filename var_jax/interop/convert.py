@@ -32,11 +32,11 @@ from var_jax.tokenizer.config import TokenizerConfig
 from var_jax.training.checkpoint import (
     FOLDER,
     CheckpointMissing,
-    CheckpointNotWritten,
     SavedArrays,
     load_config,
     save_params,
 )
+from var_jax.training.disk import CheckpointNotWritten
 from var_jax.transformer.config import NextScaleConfig
 
 FLAGS = flags.FLAGS

@@ -5,7 +5,6 @@ there is one); `state`, everything else that training goes on from; `config`, wh
 position of the data is the step.
 """
 
-import contextlib
 import shutil
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -14,10 +13,14 @@ from pathlib import Path
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+from absl import logging
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import SingleDeviceSharding
 from orbax.checkpoint import checkpoint_managers
+from orbax.checkpoint.path import atomicity
 
+from var_jax.training.disk import CheckpointNotWritten, explained
+from var_jax.training.manifest import SealedPath, check_whole, readable, set_damaged_aside, steps_under
 from var_jax.training.state import TrainState
 
 FOLDER = "checkpoints"
@@ -41,20 +44,25 @@ class CheckpointMissing(FileNotFoundError):
     """There is no complete checkpoint where one is needed."""
 
 
-class CheckpointNotWritten(OSError):
-    """A checkpoint could not be written; earlier ones are untouched."""
-
-
 class Checkpoints:
     """The checkpoints of one stage of a run.
+
+    On one process, a save that fails because of the disk is warned of, and the next one tried; the second
+    in a row is an error.  Several processes do not know of each other's disks: there the first one is.
 
     Attributes:
       directory: absolute path of their folder.
     """
 
     def __init__(self, directory: Path, keep: int):
-        """Keeps the latest `keep` and the one with the least score."""
+        """Keeps the latest `keep` and the one with the least score; sets aside those that are not whole.
+
+        Raises:
+          CheckpointDamaged: where there are some, but none is whole.
+        """
         self.directory = Path(directory).absolute()
+        self._pending, self._failed = False, 0  # a save not yet waited for; how many failed in a row
+        set_damaged_aside(self.directory)
         best = checkpoint_managers.BestN(
             get_metric_fn=_score, reverse=True, n=1, keep_checkpoints_without_metrics=False
         )
@@ -63,7 +71,11 @@ class Checkpoints:
         self._manager = ocp.CheckpointManager(
             self.directory,
             options=ocp.CheckpointManagerOptions(
-                preservation_policy=policy, best_fn=_score, best_mode="min", cleanup_tmp_directories=True
+                preservation_policy=policy,
+                best_fn=_score,
+                best_mode="min",
+                cleanup_tmp_directories=True,
+                temporary_path_class=SealedPath,
             ),
             item_handlers=_item_handlers(),
         )
@@ -76,8 +88,9 @@ class Checkpoints:
         """Starts writing; returns as soon as the arrays are copied.  Less is better in `score`.
 
         Raises:
-          CheckpointNotWritten: if this, or the one before it, could not be written.
+          CheckpointNotWritten: if this and the one before it could not be written.
         """
+        self._settle()
         params, rest = _split(state)
         items = ocp.args.Composite(
             params=ocp.args.StandardSave(params),
@@ -85,7 +98,7 @@ class Checkpoints:
             config=ocp.args.JsonSave(config),
         )
         metrics = None if score is None else {"score": score}
-        self._guard(lambda: self._manager.save(step, args=items, metrics=metrics))
+        self._pending = self._attempt(lambda: self._manager.save(step, args=items, metrics=metrics))
 
     def restore(self, step: int, abstract: TrainState) -> TrainState:
         """The state at a step, sharded as the abstract state says."""
@@ -93,12 +106,14 @@ class Checkpoints:
         items = ocp.args.Composite(
             params=ocp.args.StandardRestore(params), state=ocp.args.StandardRestore(rest)
         )
-        restored = self._manager.restore(step, args=items)
+        with readable(self.directory / str(step)):
+            restored = self._manager.restore(step, args=items)
         return _join(restored["params"], restored["state"], abstract)
 
     def config(self, step: int) -> dict:
         """What was trained, as it was saved."""
-        restored = self._manager.restore(step, args=ocp.args.Composite(config=ocp.args.JsonRestore()))
+        with readable(self.directory / str(step)):
+            restored = self._manager.restore(step, args=ocp.args.Composite(config=ocp.args.JsonRestore()))
         return restored["config"]
 
     def preempted(self, step: int) -> bool:
@@ -111,43 +126,47 @@ class Checkpoints:
         Raises:
           CheckpointNotWritten: if it could not be written.
         """
-        self._guard(self._manager.wait_until_finished)
+        self._settle()
+        if self._failed:
+            raise self._not_written
+
+    def poll(self) -> None:
+        """Warns of a save that has failed meanwhile, without waiting for one that goes on."""
+        if jax.process_count() == 1 and not self._manager.is_saving_in_progress():
+            self._settle()
 
     def close(self) -> None:
         self._manager.close()
 
-    def _guard(self, write) -> None:
-        with _explained(self.directory, self._not_lost):
-            write()
+    def _settle(self) -> None:
+        """Waits for the save before, and says if it failed."""
+        if self._pending:
+            self._pending = False
+            if self._attempt(self._manager.wait_until_finished):
+                self._failed = 0
+
+    def _attempt(self, write: Callable[[], object]) -> bool:
+        """Whether writing succeeded, in so far as it is done when the call returns."""
+        try:
+            with explained(self.directory, self._not_lost):
+                write()
+        except CheckpointNotWritten as error:
+            self._failed, self._not_written = self._failed + 1, error
+            if self._failed > 1 or jax.process_count() > 1:
+                raise
+            logging.warning(
+                "%s\n  Training goes on; it ends if the next one cannot be written either.", error
+            )
+            return False
+        return True
 
     def _not_lost(self) -> str:
-        self._manager.reload()
+        """Frees what the failed save has taken, and says what there still is."""
+        if jax.process_count() == 1:
+            for left in self.directory.glob(f"*{atomicity.TMP_DIR_SUFFIX}*"):
+                shutil.rmtree(left, ignore_errors=True)  # what is still being written goes at the next start
+        self._manager.reload()  # it has forgotten those that would have been deleted by now
         return f"  Nothing is lost: the last complete one is of step {self.latest()}. "
-
-
-@contextlib.contextmanager
-def _explained(directory: Path, note: Callable[[], str] = lambda: "  "):
-    """Turns what the disk says into what to do about it."""
-    try:
-        yield
-    except Exception as error:  # Orbax wraps what the disk said in errors of several kinds
-        if not _from_disk(error):
-            raise
-        raise CheckpointNotWritten(
-            f"a checkpoint could not be written under {directory}: {error}\n{note()}"
-            f"{shutil.disk_usage(directory).free / 2**30:.2f} GiB are free there. "
-            "Make room and run the same command again to go on."
-        ) from error
-
-
-def _from_disk(error: BaseException | None) -> bool:
-    """Whether an error, or one that it came from, is the disk's (TensorStore says so in words only)."""
-    words = ("RESOURCE_EXHAUSTED", "No space left", "Disk quota")
-    while error is not None:
-        if isinstance(error, OSError) or any(word in str(error) for word in words):
-            return True
-        error = error.__cause__ or error.__context__
-    return False
 
 
 def _split(state: TrainState) -> tuple[dict, dict]:
@@ -163,32 +182,15 @@ def _join(params: dict, rest: dict, like: TrainState) -> TrainState:
     return TrainState(params=rest.get("params", params), ema=ema, **{name: rest[name] for name in REST})
 
 
-def check_space(directory: Path, abstract: TrainState) -> None:
-    """Raises CheckpointNotWritten unless the disk has room for two checkpoints of this state."""
-    need = 2 * sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(abstract))
-    directory.mkdir(parents=True, exist_ok=True)
-    free = shutil.disk_usage(directory).free
-    if free < need:
-        raise CheckpointNotWritten(
-            f"{directory} has {free / 2**30:.2f} GiB free, but two checkpoints of this run take "
-            f"{need / 2**30:.2f} GiB; make room or choose another --workdir"
-        )
-
-
 def has_checkpoint(directory: Path) -> bool:
-    """Whether there is a complete checkpoint to go on from."""
-    try:
-        manager, _ = _open(directory, "latest")
-    except CheckpointMissing:
-        return False
-    manager.close()
-    return True
+    """Whether there is a checkpoint to go on from."""
+    return bool(steps_under(directory))
 
 
 def load_config(directory: Path, step: int | str = "latest") -> tuple[int, dict]:
     """Step and what was trained, as a checkpoint has it; arguments and errors as for `load_params`."""
     manager, step = _open(directory, step)
-    with manager:
+    with manager, readable(manager.directory / str(step)):
         restored = manager.restore(step, args=ocp.args.Composite(config=ocp.args.JsonRestore()))
     return step, restored["config"]
 
@@ -207,7 +209,7 @@ def load_params(directory: Path, step: int | str = "latest") -> tuple[dict, dict
       CheckpointMissing: naming the folder, and the steps that there are.
     """
     manager, step = _open(directory, step)
-    with manager:
+    with manager, readable(manager.directory / str(step)):
         device = SingleDeviceSharding(jax.local_devices()[0])
         abstract = jax.tree.map(
             lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device),
@@ -232,7 +234,7 @@ def save_params(directory: Path, params: dict, extra: dict, config: dict) -> Non
       CheckpointNotWritten: if the disk is full.
     """
     directory = Path(directory).absolute()
-    if directory.exists() and any(path.name.isdecimal() for path in directory.iterdir()):
+    if steps_under(directory):
         raise FileExistsError(f"{directory} holds checkpoints already; give another directory")
     # Orbax would copy every array first, for saving in the background; here it is waited for.
     numpy_handler = ocp.type_handlers.NumpyHandler(deepcopy_host_arrays=False)
@@ -246,7 +248,9 @@ def save_params(directory: Path, params: dict, extra: dict, config: dict) -> Non
     )
     manager = ocp.CheckpointManager(
         directory,
-        options=ocp.CheckpointManagerOptions(enable_async_checkpointing=False, cleanup_tmp_directories=True),
+        options=ocp.CheckpointManagerOptions(
+            enable_async_checkpointing=False, cleanup_tmp_directories=True, temporary_path_class=SealedPath
+        ),
         item_handlers={"params": handler(), "state": handler(), "config": ocp.JsonCheckpointHandler()},
     )
     items = ocp.args.Composite(
@@ -254,7 +258,7 @@ def save_params(directory: Path, params: dict, extra: dict, config: dict) -> Non
         state=ocp.args.PyTreeSave({"extra": extra}),
         config=ocp.args.JsonSave(config),
     )
-    with manager, _explained(directory):
+    with manager, explained(directory):
         manager.save(0, args=items)
 
 
@@ -289,13 +293,15 @@ def _open(directory: Path, step: int | str) -> tuple[ocp.CheckpointManager, int]
     directory = Path(directory).absolute()
     if not directory.is_dir():
         raise CheckpointMissing(f"no checkpoints under {directory}: train this stage first")
-    manager = ocp.CheckpointManager(
-        directory,
-        options=ocp.CheckpointManagerOptions(
-            read_only=True, create=False, save_interval_steps=0, best_fn=_score, best_mode="min"
-        ),
-        item_handlers=_item_handlers(),
+    options = ocp.CheckpointManagerOptions(
+        read_only=True, create=False, save_interval_steps=0, best_fn=_score, best_mode="min"
     )
+    try:
+        manager = ocp.CheckpointManager(directory, options=options, item_handlers=_item_handlers())
+    except Exception:  # it reads a little of every checkpoint, and does not say of which
+        for number in steps_under(directory):
+            check_whole(directory / str(number))
+        raise
     steps = sorted(manager.all_steps())
     if not steps:
         raise CheckpointMissing(f"no complete checkpoint under {directory}: train this stage first")
@@ -309,4 +315,5 @@ def _open(directory: Path, step: int | str) -> tuple[ocp.CheckpointManager, int]
         raise CheckpointMissing(f"a step must be a number, latest or best, found {step!r}; there are {steps}")
     if int(step) not in steps:
         raise CheckpointMissing(f"no checkpoint of step {step} under {directory}; there are {steps}")
+    check_whole(directory / str(step))
     return manager, int(step)

@@ -19,6 +19,7 @@ from var_jax.data.sources import Source
 from var_jax.data.transforms import ToPixels
 from var_jax.sampling import pictures
 from var_jax.training import checkpoint
+from var_jax.training.disk import check_space
 from var_jax.training.fine_tune import Given
 from var_jax.training.logging import Log, draw_curves
 from var_jax.training.profile import Profile, Steps
@@ -109,7 +110,8 @@ def train(
 
     Raises:
       ValueError: on a batch that the mesh does not divide, or a checkpoint of another config.
-      CheckpointNotWritten: where the disk is full.
+      CheckpointNotWritten: where the disk is full, and still is at the next checkpoint.
+      CheckpointDamaged: where there are checkpoints, but none is whole.
       TrainingDiverged: where steps are not finite any more; the last sound checkpoint is kept.
       Preempted: after SIGTERM, with everything saved.
     """
@@ -119,7 +121,7 @@ def train(
     key = jax.random.key(stage.seed)
     init_key, step_key = jax.random.split(key)
     make_state, abstract = create_state(task.init, task.optimizer, cfg.ema > 0, init_key, mesh)
-    frozen = jax.device_put(task.frozen, replicated(mesh))
+    frozen = jax.device_put(jax.device_get(task.frozen), replicated(mesh))
 
     train_step, eval_step = train_program(task, cfg, steps, mesh, abstract), eval_program(task, mesh)
     finite = jax.jit(is_finite, out_shardings=replicated(mesh))
@@ -147,7 +149,7 @@ def train(
             return
         state = saved.restore(start, abstract)
     else:
-        checkpoint.check_space(directory, abstract)
+        check_space(directory, abstract)
         state = make_state(given)
     batches = train_batches(source, transform, cfg.batch, stage.seed, look.threads, look.workers, start, rows)
     log = Log(directory, task.name, start, steps, cfg.batch, task.flops_per_image())
@@ -206,6 +208,7 @@ def train(
                 jax.block_until_ready(metrics)
                 log.restart_clock(step)  # compilation does not count as training
             if step % cfg.log_every == 0 or last or step == 1:
+                saved.poll()
                 log.training(step, metrics)
             stopping = stop.is_set() or saved.preempted(step)
             score = None

@@ -1,0 +1,42 @@
+"""One process of a run of the toy, with the flags that train.py has for several hosts."""
+
+import time
+from pathlib import Path
+
+import jax
+from absl import app, flags
+
+from tests.training.toy import Toy, toy_stage
+from var_jax.command_line import define_host_flags, failing_at_once, join_hosts
+from var_jax.data.sources import open_source
+from var_jax.training import loop
+from var_jax.training.logging import Log
+
+FLAGS = flags.FLAGS
+flags.DEFINE_string("workdir", None, "Of the run")
+flags.DEFINE_string("data_dir", None, "Where the digits are")
+flags.DEFINE_integer("steps", None, "In all")
+flags.DEFINE_float("pause", 0.0, "Seconds that a step takes at least")
+flags.DEFINE_integer("fails_at", 0, "Step at which process 1 fails")
+define_host_flags()
+
+
+class SlowLog(Log):
+    def advance(self, step):
+        super().advance(step)
+        time.sleep(FLAGS.pause)
+        if step == FLAGS.fails_at and jax.process_index() == 1:
+            raise RuntimeError("the cosmic ray")
+
+
+def main(_):
+    join_hosts()
+    loop.Log = SlowLog
+    sources = tuple(open_source("digits", split, FLAGS.data_dir) for split in ("train", "test"))
+    stage = toy_stage(FLAGS.data_dir, every=5)
+    with failing_at_once():
+        loop.train(Toy(noisy=True), stage, FLAGS.steps, Path(FLAGS.workdir), sources)
+
+
+if __name__ == "__main__":
+    app.run(main)
