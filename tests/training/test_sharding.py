@@ -17,6 +17,7 @@ from var_jax.training.sharding import (
     make_mesh,
     partition_spec,
     tree_shardings,
+    whole_share,
 )
 from var_jax.training.state import create_state
 from var_jax.training.step import train_program
@@ -86,6 +87,15 @@ def test_the_table_keeps_whole_what_does_not_divide():
     assert partition_spec(("embed", "embed"), (8, 8), mesh) == P("fsdp", None)
     with pytest.raises(KeyError, match="colour"):
         partition_spec(("colour",), (8,), mesh)
+
+
+def test_parameters_that_fsdp_does_not_divide_are_counted(tasks):
+    task = tasks["next_scale"]  # width 32
+    share = lambda **sizes: whole_share(  # noqa: E731
+        create_state(task.init, task.optimizer, False, jax.random.key(0), make_mesh(**sizes))[1].params
+    )
+    assert share(fsdp=8) < 0.1
+    assert share(fsdp=5, devices=jax.devices()[:5]) == 1
 
 
 def test_every_parameter_is_named_in_the_table(tasks):

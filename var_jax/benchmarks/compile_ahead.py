@@ -30,7 +30,8 @@ from var_jax.training.next_scale_task import NextScaleTask
 from var_jax.training.sharding import batch_sharding, replicated
 from var_jax.training.state import create_state
 
-OVER = re.compile(r"Used ([\d.]+)([MG]) of ([\d.]+)([MG]) hbm")
+# What the compiler says of a program that does not fit, in its two ways.
+OVER = (re.compile(r"Used ([\d.]+)G of [\d.]+G hbm"), re.compile(r"temporaries \(([\d.]+)G\) exceeds"))
 
 
 @dataclasses.dataclass
@@ -79,10 +80,10 @@ def compiled(program, *inputs, **static) -> Compiled:
     try:
         done = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
-        if not (found := OVER.search(str(error))):
+        used = [float(found[1]) for pattern in OVER if (found := pattern.search(str(error)))]
+        if not used:
             raise
-        used = float(found[1]) / (1 if found[2] == "G" else 1024)
-        return Compiled(time.perf_counter() - start, False, used, {})
+        return Compiled(time.perf_counter() - start, False, used[0], {})
     memory, seconds = done.memory_analysis(), time.perf_counter() - start
     parts = {
         "arguments": memory.argument_size_in_bytes,

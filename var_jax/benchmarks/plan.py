@@ -21,12 +21,11 @@ from pathlib import Path
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from absl import app, flags
+from absl import app, flags, logging
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict, config_flags
 
-from var_jax import command_line
 from var_jax.benchmarks.compile_ahead import Compiled, compiled, gib, slice_of, train_inputs, whole
 from var_jax.benchmarks.roofline import Step, best_mesh, bound
 from var_jax.benchmarks.subject import STEPS, make_task, next_scale_stage, tokenizer_shapes
@@ -191,7 +190,7 @@ PARTS = (
 def main(argv):
     if len(argv) > 1:
         raise app.UsageError(f"unknown arguments {argv[1:]}")
-    command_line.start()
+    logging.set_verbosity(logging.ERROR)
     config, rows = FLAGS.config, []
     try:
         stage = next_scale_stage(config)

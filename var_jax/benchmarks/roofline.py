@@ -117,12 +117,14 @@ def bound(cfg: NextScaleConfig, step: Step, chip: Chip) -> dict[str, float]:
 def best_mesh(cfg: NextScaleConfig, step: Step, state_room: float) -> dict[str, int]:
     """The mesh with the fewest bytes between devices among those whose state fits into `state_room` bytes.
 
-    Without `tensor`, which pays only where a batch has fewer images than there are devices.
+    Only sizes of `fsdp` that divide the width split all matrices.  Without `tensor`, which pays only where a
+    batch has fewer images than there are devices.
     """
     choices = []
-    for fsdp in (n for n in range(1, step.devices + 1) if step.devices % n == 0):
+    splits = [n for n in range(1, step.devices + 1) if step.devices % n == 0 and cfg.width % n == 0]
+    for fsdp in splits:
         state = 4 * (4 + step.ema) * matrix_parameters(cfg) / fsdp
-        if state <= state_room or fsdp == step.devices:
+        if state <= state_room or fsdp == splits[-1]:
             sizes = {"data": step.devices // fsdp, "fsdp": fsdp, "tensor": 1}
             choices.append((link_bytes(cfg, dataclasses.replace(step, **sizes)), fsdp, sizes))
     return min(choices, key=lambda choice: choice[:2])[2]

@@ -23,7 +23,14 @@ from var_jax.training.disk import check_space
 from var_jax.training.fine_tune import Given
 from var_jax.training.logging import Log, draw_curves
 from var_jax.training.profile import Profile, Steps
-from var_jax.training.sharding import batch_sharding, check_batch, global_batch, make_mesh, replicated
+from var_jax.training.sharding import (
+    batch_sharding,
+    check_batch,
+    global_batch,
+    make_mesh,
+    replicated,
+    whole_share,
+)
 from var_jax.training.state import count_parameters, create_state
 from var_jax.training.step import eval_program, train_program
 from var_jax.training.task import Task
@@ -157,6 +164,12 @@ def train(
         f"{task.name}: {count_parameters(abstract.params):,} parameters, {source.num_images} images, "
         f"batch {cfg.batch}, steps {start}..{steps}, {jax.device_count()} x {jax.devices()[0].device_kind}"
     )
+
+    if mesh.shape["fsdp"] > 1 and (share := whole_share(abstract.params)) > 0.5:
+        log.say(
+            f"{task.name}: {share:.0%} of the parameters are whole on every device, since train.mesh.fsdp="
+            f"{mesh.shape['fsdp']} does not divide their axes; give an fsdp that divides the width, and data"
+        )
 
     watch = Watch(
         log,

@@ -93,6 +93,13 @@ def tree_shardings(boxed, mesh: Mesh):
     return jax.tree.map(sharding, boxed, is_leaf=lambda leaf: isinstance(leaf, nn.LogicallyPartitioned))
 
 
+def whole_share(params) -> float:
+    """Share of the parameters (abstract, with shardings) that every device holds whole."""
+    leaves = jax.tree.leaves(params)
+    whole = [leaf.size for leaf in leaves if leaf.sharding.shard_shape(leaf.shape) == leaf.shape]
+    return sum(whole) / sum(leaf.size for leaf in leaves)
+
+
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """Leading axis split over all devices that share a batch."""
     return NamedSharding(mesh, P(BATCH_AXES))
