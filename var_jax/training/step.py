@@ -28,7 +28,8 @@ def train_program(task: Task, cfg: ConfigDict, steps: int, mesh: Mesh, abstract:
 
     @partial(jax.jit, donate_argnums=0, out_shardings=(shardings, replicated(mesh)))
     def train_step(state, frozen, batch, step_key):  # an argument, so that all seeds share a program
-        now = {"learning_rate": rate(state.step), "weight_decay": decay(state.step)}
+        taken = state.step - state.skipped  # as the optimiser counts them
+        now = {"learning_rate": rate(taken), "weight_decay": decay(taken)}
         new, metrics = step(state, frozen, batch, jax.random.fold_in(step_key, state.step))
         state, metrics = skip_if_not_finite(state, new, metrics)
         return state, metrics | now
