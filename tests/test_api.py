@@ -9,6 +9,7 @@ import pytest
 import var_jax
 from var_jax.sampling.keep import anew_under_mask
 from var_jax.sampling.precision import in_compute_dtype
+from var_jax.training.manifest import seal
 
 
 @pytest.fixture(scope="module")
@@ -179,6 +180,7 @@ def test_a_run_on_a_tokenizer_from_elsewhere_leads_to_it(tiny_run, tmp_path):
     record = json.loads(saved.read_text())
     record["stage"]["tokenizer"] = str(tiny_run)
     saved.write_text(json.dumps(record))
+    seal(saved.parent.parent)
     tokenizer = var_jax.load_tokenizer(tmp_path)
     want = var_jax.load_tokenizer(tiny_run).params["quantizer"]["codebook"]
     np.testing.assert_array_equal(tokenizer.params["quantizer"]["codebook"], want)
