@@ -11,8 +11,9 @@ their distance in the sequence.  It takes the last, finest map, of images drawn 
 Mutual information found in few images with many codes is nearly all bias.  So the codes are put into at most
 GROUPS groups by k-means of their vectors, and what the same formula finds after the images were shuffled is
 taken off (`evaluation/locality.py`).  Groups share less than codes do: read how the curves fall, not how much
-there is in all.  Every value is a mean over all pairs at that distance; there are few at the longest, where
-it scatters, and the picture leaves out those that are fewer than the side of the map.
+there is in all.  Every value is a mean over all pairs at that distance.  At the longest there are few, in the
+image from the rim alone (which shares much where a background runs round an object), and values scatter; the
+curves over the sequence leave those out that are of fewer pairs than the side of the map.
 
 Prints a markdown table and writes it as `locality.md`, all numbers as `locality.json`, every order as a path
 in `orders.png`, and the curves in `locality.png`.
@@ -189,7 +190,7 @@ def draw_curves(side: int, apart: dict, found: dict | None, path: Path) -> None:
             f"{found['images']} images of {found['data']}, {found['side']} x {found['side']} map"
         )
         for name, style in STYLES.items():
-            values = found["lag"][name][: -found["side"]]
+            values = found["lag"][name][: 1 - found["side"]]
             by_order.plot(np.arange(1, len(values) + 1), values, **style)
         by_order.set(xlabel="distance in the sequence")
         by_order.set_title("the same pairs of tokens, by order")
