@@ -42,6 +42,7 @@ def get_config(name: str = "d16") -> ConfigDict:
         num_heads=depth,
         shared_adaln=large,
         normalized_attention=True,
+        positions="learned_1d",  # see var_jax/transformer/positions.py
         gamma_init=gamma_init,
         label_drop=0.1,
         drop_path=0.1 * depth / 24,

@@ -18,7 +18,7 @@ from var_jax.sampling.keep import anew_from_scale, anew_under_mask
 from var_jax.sampling.options import SamplingOptions
 from var_jax.sampling.precision import in_compute_dtype
 from var_jax.tokenizer import model as tokenizer_model
-from var_jax.transformer.next_scale import NextScale
+from var_jax.transformer.trunk import Trunk
 
 EDITING = {"guidance": 3.0, "top_p": 0.95}  # the published demonstration's
 
@@ -94,7 +94,7 @@ class LoadedTokenizer:
 
 
 class LoadedVAR:
-    """A VAR transformer with its parameters and its tokenizer.
+    """A transformer, VAR or next-token, with its parameters and its tokenizer.
 
     Attributes:
       num_classes: labels are 0 .. num_classes - 1; num_classes itself means "no class".
@@ -102,7 +102,7 @@ class LoadedVAR:
       options: how its run draws its previews; the published options for a published file.
     """
 
-    def __init__(self, model: NextScale, params: dict, options: SamplingOptions, tokenizer: LoadedTokenizer):
+    def __init__(self, model: Trunk, params: dict, options: SamplingOptions, tokenizer: LoadedTokenizer):
         self.module, self.options, self.tokenizer = model, options, tokenizer
         self.params = in_compute_dtype(params, model.dtype)
         self.num_classes, self.depth = model.config.num_classes, model.config.depth
@@ -287,5 +287,5 @@ def load_tokenizer(path: str | Path, scales=None, step: int | str = "latest") ->
 
 
 def load_var(path: str | Path, tokenizer: LoadedTokenizer, step: int | str = "latest") -> LoadedVAR:
-    """Loads a VAR transformer from a run directory or a published file; see `load_tokenizer`."""
-    return LoadedVAR(*load.load_next_scale(path, tokenizer.module.config, step), tokenizer)
+    """Loads a transformer from a run (VAR, else next-token) or a published file; see `load_tokenizer`."""
+    return LoadedVAR(*load.load_transformer(path, tokenizer.module.config, step), tokenizer)

@@ -15,11 +15,11 @@ from var_jax.tokenizer.model import Tokenizer
 from var_jax.training.checkpoint import FOLDER, CheckpointMissing, has_checkpoint, load_config
 from var_jax.training.fine_tune import Given, fit
 from var_jax.training.loop import check_training, train
-from var_jax.training.next_scale_task import NextScaleTask
 from var_jax.training.profile import Steps
 from var_jax.training.sharding import make_mesh
 from var_jax.training.task import Task
 from var_jax.training.tokenizer_task import TokenizerTask
+from var_jax.training.transformer_task import TRANSFORMERS, TransformerTask
 
 
 def stages_of(config: ConfigDict) -> list[ConfigDict]:
@@ -85,16 +85,18 @@ def build_task(
     steps = num_steps(stage.train, source.num_images)
     if stage.task == "tokenizer":
         return TokenizerTask(stage, steps, judges(stage)), steps
-    if stage.task != "next_scale":
-        raise ValueError(f"config.task must be tokenizer or next_scale, found {stage.task!r}")
+    if stage.task not in TRANSFORMERS:
+        known = ", ".join(("tokenizer", *TRANSFORMERS))
+        raise ValueError(f"config.task must be one of {known}; found {stage.task!r}")
+    make = TRANSFORMERS[stage.task]
     mesh = make_mesh(**stage.train.mesh)
     if coming is not None and not stage.tokenizer:
         if stage.data.tokens:
             raise ValueError(
                 f"config.data.tokens={stage.data.tokens!r} needs a trained tokenizer, but that stage "
-                "comes first here: once it is done, run next_scale alone, with --config.stages=next_scale"
+                f"comes first here: once it is done, run {stage.task} alone, by --config.stages={stage.task}"
             )
-        return NextScaleTask(stage, steps, coming, {}, source.num_classes, mesh), steps
+        return make(stage, steps, coming, {}, source.num_classes, mesh), steps
     path = Path(stage.tokenizer or workdir)
     try:
         tokenizer, params = load_tokenizer(path, tuple(stage.scales) or None, dtype=stage.train.dtype)
@@ -105,7 +107,7 @@ def build_task(
             f"  or train one first: python train.py --config=configs/tokenizer.py --workdir={workdir}\n"
             "  To see everything work without any of that: python train.py --config=configs/digits.py"
         ) from error
-    task = NextScaleTask(stage, steps, tokenizer, params, source.num_classes, mesh)
+    task = make(stage, steps, tokenizer, params, source.num_classes, mesh)
     if stage.data.tokens:
         source.description.check_data(stage.data)
         source.description.check_tokenizer(task.fingerprint, task.config.scales, task.config.num_codes)
@@ -155,7 +157,7 @@ def given_params(stage: ConfigDict, task: Task, workdir: Path) -> dict[str, Give
 
 def _other_tokenizer(path: str, task: Task) -> list[str]:
     """A warning where a transformer learned the codes of another tokenizer, as far as its run tells."""
-    if task.name != "next_scale" or Path(path).is_file():
+    if not isinstance(task, TransformerTask) or Path(path).is_file():
         return []
     learned = load_config(Path(path) / task.name / FOLDER)[1]["tokenizer"]
     if learned == task.fingerprint:
@@ -186,6 +188,6 @@ def run(config: ConfigDict, workdir: Path, profile: Steps | None = None) -> None
         coming = task.model if stage.task == "tokenizer" else None
         ready.append((task, stage, steps, sources, given_params(stage, task, workdir)))
     for task, stage, steps, sources, given in ready:
-        if task.name == "next_scale" and not task.frozen["tokenizer"]:  # trained by now
+        if isinstance(task, TransformerTask) and not task.frozen["tokenizer"]:  # trained by now
             task, _ = build_task(stage, workdir, sources[0])
         train(task, stage, steps, workdir, sources, given, profile)

@@ -14,9 +14,9 @@ from var_jax.stages import run
 from var_jax.tokenizer.config import TokenizerConfig
 from var_jax.training.checkpoint import CheckpointMissing, load_params
 from var_jax.training.fine_tune import fit
-from var_jax.training.next_scale_task import NextScaleTask
 from var_jax.training.sharding import make_mesh
 from var_jax.training.state import create_state
+from var_jax.training.transformer_task import NextScaleTask
 from var_jax.transformer.config import NextScaleConfig
 
 

@@ -13,9 +13,9 @@ from var_jax.data.token_cache import open_token_cache
 from var_jax.data.transforms import ToPixels
 from var_jax.interop.load import load_tokenizer
 from var_jax.stages import build_task, open_sources, run
-from var_jax.training.next_scale_task import NextScaleTask
 from var_jax.training.sharding import make_mesh
 from var_jax.training.state import create_state
+from var_jax.training.transformer_task import NextScaleTask
 
 
 @pytest.fixture

@@ -9,7 +9,6 @@ from jax.sharding import PartitionSpec as P
 from tests.conftest import close
 from tests.training.tiny import tiny_config
 from var_jax.tokenizer.codebook import dead_codes
-from var_jax.training.next_scale_task import NextScaleTask
 from var_jax.training.sharding import (
     batch_sharding,
     check_batch,
@@ -22,6 +21,7 @@ from var_jax.training.sharding import (
 from var_jax.training.state import create_state
 from var_jax.training.step import train_program
 from var_jax.training.tokenizer_task import TokenizerTask
+from var_jax.training.transformer_task import NextScaleTask
 
 
 @pytest.fixture(scope="module")

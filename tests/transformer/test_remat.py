@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from var_jax.transformer.config import NextScaleConfig
-from var_jax.transformer.next_scale import Blocks
 from var_jax.transformer.remat import KEPT, choose_remat, kept_bytes
+from var_jax.transformer.trunk import Blocks
 
 CONFIG = NextScaleConfig(depth=4, width=128, num_heads=4, scales=(1, 2, 3, 4))
 HALF = jnp.dtype(jnp.bfloat16)

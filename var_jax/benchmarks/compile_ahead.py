@@ -26,9 +26,9 @@ from jax.experimental import topologies
 from jax.sharding import Mesh
 
 from var_jax.benchmarks.subject import tokenizer_shapes
-from var_jax.training.next_scale_task import NextScaleTask
 from var_jax.training.sharding import batch_sharding, replicated
 from var_jax.training.state import create_state
+from var_jax.training.transformer_task import NextScaleTask
 
 # What the compiler says of a program that does not fit, in its two ways.
 OVER = (re.compile(r"Used ([\d.]+)G of [\d.]+G hbm"), re.compile(r"temporaries \(([\d.]+)G\) exceeds"))

@@ -33,10 +33,10 @@ from var_jax.sampling.generate import generate, image_keys
 from var_jax.sampling.precision import in_compute_dtype
 from var_jax.training.chips import chip
 from var_jax.training.memory import SHARE, remat_that_fits
-from var_jax.training.next_scale_task import NextScaleTask
 from var_jax.training.sharding import check_batch, make_mesh, on_mesh
 from var_jax.training.step import train_program
 from var_jax.training.task import program_flops
+from var_jax.training.transformer_task import NextScaleTask
 from var_jax.transformer.flops import generation_flops
 from var_jax.transformer.remat import kept_bytes
 

@@ -34,10 +34,10 @@ from var_jax import command_line
 from var_jax.benchmarks.scaling_report import MODES, draw, merge, table, with_efficiency, with_rates
 from var_jax.benchmarks.subject import CLASSES, STEPS, make_task, next_scale_stage, tokenizer_shapes
 from var_jax.training.chips import peak_flops
-from var_jax.training.next_scale_task import NextScaleTask
 from var_jax.training.sharding import batch_sharding, check_batch, make_mesh, replicated
 from var_jax.training.state import count_parameters, create_state
 from var_jax.training.step import train_program
+from var_jax.training.transformer_task import NextScaleTask
 
 FLAGS = flags.FLAGS
 WARM_UP = 2  # steps before those that are timed

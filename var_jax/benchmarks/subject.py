@@ -7,8 +7,8 @@ from ml_collections import ConfigDict
 
 from var_jax.tokenizer.config import TokenizerConfig
 from var_jax.tokenizer.model import Tokenizer
-from var_jax.training.next_scale_task import NextScaleTask
 from var_jax.training.task import compute_dtype, model_config
+from var_jax.training.transformer_task import NextScaleTask
 
 CLASSES = 1000
 STEPS = 1000  # of the run, as far as its schedules are concerned

@@ -40,11 +40,11 @@ from var_jax.tokenizer.config import TokenizerConfig
 from var_jax.tokenizer.model import Tokenizer
 from var_jax.tokenizer.perceptual import CHANNELS, LAYERS
 from var_jax.training.chips import peak_flops
-from var_jax.training.next_scale_task import NextScaleTask
 from var_jax.training.sharding import make_mesh
 from var_jax.training.state import TrainState, count_parameters, create_state
 from var_jax.training.task import compute_dtype
 from var_jax.training.tokenizer_task import TokenizerTask
+from var_jax.training.transformer_task import NextScaleTask
 from var_jax.transformer.flops import generation_flops, training_flops
 
 CLASSES = 1000

@@ -136,8 +136,11 @@ def check_expressible(config: TokenizerConfig | NextScaleConfig) -> None:
         for field in ("norm_groups", "l2_normalized"):
             if getattr(config, field) != getattr(blank, field):
                 problems.append(f"{field} is {getattr(config, field)}, there always {getattr(blank, field)}")
-    elif not config.normalized_attention and config.head_dim != 64:
-        problems.append(f"heads of plain attention are {config.head_dim} wide, there always 64")
+    else:
+        if config.positions != "learned_1d":
+            problems.append(f"positions is {config.positions}, there always learned_1d")
+        if not config.normalized_attention and config.head_dim != 64:
+            problems.append(f"heads of plain attention are {config.head_dim} wide, there always 64")
     if problems:
         raise ValueError("the published layout cannot express this network: " + "; ".join(problems))
 

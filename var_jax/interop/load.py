@@ -15,8 +15,13 @@ from var_jax.tokenizer.config import TokenizerConfig
 from var_jax.tokenizer.model import Tokenizer
 from var_jax.training.checkpoint import FOLDER, SavedArrays, load_config, load_params
 from var_jax.training.task import compute_dtype
-from var_jax.transformer.config import NextScaleConfig
+from var_jax.transformer.config import NextScaleConfig, NextTokenConfig, TransformerConfig
 from var_jax.transformer.next_scale import NextScale
+from var_jax.transformer.next_token import NextToken
+from var_jax.transformer.trunk import Trunk
+
+CONFIGS = {"tokenizer": TokenizerConfig, "next_scale": NextScaleConfig, "next_token": NextTokenConfig}
+TRANSFORMERS = {"next_scale": NextScale, "next_token": NextToken}  # kind of stage -> network
 
 
 def load_tokenizer(
@@ -37,8 +42,8 @@ def load_tokenizer(
     """
     path, computed = Path(path).expanduser(), compute_dtype(dtype)
     if not _is_weights(path):
-        if not (path / "tokenizer").exists() and (path / "next_scale" / FOLDER).exists():
-            stage = load_config(path / "next_scale" / FOLDER)[1]["stage"]
+        if not (path / "tokenizer").exists() and (path / _transformer_of(path) / FOLDER).exists():
+            stage = load_config(path / _transformer_of(path) / FOLDER)[1]["stage"]
             if stage["tokenizer"]:
                 return load_tokenizer(stage["tokenizer"], scales or stage["scales"] or None, "latest", dtype)
         params, record = load_params(path / "tokenizer" / FOLDER, step)
@@ -52,13 +57,14 @@ def load_tokenizer(
     return Tokenizer(config, computed), jax.tree.map(jnp.asarray, params)
 
 
-def load_next_scale(
+def load_transformer(
     path: str | Path, tokenizer: TokenizerConfig, step: int | str = "latest"
-) -> tuple[NextScale, dict, SamplingOptions]:
-    """A VAR transformer, its parameters and how its run samples, for a tokenizer of the given architecture.
+) -> tuple[Trunk, dict, SamplingOptions]:
+    """A transformer, its parameters and how its run samples, for a tokenizer of the given architecture.
 
     Args:
-      path: of a run (its --workdir), or of a published .pth or .safetensors file.
+      path: of a run (its --workdir), whose next-scale or else next-token stage is meant, or of a published
+        .pth or .safetensors file.
       tokenizer: what it predicts the tokens of.
       step: checkpoint of a run: a step, `latest` or `best`.
 
@@ -68,16 +74,22 @@ def load_next_scale(
     """
     path, dtype = Path(path).expanduser(), compute_dtype("auto")
     if not _is_weights(path):
-        params, record = load_params(path / "next_scale" / FOLDER, step)
-        config = NextScaleConfig(**record["model"])
+        kind = _transformer_of(path)
+        params, record = load_params(path / kind / FOLDER, step)
+        config = CONFIGS[kind](**record["model"])
         _check_fit(path, config, tokenizer)
-        return NextScale(config, dtype), params, SamplingOptions(**record["stage"]["sampling"])
+        return TRANSFORMERS[kind](config, dtype), params, SamplingOptions(**record["stage"]["sampling"])
     config, params = _from_file(path, "next_scale", read_tensors(path, "next_scale"), tokenizer.scales)
     _check_fit(path, config, tokenizer)
     return NextScale(config, dtype), jax.tree.map(jnp.asarray, params), SamplingOptions()
 
 
-def read_network(path: str | Path, kind: str) -> tuple[TokenizerConfig | NextScaleConfig, dict]:
+def _transformer_of(run: Path) -> str:
+    """The kind of transformer that a run has; next_scale where it has none, or both."""
+    return next((kind for kind in TRANSFORMERS if (run / kind / FOLDER).exists()), "next_scale")
+
+
+def read_network(path: str | Path, kind: str) -> tuple[TokenizerConfig | TransformerConfig, dict]:
     """Architecture and parameters of a network as they are, whatever they are wanted for.
 
     The scales of a published tokenizer mean nothing but their number: its file does not hold them, and no
@@ -85,7 +97,7 @@ def read_network(path: str | Path, kind: str) -> tuple[TokenizerConfig | NextSca
 
     Args:
       path: of a run (its --workdir), whose latest checkpoint is read, or of a published file.
-      kind: `tokenizer` or `next_scale`.
+      kind: `tokenizer`, `next_scale` or `next_token` (which no published file is).
 
     Returns:
       Architecture, and float32 arrays on the host.
@@ -96,6 +108,8 @@ def read_network(path: str | Path, kind: str) -> tuple[TokenizerConfig | NextSca
     """
     path = Path(path).expanduser()
     if _is_weights(path):
+        if kind == "next_token":
+            raise ValueError(f"{path}: a published file holds no next-token transformer; give a run")
         tensors = read_tensors(path, kind)
         hits = tensors.get("quantize.ema_vocab_hit_SV")
         return _from_file(path, kind, tensors, None if hits is None else (1,) * len(hits))
@@ -103,8 +117,7 @@ def read_network(path: str | Path, kind: str) -> tuple[TokenizerConfig | NextSca
     step, record = load_config(folder)
     saved = SavedArrays(folder, step, "params")
     params = unflatten_dict({name: saved.read(name) for name in saved}, sep="/")
-    config = TokenizerConfig if kind == "tokenizer" else NextScaleConfig
-    return config(**record["model"]), params
+    return CONFIGS[kind](**record["model"]), params
 
 
 def _from_file(
@@ -166,7 +179,7 @@ def with_path(path: Path, function, *args):
         raise ValueError(f"{path}: {error}") from error
 
 
-def _check_fit(path: Path, config: NextScaleConfig, tokenizer: TokenizerConfig) -> None:
+def _check_fit(path: Path, config: TransformerConfig, tokenizer: TokenizerConfig) -> None:
     """Raises ValueError where a transformer was made for another tokenizer."""
     for field in ("scales", "num_codes", "code_dim"):
         have, need = getattr(config, field), getattr(tokenizer, field)

@@ -7,13 +7,13 @@ import jax.numpy as jnp
 
 from var_jax.sampling.options import Controls
 from var_jax.tokenizer.model import Tokenizer
-from var_jax.transformer.next_scale import NextScale
+from var_jax.transformer.trunk import Trunk
 
 LARGEST = 128  # images a device; more gains nothing
 SHARE = 0.7  # of the free memory that is asked for: the estimate is rough
 
 
-def bytes_per_image(tokenizer: Tokenizer, model: NextScale, controls: Controls) -> int:
+def bytes_per_image(tokenizer: Tokenizer, model: Trunk, controls: Controls) -> int:
     """Memory that one more image in a batch takes while it is generated, roughly, from above.
 
     The larger of the two ends: the cache with the logits of the last map, and the decoder's widest level.
@@ -40,7 +40,7 @@ def free_bytes(device: jax.Device) -> int:
     return free // jax.local_device_count()
 
 
-def largest_batch(tokenizer: Tokenizer, model: NextScale, controls: Controls, images: int) -> int:
+def largest_batch(tokenizer: Tokenizer, model: Trunk, controls: Controls, images: int) -> int:
     """Images to make at once over all devices: a power of two a device, and not far over `images`."""
     free = min(free_bytes(device) for device in jax.local_devices())
     fits = int(SHARE * free) // bytes_per_image(tokenizer, model, controls)

@@ -1,7 +1,8 @@
 """Generation: labels to images in one compiled program.
 
-The scales are unrolled, the cache of keys and values has its full size from the start and each scale
-attends to a static prefix of it; all that depends on the label alone is computed once.
+The cache of keys and values has its full size from the start, and all that depends on the label alone is
+computed once.  Next-scale: the scales are unrolled, and each attends to a static prefix of the cache.
+Next-token: one scan over the tokens, each of which attends to the whole cache under its mask.
 """
 
 import contextlib
@@ -17,9 +18,11 @@ from jax.sharding import NamedSharding, PartitionSpec
 from var_jax.sampling.filters import filter_logits
 from var_jax.sampling.guidance import guide
 from var_jax.sampling.options import Controls, SamplingOptions
+from var_jax.sampling.teacher import row_by_row, teacher_forcing
 from var_jax.tokenizer.model import Tokenizer
 from var_jax.tokenizer.quantizer import Quantizer
-from var_jax.transformer.next_scale import NextScale
+from var_jax.transformer.next_token import NextToken
+from var_jax.transformer.trunk import Trunk
 
 
 @flax.struct.dataclass
@@ -41,7 +44,7 @@ def image_keys(seed: int, indices: jax.Array) -> jax.Array:
     return jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), indices.astype(jnp.uint32))
 
 
-def _noise(keys: jax.Array, fold: int, shape: tuple[int, ...]) -> jax.Array:
+def _noise(keys: jax.Array, fold: int | jax.Array, shape: tuple[int, ...]) -> jax.Array:
     """Gumbel noise [B, *shape], of every image from its own key."""
     return jax.vmap(lambda key: jax.random.gumbel(jax.random.fold_in(key, fold), shape))(keys)
 
@@ -52,11 +55,31 @@ def smooth_codes(logits: jax.Array, noise: jax.Array, codes: jax.Array, progress
     return jax.nn.softmax(((1 + progress) * logits + noise) / temperature, axis=-1) @ codes
 
 
-def _draw(k: int, logits: jax.Array, keys: jax.Array, quantizer: Quantizer, controls: Controls):
-    """Logits [B, n, V] of map k -> its tokens int32 [B, n] and their codes [B, n, C]."""
+def _draw(
+    k: int,
+    logits: jax.Array,
+    keys: jax.Array,
+    quantizer: Quantizer,
+    controls: Controls,
+    given: Given | None,
+    fold: int | jax.Array,
+):
+    """Logits [B, n, V] of map k -> tokens int32 [B, n] and codes [B, n, C], drawn or given.
+
+    `fold` is the number of the draw in the image; `given` holds the same n tokens.
+    """
+    drawn, codes = _drawn(k, logits, keys, quantizer, controls, fold)
+    if given is None:
+        return drawn, codes
+    tokens = jnp.where(given.anew, drawn, given.tokens)
+    return tokens, jnp.where(given.anew[..., None], codes, quantizer.codes[given.tokens])
+
+
+def _drawn(k, logits, keys, quantizer, controls, fold):
+    """See `_draw`."""
     logits = logits / controls.temperature[k]
     logits = filter_logits(logits, controls.top_k[k], controls.top_p[k] if controls.nucleus[k] else None)
-    noise = _noise(keys, k, logits.shape[1:])
+    noise = _noise(keys, fold, logits.shape[1:])
     if controls.smooth[k]:
         codes = smooth_codes(logits, noise, quantizer.codes, quantizer.scales.progress(k))
         return quantizer.nearest(codes), codes
@@ -67,7 +90,7 @@ def _draw(k: int, logits: jax.Array, keys: jax.Array, quantizer: Quantizer, cont
 @partial(jax.jit, static_argnames=("tokenizer", "model"))
 def generate(
     tokenizer: Tokenizer,
-    model: NextScale,
+    model: Trunk,
     tokenizer_params: dict,
     params: dict,
     labels: jax.Array,
@@ -88,14 +111,21 @@ def generate(
     Returns:
       Images float32 [B, H, W, 3] in [-1, 1], and tokens int32 [B, n] of the maps drawn.
     """
-    apply = partial(model.apply, {"params": params})
     quantizer = Quantizer.create(tokenizer_params["quantizer"], tokenizer.config)
-    scales, batch = quantizer.scales, labels.shape[0]
     if controls.guided:  # with and without class side by side, so that both stay on one device
         labels = jnp.stack([labels, jnp.full_like(labels, model.config.num_classes)], axis=1).ravel()
+    draw = _draw_tokens if isinstance(model, NextToken) else _draw_maps
+    apply = partial(model.apply, {"params": params})
+    f_hat, tokens = draw(apply, model.config, quantizer, labels, keys, controls, given)
+    return tokenizer.apply({"params": tokenizer_params}, f_hat, method="decode_features"), tokens
+
+
+def _draw_maps(apply, config, quantizer, labels, keys, controls, given):
+    """Next-scale: f_hat [B, h, w, C] and tokens [B, n], map by map."""
+    scales, batch = quantizer.scales, keys.shape[0]
     condition = apply(labels, method="condition")
     cache = apply(labels.shape[0], method="empty_cache")
-    f_hat = jnp.zeros((batch, scales.side, scales.side, tokenizer.config.code_dim))
+    f_hat = jnp.zeros((batch, scales.side, scales.side, config.code_dim))
     tokens = []
     for k in range(controls.scales):
         guided = k < controls.guided
@@ -106,31 +136,48 @@ def generate(
             inputs = jnp.repeat(inputs, 2, axis=0)
         logits, cache = apply(k, inputs, condition, cache, method="step")
         logits = guide(logits, controls.strength[k]) if guided else logits
-        token_map, codes = _draw(k, logits, keys, quantizer, controls)
-        if given is not None:
-            here = slice(scales.starts[k], scales.ends[k])
-            anew, kept = given.anew[:, here], given.tokens[:, here]
-            token_map = jnp.where(anew, token_map, kept)
-            codes = jnp.where(anew[..., None], codes, quantizer.codes[kept])
+        here = slice(scales.starts[k], scales.ends[k])
+        own = jax.tree.map(lambda x: x[:, here], given)  # noqa: B023
+        token_map, codes = _draw(k, logits, keys, quantizer, controls, own, fold=k)
         f_hat = f_hat + quantizer.contribution(k, codes)
         tokens.append(token_map)
-    images = tokenizer.apply({"params": tokenizer_params}, f_hat, method="decode_features")
-    return images, jnp.concatenate(tokens, axis=1)
+    return f_hat, jnp.concatenate(tokens, axis=1)
+
+
+def _draw_tokens(apply, config, quantizer, labels, keys, controls, given):
+    """Next-token: f_hat [B, h, w, C] and tokens [B, L], one token after another, in their order."""
+    condition = apply(labels, method="condition")
+    given = jax.tree.map(lambda x: x[:, config.cells], given)
+
+    def step(carry, i):
+        before, cache = carry
+        inputs = jnp.repeat(before, 2, axis=0) if controls.guided else before
+        logits, cache = apply(i, inputs, condition, cache, method="step")
+        logits = guide(logits, controls.strength[0]) if controls.guided else logits
+        own = jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, i, 1, axis=1), given)
+        token, code = _draw(0, logits, keys, quantizer, controls, own, fold=i)
+        return (code, cache), (token[:, 0], code[:, 0])
+
+    nothing = jnp.zeros((keys.shape[0], 1, config.code_dim))
+    start = (nothing, apply(labels.shape[0], method="empty_cache"))
+    _, drawn = jax.lax.scan(step, start, jnp.arange(config.length))
+    tokens, codes = (row_by_row(config, x.swapaxes(0, 1)) for x in drawn)
+    return quantizer.contribution(0, codes), tokens
 
 
 @partial(jax.jit, static_argnames=("tokenizer", "model"))
 def teacher_forced_logits(
     tokenizer: Tokenizer,
-    model: NextScale,
+    model: Trunk,
     tokenizer_params: dict,
     params: dict,
     labels: jax.Array,
     tokens: jax.Array,
 ) -> jax.Array:
-    """Logits float32 [B, L, V] of tokens int32 [B, L], each map given the true coarser ones."""
+    """Logits float32 [B, L, V] of tokens int32 [B, L], each given the true ones before it."""
     quantizer = Quantizer.create(tokenizer_params["quantizer"], tokenizer.config)
-    inputs = quantizer.teacher_input(quantizer.partial_sums(tokens))
-    return model.apply({"params": params}, labels, inputs)
+    _, inputs = teacher_forcing(model.config, quantizer, tokens)
+    return row_by_row(model.config, model.apply({"params": params}, labels, inputs))
 
 
 def put(x: jax.Array | np.ndarray, sharding: NamedSharding) -> jax.Array:
@@ -160,7 +207,7 @@ def _finished(images: jax.Array, tokens: jax.Array, finish, sharding: NamedShard
 
 def generate_in_chunks(
     tokenizer: Tokenizer,
-    model: NextScale,
+    model: Trunk,
     tokenizer_params: dict,
     params: dict,
     labels: np.ndarray,

@@ -16,9 +16,9 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from var_jax.scales import Scales
 from var_jax.tokenizer.config import TokenizerConfig
 from var_jax.training.sharding import replicated
-from var_jax.transformer.config import NextScaleConfig
+from var_jax.transformer.config import NextScaleConfig, NextTokenConfig, TransformerConfig
 
-Config = TokenizerConfig | NextScaleConfig
+Config = TokenizerConfig | TransformerConfig
 
 
 @flax.struct.dataclass
@@ -47,23 +47,24 @@ class Rules:
     anew: tuple[str, ...]
 
 
+_SAME = ("depth", "width", "num_heads", "shared_adaln", "normalized_attention", "positions")
+_ANEW = (
+    "class_embedding",
+    "start_embedding",
+    "position_embedding",
+    "row_embedding",
+    "column_embedding",
+    "code_embedding/kernel",
+    "head/kernel",
+    "head/bias",
+)
 RULES = {
     TokenizerConfig: Rules(
         same=("ch", "ch_mult", "num_blocks", "norm_groups", "code_dim", "l2_normalized"),
         anew=("quantizer/codebook", "quantizer/phi_kernel", "quantizer/phi_bias"),
     ),
-    NextScaleConfig: Rules(
-        same=("depth", "width", "num_heads", "shared_adaln", "normalized_attention"),
-        anew=(
-            "class_embedding",
-            "start_embedding",
-            "level_embedding",
-            "position_embedding",
-            "code_embedding/kernel",
-            "head/kernel",
-            "head/bias",
-        ),
-    ),
+    NextScaleConfig: Rules(_SAME, (*_ANEW, "level_embedding")),
+    NextTokenConfig: Rules((*_SAME, "order", "order_seed", "mask", "reach"), _ANEW),
 }
 
 
@@ -150,7 +151,8 @@ def _shape(leaf) -> list[int] | str:
 
 def _moved(path: str, old: Config, new: Config) -> bool:
     """Whether rows of an embedding mean other maps, though their number may be the same."""
-    return path in ("level_embedding", "position_embedding") and old.scales != new.scales
+    of_maps = ("level_embedding", "position_embedding", "row_embedding", "column_embedding")
+    return path in of_maps and old.scales != new.scales
 
 
 def _kept_rows(path: str, old: Config, new: Config) -> list[tuple[int, int]]:

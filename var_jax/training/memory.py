@@ -6,15 +6,15 @@ from ml_collections import ConfigDict
 
 from var_jax.partition import TENSOR
 from var_jax.training.chips import memory_bytes
-from var_jax.transformer.config import NextScaleConfig
+from var_jax.transformer.config import TransformerConfig
 from var_jax.transformer.flops import matrix_parameters
-from var_jax.transformer.next_scale import MOST_LOGITS
 from var_jax.transformer.remat import choose_remat, kept_bytes
+from var_jax.transformer.trunk import MOST_LOGITS
 
 SHARE = 0.9  # of the memory that is planned with: compilers and allocators need some
 
 
-def remat_that_fits(stage: ConfigDict, cfg: NextScaleConfig, mesh: Mesh, attention: str, dtype) -> str:
+def remat_that_fits(stage: ConfigDict, cfg: TransformerConfig, mesh: Mesh, attention: str, dtype) -> str:
     """The policy of `config.transformer.remat` on a mesh; `auto`: the fastest that the chip's memory holds.
 
     An estimate from above; `var_jax.benchmarks.plan` asks the compiler.

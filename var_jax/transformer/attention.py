@@ -13,7 +13,7 @@
 
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import jax
@@ -29,16 +29,22 @@ LEAST_ROWS = 64  # queries that are worth a kernel, or a group of their own
 MAX_LOG_TEMPERATURE = math.log(100)
 
 
-def choose_attention(name: str, platform: str, dtype: jnp.dtype) -> str:
+def choose_attention(
+    name: str, platform: str, dtype: jnp.dtype, masks: Sequence[np.ndarray] = (), bias: bool = False
+) -> str:
     """What `auto` stands for on a platform ("cpu", "gpu", "tpu"); other names are checked against it.
 
+    Args:
+      masks: of the blocks, in turn; bool [L, L].
+      bias: whether something is added to the scores.
+
     Raises:
-      ValueError: on a name that is none, or an implementation that cannot run there.
+      ValueError: on a name that is none, or an implementation that cannot run there, or cannot do that.
     """
-    half = jnp.dtype(dtype).itemsize == 2
+    half, able = jnp.dtype(dtype).itemsize == 2, _able(masks, bias)
     if name == "auto":
-        on_gpu = "cudnn" if half else "grouped"
-        return {"tpu": "splash", "gpu": on_gpu}.get(platform, "einsum")
+        best = {"tpu": ("splash", "grouped"), "gpu": ("cudnn", "grouped") if half else ("grouped",)}
+        return next((found for found in best.get(platform, ()) if found in able), "einsum")
     if name not in IMPLEMENTATIONS:
         known = ", ".join(("auto", *IMPLEMENTATIONS))
         raise ValueError(f"transformer.attention must be one of {known}; found {name!r}")
@@ -49,11 +55,33 @@ def choose_attention(name: str, platform: str, dtype: jnp.dtype) -> str:
             "transformer.attention=cudnn runs on an NVIDIA GPU in bfloat16, found "
             f"{jnp.dtype(dtype).name} on {platform}; try auto or grouped"
         )
+    if name not in able:
+        raise ValueError(
+            f"transformer.attention={name} does not know the mask or the relative positions of this model; "
+            f"use {' or '.join(able)}"
+        )
     return name
 
 
+def _able(masks: Sequence[np.ndarray], bias: bool) -> list[str]:
+    """The implementations that know these masks and, where it is needed, a bias."""
+    able = ["einsum"]
+    ends = all(_sees_up_to_an_end(mask) for mask in masks)
+    if len(masks) < 2 and ends:
+        able.append("grouped")
+    if len(masks) < 2 and not bias:
+        able += ["cudnn", "splash", "tokamax"] if ends else ["splash"]
+    return able
+
+
 def attend(
-    q: jax.Array, k: jax.Array, v: jax.Array, scale: float, mask: np.ndarray | None, name: str = "auto"
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    scale: float,
+    mask: np.ndarray | jax.Array | None,
+    name: str = "auto",
+    bias: jax.Array | None = None,
 ) -> jax.Array:
     """Softmax attention, softmax in float32.
 
@@ -61,8 +89,10 @@ def attend(
       q: [B, Lq, N, H].
       k, v: [B, Lk, N, H].
       scale: factor on the dot products.
-      mask: bool [Lq, Lk], True where a query sees a key; None where all see all.
+      mask: bool [Lq, Lk], True where a query sees a key; None where all see all.  One that is known only when
+        the program runs is for `einsum` alone.
       name: of the implementation; `auto` chooses for the platform that JAX runs on.
+      bias: float32 [N, Lq, Lk], added to the scores; for `einsum` and `grouped` alone.
 
     Returns:
       [B, Lq, N, H].
@@ -70,22 +100,28 @@ def attend(
     Raises:
       ValueError: where an implementation cannot have this mask, or cannot run here.
     """
+    traced = isinstance(mask, jax.Array)
     if name == "auto":
-        name = choose_attention(name, jax.default_backend(), q.dtype)
-    if name == "einsum" or (mask is None and q.shape[1] < LEAST_ROWS):
-        return einsum(q, k, v, scale, mask)
+        known = () if mask is None or traced else (mask,)
+        name = choose_attention(name, jax.default_backend(), q.dtype, known, bias is not None)
+    if name == "einsum" or traced or (mask is None and q.shape[1] < LEAST_ROWS):
+        return einsum(q, k, v, scale, mask, bias)
     if name == "splash":
         return splash(q, k, v, scale, mask)
     if name == "tokamax":
         return on_each_device(partial(tokamax, scale=scale, mask=mask), q, k, v, tensor=2)
-    return grouped(q, k, v, scale, mask, cudnn if name == "cudnn" else einsum)
+    return grouped(q, k, v, scale, mask, cudnn if name == "cudnn" else einsum, bias)
 
 
-def einsum(q: jax.Array, k: jax.Array, v: jax.Array, scale: float, mask: np.ndarray | None) -> jax.Array:
+def einsum(
+    q: jax.Array, k: jax.Array, v: jax.Array, scale: float, mask: np.ndarray | jax.Array | None, bias=None
+) -> jax.Array:
     """See `attend`; plain matrix products."""
     # Heads before positions in memory: XLA's CPU matrix products are then two to three times as fast.
     q, k, v = (x.swapaxes(1, 2) for x in (q, k, v))
     scores = jnp.einsum("bnqh,bnkh->bnqk", q, k, preferred_element_type=jnp.float32) * scale
+    if bias is not None:
+        scores = scores + bias
     if mask is not None:
         scores = jnp.where(mask, scores, jnp.finfo(jnp.float32).min)
     shares = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
@@ -128,13 +164,17 @@ def key_ends(mask: np.ndarray) -> np.ndarray:
     Raises:
       ValueError: where a query sees other keys than those up to some end.
     """
-    ends = mask.sum(1)
-    if not np.array_equal(mask, np.arange(mask.shape[1]) < ends[:, None]) or ends.min() < 1:
+    if not _sees_up_to_an_end(mask):
         raise ValueError(
             "this attention needs a mask by which each query sees the keys up to some end; "
             "use einsum or splash"
         )
-    return ends
+    return mask.sum(1)
+
+
+def _sees_up_to_an_end(mask: np.ndarray) -> bool:
+    ends = mask.sum(1)
+    return ends.min() >= 1 and np.array_equal(mask, np.arange(mask.shape[1]) < ends[:, None])
 
 
 def groups(ends: np.ndarray, least: int = LEAST_ROWS) -> list[tuple[int, int]]:
@@ -157,7 +197,13 @@ def groups(ends: np.ndarray, least: int = LEAST_ROWS) -> list[tuple[int, int]]:
 
 
 def grouped(
-    q: jax.Array, k: jax.Array, v: jax.Array, scale: float, mask: np.ndarray | None, free: Callable
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    scale: float,
+    mask: np.ndarray | None,
+    free: Callable,
+    bias: jax.Array | None = None,
 ) -> jax.Array:
     """See `attend`; group by group, each with the keys that it sees and no others.
 
@@ -172,7 +218,8 @@ def grouped(
         end = int(ends[start:stop].max())
         own = None if (ends[start:stop] == end).all() else np.arange(end) < ends[start:stop, None]
         attention = free if own is None and stop - start >= LEAST_ROWS else einsum
-        parts.append(attention(q[:, start:stop], k[:, :end], v[:, :end], scale, own))
+        added = {} if bias is None else {"bias": bias[:, start:stop, :end]}
+        parts.append(attention(q[:, start:stop], k[:, :end], v[:, :end], scale, own, **added))
     return jnp.concatenate(parts, axis=1)
 
 

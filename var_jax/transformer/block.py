@@ -3,6 +3,7 @@
 import math
 
 import flax.linen as nn
+import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,7 +12,8 @@ from jax.ad_checkpoint import checkpoint_name
 from var_jax.partition import split, tensor_shards
 from var_jax.transformer.attention import attend, normalize_qk
 from var_jax.transformer.cache import KVCache
-from var_jax.transformer.config import NextScaleConfig
+from var_jax.transformer.config import TransformerConfig
+from var_jax.transformer.positions import rotate
 
 
 def normal(width: int, factor: float = 1.0):
@@ -52,10 +54,28 @@ def dense(
     )
 
 
+@flax.struct.dataclass
+class View:
+    """Where the positions of x stand and what they see, beside the mask of the architecture; the same in all
+    blocks.
+
+    Attributes:
+      at: int32 scalar, the first position of x, where it is known only when the program runs.
+      masks: bool [M, n, keys], True where a query sees a key; block i has number i modulo M.
+      bias: float32 [N, n, keys], added to the scores.
+      angles: float32 [n, H / 2] each, that queries and keys are turned by.
+    """
+
+    at: jax.Array | None = None
+    masks: jax.Array | None = None
+    bias: jax.Array | None = None
+    angles: tuple[jax.Array, jax.Array] | None = None
+
+
 class Modulation(nn.Module):
     """One block's six adaLN vectors from the condition: scanned over blocks, the condition carried."""
 
-    config: NextScaleConfig
+    config: TransformerConfig
     dtype: jnp.dtype
 
     @nn.compact
@@ -68,30 +88,35 @@ class Modulation(nn.Module):
 
 
 class SelfAttention(nn.Module):
-    """Multi-head self-attention: over all positions under the mask of the scales, or, with a cache, of new
-    positions to all cached ones and themselves.
+    """Multi-head self-attention: over all positions under the mask of the architecture, or, with a cache, of
+    new positions to all cached ones and themselves.
     """
 
-    config: NextScaleConfig
+    config: TransformerConfig
     dtype: jnp.dtype
     attention: str
     start: int
 
     @nn.compact
-    def __call__(self, x: jax.Array, layer: jax.Array, cache: KVCache | None):
+    def __call__(self, x: jax.Array, layer: jax.Array, cache: KVCache | None, view: View):
         cfg, (b, n, d) = self.config, x.shape
         q, k, v = self._qkv(x)
         scale = 0.25 / math.sqrt(cfg.head_dim)
         if cfg.normalized_attention:
             init = nn.with_logical_partitioning(nn.initializers.constant(math.log(4)), (None,))
             q, k = normalize_qk(q, k, self.param("log_temperature", init, (cfg.num_heads,)))
-            scale, q, k = 1.0, q.astype(self.dtype), k.astype(self.dtype)
-        mask = self.config.schedule.mask  # not an argument: rematerialisation would trace it
+            scale = 1.0
+        if view.angles is not None:
+            q, k = rotate(q, view.angles[0]), rotate(k, view.angles[1])
+        q, k = q.astype(self.dtype), k.astype(self.dtype)
+        mask = cfg.masks[0]  # not an argument: rematerialisation would trace it
         if cache is not None:
-            cache, k, v = cache.extend(layer, self.start, k, v)
+            cache, k, v = cache.extend(layer, self.start if view.at is None else view.at, k, v)
             mask = None
+        if view.masks is not None:
+            mask = view.masks[layer % len(view.masks)]
         q, k, v = (split(x, tensor=2) for x in (q, k, v))
-        y = attend(q, k, v, scale, mask, self.attention).reshape(b, n, d)
+        y = attend(q, k, v, scale, mask, self.attention, view.bias).reshape(b, n, d)
         out_init = normal(d, 1 / math.sqrt(2 * cfg.depth))
         return dense(d, ("heads", "embed"), out_init, self.dtype, "proj")(y), cache
 
@@ -116,7 +141,7 @@ class SelfAttention(nn.Module):
 class MLP(nn.Module):
     """Linear to 4 D, tanh-GELU, linear back."""
 
-    config: NextScaleConfig
+    config: TransformerConfig
     dtype: jnp.dtype
 
     @nn.compact
@@ -132,27 +157,28 @@ class Block(nn.Module):
     """x += gamma1 * Attn(adaLN(x)); x += gamma2 * MLP(adaLN(x)).
 
     Scanned over layers: the residual stream x (float32 [B, n, D], as under autocast in the published
-    code) and the cache are carried; the layer's number, adaLN vectors and drop rate are scanned over.
+    code) and the cache are carried; the layer's number, adaLN vectors and drop rate are scanned over; all
+    layers have the same view.
 
     Attributes:
       attention: the implementation (see `attend`).
-      start: first position of x in the sequence; only with a cache.
+      start: first position of x in the sequence, where the view does not say; only with a cache.
       train: whether to drop.
     """
 
-    config: NextScaleConfig
+    config: TransformerConfig
     dtype: jnp.dtype
     attention: str = "auto"
     start: int = 0
     train: bool = False
 
     @nn.compact
-    def __call__(self, carry: tuple, scanned: tuple):
+    def __call__(self, carry: tuple, scanned: tuple, view: View = View()):  # noqa: B008  (immutable)
         (x, cache), (layer, six, drop_rate) = carry, scanned
         gamma1, gamma2, scale1, scale2, shift1, shift2 = jnp.moveaxis(six, 1, 0)
         h = modulate(x, scale1, shift1).astype(self.dtype)
         attention = SelfAttention(self.config, self.dtype, self.attention, self.start, name="attention")
-        h, cache = attention(h, layer, cache)
+        h, cache = attention(h, layer, cache, view)
         x = x + gamma1[:, None] * self._drop(h, drop_rate)
         h = MLP(self.config, self.dtype, name="mlp")(modulate(x, scale2, shift2).astype(self.dtype))
         return (split(x + gamma2[:, None] * self._drop(h, drop_rate)), cache), None

@@ -1,13 +1,19 @@
-"""Hyperparameters of the next-scale transformer."""
+"""Hyperparameters of the transformers, next-scale and next-token."""
 
 import dataclasses
+import functools
 
+import numpy as np
+
+from var_jax.orders import order
 from var_jax.scales import SCALES_256, Scales
+from var_jax.transformer.masks import sequence_masks
+from var_jax.transformer.positions import Places, order_places, parse, scale_places
 
 
 @dataclasses.dataclass(frozen=True)
-class NextScaleConfig:
-    """Architecture of a VAR transformer; the defaults are the published d16 for 256px.
+class TransformerConfig:
+    """What both transformers have in common; the defaults are the published d16.
 
     Attributes:
       depth: number of blocks.
@@ -23,9 +29,10 @@ class NextScaleConfig:
       label_drop: share of training labels replaced by "no class".
       drop_path: stochastic depth of the last block, rising linearly from 0 at the first.
       dropout: rate on what attention and MLP add to the residual stream.
+      positions: how a position knows where it stands (see `transformer/positions.py`).
 
     Raises:
-      ValueError: on sizes that make no network.
+      ValueError: on sizes that make no network, or positions that there are not.
     """
 
     depth: int = 16
@@ -41,6 +48,7 @@ class NextScaleConfig:
     label_drop: float = 0.1
     drop_path: float = 0.0
     dropout: float = 0.0
+    positions: str = "learned_1d"
 
     def __post_init__(self):
         set_ = lambda name, value: object.__setattr__(self, name, value)  # noqa: E731
@@ -57,6 +65,7 @@ class NextScaleConfig:
         for name in ("label_drop", "drop_path", "dropout"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"transformer {name} must be in [0, 1), found {getattr(self, name)}")
+        parse(self.positions, self.width, self.head_dim)
 
     @property
     def schedule(self) -> Scales:
@@ -66,3 +75,93 @@ class NextScaleConfig:
     def head_dim(self) -> int:
         """H, channels of one head."""
         return self.width // self.num_heads
+
+    @property
+    def length(self) -> int:
+        """L, positions of the sequence."""
+        return self.schedule.length
+
+    @property
+    def first(self) -> int:
+        """Positions whose input is the label alone: those of the first step."""
+        return self.steps[0][1]
+
+    @property
+    def relative(self) -> str | None:
+        """The kind of relative or rotary positions; None without."""
+        return parse(self.positions, self.width, self.head_dim)[1]
+
+    @property
+    def absolute(self) -> str | None:
+        """The kind of absolute positions; None without."""
+        return parse(self.positions, self.width, self.head_dim)[0]
+
+
+@dataclasses.dataclass(frozen=True)
+class NextScaleConfig(TransformerConfig):
+    """Architecture of a VAR transformer, which predicts whole token maps; the defaults are for 256px."""
+
+    @property
+    def steps(self) -> list[tuple[int, int]]:
+        """Positions start .. end that are predicted together, in turn: the token maps."""
+        return list(zip(self.schedule.starts, self.schedule.ends, strict=True))
+
+    @property
+    def masks(self) -> tuple[np.ndarray, ...]:
+        """bool [L, L], True where a query (row) sees a key; of M masks, block i has number i modulo M."""
+        return (self.schedule.mask,)
+
+    @functools.cached_property
+    def places(self) -> Places:
+        """Where positions lie in the image."""
+        return scale_places(self.schedule)
+
+
+@dataclasses.dataclass(frozen=True)
+class NextTokenConfig(TransformerConfig):
+    """Architecture of a transformer that predicts the tokens of one map one after another.
+
+    Attributes:
+      order: the way through the map (see `var_jax/orders.py`).
+      order_seed: of the order `random`.
+      mask: which of the earlier tokens a token sees (see `transformer/masks.py`).
+      reach: of the masks row, column, axial and local, in cells.
+
+    Raises:
+      ValueError: on several token maps, or an order or a mask that there is not.
+    """
+
+    scales: tuple[int, ...] = (16,)
+    order: str = "raster"
+    order_seed: int = 0
+    mask: str = "causal"
+    reach: int = 1
+
+    def __post_init__(self):
+        super().__post_init__()
+        if len(self.scales) != 1:
+            raise ValueError(
+                "a next-token transformer needs a tokenizer of one map, scales=(n,), "
+                f"found scales={self.scales}"
+            )
+        self.masks  # noqa: B018  (names what is wrong with order and mask)
+
+    @functools.cached_property
+    def cells(self) -> np.ndarray:
+        """int32 [L]: the cell of the map, row by row, that each token of the sequence is."""
+        return order(self.order, self.scales[0], self.order_seed)
+
+    @property
+    def steps(self) -> list[tuple[int, int]]:
+        """Positions start .. end that are predicted together, in turn: single tokens."""
+        return [(i, i + 1) for i in range(self.length)]
+
+    @functools.cached_property
+    def masks(self) -> tuple[np.ndarray, ...]:
+        """bool [L, L], True where a query (row) sees a key; of M masks, block i has number i modulo M."""
+        return sequence_masks(self.mask, self.places, self.reach)
+
+    @functools.cached_property
+    def places(self) -> Places:
+        """Where positions lie in the image."""
+        return order_places(self.cells, self.scales[0])

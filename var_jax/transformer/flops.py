@@ -3,41 +3,43 @@
 XLA's own count takes the body of a scan once and a kernel as nothing, so it cannot be used here.
 """
 
-from var_jax.transformer.config import NextScaleConfig
+from var_jax.transformer.config import TransformerConfig
 
 
-def _adaln(cfg: NextScaleConfig) -> int:
+def _adaln(cfg: TransformerConfig) -> int:
     """Of one label: the six vectors of every block, and the two of the head."""
     return (12 * (1 if cfg.shared_adaln else cfg.depth) + 4) * cfg.width**2
 
 
-def matrix_parameters(cfg: NextScaleConfig) -> int:
+def matrix_parameters(cfg: TransformerConfig) -> int:
     """Entries of all matrices: nearly all parameters."""
     return 12 * cfg.depth * cfg.width**2 + _adaln(cfg) // 2 + cfg.width * (cfg.num_codes + cfg.num_classes)
 
 
-def _maps(cfg: NextScaleConfig, queries: int, keys: int) -> int:
+def _maps(cfg: TransformerConfig, queries: int, keys: int) -> int:
     """Of `queries` positions that attend to `keys`, from codes to logits."""
     d = cfg.width
     blocks = cfg.depth * (24 * queries * d * d + 4 * queries * keys * d)
     return blocks + 2 * queries * d * (cfg.num_codes + cfg.code_dim)
 
 
-def training_flops(cfg: NextScaleConfig) -> int:
+def training_flops(cfg: TransformerConfig) -> int:
     """Of forward and backward of one image; attention counted as if dense."""
-    length = cfg.schedule.length
+    length = cfg.length
     return 3 * (_maps(cfg, length, length) + _adaln(cfg))
 
 
-def generation_flops(cfg: NextScaleConfig, guided: int, scales: int | None = None) -> int:
-    """Of one image drawn with a cache.
+def generation_flops(
+    cfg: TransformerConfig, guided: int, steps: int | None = None, cached: bool = True
+) -> int:
+    """Of one image drawn step by step: token maps, or tokens, in turn.
 
     Args:
-      guided: the first so many scales are computed with and without class.
-      scales: how many are drawn; None for all.
+      guided: the first so many steps are computed with and without class.
+      steps: how many are made; None for all.
+      cached: keys and values are kept; without, every step computes all positions so far anew.
     """
-    schedule, total = cfg.schedule, _adaln(cfg) * (2 if guided else 1)
-    for k in range(len(schedule) if scales is None else scales):
-        start, end = schedule.starts[k], schedule.ends[k]
-        total += _maps(cfg, end - start, end) * (2 if k < guided else 1)
+    total = _adaln(cfg) * (2 if guided else 1)
+    for i, (start, end) in enumerate(cfg.steps[:steps]):
+        total += _maps(cfg, end - start if cached else end, end) * (2 if i < guided else 1)
     return total

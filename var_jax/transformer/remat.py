@@ -19,7 +19,7 @@ from collections.abc import Callable
 import flax.linen as nn
 import jax
 
-from var_jax.transformer.config import NextScaleConfig
+from var_jax.transformer.config import TransformerConfig
 from var_jax.transformer.splash import OUTPUT
 
 # Policy -> names (`checkpoint_name`) that are kept; from the fastest to the smallest.
@@ -46,7 +46,7 @@ def _policy(names: tuple[str, ...]) -> Callable:
     return lambda prim, *args, **params: prim.name.startswith(CUDNN_FORWARD) or named(prim, *args, **params)
 
 
-def kept_bytes(cfg: NextScaleConfig, policy: str, itemsize: int, scores: bool) -> int:
+def kept_bytes(cfg: TransformerConfig, policy: str, itemsize: int, scores: bool) -> int:
     """Bytes that all blocks keep of one image, by the table above; `scores` where attention is no kernel."""
     length, heads = cfg.schedule.length, cfg.num_heads
     named = {"none": 103 // 2, "mlp": 8, "flat_qkv": 4, "full": 0}[policy] * itemsize * cfg.width
@@ -55,7 +55,9 @@ def kept_bytes(cfg: NextScaleConfig, policy: str, itemsize: int, scores: bool) -
     return cfg.depth * length * (4 * cfg.width + 4 * heads + named)
 
 
-def choose_remat(cfg: NextScaleConfig, policy: str, images: float, room: float, itemsize: int, scores: bool):
+def choose_remat(
+    cfg: TransformerConfig, policy: str, images: float, room: float, itemsize: int, scores: bool
+):
     """What `auto` stands for: the fastest policy of which `images` fit into `room` bytes, else `full`.
 
     Raises:

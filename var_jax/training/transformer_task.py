@@ -1,4 +1,4 @@
-"""Training the VAR transformer on the tokens of a frozen tokenizer."""
+"""Training a transformer, next-scale or next-token, on the tokens of a frozen tokenizer."""
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +10,7 @@ from ml_collections import ConfigDict
 from var_jax.sampling import pictures
 from var_jax.sampling.generate import generate_in_chunks
 from var_jax.sampling.options import SamplingOptions
+from var_jax.sampling.teacher import teacher_forcing
 from var_jax.tokenizer.fingerprint import fingerprint
 from var_jax.tokenizer.model import Tokenizer, decode_steps, to_unit_range
 from var_jax.tokenizer.quantizer import Quantizer
@@ -19,15 +20,24 @@ from var_jax.training.sharding import make_mesh
 from var_jax.training.state import apply_gradients
 from var_jax.training.task import Task, compute_dtype, model_config
 from var_jax.transformer.attention import choose_attention
-from var_jax.transformer.config import NextScaleConfig
+from var_jax.transformer.config import NextScaleConfig, NextTokenConfig, TransformerConfig
 from var_jax.transformer.flops import training_flops
 from var_jax.transformer.next_scale import NextScale
+from var_jax.transformer.next_token import NextToken
+from var_jax.transformer.trunk import Trunk
 
 
-class NextScaleTask(Task):
-    """See `Task`.  `frozen` holds the parameters of the tokenizer."""
+class TransformerTask(Task):
+    """See `Task`.  `frozen` holds the parameters of the tokenizer.
 
-    name = "next_scale"
+    Attributes:
+      config: the architecture.
+      model: the network.
+      tokenizer: whose tokens it predicts.
+    """
+
+    architecture: type[TransformerConfig]
+    network: type[Trunk]
 
     def __init__(
         self,
@@ -42,7 +52,7 @@ class NextScaleTask(Task):
         self.stage = stage
         self.tokenizer = tokenizer
         self.config = model_config(
-            NextScaleConfig,
+            self.architecture,
             stage.model,
             num_classes=classes,
             num_codes=tokenizer.config.num_codes,
@@ -51,9 +61,11 @@ class NextScaleTask(Task):
         )
         mesh = make_mesh(devices=jax.devices()[:1]) if mesh is None else mesh
         dtype = compute_dtype(stage.train.dtype)
-        attention = choose_attention(stage.transformer.attention, mesh.devices.flat[0].platform, dtype)
+        platform = mesh.devices.flat[0].platform
+        bias = self.config.relative == "relative_2d"
+        attention = choose_attention(stage.transformer.attention, platform, dtype, self.config.masks, bias)
         remat = remat_that_fits(stage, self.config, mesh, attention, dtype)
-        self.model = NextScale(self.config, dtype, attention, remat)
+        self.model = self.network(self.config, dtype, attention, remat)
         self.optimizer = make_optimizer(stage.train, steps)
         self.image_size = tokenizer.config.image_size
         self.frozen = {"tokenizer": tokenizer_params}
@@ -62,12 +74,11 @@ class NextScaleTask(Task):
         self.options = SamplingOptions(**stage.sampling)
 
     def init(self, key, given=()):
-        scales = self.config.schedule
-        inputs = jnp.zeros((1, scales.length - scales.ends[0], self.config.code_dim))
+        inputs = jnp.zeros((1, self.config.length - self.config.first, self.config.code_dim))
         return self.model.init(key, jnp.zeros(1, jnp.int32), inputs)["params"], {}
 
     def _tokens(self, frozen, batch):
-        """Tokens [B, L], the batch's own or encoded, and teacher-forcing input [B, L - s_0^2, C]."""
+        """Targets [B, L], from the batch's own tokens or its images, and teacher-forcing input."""
         params = frozen["tokenizer"]
         if "tokens" in batch:
             tokens = batch["tokens"]
@@ -75,27 +86,24 @@ class NextScaleTask(Task):
             images = to_unit_range(batch["image"])
             tokens = self.tokenizer.apply({"params": params}, images, method="encode")
         quantizer = Quantizer.create(params["quantizer"], self.tokenizer.config)
-        return tokens, quantizer.teacher_input(quantizer.partial_sums(tokens))
+        return teacher_forcing(self.config, quantizer, tokens)
 
     def train_step(self, state, frozen, batch, key):
         tokens, inputs = self._tokens(frozen, batch)
         return self.train_on_tokens(state, batch["label"], tokens, inputs, key)
 
     def train_on_tokens(self, state, labels, tokens, inputs, key):
-        """A training step where the images are tokens [B, L] and teacher-forcing input already."""
+        """A training step where the images are targets [B, L] and teacher-forcing input already."""
 
         def loss_fn(params, part, key):
             losses, right = self.model.apply(
                 {"params": params}, **part, train=True, rngs={"dropout": key}, method="losses"
             )
-            right = right.astype(jnp.float32)
-            last = self.config.schedule.starts[-1]
-            metrics = {
-                "loss": losses.mean(),
-                "loss_last": losses[:, last:].mean(),
-                "accuracy": right.mean(),
-                "accuracy_last": right[:, last:].mean(),
-            }
+            metrics, last = {}, self.config.schedule.starts[-1]
+            for name, values in (("loss", losses), ("accuracy", right.astype(jnp.float32))):
+                metrics[name] = values.mean()
+                if last:
+                    metrics[f"{name}_last"] = values[:, last:].mean()
             return metrics["loss"], (metrics, ())
 
         parts = {"labels": labels, "tokens": tokens, "inputs": inputs}
@@ -117,9 +125,11 @@ class NextScaleTask(Task):
         for name, total in (("loss", sums["losses"]), ("accuracy", sums["right"])):
             mean = total / sums["images"]
             metrics[name] = float(mean.mean())
-            metrics[f"{name}_last"] = float(mean[scales.starts[-1] :].mean())
-            for k in range(len(scales)):
-                metrics[f"{name}_{k}"] = float(mean[scales.levels == k].mean())
+            if len(scales) > 1:
+                metrics[f"{name}_last"] = float(mean[scales.starts[-1] :].mean())
+                for k in range(len(scales)):
+                    metrics[f"{name}_{k}"] = float(mean[scales.levels == k].mean())
+        metrics["bits_per_pixel"] = metrics["loss"] * scales.length / np.log(2) / self.image_size**2
         return metrics
 
     def preview(self, params, frozen, images):
@@ -137,8 +147,30 @@ class NextScaleTask(Task):
             chunk=len(labels),
         )
         images, tokens = next(chunks)
-        steps = np.asarray(decode_steps(self.tokenizer, frozen, tokens[::8])) / 2 + 0.5
-        return {"samples": pictures.grid(images, columns=8), "scales": pictures.strips(steps)}
+        found = {"samples": pictures.grid(images, columns=8)}
+        if len(self.config.scales) > 1:
+            steps = np.asarray(decode_steps(self.tokenizer, frozen, tokens[::8])) / 2 + 0.5
+            found["scales"] = pictures.strips(steps)
+        return found
 
     def flops_per_image(self):
         return training_flops(self.config)
+
+
+class NextScaleTask(TransformerTask):
+    """VAR: every token map from the coarser ones."""
+
+    name = "next_scale"
+    architecture = NextScaleConfig
+    network = NextScale
+
+
+class NextTokenTask(TransformerTask):
+    """What it is measured against: every token from those before it in an order."""
+
+    name = "next_token"
+    architecture = NextTokenConfig
+    network = NextToken
+
+
+TRANSFORMERS = {task.name: task for task in (NextScaleTask, NextTokenTask)}

@@ -1,0 +1,38 @@
+"""What VAR is measured against: a transformer that predicts the tokens of one map one after another.
+
+The map is flattened along an order (raster by default, as in VQGAN: Esser et al. 2021).  Blocks, adaLN,
+initialisation and input, a linear of code vectors, are VAR's, so that the prediction scheme is all that
+differs.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from var_jax.transformer.cache import KVCache
+from var_jax.transformer.trunk import Condition, Trunk
+
+
+class NextToken(Trunk):
+    """See `Trunk`; its config is a `NextTokenConfig`.  The input of position i > 0 is the code vector of the
+    token before it in the order.
+    """
+
+    def step(self, i: jax.Array, inputs: jax.Array, condition: Condition, cache: KVCache):
+        """One token of generation: logits of position i given a cache that holds the positions before it.
+
+        Args:
+          i: int32 scalar, the position; may be known only when the program runs.
+          inputs: float32 [B, 1, C], the code vector of token i - 1; not looked at where i = 0.
+          condition: of the labels [B].
+          cache: keys and values of the positions before i.
+
+        Returns:
+          Logits float32 [B, 1, V] and the cache with position i in it.
+        """
+        take = lambda table, axis=0: jax.lax.dynamic_slice_in_dim(jnp.asarray(table), i, 1, axis)  # noqa: E731
+        x = jnp.where(i == 0, self._start(condition), self._embed(inputs))
+        masks = take(np.stack(self.config.masks), 1)
+        x, view = self._placed(x, take), self._view(take, at=jnp.asarray(i, jnp.int32), masks=masks)
+        x, cache = self.blocks(x, condition.blocks, view, cache)
+        return self._logits(x, condition.head), cache
