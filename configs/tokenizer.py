@@ -18,18 +18,30 @@ The architecture is the released one; its training code never was.  What is chos
   codes die where the codebook is large for the data.  Measured: docs/codebook.md.
 - Codes of 32 dimensions, as released, not L2-normalised: published transformers and files stay compatible.
 
-`small` has 64 channels in place of 160, batch 128 and 40 epochs.  Neither has been run at this size: they
-need ImageNet and accelerators.
+`small` has 64 channels in place of 160, batch 128 and 40 epochs.
+
+What VAR is measured against stands on maps of one size, without phi, which smooths what was enlarged:
+
+- `single`: one 16x16 map, an ordinary VQ-VAE (van den Oord et al. 2017); no quantizer dropout.
+- `residual`: four 16x16 maps, each of what those before it left (Lee et al. 2022, RQ-VAE).
+- `patches`: no networks.  Patches of 16 pixels are the features as they are: as many tokens and codes as in
+  `single`, so that it shows what the networks are worth.  The codes follow means, so that learning rate and
+  moving average mean nothing.  Two maps: `--config.model.scales="(16,16)"`; smaller patches:
+  `--config.model.patch=8 --config.model.scales="(32,)"`.
+
+None has been run at this size: they need ImageNet and accelerators.
 """
 
 from ml_collections import ConfigDict
 
 from configs import common
 
+SIZES = ("published", "small", "single", "residual", "patches")
+
 
 def get_config(size: str = "published") -> ConfigDict:
-    if size not in ("published", "small"):
-        raise ValueError(f"configs/tokenizer.py knows published (the default) and small; found {size!r}")
+    if size not in SIZES:
+        raise ValueError(f"configs/tokenizer.py knows {', '.join(SIZES)}; found {size!r}")
     config = ConfigDict(
         dict(task="tokenizer", seed=0, data=common.data("imagenet2012"), train=common.train())
     )
@@ -47,6 +59,7 @@ def get_config(size: str = "published") -> ConfigDict:
         dropout=0.0,
         quantizer_dropout=0.1,
         gradient="straight_through",  # or "rotation"
+        patch=0,  # side in pixels of patches that are the features as they are; 0: the networks
     )
     config.loss = dict(l2=1.0, l1=0.2, perceptual=1.0, codebook=1.0, entropy=0.0)
     config.train.remat = True  # keep little for the backward pass, and work the rest out again
@@ -95,4 +108,15 @@ def get_config(size: str = "published") -> ConfigDict:
     if size == "small":
         config.model.ch = 64
         config.train.update(dict(batch=128, epochs=40, ema=0.999))
+    if size == "residual":
+        config.model.update(dict(scales=(16,) * 4, num_phis=0))
+    if size in ("single", "patches"):
+        config.model.update(dict(scales=(16,), num_phis=0, quantizer_dropout=0.0))
+    if size == "patches":
+        config.model.patch = 16
+        config.loss.update(dict(l1=0.0, perceptual=0.0, codebook=0.0))  # l2 says it all
+        config.adversarial.weight = 0.0
+        config.train.update(
+            dict(epochs=2, ema=0.0, eval_every=1000, preview_every=1000, checkpoint_every=1000)
+        )
     return config

@@ -122,8 +122,12 @@ def test_rhythm_and_place_may_change_between_runs_and_nothing_else(tmp_path):
     now.train.update(dict(log_every=1, keep=9, mesh=dict(data=2)))
     now.data.update(dict(dir="/elsewhere", threads=1))
     check_same_run(saved, {**saved, "stage": now.to_dict()}, tmp_path)
-    del saved["stage"]["init_from"]  # a run older than this field
+    del saved["stage"]["init_from"], saved["stage"]["model"]["patch"]  # a run older than these fields
     check_same_run(saved, {**saved, "stage": now.to_dict()}, tmp_path)
+    now.model.patch = 2
+    with pytest.raises(ValueError, match="config.model.patch: None there, 2 now"):
+        check_same_run(saved, {**saved, "stage": now.to_dict()}, tmp_path)
+    now.model.patch = 0
     now.seed = 5
     with pytest.raises(ValueError, match="config.seed: 1 there, 5 now"):
         check_same_run(saved, {**saved, "stage": now.to_dict()}, tmp_path)

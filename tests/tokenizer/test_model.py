@@ -61,6 +61,8 @@ def test_a_share_of_the_images_is_decoded_from_fewer_maps(tiny_tokenizer):
     keep = Tokenizer(config).apply({}, 3000, rngs=rngs, method="_maps_kept")
     shares = np.bincount(keep, minlength=4) / 3000
     np.testing.assert_allclose(shares, [0, 0.25, 0.25, 0.5], atol=0.03)
+    single = dataclasses.replace(config, scales=(4,))
+    assert set(np.array(Tokenizer(single).apply({}, 30, rngs=rngs, method="_maps_kept"))) == {1}
 
 
 def test_an_unknown_loss_is_named():

@@ -89,9 +89,41 @@ def test_every_further_map_brings_the_sum_closer(sides, num_phis):
 def test_the_single_scale_is_an_ordinary_vq():
     quantizer = random_quantizer((4,), num_phis=0)
     features = jax.random.normal(jax.random.key(1), (2, 4, 4, 8))
-    tokens = quantizer.tokenize(features)
     distances = ((np.asarray(features).reshape(2, 16, 1, 8) - np.asarray(quantizer.codebook)) ** 2).sum(-1)
-    np.testing.assert_array_equal(tokens, distances.argmin(-1))
+    quantized = quantizer(features)
+    np.testing.assert_array_equal(quantized.tokens, distances.argmin(-1))
+    codes = np.asarray(quantizer.codebook)[distances.argmin(-1)].reshape(2, 4, 4, 8)
+    np.testing.assert_allclose(quantized.f_hat, codes, atol=1e-6)
+    np.testing.assert_allclose(quantized.loss, 1.25 * distances.min(-1).mean(1) / 8, rtol=1e-5)
+    # Dropout has no map to drop, and the gradient of the sum is that of the features.
+    np.testing.assert_array_equal(quantizer(features, jnp.array([1, 1])).f_hat, quantized.f_hat)
+    probe = jax.random.normal(jax.random.key(2), features.shape)
+    gradients = jax.grad(
+        lambda f, codebook: jnp.vdot(dataclasses.replace(quantizer, codebook=codebook)(f).f_hat, probe),
+        (0, 1),
+    )(features, quantizer.codebook)
+    np.testing.assert_array_equal(gradients[0], probe)
+    assert not gradients[1].any()
+    assert quantizer.teacher_input(quantizer.partial_sums(quantized.tokens)).shape == (2, 0, 8)
+
+
+def test_equal_maps_are_a_residual_vq():
+    quantizer = random_quantizer((4, 4, 4), num_phis=0, num_codes=256)
+    features = jax.random.normal(jax.random.key(1), (2, 4, 4, 8))
+    quantized, codebook = quantizer(features), np.asarray(quantizer.codebook)
+    left, errors = np.asarray(features).reshape(2, 16, 8), []
+    for token_map in quantizer.split(quantized.tokens):
+        nearest = ((left[:, :, None] - codebook) ** 2).sum(-1).argmin(-1)
+        np.testing.assert_array_equal(token_map, nearest)
+        left = left - codebook[nearest]
+        errors.append((left**2).mean())
+    assert errors[0] > errors[1] > errors[2]
+    np.testing.assert_allclose(quantized.f_hat, features - left.reshape(2, 4, 4, 8), atol=1e-5)
+    np.testing.assert_allclose(quantized.loss.mean(), 1.25 * np.mean(errors), rtol=1e-5)
+    # The next token of a position is predicted from what its tokens before add up to.
+    sums = quantizer.partial_sums(quantized.tokens)
+    want = np.concatenate([f_hat.reshape(2, 16, 8) for f_hat in sums[:2]], axis=1)
+    np.testing.assert_array_equal(quantizer.teacher_input(sums), want)
 
 
 def test_normalised_codes_are_matched_by_direction_and_used_as_unit_vectors():

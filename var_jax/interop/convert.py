@@ -133,7 +133,7 @@ def check_expressible(config: TokenizerConfig | NextScaleConfig) -> None:
     problems = []
     if isinstance(config, TokenizerConfig):
         blank = TokenizerConfig()
-        for field in ("norm_groups", "l2_normalized"):
+        for field in ("patch", "norm_groups", "l2_normalized"):
             if getattr(config, field) != getattr(blank, field):
                 problems.append(f"{field} is {getattr(config, field)}, there always {getattr(blank, field)}")
     else:

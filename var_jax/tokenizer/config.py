@@ -5,11 +5,14 @@ import dataclasses
 from var_jax.scales import SCALES_256, Scales
 
 GRADIENTS = ("straight_through", "rotation")
+# What the fields of the networks come to with patches: 3 channels at full resolution, nothing to train.
+NO_NETWORK = dict(ch=3, ch_mult=(1,), num_blocks=1, norm_groups=1, dropout=0.0)
+NO_NETWORK |= dict(gradient="straight_through", quantizer_dropout=0.0)
 
 
 @dataclasses.dataclass(frozen=True)
 class TokenizerConfig:
-    """Architecture of a multi-scale VQ-VAE; the defaults are the published one for 256px.
+    """Architecture of a multi-scale VQ-VAE, the published one for 256px by default; or patches of pixels.
 
     Attributes:
       scales: sides of the token maps; the last is the side of the features.
@@ -26,6 +29,9 @@ class TokenizerConfig:
       dropout: rate inside the residual blocks.
       quantizer_dropout: share of the training images that are decoded from a random number of their first
         maps only (Li et al. 2024, ImageFolder): it makes the coarse maps tell what the image is about.
+      patch: 0 for the convolutional networks; else there are none, and the features are the patches of so
+        many pixels a side as they are.  `code_dim` is then 3 patch^2 and the fields of `NO_NETWORK` have
+        their values there, whatever is given: with nothing to train but codes, they mean nothing.
 
     Raises:
       ValueError: on a schedule or a size that makes no network.
@@ -43,9 +49,14 @@ class TokenizerConfig:
     norm_groups: int = 32
     dropout: float = 0.0
     quantizer_dropout: float = 0.0
+    patch: int = 0
 
     def __post_init__(self):
         object.__setattr__(self, "scales", Scales(self.scales).sides)
+        if self.patch < 0:
+            raise ValueError(f"tokenizer patch must be 0 (networks) or a side in pixels, found {self.patch}")
+        if self.patch:
+            self._become_patches()
         object.__setattr__(self, "ch_mult", tuple(self.ch_mult))
         for name in ("num_codes", "code_dim", "ch", "num_blocks", "norm_groups"):
             if getattr(self, name) < 1:
@@ -66,6 +77,15 @@ class TokenizerConfig:
                     f"but ch * {mult} = {self.ch * mult}"
                 )
 
+    def _become_patches(self):
+        """Sets what patches decide, so that two tokenizers that are the same are equal."""
+        # Codes are decoded as they are, so that they must be pixels.
+        for name, off in (("num_phis", 0), ("l2_normalized", False)):
+            if (value := getattr(self, name)) != off:
+                raise ValueError(f"tokenizer {name} must be {off} with patch={self.patch}, found {value}")
+        for name, value in (NO_NETWORK | {"code_dim": 3 * self.patch**2}).items():
+            object.__setattr__(self, name, value)
+
     @property
     def schedule(self) -> Scales:
         return Scales(self.scales)
@@ -73,7 +93,7 @@ class TokenizerConfig:
     @property
     def downsample(self) -> int:
         """Side of an image over side of its features."""
-        return 2 ** (len(self.ch_mult) - 1)
+        return self.patch or 2 ** (len(self.ch_mult) - 1)
 
     @property
     def image_size(self) -> int:

@@ -1,4 +1,4 @@
-"""The multi-scale VQ-VAE: images to token maps and back."""
+"""The tokenizer, a multi-scale VQ-VAE or patches of pixels: images to token maps and back."""
 
 from functools import partial
 
@@ -11,6 +11,7 @@ from var_jax.tokenizer.config import TokenizerConfig
 from var_jax.tokenizer.decoder import Decoder
 from var_jax.tokenizer.encoder import Encoder
 from var_jax.tokenizer.layers import Conv3x3
+from var_jax.tokenizer.patches import from_patches, to_patches
 from var_jax.tokenizer.quantizer import Quantized, Quantizer
 
 
@@ -52,6 +53,8 @@ class Codebook(nn.Module):
 class Tokenizer(nn.Module):
     """Encoder, quantizer, decoder.  Images are float32 [B, H, W, 3] in [-1, 1].
 
+    With `config.patch` there is no encoder and no decoder, and the codebook is all there is to train.
+
     Attributes:
       config: the architecture.
       dtype: of the convolutions; features are quantised, and images returned, in float32.
@@ -63,9 +66,11 @@ class Tokenizer(nn.Module):
     remat: bool = False
 
     def setup(self):
+        self.quantizer = Codebook(self.config)
+        if self.config.patch:
+            return
         self.encoder = Encoder(self.config, self.dtype, self.remat)
         self.quant_conv = Conv3x3(self.config.code_dim, dtype=self.dtype)
-        self.quantizer = Codebook(self.config)
         self.post_quant_conv = Conv3x3(self.config.code_dim, dtype=self.dtype)
         self.decoder = Decoder(self.config, self.dtype, self.remat)
 
@@ -107,9 +112,13 @@ class Tokenizer(nn.Module):
         return jnp.where(dropped, jax.random.randint(how_many, (batch,), 1, max(scales, 2)), scales)
 
     def _features(self, images, train):
+        if self.config.patch:
+            return to_patches(images, self.config.patch)
         return self.quant_conv(self.encoder(images, train)).astype(jnp.float32)
 
     def _pixels(self, f_hat, train):
+        if self.config.patch:
+            return from_patches(f_hat, self.config.patch)
         return self.decoder(self.post_quant_conv(f_hat), train).astype(jnp.float32)
 
 

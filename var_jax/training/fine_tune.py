@@ -60,7 +60,7 @@ _ANEW = (
 )
 RULES = {
     TokenizerConfig: Rules(
-        same=("ch", "ch_mult", "num_blocks", "norm_groups", "code_dim", "l2_normalized"),
+        same=("patch", "ch", "ch_mult", "num_blocks", "norm_groups", "code_dim", "l2_normalized"),
         anew=("quantizer/codebook", "quantizer/phi_kernel", "quantizer/phi_bias"),
     ),
     NextScaleConfig: Rules(_SAME, (*_ANEW, "level_embedding")),

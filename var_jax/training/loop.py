@@ -47,6 +47,8 @@ FREE_TO_MOVE = (
     "stage.data.threads",
 )
 
+WORTH_SPLITTING = 2**24  # parameters; fewer may as well lie whole on every device
+
 
 class Preempted(SystemExit):
     """The run was asked to stop and has saved its state."""
@@ -74,7 +76,7 @@ def check_same_run(saved: dict, now: dict, where: Path) -> None:
     different = [
         f"{field.replace('stage.', 'config.')}: {saved.get(field)!r} there, {now.get(field)!r} now"
         for field in sorted(set(saved) | set(now))
-        if saved.get(field, "") != now.get(field, "")  # a field that is newer than the run, and empty
+        if (saved.get(field) or None) != (now.get(field) or None)  # absent is off: it may be newer
         and field.rsplit(".", 1)[-1] not in FREE_TO_CHANGE
         and not field.startswith(FREE_TO_MOVE)
     ]
@@ -160,12 +162,14 @@ def train(
         state = make_state(given)
     batches = train_batches(source, transform, cfg.batch, stage.seed, look.threads, look.workers, start, rows)
     log = Log(directory, task.name, start, steps, cfg.batch, task.flops_per_image())
+    size = count_parameters(abstract.params)
     log.say(
-        f"{task.name}: {count_parameters(abstract.params):,} parameters, {source.num_images} images, "
+        f"{task.name}: {size:,} parameters, {source.num_images} images, "
         f"batch {cfg.batch}, steps {start}..{steps}, {jax.device_count()} x {jax.devices()[0].device_kind}"
     )
 
-    if mesh.shape["fsdp"] > 1 and (share := whole_share(abstract.params)) > 0.5:
+    share = whole_share(abstract.params)
+    if mesh.shape["fsdp"] > 1 and share > 0.5 and size > WORTH_SPLITTING:
         log.say(
             f"{task.name}: {share:.0%} of the parameters are whole on every device, since train.mesh.fsdp="
             f"{mesh.shape['fsdp']} does not divide their axes; give an fsdp that divides the width, and data"

@@ -50,6 +50,11 @@ class TokenizerTask(Task):
         self.care = CodebookCare(stage.codebook, self.config, steps, stage.train.batch)
         self.adversary = None
         if stage.adversarial.weight:
+            if self.config.patch:
+                raise ValueError(
+                    "config.adversarial.weight must be 0 with config.model.patch, which leaves no network "
+                    f"for an adversary to train; found {stage.adversarial.weight}"
+                )
             size, dtype = self.image_size, self.model.dtype
             self.adversary = Adversary(stage.adversarial, stage.train, steps, size, dtype)
         # The program is traced here already, so that an impossible loss fails before any data is read.
