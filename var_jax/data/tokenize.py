@@ -13,8 +13,10 @@ the files that are missing.
 import shlex
 import shutil
 import sys
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import grain
 import jax
@@ -163,6 +165,41 @@ def write_cache(
     Note(look, command, complete=True).write(out)
 
 
+def describe(
+    tokenizer: Tokenizer,
+    params: dict,
+    sources: tuple[Source, Source],
+    data: Mapping[str, Any],
+    crops: int,
+    seed: int,
+    shard: int = 2**16,
+) -> Description:
+    """What a cache of these images by this tokenizer holds.
+
+    Args:
+      tokenizer, params: that encode.
+      sources: training and held-out images.
+      data: name, train_split, eval_split, resize, flip and shift, as a config's section `data` has them.
+      crops, seed, shard: as `Description` has them.
+    """
+    train, held_out = sources
+    same = ("train_split", "eval_split", "resize", "flip", "shift")
+    return Description(
+        data=data["name"],
+        **{name: data[name] for name in same},
+        train_images=train.num_images,
+        eval_images=held_out.num_images,
+        class_names=train.class_names,
+        tokenizer=fingerprint(params),
+        scales=tokenizer.config.scales,
+        num_codes=tokenizer.config.num_codes,
+        dtype=tokenizer.dtype.name,
+        crops=crops,
+        seed=seed,
+        shard=shard,
+    )
+
+
 def tokenize(out: Path, command: str) -> Description:
     """Does what the flags say.
 
@@ -171,30 +208,14 @@ def tokenize(out: Path, command: str) -> Description:
       ValueError, OSError: as `BatchEncoder` and `write_cache`.
     """
     tokenizer, params = load_tokenizer(*command_line.tokenizer_source())
-    name = FLAGS["data.name"].value
-    train, held_out = (
-        open_source(name, split, FLAGS["data.dir"].value) for split in (FLAGS.train_split, FLAGS.eval_split)
+    data = {name: FLAGS[name].value for name in ("train_split", "eval_split", "resize", "flip", "shift")}
+    data["name"], folder = FLAGS["data.name"].value, FLAGS["data.dir"].value
+    sources = tuple(
+        open_source(data["name"], split, folder) for split in (FLAGS.train_split, FLAGS.eval_split)
     )
-    description = Description(
-        data=name,
-        train_split=FLAGS.train_split,
-        eval_split=FLAGS.eval_split,
-        train_images=train.num_images,
-        eval_images=held_out.num_images,
-        class_names=train.class_names,
-        tokenizer=fingerprint(params),
-        scales=tokenizer.config.scales,
-        num_codes=tokenizer.config.num_codes,
-        dtype=tokenizer.dtype.name,
-        crops=FLAGS.crops,
-        resize=FLAGS.resize,
-        flip=FLAGS.flip,
-        shift=FLAGS.shift,
-        seed=FLAGS.seed,
-        shard=FLAGS.shard,
-    )
+    description = describe(tokenizer, params, sources, data, FLAGS.crops, FLAGS.seed, FLAGS.shard)
     encode = BatchEncoder(tokenizer, params, FLAGS.batch)
-    write_cache(out, description, (train, held_out), encode, FLAGS.threads, command)
+    write_cache(out, description, sources, encode, FLAGS.threads, command)
     return description
 
 
