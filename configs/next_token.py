@@ -24,7 +24,7 @@ def get_config(name: str = "d16") -> ConfigDict:
     if name not in known:
         raise ValueError(f"configs/next_token.py knows {', '.join(known)}; found {name!r}")
     if name == "digits":
-        return embedded()
+        return flattened(digits.get_config())
     config = var.get_config(name)
     config.task = "next_token"
     config.scales = (16,)
@@ -32,15 +32,12 @@ def get_config(name: str = "d16") -> ConfigDict:
     return config
 
 
-def embedded() -> ConfigDict:
-    """The digits of configs/digits.py through a single map of 4x4 tokens, one after another."""
-    config = digits.get_config()
-    config.stages = ("tokenizer", "next_token")
+def flattened(config: ConfigDict) -> ConfigDict:
+    """What stands against a config of tokenizer and next_scale: one map, the finest, token by token."""
+    tokenizer, stage = (ConfigDict(config[name].to_dict()) for name in ("tokenizer", "next_scale"))
     # One map: no quantizer dropout, no phi.
-    config.tokenizer.model.update(dict(scales=(4,), num_phis=0, quantizer_dropout=0.0))
-    stage = config.next_scale
-    del config.next_scale
+    scales = tuple(tokenizer.model.scales)[-1:]
+    tokenizer.model.update(dict(scales=scales, num_phis=0, quantizer_dropout=0.0))
     stage.task = "next_token"
     stage.model.update(SEQUENCE)
-    config.next_token = stage
-    return config
+    return ConfigDict(dict(stages=("tokenizer", "next_token"), tokenizer=tokenizer, next_token=stage))

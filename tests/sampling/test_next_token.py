@@ -1,0 +1,93 @@
+"""Drawing one token after another with the sampler of the maps."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tests.conftest import close, randomized
+from var_jax.sampling.generate import Given, generate_in_chunks, teacher_forced_logits
+from var_jax.sampling.guidance import guide
+from var_jax.sampling.options import SamplingOptions
+from var_jax.sampling.teacher import row_by_row, teacher_forcing
+from var_jax.tokenizer.model import Tokenizer
+from var_jax.tokenizer.quantizer import Quantizer
+from var_jax.transformer.config import NextTokenConfig
+from var_jax.transformer.next_token import NextToken
+
+
+@pytest.fixture(scope="module")
+def flat_tokenizer(tiny_tokenizer):
+    """The tiny tokenizer with one map of 4x4 tokens, and no phi."""
+    module = Tokenizer(dataclasses.replace(tiny_tokenizer[0].config, scales=(4,), num_phis=0))
+    shapes = jax.eval_shape(module.init, jax.random.key(0), jnp.zeros((1, 8, 8, 3)))["params"]
+    return module, randomized(shapes)
+
+
+@pytest.fixture(scope="module")
+def spiral():
+    module = NextToken(NextTokenConfig(2, 32, 4, 5, 16, 4, (4,), positions="rotary_2d", order="spiral_in"))
+    blank = (jnp.zeros(1, jnp.int32), jnp.zeros((1, 15, 4)))
+    return module, randomized(jax.eval_shape(module.init, jax.random.key(0), *blank)["params"], 1)
+
+
+def draw(tokenizer, model, labels, seed=0, given=None, **options):
+    networks = (tokenizer[0], model[0], tokenizer[1], model[1])
+    parts = generate_in_chunks(*networks, np.array(labels), seed, SamplingOptions(**options), 4, given=given)
+    return tuple(np.concatenate(part) for part in zip(*parts, strict=True))
+
+
+@pytest.mark.parametrize("guidance", [0.0, 2.0])
+def test_every_token_is_the_likeliest_of_its_teacher_forced_logits(flat_tokenizer, spiral, guidance):
+    labels = np.array([0, 3, 4], np.int32)
+    images, tokens = draw(flat_tokenizer, spiral, labels, guidance=guidance, top_k=1, top_p=0.0)
+    networks = (flat_tokenizer[0], spiral[0], flat_tokenizer[1], spiral[1])
+    both = [teacher_forced_logits(*networks, x, tokens) for x in (labels, np.full_like(labels, 5))]
+    logits = guide(np.stack(both, 1).reshape(-1, 16, 16), guidance)  # a single scale gets all the guidance
+    np.testing.assert_array_equal(np.argmax(logits, -1), tokens)
+    decoded = flat_tokenizer[0].apply({"params": flat_tokenizer[1]}, tokens, method="decode")
+    close(images, decoded / 2 + 0.5, 1e-5)
+
+
+def test_tokens_are_drawn_with_their_probabilities(flat_tokenizer, spiral):
+    """The second token of the spiral, given the first one that is the most frequent."""
+    _, tokens = draw(flat_tokenizer, spiral, [2] * 3000, guidance=0.0, top_k=0, top_p=0.0)
+    first = np.bincount(tokens[:, 0]).argmax()
+    partners = tokens[tokens[:, 0] == first, 1]
+    known = np.zeros((1, 16), np.int32)
+    known[0, 0] = first
+    networks = (flat_tokenizer[0], spiral[0], flat_tokenizer[1], spiral[1])
+    want = np.asarray(jax.nn.softmax(teacher_forced_logits(*networks, np.array([2]), known)[0, 1]))
+    shares = np.bincount(partners, minlength=16) / len(partners)
+    np.testing.assert_allclose(shares, want, atol=4 * np.sqrt(want.max() / len(partners)))
+
+
+def test_given_tokens_stay_and_what_comes_before_them_does_not_see_them(flat_tokenizer, spiral):
+    cells, labels = spiral[0].config.cells, [0, 1, 2]
+    before, after = cells[:8], cells[8:]
+    _, tokens = draw(flat_tokenizer, spiral, labels, seed=3)
+    other = (tokens + 1) % 16
+
+    def drawn(given, anew_cells):
+        anew = np.zeros(tokens.shape, bool)
+        anew[:, anew_cells] = True
+        return draw(flat_tokenizer, spiral, labels, seed=7, given=Given(given, anew))[1]
+
+    one, two = drawn(tokens, before), drawn(other, before)
+    np.testing.assert_array_equal(one[:, after], tokens[:, after])
+    np.testing.assert_array_equal(two[:, after], other[:, after])
+    np.testing.assert_array_equal(one[:, before], two[:, before])  # it cannot know better
+    one, two = drawn(tokens, after), drawn(other, after)  # the other way round, what comes first decides
+    assert (one[:, after] != two[:, after]).mean() > 0.1
+
+
+def test_teacher_forcing_follows_the_order(flat_tokenizer, spiral):
+    config = spiral[0].config
+    tokens = np.random.default_rng(0).integers(0, 16, (2, 16)).astype(np.int32)
+    quantizer = Quantizer.create(flat_tokenizer[1]["quantizer"], flat_tokenizer[0].config)
+    targets, inputs = teacher_forcing(config, quantizer, jnp.asarray(tokens))
+    np.testing.assert_array_equal(targets, tokens[:, config.cells])
+    np.testing.assert_array_equal(inputs, quantizer.codes[targets[:, :-1]])
+    np.testing.assert_array_equal(row_by_row(config, targets), tokens)

@@ -1,0 +1,213 @@
+"""The case for next-scale prediction, run: VAR against next-token systems that differ in nothing else.
+
+    python -m var_jax.benchmarks.compare --config=configs/digits.py --out=runs/compare
+
+Systems: next-token along a raster, a spiral and a Z-curve, with learned 1-D and rotary 2-D positions; along a
+raster with axial masks; VAR with learned and rotary 2-D positions.  VAR stands on the config's own tokenizer,
+the others on the same network trained with one map of its finest side, and as many codes.  Depth, width,
+optimiser, batch and schedule are the config's; every system is trained for as many steps as cost the FLOPs of
+`--steps` steps of VAR, on tokens that are made once.  Every run is a run of the training loop, under
+OUT/SYSTEM/SEED, so that a call that was stopped goes on.
+
+Writes `compare.md` (a table), `compare.json`, `compare.png` (held-out loss over training) and `samples.png`.
+Held-out loss is of the tokens of two tokenizers: compare it within one; what pictures lose in each stands
+beside it.
+"""
+
+import json
+import sys
+import time
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+from absl import app, flags
+from ml_collections import ConfigDict, config_flags
+
+import var_jax
+from configs import next_token
+from var_jax import command_line, stages
+from var_jax.benchmarks import compare_report
+from var_jax.benchmarks.prepared import prepare
+from var_jax.data.sources import DataSetMissing, open_source
+from var_jax.data.transforms import ToPixels
+from var_jax.evaluation.classifier import Classifier, spread
+from var_jax.sampling.generate import as_pixels
+from var_jax.training.logging import read_metrics
+from var_jax.training.state import count_parameters
+from var_jax.training.transformer_task import TransformerTask
+from var_jax.transformer.flops import generation_flops, training_flops
+
+FLAGS = flags.FLAGS
+EVALUATIONS = 8  # of each run, at equal distances
+TIMED = 100  # images made at once to time sampling
+
+# System -> fields of its model; VAR where there is no order.
+SYSTEMS = {
+    **{
+        f"{order}, {positions}": {"order": order, "positions": positions}
+        for order in ("raster", "spiral_in", "z_curve")
+        for positions in ("learned_1d", "rotary_2d")
+    },
+    "raster, learned_1d, axial": {"order": "raster", "positions": "learned_1d", "mask": "axial"},
+    **{f"VAR, {positions}": {"positions": positions} for positions in ("learned_1d", "rotary_2d")},
+}
+
+
+def folder(system: str) -> str:
+    """Name of a system's directory."""
+    return system.replace(", ", "-")
+
+
+def prepared(config: ConfigDict, out: Path) -> dict[bool, ConfigDict]:
+    """What systems are variants of, with tokenizer and tokens: next_scale (True) and next_token (False).
+
+    Raises:
+      ValueError: on a config without the stages tokenizer and next_scale.
+    """
+    if "stages" not in config or not {"tokenizer", "next_scale"} <= set(config.stages):
+        raise ValueError("--config must have the stages tokenizer and next_scale, as configs/digits.py has")
+    flat = next_token.flattened(config)
+    found = {True: (config, config.next_scale, "maps"), False: (flat, flat.next_token, "map")}
+    for whole, stage, name in found.values():
+        prepare(stage, whole.tokenizer, out / "tokenizers" / name)
+    return {is_var: stage for is_var, (_, stage, _) in found.items()}
+
+
+def task_of(stage: ConfigDict) -> TransformerTask:
+    """The task of a prepared stage."""
+    return stages.build_task(stage, Path(stage.tokenizer), stages.open_sources(stage)[0])[0]
+
+
+def experiment(stages_of: dict[bool, ConfigDict], system: str, seed: int, budget: float) -> ConfigDict:
+    """Config of one run: a system, trained for so many FLOPs an image of a batch."""
+    fields = SYSTEMS[system]
+    stage = stages_of["order" not in fields].copy_and_resolve_references()
+    stage.model.update(fields)
+    stage.seed = seed
+    steps = max(round(budget / training_flops(task_of(stage).config)), 1)
+    stage.train.update(dict(steps=steps, eval_every=max(steps // EVALUATIONS, 1), preview_every=steps))
+    stage.train.update(dict(checkpoint_every=max(steps // 2, 1), log_every=max(steps // 20, 1)))
+    return stage
+
+
+def pictures_of(stage: ConfigDict, size: int, split: str) -> tuple[np.ndarray, np.ndarray]:
+    """Images uint8 [N, size, size, 3] and labels int [N] of a split, cut out at the centre."""
+    source = open_source(stage.data.name, split, stage.data.dir)
+    transform = ToPixels(source.name, size, stage.data.resize, False)
+    records = [transform(source[i]) for i in range(source.num_records)]
+    return np.stack([record["image"] for record in records]), np.array([int(r["label"]) for r in records])
+
+
+def draw(model: var_jax.LoadedVAR, labels: np.ndarray, seed: int) -> tuple[np.ndarray, float]:
+    """Images uint8 [N, H, W, 3] of labels [N], and seconds an image, compilation not counted."""
+    make = partial(model.generate_batches, seed=seed, batch=TIMED, options=model.options, finish=as_pixels)
+    list(make(labels[:TIMED]))  # compiles
+    start = time.perf_counter()
+    images = np.concatenate([images for images, _ in make(labels)])
+    return images, (time.perf_counter() - start) / len(labels)
+
+
+def judge(workdir: Path, stage: ConfigDict, classifier: Classifier, real: tuple, per_class: int) -> dict:
+    """All figures of a trained run; its samples are left in its directory.
+
+    Args:
+      real: training images and labels, to measure samples against.
+      per_class: samples of each class.
+    """
+    path = workdir / "judged.json"
+    if path.exists() and (found := json.loads(path.read_text()))["per_class"] == per_class:
+        return found
+    model = var_jax.load_var(workdir, tokenizer=var_jax.load_tokenizer(stage.tokenizer))
+    labels = np.repeat(np.arange(model.num_classes), per_class)
+    images, seconds = draw(model, labels, stage.seed)
+    log = read_metrics(workdir / stage.task / "metrics.jsonl")
+    evaluations = [line for line in log if line["kind"] == "eval"]
+    cfg = model.module.config
+    found = {
+        "per_class": per_class,
+        "steps": stage.train.steps,
+        "parameters": count_parameters(model.params),
+        "training_flops": training_flops(cfg) * stage.train.batch * stage.train.steps,
+        "evaluations": [[line["step"], line["bits_per_pixel"]] for line in evaluations],
+        "bits_per_pixel": evaluations[-1]["bits_per_pixel"],
+        "accuracy": evaluations[-1]["accuracy"],
+        "called_right": float((classifier.classes(images) == labels).mean()),
+        "frechet": classifier.frechet(images, real[0]),
+        "spread": spread(images, labels) / spread(*real),
+        "sampling_steps": len(cfg.steps),
+        "sampling_seconds": seconds,
+        "sampling_flops": generation_flops(cfg, 0),
+    }
+    np.savez_compressed(workdir / "samples.npz", arr_0=images, arr_1=labels)
+    path.write_text(json.dumps(found))
+    return found
+
+
+def reconstructed(stage: ConfigDict, images: np.ndarray) -> dict:
+    """PSNR in dB of held-out images uint8 through the tokenizer of a stage, and its tokens an image."""
+    tokenizer = var_jax.load_tokenizer(stage.tokenizer)
+    again = tokenizer.decode(tokenizer.encode(images.astype(np.float32) / 255))
+    error = ((again - images / 255) ** 2).mean((1, 2, 3))
+    length = tokenizer.module.config.schedule.length
+    return {"psnr": float((-10 * np.log10(error)).mean()), "tokens": length}
+
+
+def main(argv):
+    if len(argv) > 1:
+        raise app.UsageError(f"unknown arguments {argv[1:]}")
+    chosen = {folder(system): system for system in SYSTEMS}
+    if unknown := sorted(set(FLAGS.systems or ()) - set(chosen)):
+        raise app.UsageError(f"--systems must be among {', '.join(chosen)}; found {', '.join(unknown)}")
+    systems = [chosen[name] for name in FLAGS.systems or chosen]
+    seeds, out = command_line.numbers("seeds", int), Path(FLAGS.out)
+    command_line.start()
+    try:
+        bases = prepared(FLAGS.config, out)
+        found = compared(bases, systems, seeds, out)
+    except (DataSetMissing, ValueError) as error:
+        sys.exit(f"compare: {error}")
+    (out / "compare.json").write_text(json.dumps(found, indent=1))
+    (out / "compare.md").write_text(compare_report.table(found) + "\n")
+    compare_report.draw_losses(found["systems"], out / "compare.png")
+    compare_report.draw_samples(found["systems"], out, out / "samples.png")
+    print((out / "compare.md").read_text() + f"\nheld-out loss: {out / 'compare.png'}, {out / 'samples.png'}")
+
+
+def compared(bases: dict[bool, ConfigDict], systems: list[str], seeds: list[int], out: Path) -> dict:
+    """Trains what is not trained yet, and judges it: figures of each tokenizer, and each system and seed."""
+    task = task_of(bases[True])
+    budget, size = FLAGS.steps * training_flops(task.config), task.image_size
+    real, held_out = (
+        pictures_of(bases[True], size, bases[True].data[f"{s}_split"]) for s in ("train", "eval")
+    )
+    classifier = Classifier(*real)
+    found = {
+        "classifier_right": float((classifier.classes(held_out[0]) == held_out[1]).mean()),
+        "frechet_held_out": classifier.frechet(held_out[0], real[0]),
+        "spread_held_out": spread(*held_out) / spread(*real),
+        "tokenizers": {
+            name: reconstructed(bases[is_var], held_out[0]) for name, is_var in (("maps", 1), ("map", 0))
+        },
+        "systems": {system: {} for system in systems},
+    }
+    runs = [(system, seed) for seed in seeds for system in systems]
+    for i, (system, seed) in enumerate(runs):
+        print(f"--- {system}, seed {seed} ({i + 1} of {len(runs)})", flush=True)
+        stage, workdir = experiment(bases, system, seed, budget), out / folder(system) / str(seed)
+        stages.run(stage, workdir)
+        judged = judge(workdir, stage, classifier, real, FLAGS.per_class)
+        found["systems"][system][str(seed)] = judged
+        print(compare_report.line(system, judged), flush=True)
+    return found
+
+
+if __name__ == "__main__":
+    config_flags.DEFINE_config_file("config", help_string="With the stages tokenizer and next_scale")
+    flags.DEFINE_string("out", None, "Directory of the runs and of the results", required=True)
+    flags.DEFINE_list("systems", None, "Some of the systems, by their directories' names")
+    flags.DEFINE_list("seeds", ["0", "1", "2"], "Each system is trained with each")
+    flags.DEFINE_integer("steps", 500, "Of VAR; the others take as many as cost the same", lower_bound=1)
+    flags.DEFINE_integer("per_class", 100, "Samples of each class, to judge a run by", lower_bound=2)
+    flags.mark_flag_as_required("config")
+    app.run(main)

@@ -1,0 +1,48 @@
+"""What experiments with transformers stand on: a trained tokenizer and its tokens, made once."""
+
+import shlex
+import sys
+from pathlib import Path
+
+import jax
+from ml_collections import ConfigDict
+
+from var_jax import stages
+from var_jax.data.sources import open_source
+from var_jax.data.tokenize import BatchEncoder, describe, write_cache
+from var_jax.interop.load import load_tokenizer
+
+ENCODED_AT_ONCE = 64  # images, by each device
+
+
+def prepare(stage: ConfigDict, trains: ConfigDict | None, out: Path, crops: int = 1) -> None:
+    """Gives a transformer's stage its tokenizer and its tokens; what is there is taken as it is.
+
+    Args:
+      stage: of a transformer; `tokenizer` and `data.tokens` are filled in where they are empty.
+      trains: the stage that trains a tokenizer; None where there is none.
+      out: directory of that tokenizer's run, and of the tokens.
+      crops: of each training image.
+
+    Raises:
+      ValueError: where there is neither a tokenizer nor a stage that trains one, or several processes
+        would have to encode.
+    """
+    if not stage.tokenizer:
+        if trains is None:
+            raise ValueError("config.tokenizer names none, and no stage of the config trains one")
+        stages.run(trains, out)
+        stage.tokenizer = str(out.absolute())
+    data = stage.data
+    if data.tokens:
+        return
+    if jax.process_count() > 1:
+        raise ValueError(
+            "config.data.tokens is empty: on several hosts, encode first with python -m var_jax.data.tokenize"
+        )
+    tokenizer, params = load_tokenizer(stage.tokenizer, tuple(stage.scales) or None, dtype=stage.train.dtype)
+    sources = tuple(open_source(data.name, split, data.dir) for split in (data.train_split, data.eval_split))
+    encode = BatchEncoder(tokenizer, params, ENCODED_AT_ONCE * jax.device_count())
+    holds = describe(tokenizer, params, sources, data, crops, stage.seed)
+    write_cache(out / "tokens", holds, sources, encode, data.threads, shlex.join(["python", *sys.argv]))
+    data.tokens = str((out / "tokens").absolute())
