@@ -49,7 +49,7 @@ def _policy(names: tuple[str, ...]) -> Callable:
 def kept_bytes(cfg: NextScaleConfig, policy: str, itemsize: int, scores: bool) -> int:
     """Bytes that all blocks keep of one image, by the table above; `scores` where attention is no kernel."""
     length, heads = cfg.schedule.length, cfg.num_heads
-    named = {"none": 103 // 2, "mlp": 8, "flat_qkv": 4, "full": 0}[policy] * itemsize * cfg.width
+    named = int({"none": 51.5, "mlp": 8, "flat_qkv": 4, "full": 0}[policy] * itemsize * cfg.width)
     if policy == "none" and scores:
         named += 8 * heads * length
     return cfg.depth * length * (4 * cfg.width + 4 * heads + named)
