@@ -1,6 +1,12 @@
-"""One process of a run of the toy, with the flags that train.py has for several hosts."""
+"""One process of a run of the toy, with the flags that train.py has for several hosts.
 
+Writes which images it fed to each step into WORKDIR/fed, a file for each process.
+"""
+
+import json
 import time
+import zlib
+from collections.abc import Iterator
 from pathlib import Path
 
 import jax
@@ -8,6 +14,7 @@ from absl import app, flags
 
 from tests.training.toy import Toy, toy_stage
 from var_jax.command_line import define_host_flags, failing_at_once, join_hosts
+from var_jax.data.loader import train_batches
 from var_jax.data.sources import open_source
 from var_jax.training import loop
 from var_jax.training.logging import Log
@@ -16,6 +23,7 @@ FLAGS = flags.FLAGS
 flags.DEFINE_string("workdir", None, "Of the run")
 flags.DEFINE_string("data_dir", None, "Where the digits are")
 flags.DEFINE_integer("steps", None, "In all")
+flags.DEFINE_integer("batch", None, "Images a step")
 flags.DEFINE_float("pause", 0.0, "Seconds that a step takes at least")
 flags.DEFINE_integer("fails_at", 0, "Step at which process 1 fails")
 define_host_flags()
@@ -29,11 +37,22 @@ class SlowLog(Log):
             raise RuntimeError("the cosmic ray")
 
 
+def noted_batches(source, transform, batch, seed, threads, workers, start, rows) -> Iterator[dict]:
+    """As `train_batches`; writes down their images."""
+    path = Path(FLAGS.workdir) / "fed" / f"{jax.process_index()}_of_{jax.process_count()}.jsonl"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    batches = train_batches(source, transform, batch, seed, threads, workers, start, rows)
+    for step, found in enumerate(batches, start + 1):
+        with path.open("a") as file:
+            file.write(json.dumps([step, [zlib.crc32(image) for image in found["image"]]]) + "\n")
+        yield found
+
+
 def main(_):
     join_hosts()
-    loop.Log = SlowLog
+    loop.Log, loop.train_batches = SlowLog, noted_batches
     sources = tuple(open_source("digits", split, FLAGS.data_dir) for split in ("train", "test"))
-    stage = toy_stage(FLAGS.data_dir, every=5)
+    stage = toy_stage(FLAGS.data_dir, every=5, batch=FLAGS.batch)
     with failing_at_once():
         loop.train(Toy(noisy=True), stage, FLAGS.steps, Path(FLAGS.workdir), sources)
 
