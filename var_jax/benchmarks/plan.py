@@ -8,7 +8,8 @@ Compiles the step that `train.py` runs (from images, or from tokens with --from_
 `sample.py` runs, with the compiler of the TPU (`pip install -e '.[plan]'`).  Memory and whether it fits are
 the compiler's.  Parts of the memory, FLOPs, bytes between chips and the bounds are worked out on paper
 (`benchmarks/roofline.py`): a bound is what the chip could do at best, not a forecast.  `suggested` are the
-mesh with the least traffic that holds the state, and the fastest remat policy that fits by estimate.
+mesh with the least bound that holds the state (of several, that with the least traffic), and the fastest
+remat policy that fits there by estimate.
 
 Prints a table, and writes all of it as JSON.
 """
@@ -77,10 +78,14 @@ def plan_train(config: ConfigDict, mesh: Mesh, from_tokens: bool) -> dict:
 
 def suggestion(task: NextScaleTask, step: Step, mesh: Mesh) -> str:
     """Mesh and remat policy that look best by estimate."""
-    sizes = best_mesh(task.config, step, SHARE * chip(mesh.devices.flat[0]).memory / 2)
-    best = make_mesh(**sizes, devices=mesh.devices.flatten())
     stage = ConfigDict({**task.stage, "transformer": {"remat": "auto"}})
-    remat = remat_that_fits(stage, task.config, best, task.model.attention, task.model.dtype)
+    data_sheet = chip(mesh.devices.flat[0])
+
+    def remat_on(sizes: dict[str, int]) -> str:
+        there = make_mesh(**sizes, devices=mesh.devices.flatten())
+        return remat_that_fits(stage, task.config, there, task.model.attention, task.model.dtype)
+
+    sizes, remat = best_mesh(task.config, step, data_sheet, SHARE * data_sheet.memory / 2, remat_on)
     return f"{in_words(sizes)}, remat {remat}"
 
 
@@ -181,6 +186,7 @@ PARTS = (
     "tokenizer",
     "activations",
     "arguments",
+    "unread",
     "outputs",
     "temporaries",
     "program",
