@@ -27,6 +27,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict, config_flags
 
+from var_jax.benchmarks.cloud import launch_command
 from var_jax.benchmarks.compile_ahead import Compiled, compiled, gib, slice_of, train_inputs, whole
 from var_jax.benchmarks.roofline import Step, best_mesh, bound
 from var_jax.benchmarks.subject import STEPS, make_task, next_scale_stage, tokenizer_shapes
@@ -42,13 +43,6 @@ from var_jax.transformer.flops import generation_flops
 from var_jax.transformer.remat import kept_bytes
 
 FLAGS = flags.FLAGS
-# Generation -> how Cloud TPU names a slice of {chips} or {cores}, and its software (see launch/tpu_vm.sh).
-CLOUD_NAMES = {
-    "v4": ("v4-{cores}", "tpu-ubuntu2204-base"),
-    "v5e": ("v5litepod-{chips}", "v2-alpha-tpuv5-lite"),
-    "v5p": ("v5p-{cores}", "v2-alpha-tpuv5"),
-    "v6e": ("v6e-{chips}", "v2-alpha-tpuv6e"),
-}
 
 
 def plan_train(config: ConfigDict, mesh: Mesh, from_tokens: bool) -> dict:
@@ -145,13 +139,6 @@ def _fit(found: Compiled, memory: float) -> dict:
 
 def in_words(mesh: dict[str, int]) -> str:
     return " x ".join(f"{name} {size}" for name, size in mesh.items() if size > 1) or "one chip"
-
-
-def launch_command(topology: str, chips: int) -> str:
-    """How to get such a slice; empty for a generation that launch/tpu_vm.sh does not know."""
-    name, runtime = CLOUD_NAMES.get(topology.split(":")[0], ("", ""))
-    accelerator = name.format(chips=chips, cores=2 * chips)
-    return f"ACCELERATOR={accelerator} RUNTIME={runtime} launch/tpu_vm.sh create" if name else ""
 
 
 def table(rows: list[dict]) -> str:
