@@ -180,6 +180,19 @@ def test_a_failure_on_one_host_ends_all(start_toy, tmp_path):
     assert "the cosmic ray" in found[1][2]
 
 
+def test_a_full_disk_ends_several_hosts_and_loses_nothing(start_toy, small_disk):
+    """They do not know of each other's disks, so the first checkpoint that fails ends them."""
+    run = lambda processes, *extra: start_toy(processes, small_disk, "--ballast=200000", *extra)  # noqa: E731
+    found = ended(run(2, "--pause=0.1", "--full_at=8"), within=120)
+    assert all(code != 0 for code, _, _ in found)
+    said = "".join(err for _, _, err in found)
+    assert "could not be written under" in said and "last complete one is of step 5" in said, said[-3000:]
+    (small_disk / "filler").unlink()
+    ((code, out, err),) = ended(run(1), within=100)
+    assert code == 0, err[-2000:]
+    assert "steps 5.." in out
+
+
 def test_hosts_that_do_not_find_each_other_say_what_to_check(monkeypatch):
     given = types.SimpleNamespace(coordinator="far:1", num_processes=2, process_id=1, host_timeout=9)
     monkeypatch.setattr(command_line, "FLAGS", given)

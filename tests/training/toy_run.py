@@ -4,6 +4,7 @@ Writes which images it fed to each step into WORKDIR/fed, a file for each proces
 """
 
 import json
+import shutil
 import time
 import zlib
 from collections.abc import Iterator
@@ -26,6 +27,8 @@ flags.DEFINE_integer("steps", None, "In all")
 flags.DEFINE_integer("batch", None, "Images a step")
 flags.DEFINE_float("pause", 0.0, "Seconds that a step takes at least")
 flags.DEFINE_integer("fails_at", 0, "Step at which process 1 fails")
+flags.DEFINE_integer("full_at", 0, "Step at which something else fills the disk, but for room for logs")
+flags.DEFINE_integer("ballast", 1, "Of the toy")
 define_host_flags()
 
 
@@ -35,6 +38,9 @@ class SlowLog(Log):
         time.sleep(FLAGS.pause)
         if step == FLAGS.fails_at and jax.process_index() == 1:
             raise RuntimeError("the cosmic ray")
+        if step == FLAGS.full_at and self.active:
+            free = shutil.disk_usage(FLAGS.workdir).free
+            (Path(FLAGS.workdir) / "filler").write_bytes(bytes(free - 200_000))
 
 
 def noted_batches(source, transform, batch, seed, threads, workers, start, rows) -> Iterator[dict]:
@@ -54,7 +60,7 @@ def main(_):
     sources = tuple(open_source("digits", split, FLAGS.data_dir) for split in ("train", "test"))
     stage = toy_stage(FLAGS.data_dir, every=5, batch=FLAGS.batch)
     with failing_at_once():
-        loop.train(Toy(noisy=True), stage, FLAGS.steps, Path(FLAGS.workdir), sources)
+        loop.train(Toy(noisy=True, ballast=FLAGS.ballast), stage, FLAGS.steps, Path(FLAGS.workdir), sources)
 
 
 if __name__ == "__main__":
