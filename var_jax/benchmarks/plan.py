@@ -40,7 +40,7 @@ from var_jax.training.sharding import check_batch, make_mesh, on_mesh
 from var_jax.training.step import train_program
 from var_jax.training.task import program_flops
 from var_jax.transformer.flops import generation_flops
-from var_jax.transformer.remat import kept_bytes
+from var_jax.transformer.remat import WITH_SCORES, kept_bytes
 
 FLAGS = flags.FLAGS
 
@@ -54,7 +54,7 @@ def plan_train(config: ConfigDict, mesh: Mesh, from_tokens: bool) -> dict:
     encoder = 0.0 if from_tokens else encoder_flops(task)
     step = Step.of(cfg, mesh, task.model.remat, task.model.dtype, encoder)
     data_sheet, state = chip(mesh.devices.flat[0]), inputs[0]
-    kept = kept_bytes(task.config, step.remat, step.itemsize, scores=task.model.attention == "einsum")
+    kept = kept_bytes(task.config, step.remat, step.itemsize, scores=task.model.attention in WITH_SCORES)
     return {
         "batch": cfg.batch,
         "attention": task.model.attention,

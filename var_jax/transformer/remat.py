@@ -29,6 +29,7 @@ KEPT = {
     "flat_qkv": ("qkv", OUTPUT),
     "full": (),
 }
+WITH_SCORES = ("einsum", "grouped")  # attention that has them in memory
 CUDNN_FORWARD = "dot_product_attention_fwd"  # primitive of cuDNN's kernel, which names nothing
 
 
