@@ -10,6 +10,7 @@
 #   BUCKET=my-bucket launch/tpu_vm.sh watch      # resume again and again until training is done
 #   BUCKET=my-bucket launch/tpu_vm.sh delete
 #
+# launch/README.md has ACCELERATOR, RUNTIME and flags for each model and slice.
 # DRY_RUN=1 prints every command and runs none; the slice then counts as gone.  Needs gcloud, logged in, with
 # a project, and a bucket that the TPU's service account may write: runs and data lie in it, mounted at ~/gcs,
 # so that they outlive the slice.  Checkpoints are folders that are renamed once complete: make the bucket

@@ -18,6 +18,7 @@ os.environ["XLA_FLAGS"] = " ".join(
 
 import dataclasses
 import fcntl
+import subprocess
 from pathlib import Path
 
 import flax.linen as nn
@@ -156,3 +157,16 @@ def tiny_run(digits_dir, tmp_path_factory, worker_id) -> Path:
             run(tiny_config(digits_dir, steps=2), folder / "run")
             (folder / "run.done").touch()
     return folder / "run"
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A disk of 6 MB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=6m", "tmpfs", str(folder)]
+    done = subprocess.run(mount, capture_output=True, text=True)
+    if done.returncode:
+        pytest.skip(f"a small disk cannot be mounted here (it takes root): {done.stderr.strip()}")
+    yield folder
+    subprocess.run(["umount", "--lazy", str(folder)], check=True)  # a log may still be open

@@ -1,5 +1,6 @@
 """The scripts that launch training: linted, run dry, and run against stand-ins for gcloud and SLURM."""
 
+import functools
 import math
 import os
 import re
@@ -8,14 +9,19 @@ import signal
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 
 import pytest
 import yaml
 
+from configs import var
 from tests.conftest import REPOSITORY
+from var_jax.benchmarks.cloud import launch_command
+from var_jax.training.sharding import check_batch
 
 LAUNCH = REPOSITORY / "launch"
+README = (LAUNCH / "README.md").read_text()
 SLICE = {"BUCKET": "a-bucket", "EVERY": "0", "NAME": "pod", "ZONE": "z", "ACCELERATOR": "v5litepod-16"}
 
 # Answers from files, and writes down what it was asked.
@@ -104,6 +110,36 @@ def test_dry_run_prints_every_command_and_runs_none(gcloud, subcommand, commands
         assert re.search(pattern, line)
         assert shlex.split(line.replace("$'", "'"))[0] in ("gcloud", "git")
     assert not (gcloud / "asked").read_text()
+
+
+def test_the_commands_of_the_readme_are_those_of_plan_and_run_dry():
+    rows = re.findall(r"^\| (d\d+) \| (\S+) \| `(.*?)` \| `(.*?)` \|$", README, re.MULTILINE)
+    planned = re.findall(r"^\| (d\d+) \| `(\S+)` \|", (REPOSITORY / "docs" / "scaling.md").read_text(), re.M)
+    assert {row[:2] for row in rows} <= set(planned) and len(rows) > 9
+    for model, topology, command, flags in rows:
+        chips = math.prod(int(side) for side in topology.split(":")[1].split("x"))
+        assert command == launch_command(topology, chips)
+        environment = dict(word.split("=", 1) for word in command.split()[:-2])
+        said = tpu_vm("create", DRY_RUN="1", **environment).stdout
+        assert f"--accelerator-type={environment['ACCELERATOR']} " in said
+        assert f"--runtime-version={environment['RUNTIME']} " in said
+        config, *overrides = flags.split()
+        assert config == f"--config=configs/var.py:{model}"
+        fields = var.get_config(model)
+        for override in overrides:
+            name, value = override.removeprefix("--config.").split("=")
+            *sections, last = name.split(".")
+            section = functools.reduce(lambda found, part: found[part], sections, fields)
+            section[last] = type(section[last])(value)  # fails on a field that is not there
+        check_batch(fields.train.batch, mesh_of(fields.train.mesh, chips), fields.train.accumulate)
+
+
+def mesh_of(sizes: dict, chips: int) -> types.SimpleNamespace:
+    sizes = dict(sizes)
+    if sizes["fsdp"] == -1:
+        sizes["fsdp"] = chips // (sizes["data"] * sizes["tensor"])
+    assert math.prod(sizes.values()) == chips
+    return types.SimpleNamespace(shape=sizes)
 
 
 def test_on_demand_and_flags_of_your_own(gcloud):

@@ -73,6 +73,7 @@ def test_each_loss_reaches_its_own_parameters_alone(with_adversary, plain):
     close(metrics["discriminator"], loss, 1e-5)
     moments = after.extra["adversary"]["opt_state"][1][0].mu
     norm = float(jnp.sqrt(sum(jnp.sum(g**2) for g in jax.tree.leaves(grads))))
+    close(metrics["discriminator_gradient_norm"], norm, 1e-5)
     scale = 0.5 * min(1, task.stage.adversarial.train.clip / norm)  # 1 - b1
     chex.assert_trees_all_close(moments, jax.tree.map(lambda g: scale * g, grads), atol=1e-6)
     # With another discriminator the tokenizer moves otherwise: its loss does reach the tokenizer.

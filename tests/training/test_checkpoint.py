@@ -1,6 +1,5 @@
 import errno
 import shutil
-import subprocess
 
 import chex
 import jax
@@ -107,18 +106,6 @@ def test_a_disk_that_fills_up_loses_nothing(tmp_path, monkeypatch, caplog):
         assert words in str(error.value)
     saved.close()
     load_params(tmp_path)
-
-
-@pytest.fixture
-def small_disk(tmp_path):
-    """A disk of 6 MB."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=6m", "tmpfs", str(folder)]
-    if subprocess.run(mount, capture_output=True).returncode:
-        pytest.skip("a small disk cannot be mounted here")
-    yield folder
-    subprocess.run(["umount", "--lazy", str(folder)], check=True)  # a log may still be open
 
 
 @pytest.fixture

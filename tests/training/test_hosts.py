@@ -9,22 +9,28 @@ import subprocess
 import sys
 import time
 import types
+import zlib
 
 import numpy as np
 import pytest
 
 from tests.conftest import REPOSITORY
+from tests.training.tiny import tiny_config
 from var_jax import command_line
+from var_jax.data.loader import batch_indices
+from var_jax.data.sources import open_source
+from var_jax.data.transforms import ToPixels
 from var_jax.training.checkpoint import load_params
 
-STEPS = 40
+STEPS, BATCH = 40, 40  # more than an epoch of 1442 images
+TOY = ("-m", "tests.training.toy_run", f"--steps={STEPS}", f"--batch={BATCH}")
 TIMEOUT = "--host_timeout=10"
 CLOSE = 1e-5  # sums over devices in another order
 
 
 @pytest.fixture(scope="module")
-def start(digits_dir, tmp_path_factory):
-    """Starts the processes of a run of the toy; compiled programs are shared."""
+def start(tmp_path_factory):
+    """Starts the processes of a run; compiled programs are shared."""
     environment = {
         **os.environ,
         "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
@@ -32,20 +38,15 @@ def start(digits_dir, tmp_path_factory):
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     }
 
-    def run(processes: int, workdir, *extra) -> list[subprocess.Popen]:
+    def run(processes: int, workdir, *command) -> list[subprocess.Popen]:
         with socket.socket() as free:
             free.bind(("localhost", 0))
             port = free.getsockname()[1]
-        flags = (f"--workdir={workdir}", f"--data_dir={digits_dir}", f"--steps={STEPS}", *extra)
-        hosts = (
-            (f"--coordinator=localhost:{port}", f"--num_processes={processes}", TIMEOUT)
-            if processes > 1
-            else ()
-        )
+        several = (f"--coordinator=localhost:{port}", f"--num_processes={processes}", TIMEOUT)
+        mine = lambda i: (*several, f"--process_id={i}") if processes > 1 else ()  # noqa: E731
         return [
             subprocess.Popen(
-                [sys.executable, "-m", "tests.training.toy_run", *flags, *hosts]
-                + ([f"--process_id={i}"] if hosts else []),
+                [sys.executable, *command, f"--workdir={workdir}", *mine(i)],
                 cwd=REPOSITORY,
                 env=environment,
                 stdout=subprocess.PIPE,
@@ -56,6 +57,13 @@ def start(digits_dir, tmp_path_factory):
         ]
 
     return run
+
+
+@pytest.fixture(scope="module")
+def start_toy(start, digits_dir):
+    return lambda processes, workdir, *extra: start(
+        processes, workdir, *TOY, f"--data_dir={digits_dir}", *extra
+    )
 
 
 def ended(processes, within: float) -> list[tuple[int, str, str]]:
@@ -72,8 +80,8 @@ def ended(processes, within: float) -> list[tuple[int, str, str]]:
     return found
 
 
-def losses(workdir) -> dict[int, float]:
-    path = workdir / "toy" / "metrics.jsonl"
+def losses(workdir, stage="toy") -> dict[int, float]:
+    path = workdir / stage / "metrics.jsonl"
     lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
     return {line["step"]: line["loss"] for line in lines if line["kind"] == "train"}
 
@@ -88,7 +96,19 @@ def wait_for_step(processes, workdir, step) -> None:
     raise AssertionError(f"no step {step}")
 
 
-def test_preempted_on_two_hosts_killed_on_four_done_on_one_equals_unbroken(start, tmp_path):
+def fed(workdir, processes: int) -> dict[int, list[int]]:
+    """Checksums of the images that so many processes fed to each step (the last time, if twice), in order."""
+    found = {}
+    for i in range(processes):
+        lines = (workdir / "fed" / f"{i}_of_{processes}.jsonl").read_text().splitlines()
+        for step, images in map(json.loads, lines):
+            found.setdefault(step, {})[i] = images
+    whole = {step: parts for step, parts in found.items() if len(parts) == processes}
+    return {step: [image for i in range(processes) for image in parts[i]] for step, parts in whole.items()}
+
+
+def test_preempted_on_two_hosts_killed_on_four_done_on_one_equals_unbroken(start_toy, digits_dir, tmp_path):
+    start = start_toy
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     alone = start(1, whole)
     # SIGTERM to one of two: both save the same step.
@@ -122,15 +142,55 @@ def test_preempted_on_two_hosts_killed_on_four_done_on_one_equals_unbroken(start
     np.testing.assert_allclose([got[i] for i in sorted(got)], [want[i] for i in sorted(want)], rtol=CLOSE)
     got, want = (load_params(folder / "toy" / "checkpoints")[0] for folder in (broken, whole))
     np.testing.assert_allclose(got["w"], want["w"], rtol=CLOSE)
+    # Of the steps that came to stay, every image of the epoch once, and then those of the next.
+    two, four, one = (fed(broken, processes) for processes in (2, 4, 1))
+    steps = range(1, STEPS + 1)
+    stayed = [two[i] if i <= stopped else four[i] if i <= went_on else one[i] for i in steps]
+    assert stayed == [fed(whole, 1)[i] for i in steps]
+    source, pixels = open_source("digits", "train", digits_dir), ToPixels("digits", 8, 1.0, False)
+    images = [zlib.crc32(pixels(source[i])["image"]) for i in range(len(source))]
+    seed = tiny_config(digits_dir).next_scale.seed
+    assert stayed == [[images[j] for j in batch_indices(len(source), BATCH, seed, i - 1)] for i in steps]
+    assert sorted(np.ravel(stayed)[: len(source)]) == sorted(images)
 
 
-def test_a_failure_on_one_host_ends_all(start, tmp_path):
-    hosts = start(2, tmp_path, "--pause=0.1", "--fails_at=3")
+def test_the_networks_learn_on_two_hosts_as_on_one(start, tiny_run, digits_dir, tmp_path):
+    """train.py itself."""
+    (tmp_path / "config.py").write_text(
+        "from tests.training.tiny import tiny_config\n"
+        f"def get_config(): return tiny_config({str(digits_dir)!r}, steps=3, every=3)\n"
+    )
+    command = ("train.py", f"--config={tmp_path}/config.py", "--config.stages=next_scale")
+    command += (f"--config.next_scale.tokenizer={tiny_run}",)
+    found = [host for n in (1, 2) for host in ended(start(n, tmp_path / str(n), *command), within=400)]
+    assert [code for code, _, _ in found] == [0, 0, 0], found[1][2][-2000:] + found[2][2][-2000:]
+    assert ["next_scale train" in out for _, out, _ in found] == [True, True, False]
+    want, got = (losses(tmp_path / str(n), "next_scale") for n in (1, 2))
+    assert sorted(got) == [1, 2, 3]
+    np.testing.assert_allclose([got[i] for i in sorted(got)], [want[i] for i in sorted(want)], rtol=CLOSE)
+    assert (tmp_path / "2" / "samples.png").exists()
+
+
+def test_a_failure_on_one_host_ends_all(start_toy, tmp_path):
+    hosts = start_toy(2, tmp_path, "--pause=0.1", "--fails_at=3")
     began = time.monotonic()
     found = ended(hosts, within=60)
     print(f"all had left after {time.monotonic() - began:.0f} s")
     assert all(code != 0 for code, _, _ in found)
     assert "the cosmic ray" in found[1][2]
+
+
+def test_a_full_disk_ends_several_hosts_and_loses_nothing(start_toy, small_disk):
+    """They do not know of each other's disks, so the first checkpoint that fails ends them."""
+    run = lambda processes, *extra: start_toy(processes, small_disk, "--ballast=200000", *extra)  # noqa: E731
+    found = ended(run(2, "--pause=0.1", "--full_at=8"), within=120)
+    assert all(code != 0 for code, _, _ in found)
+    said = "".join(err for _, _, err in found)
+    assert "could not be written under" in said and "last complete one is of step 5" in said, said[-3000:]
+    (small_disk / "filler").unlink()
+    ((code, out, err),) = ended(run(1), within=100)
+    assert code == 0, err[-2000:]
+    assert "steps 5.." in out
 
 
 def test_hosts_that_do_not_find_each_other_say_what_to_check(monkeypatch):

@@ -1,8 +1,12 @@
+import math
+import re
+
 import chex
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from jax.sharding import PartitionSpec as P
 
@@ -78,6 +82,36 @@ def test_tensor_and_data_axes_equal_one(tasks):
     np.testing.assert_allclose(mixed, one, atol=1e-5, rtol=0)
     kernel = state.params["blocks"]["layers"]["mlp"]["fc1"]["kernel"]
     assert kernel.sharding.spec == P(None, "fsdp", "tensor")
+
+
+def test_each_device_encodes_its_own_images_and_none_are_gathered(tasks):
+    """Seen in a step from images; `tests/benchmarks/test_plan.py` has one from tokens, for a TPU."""
+    task, mesh = tasks["next_scale"], make_mesh(data=2, fsdp=4)
+    _, state = create_state(task.init, task.optimizer, True, jax.random.key(0), mesh)
+    put = lambda shape, dtype: jax.ShapeDtypeStruct(shape, dtype, sharding=batch_sharding(mesh))  # noqa: E731
+    batch = {"image": put((16, 8, 8, 3), jnp.uint8), "label": put((16,), jnp.int32)}
+    step = train_program(task, task.stage.train, 6, mesh, state)
+    program = step.lower(state, task.frozen, batch, jax.random.key(1)).compile()
+    text = program.as_text()
+    of = lambda kind: re.findall(rf"\w+\[([\d,]*)\]\S* {kind}\(", text)  # noqa: E731
+    assert len(of("convolution")) > 5 and all(shape.startswith("2,") for shape in of("convolution"))
+    gathered = [shape for shape in of("all-gather") if shape.startswith("16,") and shape.count(",") > 1]
+    assert of("all-gather") and not gathered
+    donated = program.memory_analysis().alias_size_in_bytes
+    sizes = [leaf.sharding.shard_shape(leaf.shape) for leaf in jax.tree.leaves(state)]
+    assert donated == sum(4 * math.prod(size) for size in sizes)  # the whole state
+
+
+def test_moving_average_and_moments_are_split_as_the_parameters_are(tasks):
+    task, mesh = tasks["next_scale"], make_mesh(data=2, fsdp=2, tensor=2)
+    _, state = create_state(task.init, task.optimizer, True, jax.random.key(0), mesh)
+    specs = lambda tree: jax.tree.map(lambda leaf: leaf.sharding.spec, tree)  # noqa: E731
+    (adam,) = [part for part in jax.tree.leaves(state.opt_state, is_leaf=is_adam) if is_adam(part)]
+    assert specs(state.ema) == specs(state.params) == specs(adam.mu) == specs(adam.nu)
+
+
+def is_adam(part) -> bool:
+    return isinstance(part, optax.ScaleByAdamState)
 
 
 def test_the_table_keeps_whole_what_does_not_divide():

@@ -1,5 +1,6 @@
 import json
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -10,7 +11,8 @@ from var_jax.data.sources import open_source
 from var_jax.data.transforms import ToPixels
 from var_jax.training.checkpoint import load_params
 from var_jax.training.loop import train
-from var_jax.training.watch import TrainingDiverged, is_finite
+from var_jax.training.state import TrainState
+from var_jax.training.watch import TrainingDiverged, is_finite, skip_if_not_finite
 
 
 @pytest.fixture(scope="module")
@@ -76,6 +78,22 @@ def test_a_spike_is_named_with_its_records_once(sources, digits_dir, tmp_path):
     (spike,) = lines(tmp_path, "spike")
     assert spike["step"] == 31 and spike["loss"] > 90 and 1 <= spike["usual"] < 1.2
     assert spike["records"] == batch_indices(len(sources[0]), 16, stage.seed, 30).tolist()
+
+
+@pytest.mark.parametrize("number", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize(
+    "name", ["loss", "loss_last", "gradient_norm", "discriminator", "discriminator_gradient_norm"]
+)
+def test_any_loss_or_gradient_that_is_not_finite_keeps_the_state_of_before(name, number):
+    zero = jnp.zeros((), jnp.int32)
+    old = TrainState(zero + 4, {"w": jnp.ones(2)}, None, (), {}, zero + 2, zero)
+    new = old.replace(step=zero + 5, params={"w": jnp.full(2, 7.0)})
+    metrics = {"loss": 1.0, "perplexity": jnp.inf, "gradient_norm": 1.0}
+    state, _ = jax.jit(skip_if_not_finite)(old, new, metrics)
+    assert (state.params["w"][0], state.step, state.skipped, state.skipped_in_a_row) == (7, 5, 2, 0)
+    state, metrics = jax.jit(skip_if_not_finite)(old, new, {**metrics, name: number})
+    assert (state.params["w"][0], state.step, state.skipped, state.skipped_in_a_row) == (1, 5, 3, 1)
+    assert (metrics["skipped"], metrics["skipped_in_a_row"]) == (3, 1)
 
 
 def test_a_state_with_a_number_that_is_not_finite_is_told():

@@ -1,6 +1,13 @@
-"""One process of a run of the toy, with the flags that train.py has for several hosts."""
+"""One process of a run of the toy, with the flags that train.py has for several hosts.
 
+Writes which images it fed to each step into WORKDIR/fed, a file for each process.
+"""
+
+import json
+import shutil
 import time
+import zlib
+from collections.abc import Iterator
 from pathlib import Path
 
 import jax
@@ -8,6 +15,7 @@ from absl import app, flags
 
 from tests.training.toy import Toy, toy_stage
 from var_jax.command_line import define_host_flags, failing_at_once, join_hosts
+from var_jax.data.loader import train_batches
 from var_jax.data.sources import open_source
 from var_jax.training import loop
 from var_jax.training.logging import Log
@@ -16,8 +24,11 @@ FLAGS = flags.FLAGS
 flags.DEFINE_string("workdir", None, "Of the run")
 flags.DEFINE_string("data_dir", None, "Where the digits are")
 flags.DEFINE_integer("steps", None, "In all")
+flags.DEFINE_integer("batch", None, "Images a step")
 flags.DEFINE_float("pause", 0.0, "Seconds that a step takes at least")
 flags.DEFINE_integer("fails_at", 0, "Step at which process 1 fails")
+flags.DEFINE_integer("full_at", 0, "Step at which something else fills the disk, but for room for logs")
+flags.DEFINE_integer("ballast", 1, "Of the toy")
 define_host_flags()
 
 
@@ -27,15 +38,29 @@ class SlowLog(Log):
         time.sleep(FLAGS.pause)
         if step == FLAGS.fails_at and jax.process_index() == 1:
             raise RuntimeError("the cosmic ray")
+        if step == FLAGS.full_at and self.active:
+            free = shutil.disk_usage(FLAGS.workdir).free
+            (Path(FLAGS.workdir) / "filler").write_bytes(bytes(free - 200_000))
+
+
+def noted_batches(source, transform, batch, seed, threads, workers, start, rows) -> Iterator[dict]:
+    """As `train_batches`; writes down their images."""
+    path = Path(FLAGS.workdir) / "fed" / f"{jax.process_index()}_of_{jax.process_count()}.jsonl"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    batches = train_batches(source, transform, batch, seed, threads, workers, start, rows)
+    for step, found in enumerate(batches, start + 1):
+        with path.open("a") as file:
+            file.write(json.dumps([step, [zlib.crc32(image) for image in found["image"]]]) + "\n")
+        yield found
 
 
 def main(_):
     join_hosts()
-    loop.Log = SlowLog
+    loop.Log, loop.train_batches = SlowLog, noted_batches
     sources = tuple(open_source("digits", split, FLAGS.data_dir) for split in ("train", "test"))
-    stage = toy_stage(FLAGS.data_dir, every=5)
+    stage = toy_stage(FLAGS.data_dir, every=5, batch=FLAGS.batch)
     with failing_at_once():
-        loop.train(Toy(noisy=True), stage, FLAGS.steps, Path(FLAGS.workdir), sources)
+        loop.train(Toy(noisy=True, ballast=FLAGS.ballast), stage, FLAGS.steps, Path(FLAGS.workdir), sources)
 
 
 if __name__ == "__main__":

@@ -1,18 +1,23 @@
+import re
 from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax._src.cudnn import fused_attention_stablehlo
 
 from tests.conftest import close
 from var_jax.scales import SCALES_256, SCALES_512, Scales
+from var_jax.training.sharding import make_mesh, on_mesh
 from var_jax.transformer import attention
 from var_jax.transformer.attention import attend, choose_attention, einsum, groups, key_ends
 from var_jax.transformer.splash import splash
 
-ODD = (1, 3, 5, 7)  # 84 positions
-MASKS = {name: Scales(sides).mask for name, sides in (("odd", ODD), ("256", SCALES_256), ("512", SCALES_512))}
+# 84 positions, and 129, just more than a block of splash.
+ODD = {"odd": (1, 3, 5, 7), "odder": (2, 5, 10)}
+SIDES = {**ODD, "256": SCALES_256, "512": SCALES_512}
+MASKS = {name: Scales(sides).mask for name, sides in SIDES.items()}
 
 
 def inputs(length: int, keys: int = 0, dtype=jnp.float32):
@@ -56,10 +61,11 @@ def test_splash_of_new_positions_to_a_cache_equals_einsum():
     close(splash(q, k, v, 0.3, None, interpret=True), einsum(q, k, v, 0.3, None), 2e-6)
 
 
+@pytest.mark.parametrize("size", MASKS)
 @pytest.mark.parametrize("kernel", ["xla", "xla_chunked"])
-def test_tokamax_by_key_ends_equals_einsum(kernel):
+def test_tokamax_by_key_ends_equals_einsum(kernel, size):
     pytest.importorskip("tokamax", reason="the extra tokamax is not installed")
-    mask = MASKS["odd"]
+    mask = MASKS[size]
     same(
         partial(attention.tokamax, scale=0.3, mask=mask, kernel=kernel),
         partial(einsum, scale=0.3, mask=mask),
@@ -83,18 +89,49 @@ def test_grouped_products_are_fewer_than_all():
     assert count("grouped") < 0.75 * count("einsum")
 
 
-def test_cudnn_sees_groups_without_a_mask_and_the_rest_is_einsum(monkeypatch):
-    """The kernel needs a GPU; what it is asked for is seen here."""
-    asked = []
+def test_cudnn_sees_groups_of_even_lengths_without_a_mask_and_equals_einsum(monkeypatch):
+    """The kernel needs a GPU; what it is asked for is seen here, and worked out by XLA."""
+    asked, attention = [], jax.nn.dot_product_attention
 
-    def kernel(q, k, v, *, scale, implementation):
+    def kernel(q, k, v, *, implementation, **how):
         asked.append((q.shape[1], k.shape[1], implementation))
-        return einsum(q, k, v, scale, None)
+        return attention(q, k, v, implementation="xla", **how)
 
     monkeypatch.setattr(jax.nn, "dot_product_attention", kernel)
-    q, k, v = inputs(680)
-    close(attend(q, k, v, 0.3, MASKS["256"], "cudnn"), einsum(q, k, v, 0.3, MASKS["256"]), 2e-6)
-    assert asked == [(n, end, "cudnn") for n, end in ((64, 155), (100, 255), (169, 424), (256, 680))]
+    mask = MASKS["256"]
+    same(*(lambda q, k, v, n=n: attend(q, k, v, 0.3, mask, n) for n in ("cudnn", "einsum")), *inputs(680))
+    assert asked == [(n, end, "cudnn") for n, end in ((64, 156), (100, 256), (170, 424), (256, 680))]
+
+
+def half(size: int):
+    """Queries, keys and values as a training step on a GPU has them."""
+    return (jax.ShapeDtypeStruct((8, size, 2, 64), jnp.bfloat16),) * 3
+
+
+@pytest.mark.parametrize("size", ["256", "512"])
+@pytest.mark.parametrize("sizes", [{"devices": 1}, {"data": 2, "fsdp": 2, "tensor": 2}])
+def test_gradients_through_cudnn_are_lowered_for_a_gpu(monkeypatch, size, sizes):
+    """JAX's own conditions are met, by every device's part, and the kernels are called; not run here."""
+    monkeypatch.setattr(fused_attention_stablehlo, "check_cudnn_version", lambda: 91500)
+    mask, devices = MASKS[size], jax.devices()[: sizes.get("devices")]
+    mesh = make_mesh(**{name: n for name, n in sizes.items() if name != "devices"}, devices=devices)
+    loss = on_mesh(lambda q, k, v: attend(q, k, v, 0.3, mask, "cudnn").astype(jnp.float32).sum(), mesh)
+    program = jax.jit(jax.grad(loss, argnums=(0, 1, 2))).trace(*half(len(mask)))
+    text = program.lower(lowering_platforms=("cuda",)).as_text()
+    kernels = sum(stop - start >= 64 for start, stop in groups(key_ends(mask))[1:])
+    calls = re.findall(r"custom_call @(__cudnn\$fmha\w+)", text)
+    assert [sum(name.endswith(kind) for name in calls) for kind in ("Softmax", "Backward")] == [kernels] * 2
+    images, heads = (8, 2) if mesh.size == 1 else (2, 1)  # over data and fsdp; over tensor
+    last = len(mask) - groups(key_ends(mask))[-1][0]
+    assert f"tensor<{images}x{last}x{heads}x64xbf16>" in text
+
+
+@pytest.mark.parametrize("mask", [MASKS["odd"], None])
+def test_splash_on_a_mesh_equals_einsum(mask):
+    """Images over data and fsdp, heads over tensor."""
+    q, k, v = (jnp.tile(x, (4, 1, 1, 1)) for x in inputs(84))
+    with jax.set_mesh(make_mesh(2, 2, 2)):
+        same(*(partial(f, scale=0.3, mask=mask) for f in (partial(splash, interpret=True), einsum)), q, k, v)
 
 
 def test_auto_goes_by_platform():

@@ -10,6 +10,7 @@ import pytest
 
 from tests.conftest import all_tokens, close, randomized
 from var_jax.interop.published import next_scale_table, to_published
+from var_jax.transformer import next_scale
 from var_jax.transformer.block import Block
 from var_jax.transformer.config import NextScaleConfig
 from var_jax.transformer.next_scale import NextScale
@@ -49,6 +50,31 @@ def test_golden_loss_and_gradients(golden_var, golden):
     assert len(names) >= 12
     for name in names:
         close(published[name.removeprefix("grad:")], arrays[name], 1e-3)
+
+
+@pytest.mark.parametrize("most", [1024, 8])
+def test_losses_in_one_go_and_in_chunks_are_those_of_the_logits(tiny_var, monkeypatch, most):
+    module, params = tiny_var
+    labels, inputs = jnp.array([0, 5, 3]), jax.random.normal(jax.random.key(0), (3, 20, 4))
+    tokens = jax.random.randint(jax.random.key(1), (3, 21), 0, 16)
+
+    def of_logits(params):
+        logits = module.apply({"params": params}, labels, inputs)
+        losses = optax.softmax_cross_entropy_with_integer_labels(logits, tokens)
+        return losses.mean(), (losses, 1.0 * (logits.argmax(-1) == tokens))
+
+    def ours(params):
+        losses, right = module.apply({"params": params}, labels, inputs, tokens, method="losses")
+        return losses.mean(), (losses, 1.0 * right)
+
+    want = jax.jit(jax.grad(of_logits, has_aux=True))(params)
+    monkeypatch.setattr(next_scale, "MOST_LOGITS", most)
+    found = jax.jit(jax.grad(ours, has_aux=True))(params)
+    jax.tree.map(lambda got, right: close(got, right, 1e-5), found, want)
+    assert found[1][1].any()
+    # Of one chunk the logits are worked out again for its gradient, and none are kept.
+    kept = jax.eval_shape(lambda params: jax.tree.leaves(jax.vjp(ours, params, has_aux=True)[1]), params)
+    assert not [leaf.shape for leaf in kept if leaf.shape[-1:] == (16,) and leaf.ndim == 3]
 
 
 @pytest.mark.parametrize("which", ["tiny_var", "tiny_shared_var"])

@@ -1,8 +1,15 @@
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax._src.cudnn import fused_attention_stablehlo
+from jax.interpreters.partial_eval import dce_jaxpr
 
+from configs import var
+from var_jax.training import memory
+from var_jax.training.sharding import make_mesh
 from var_jax.transformer.config import NextScaleConfig
 from var_jax.transformer.remat import KEPT, choose_remat, kept_bytes
 from var_jax.transformer.trunk import Blocks
@@ -48,3 +55,41 @@ def test_auto_takes_the_fastest_that_fits():
     assert choose_remat(CONFIG, "mlp", 3, 0, 2, False) == "mlp"
     with pytest.raises(ValueError, match="one of auto, none, mlp, flat_qkv, full; found 'some'"):
         choose_remat(CONFIG, "some", 3, 0, 2, False)
+
+
+@pytest.mark.parametrize("policy", ["none", "mlp", "flat_qkv", "full"])
+@pytest.mark.parametrize("attention", ["splash", "cudnn"])
+def test_kernels_run_again_only_where_their_output_is_not_kept(monkeypatch, attention, policy):
+    """As traced; they are not run here."""
+    monkeypatch.setattr(fused_attention_stablehlo, "check_cudnn_version", lambda: 91500)
+    cfg = NextScaleConfig(depth=2, width=128, num_heads=2, scales=(1, 5, 9))
+    x, six = jnp.zeros((1, cfg.schedule.length, cfg.width)), jnp.zeros((2, 1, 6, cfg.width))
+    params = jax.eval_shape(lambda: Blocks(cfg, HALF, "einsum", policy).init(jax.random.key(0), x, six))
+    blocks = Blocks(cfg, HALF, attention, policy)
+    loss = lambda params, x: blocks.apply(params, x, six, train=True)[0].sum()  # noqa: E731
+    traced = jax.make_jaxpr(jax.grad(loss))(params, x).jaxpr
+    text = str(dce_jaxpr(traced, [True] * len(traced.outvars))[0])  # without what nothing looks at
+    forward = {"splash": r"\bname=splash_mha_fwd\w*", "cudnn": r"\bdot_product_attention_fwd_wrapper\["}
+    assert len(re.findall(forward[attention], text)) == (2 if policy == "full" else 1)
+
+
+@pytest.mark.parametrize(
+    ("gib", "sizes", "train", "policy"),
+    [
+        (80, {}, {}, "none"),
+        (16, {}, {}, "flat_qkv"),
+        (16, {"data": 8, "fsdp": 1}, {}, "full"),  # the whole state on every chip
+        (16, {}, {"accumulate": 8}, "none"),
+        (32, {}, {}, "mlp"),
+        (8, {}, {}, "full"),
+    ],
+)
+def test_auto_goes_by_the_chips_memory(monkeypatch, gib, sizes, train, policy):
+    monkeypatch.setattr(memory, "memory_bytes", lambda _: gib * 2**30)
+    stage = var.get_config("d16")
+    stage.train.batch = 48 * 8
+    stage.train.update(train)
+    cfg = NextScaleConfig(depth=16)
+    assert memory.remat_that_fits(stage, cfg, make_mesh(**sizes), "splash", HALF) == policy
+    stage.transformer.remat = "mlp"
+    assert memory.remat_that_fits(stage, cfg, make_mesh(**sizes), "splash", HALF) == "mlp"

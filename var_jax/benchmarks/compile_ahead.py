@@ -92,6 +92,8 @@ def compiled(program, *inputs, **static) -> Compiled:
         "program": memory.generated_code_size_in_bytes,
     }
     parts = {name: size / 2**30 for name, size in parts.items()}
+    # Inputs that this program does not look at lie there all the same, as the decoder does in training.
+    parts["unread"] = max(gib(inputs) - parts["arguments"], 0.0)
     return Compiled(seconds, True, sum(parts.values()), parts, done)
 
 

@@ -8,7 +8,8 @@ Compiles the step that `train.py` runs (from images, or from tokens with --from_
 `sample.py` runs, with the compiler of the TPU (`pip install -e '.[plan]'`).  Memory and whether it fits are
 the compiler's.  Parts of the memory, FLOPs, bytes between chips and the bounds are worked out on paper
 (`benchmarks/roofline.py`): a bound is what the chip could do at best, not a forecast.  `suggested` are the
-mesh with the least traffic that holds the state, and the fastest remat policy that fits by estimate.
+mesh with the least bound that holds the state (of several, that with the least traffic), and the fastest
+remat policy that fits there by estimate.
 
 Prints a table, and writes all of it as JSON.
 """
@@ -26,6 +27,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict, config_flags
 
+from var_jax.benchmarks.cloud import launch_command
 from var_jax.benchmarks.compile_ahead import Compiled, compiled, gib, slice_of, train_inputs, whole
 from var_jax.benchmarks.roofline import Step, best_mesh, bound
 from var_jax.benchmarks.subject import STEPS, make_task, next_scale_stage, tokenizer_shapes
@@ -38,16 +40,9 @@ from var_jax.training.step import train_program
 from var_jax.training.task import program_flops
 from var_jax.training.transformer_task import NextScaleTask
 from var_jax.transformer.flops import generation_flops
-from var_jax.transformer.remat import kept_bytes
+from var_jax.transformer.remat import WITH_SCORES, kept_bytes
 
 FLAGS = flags.FLAGS
-# Generation -> how Cloud TPU names a slice of {chips} or {cores}, and its software (see launch/tpu_vm.sh).
-CLOUD_NAMES = {
-    "v4": ("v4-{cores}", "tpu-ubuntu2204-base"),
-    "v5e": ("v5litepod-{chips}", "v2-alpha-tpuv5-lite"),
-    "v5p": ("v5p-{cores}", "v2-alpha-tpuv5"),
-    "v6e": ("v6e-{chips}", "v2-alpha-tpuv6e"),
-}
 
 
 def plan_train(config: ConfigDict, mesh: Mesh, from_tokens: bool) -> dict:
@@ -59,7 +54,7 @@ def plan_train(config: ConfigDict, mesh: Mesh, from_tokens: bool) -> dict:
     encoder = 0.0 if from_tokens else encoder_flops(task)
     step = Step.of(cfg, mesh, task.model.remat, task.model.dtype, encoder)
     data_sheet, state = chip(mesh.devices.flat[0]), inputs[0]
-    kept = kept_bytes(task.config, step.remat, step.itemsize, scores=task.model.attention == "einsum")
+    kept = kept_bytes(task.config, step.remat, step.itemsize, scores=task.model.attention in WITH_SCORES)
     return {
         "batch": cfg.batch,
         "attention": task.model.attention,
@@ -77,10 +72,14 @@ def plan_train(config: ConfigDict, mesh: Mesh, from_tokens: bool) -> dict:
 
 def suggestion(task: NextScaleTask, step: Step, mesh: Mesh) -> str:
     """Mesh and remat policy that look best by estimate."""
-    sizes = best_mesh(task.config, step, SHARE * chip(mesh.devices.flat[0]).memory / 2)
-    best = make_mesh(**sizes, devices=mesh.devices.flatten())
     stage = ConfigDict({**task.stage, "transformer": {"remat": "auto"}})
-    remat = remat_that_fits(stage, task.config, best, task.model.attention, task.model.dtype)
+    data_sheet = chip(mesh.devices.flat[0])
+
+    def remat_on(sizes: dict[str, int]) -> str:
+        there = make_mesh(**sizes, devices=mesh.devices.flatten())
+        return remat_that_fits(stage, task.config, there, task.model.attention, task.model.dtype)
+
+    sizes, remat = best_mesh(task.config, step, data_sheet, SHARE * data_sheet.memory / 2, remat_on)
     return f"{in_words(sizes)}, remat {remat}"
 
 
@@ -142,13 +141,6 @@ def in_words(mesh: dict[str, int]) -> str:
     return " x ".join(f"{name} {size}" for name, size in mesh.items() if size > 1) or "one chip"
 
 
-def launch_command(topology: str, chips: int) -> str:
-    """How to get such a slice; empty for a generation that launch/tpu_vm.sh does not know."""
-    name, runtime = CLOUD_NAMES.get(topology.split(":")[0], ("", ""))
-    accelerator = name.format(chips=chips, cores=2 * chips)
-    return f"ACCELERATOR={accelerator} RUNTIME={runtime} launch/tpu_vm.sh create" if name else ""
-
-
 def table(rows: list[dict]) -> str:
     """The rows for people."""
     lines = []
@@ -181,6 +173,7 @@ PARTS = (
     "tokenizer",
     "activations",
     "arguments",
+    "unread",
     "outputs",
     "temporaries",
     "program",

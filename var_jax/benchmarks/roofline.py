@@ -4,6 +4,7 @@ A bound, not a forecast: nothing reaches all of it.  The same formulas choose a 
 """
 
 import dataclasses
+from collections.abc import Callable
 
 import jax.numpy as jnp
 from jax.sharding import Mesh
@@ -114,11 +115,20 @@ def bound(cfg: NextScaleConfig, step: Step, chip: Chip) -> dict[str, float]:
     }
 
 
-def best_mesh(cfg: NextScaleConfig, step: Step, state_room: float) -> dict[str, int]:
-    """The mesh with the fewest bytes between devices among those whose state fits into `state_room` bytes.
+def best_mesh(
+    cfg: NextScaleConfig, step: Step, chip: Chip, state_room: float, remat_on: Callable[[dict], str]
+) -> tuple[dict[str, int], str]:
+    """The mesh with the least bound, and its policy; of several that with the fewest bytes between devices.
 
     Only sizes of `fsdp` that divide the width split all matrices.  Without `tensor`, which pays only where a
     batch has fewer images than there are devices.
+
+    Args:
+      cfg: the model.
+      step: its batch; mesh and policy are not looked at.
+      chip: the device.
+      state_room: bytes that the state may take; where it takes more on every mesh, the largest `fsdp` counts.
+      remat_on: sizes of a mesh -> policy there.
     """
     choices = []
     splits = [n for n in range(1, step.devices + 1) if step.devices % n == 0 and cfg.width % n == 0]
@@ -126,5 +136,7 @@ def best_mesh(cfg: NextScaleConfig, step: Step, state_room: float) -> dict[str, 
         state = 4 * (4 + step.ema) * matrix_parameters(cfg) / fsdp
         if state <= state_room or fsdp == splits[-1]:
             sizes = {"data": step.devices // fsdp, "fsdp": fsdp, "tensor": 1}
-            choices.append((link_bytes(cfg, dataclasses.replace(step, **sizes)), fsdp, sizes))
-    return min(choices, key=lambda choice: choice[:2])[2]
+            remat = remat_on(sizes)
+            found = bound(cfg, dataclasses.replace(step, **sizes, remat=remat), chip)
+            choices.append((found["step_s"], found["link_gb"], fsdp, sizes, remat))
+    return min(choices, key=lambda choice: choice[:3])[3:]

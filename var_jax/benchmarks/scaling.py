@@ -11,7 +11,7 @@ input, encoder, checkpoints are not measured.  Weak scaling keeps the batch of a
 the global batch, config.train.batch; on the most devices both are the same step.  Efficiency is images/s a
 device, over that on the fewest devices.
 
-All processes take part (flags as of sample.py), process 0 prints a table and one JSON line, and writes
+All processes take part (flags as of train.py), process 0 prints a table and one JSON line, and writes
 scaling.json and scaling.png under --out.  Every process has to have devices in every mesh, so the numbers of
 devices are multiples of the number of processes; for fewer, start fewer processes and --merge the runs.
 """
@@ -196,7 +196,8 @@ def main(argv):
     except (FileNotFoundError, ValueError) as error:  # the message names the flag, field or file
         sys.exit(f"scaling: {error}")
     if not FLAGS.merge:
-        run = measured(*job)
+        with command_line.failing_at_once():
+            run = measured(*job)
     if jax.process_index() == 0:
         report(run, Path(FLAGS.out))
 

@@ -93,7 +93,8 @@ class Adversary:
         """One step of the discriminator on images and their reconstructions [B, H, W, 3] in [-1, 1].
 
         Returns:
-          The adversary's state and metrics: `discriminator` (its hinge loss), and the mean logits.
+          The adversary's state and metrics: `discriminator` (its hinge loss), the mean logits, and
+          `discriminator_gradient_norm`.
         """
         fake = jax.lax.stop_gradient(fake)
 
@@ -112,9 +113,11 @@ class Adversary:
             now = jnp.stack([metrics["logits_real"], metrics["logits_fake"]])
             means = MEANS_DECAY * adversary["means"] + (1 - MEANS_DECAY) * now
             params = optax.apply_updates(adversary["params"], updates)
+            metrics["discriminator_gradient_norm"] = optax.global_norm(grads)
             return {"params": params, "opt_state": opt_state, "means": means}, metrics
 
-        idle = {name: jnp.zeros(()) for name in ("discriminator", "logits_real", "logits_fake")}
+        names = ("discriminator", "logits_real", "logits_fake", "discriminator_gradient_norm")
+        idle = {name: jnp.zeros(()) for name in names}
         return jax.lax.cond(step >= self.start, learn, lambda adversary: (adversary, idle), adversary)
 
     def _loss(self, params, means, frozen, part, key):

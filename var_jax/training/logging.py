@@ -112,7 +112,7 @@ class Log:
         for name, value in metrics.items():
             self._board.add_scalar(f"{kind}/{name}", value, step)
         hidden = re.compile(
-            r".*_\d+|images_per_s|tflops|gradient_norm|code_norm|f_hat_norm|weight_decay|skipped.*"
+            r".*_\d+|images_per_s|tflops|.*gradient_norm|code_norm|f_hat_norm|weight_decay|skipped.*"
         )  # to be found in the files
         shown = "  ".join(f"{n} {value:.4g}" for n, value in metrics.items() if not hidden.fullmatch(n))
         self.say(f"{self.stage} {kind:5} {step:>{len(str(self.steps))}}/{self.steps}  {shown}  {note}")

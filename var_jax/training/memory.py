@@ -8,7 +8,7 @@ from var_jax.partition import TENSOR
 from var_jax.training.chips import memory_bytes
 from var_jax.transformer.config import TransformerConfig
 from var_jax.transformer.flops import matrix_parameters
-from var_jax.transformer.remat import choose_remat, kept_bytes
+from var_jax.transformer.remat import WITH_SCORES, choose_remat, kept_bytes
 from var_jax.transformer.trunk import MOST_LOGITS
 
 SHARE = 0.9  # of the memory that is planned with: compilers and allocators need some
@@ -19,7 +19,7 @@ def remat_that_fits(stage: ConfigDict, cfg: TransformerConfig, mesh: Mesh, atten
 
     An estimate from above; `var_jax.benchmarks.plan` asks the compiler.
     """
-    itemsize, scores = jnp.dtype(dtype).itemsize, attention in ("einsum", "grouped")
+    itemsize, scores = jnp.dtype(dtype).itemsize, attention in WITH_SCORES
     tensor = mesh.shape.get(TENSOR, 1)
     images = stage.train.batch / stage.train.accumulate / (mesh.size / tensor)
     # Parameters, two moments, gradients and their sum, all float32; and what the products read.

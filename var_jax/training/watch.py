@@ -36,7 +36,7 @@ def skip_if_not_finite(
 
 
 def _must_be_finite(name: str) -> bool:
-    return name in ("gradient_norm", "discriminator") or name.startswith("loss")
+    return name == "discriminator" or name.startswith("loss") or name.endswith("gradient_norm")
 
 
 def is_finite(state: TrainState) -> jax.Array:

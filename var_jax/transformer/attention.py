@@ -19,6 +19,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import numpy as np
+from absl import flags
 from jax.ad_checkpoint import checkpoint_name
 
 from var_jax.partition import on_each_device
@@ -129,9 +130,21 @@ def einsum(
 
 
 def cudnn(q: jax.Array, k: jax.Array, v: jax.Array, scale: float, mask: None) -> jax.Array:
-    """See `attend`; without a mask, in which cuDNN is slow."""
+    """See `attend`; without a mask, in which cuDNN is slow.
+
+    JAX refuses to differentiate it at odd lengths: those are padded by one, and keys of padding not seen.
+    """
     assert mask is None
-    return jax.nn.dot_product_attention(q, k, v, scale=scale, implementation="cudnn")
+
+    def local(q, k, v):
+        even = lambda x: jnp.pad(x, ((0, 0), (0, x.shape[1] % 2), (0, 0), (0, 0)))  # noqa: E731
+        seen = jnp.full(k.shape[0], k.shape[1], jnp.int32) if k.shape[1] % 2 else None
+        out = jax.nn.dot_product_attention(
+            even(q), even(k), even(v), scale=scale, key_value_seq_lengths=seen, implementation="cudnn"
+        )
+        return out[:, : q.shape[1]]
+
+    return on_each_device(local, q, k, v, tensor=2)  # XLA would not split the lengths with the images
 
 
 def tokamax(
@@ -150,6 +163,8 @@ def tokamax(
         raise ValueError(
             "transformer.attention=tokamax needs an extra: pip install -e '.[tokamax]'"
         ) from error
+    if not flags.FLAGS.is_parsed():  # else tokamax parses the command line, whose flags are others
+        flags.FLAGS.mark_as_parsed()
     window = None
     if mask is not None:
         here = np.arange(len(mask))

@@ -29,6 +29,7 @@ KEPT = {
     "flat_qkv": ("qkv", OUTPUT),
     "full": (),
 }
+WITH_SCORES = ("einsum", "grouped")  # attention that has them in memory
 CUDNN_FORWARD = "dot_product_attention_fwd"  # primitive of cuDNN's kernel, which names nothing
 
 
@@ -49,7 +50,7 @@ def _policy(names: tuple[str, ...]) -> Callable:
 def kept_bytes(cfg: TransformerConfig, policy: str, itemsize: int, scores: bool) -> int:
     """Bytes that all blocks keep of one image, by the table above; `scores` where attention is no kernel."""
     length, heads = cfg.schedule.length, cfg.num_heads
-    named = {"none": 103 // 2, "mlp": 8, "flat_qkv": 4, "full": 0}[policy] * itemsize * cfg.width
+    named = int({"none": 51.5, "mlp": 8, "flat_qkv": 4, "full": 0}[policy] * itemsize * cfg.width)
     if policy == "none" and scores:
         named += 8 * heads * length
     return cfg.depth * length * (4 * cfg.width + 4 * heads + named)
