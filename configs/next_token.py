@@ -38,6 +38,6 @@ def flattened(config: ConfigDict) -> ConfigDict:
     # One map: no quantizer dropout, no phi.
     scales = tuple(tokenizer.model.scales)[-1:]
     tokenizer.model.update(dict(scales=scales, num_phis=0, quantizer_dropout=0.0))
-    stage.task = "next_token"
+    stage.task, stage.tokenizer, stage.scales, stage.data.tokens = "next_token", "", (), ""  # its own
     stage.model.update(SEQUENCE)
     return ConfigDict(dict(stages=("tokenizer", "next_token"), tokenizer=tokenizer, next_token=stage))

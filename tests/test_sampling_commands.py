@@ -90,7 +90,7 @@ def test_two_hosts_share_the_work(tiny_run, unbroken, tmp_path):
         )
         for i in (0, 1)
     ]
-    said = [host.communicate(timeout=240)[1] for host in hosts]
+    said = [host.communicate(timeout=600)[1] for host in hosts]
     assert [host.returncode for host in hosts] == [0, 0], said[0][-2000:] + said[1][-2000:]
     with np.load(tmp_path / "0" / "samples.npz") as samples:
         assert np.abs(samples["arr_0"].astype(int) - unbroken[1]).max() <= 1

@@ -20,7 +20,7 @@ def command(*arguments, xla_flags: str = "") -> subprocess.CompletedProcess:
         env=environment,
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=600,
     )
 
 

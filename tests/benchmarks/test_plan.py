@@ -28,7 +28,7 @@ def plan(tmp_path, *flags: str) -> tuple[dict, str]:
     # Else products take weights round a ring of chips, piece by piece, which says the same less plainly.
     plain = {"LIBTPU_INIT_ARGS": "--xla_jf_spmd_threshold_for_windowed_einsum_mib=1000000"}
     env = os.environ | plain
-    done = subprocess.run(command, cwd=REPOSITORY, env=env, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, cwd=REPOSITORY, env=env, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-3000:]
     (row,) = json.loads(done.stdout.splitlines()[-1])["rows"]
     return row, (tmp_path / "v5e_2x4.txt").read_text()

@@ -120,7 +120,7 @@ def test_two_processes_share_every_mesh(config, tmp_path):
         )
         for i in (0, 1)
     ]
-    said = [host.communicate(timeout=240) for host in hosts]
+    said = [host.communicate(timeout=600) for host in hosts]
     assert [host.returncode for host in hosts] == [0, 0], said[0][1][-2000:] + said[1][1][-2000:]
     (row,) = json.loads(said[0][0].splitlines()[-1])["rows"]
     assert (row["devices"], row["batch"], row["processes"]) == (2, 16, 2) and row["seconds"] > 0

@@ -44,7 +44,7 @@ def launch(digits_dir, tmp_path_factory):
 
 
 def run(process) -> str:
-    out, err = process.communicate(timeout=300)
+    out, err = process.communicate(timeout=600)
     assert process.returncode == 0, err[-3000:]
     return out
 
@@ -97,7 +97,7 @@ def test_killed_at_a_random_step_and_resumed_equals_unbroken(launch, unbroken, t
         if stage == "tokenizer":  # the adversary starts after step 3 and gains weight until the end
             wait_for(lambda: (tmp_path / "tokenizer" / "checkpoints" / "6").exists(), process)
         process.send_signal(stop)
-        _, err = process.communicate(timeout=120)
+        _, err = process.communicate(timeout=600)
         assert process.returncode != 0
         if stop == signal.SIGTERM:
             assert re.search(rf"{stage}: stopped at step \d+, saved; run the same command again", err), err[
@@ -132,7 +132,7 @@ def test_a_run_leaves_pictures_curves_and_lines_with_rate_and_time_left(unbroken
 
 def test_another_config_is_refused_with_the_fields_named(launch, unbroken):
     process = launch(unbroken[0], "--config.tokenizer.train.batch=32", "--config.tokenizer.model.ch=16")
-    _, err = process.communicate(timeout=120)
+    _, err = process.communicate(timeout=600)
     assert process.returncode != 0
     for words in ("config.train.batch: 16 there, 32 now", "config.model.ch: 8 there, 16 now"):
         assert words in err

@@ -1,0 +1,99 @@
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from configs import digits, next_token
+from tests.test_scripts import command
+from var_jax.benchmarks import compare_report
+from var_jax.benchmarks.compare import SYSTEMS, folder
+
+CONFIG = """
+from tests.training.tiny import tiny_config
+
+def get_config():
+    config = tiny_config({data!r}, steps=2)
+    config.tokenizer.adversarial.weight = 0.0
+    config.next_scale.tokenizer = {run!r}
+    return config
+"""
+
+
+@pytest.fixture(scope="module")
+def done(tiny_run, digits_dir, tmp_path_factory):
+    """Two systems compared in a few steps, and then asked for again with one more."""
+    out = tmp_path_factory.mktemp("compare")
+    (out / "config.py").write_text(CONFIG.format(data=str(digits_dir), run=str(tiny_run)))
+    flags = ["-m", "var_jax.benchmarks.compare", f"--config={out}/config.py", f"--out={out}/out", "--seeds=0"]
+    flags += ["--steps=4", "--per_class=2"]
+    first = command(*flags, "--systems=raster-learned_1d-axial")
+    second = command(*flags, "--systems=raster-learned_1d-axial,VAR-rotary_2d")
+    for each in (first, second):
+        assert each.returncode == 0, each.stderr[-2000:]
+    return out / "out", second.stdout
+
+
+def test_systems_cost_the_same_and_are_judged(done):
+    out, _ = done
+    found = json.loads((out / "compare.json").read_text())
+    assert found["tokenizers"]["maps"]["tokens"] == 21 and found["tokenizers"]["map"]["tokens"] == 16
+    token, scale = (found["systems"][name]["0"] for name in ("raster, learned_1d, axial", "VAR, rotary_2d"))
+    assert scale["steps"] == 4 and token["steps"] > scale["steps"]
+    step = token["training_flops"] / token["steps"]
+    assert abs(token["training_flops"] - scale["training_flops"]) <= step / 2  # to the nearest step
+    assert token["parameters"] == pytest.approx(scale["parameters"], rel=0.02)
+    assert (token["sampling_steps"], scale["sampling_steps"]) == (16, 3)
+    for run in (token, scale):
+        assert 0 <= run["called_right"] <= 1 and run["frechet"] > found["frechet_held_out"] > 0
+        assert run["bits_per_pixel"] == min(bits for _, bits in run["evaluations"])
+    with np.load(out / "VAR-rotary_2d" / "0" / "samples.npz") as samples:
+        assert samples["arr_0"].shape == (20, 8, 8, 3) and (np.bincount(samples["arr_1"]) == 2).all()
+
+
+def test_what_is_trained_is_not_trained_again(done):
+    out, said = done
+    assert "next_token: already trained for" in said and "next_scale: already trained" not in said
+    table = (out / "compare.md").read_text()
+    assert table.count("\n| raster, learned_1d, axial |") == 1 and "| VAR, rotary_2d |" in table
+    for name in ("compare.png", "samples.png"):
+        assert len(np.unique(np.asarray(Image.open(out / name).convert("L")))) > 20
+
+
+def test_the_table_has_mean_and_deviation_over_the_seeds():
+    run = dict.fromkeys((key for _, key, *_ in compare_report.COLUMNS), 1.0)
+    runs = {"0": run, "1": run | {"called_right": 0.5}}
+    found = {
+        "systems": {"VAR": runs},
+        "classifier_right": 0.98,
+        "frechet_held_out": 0.5,
+        "spread_held_out": 1.0,
+    }
+    table = compare_report.table(found | {"tokenizers": {"maps": {"tokens": 31, "psnr": 25.0}}})
+    assert "| 75.0% ± 35.4% |" in table and "| all maps (VAR) | 31 | 25.00 |" in table
+    assert len({line.count("|") for line in table.split("\n\n")[0].splitlines()}) == 1
+
+
+def test_systems_differ_in_the_fields_that_name_them_alone():
+    flat = next_token.flattened(digits.get_config())
+    assert tuple(flat.tokenizer.model.scales) == (4,) and flat.tokenizer.model.num_phis == 0
+    for fields in SYSTEMS.values():
+        assert set(fields) <= set(flat.next_token.model)
+    shared = {k: v for k, v in flat.next_token.items() if k not in ("model", "task")}
+    var = digits.get_config().next_scale
+    assert str(shared) == str({k: v for k, v in var.items() if k not in ("model", "task")})
+    assert len({folder(system) for system in SYSTEMS}) == 9 == len(SYSTEMS)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--config=configs/var.py"], "must have the stages tokenizer and next_scale"),
+        (["--config=configs/digits.py", "--systems=diagonal"], "--systems must be among raster-learned_1d"),
+    ],
+)
+def test_what_is_wrong_is_named(flags, message, tmp_path):
+    done = command("-m", "var_jax.benchmarks.compare", *flags, f"--out={tmp_path}/out")
+    assert done.returncode != 0 and message in done.stderr + done.stdout
+    assert not Path(tmp_path / "out").exists()
