@@ -133,3 +133,15 @@ def test_rhythm_and_place_may_change_between_runs_and_nothing_else(tmp_path):
         check_same_run(saved, {**saved, "stage": now.to_dict()}, tmp_path)
     with pytest.raises(ValueError, match="tokenizer: 'codebook 1' there, 'codebook 2' now"):
         check_same_run(saved, {**saved, "tokenizer": "codebook 2"}, tmp_path)
+
+
+def test_a_field_of_the_model_that_is_newer_than_a_run_has_its_default_there(tmp_path):
+    now = {"model": {"depth": 2, "positions": "learned_1d"}, "stage": {"model": {"positions": "learned_1d"}}}
+    saved, defaults = (
+        {"model": {"depth": 2}, "stage": {"model": {}}},
+        {"depth": 16, "positions": "learned_1d"},
+    )
+    check_same_run(saved, now, tmp_path, defaults)
+    now["model"]["positions"] = "rotary_2d"
+    with pytest.raises(ValueError, match="model.positions: 'learned_1d' there, 'rotary_2d' now"):
+        check_same_run(saved, now, tmp_path, defaults)

@@ -46,8 +46,9 @@ def test_systems_cost_the_same_and_are_judged(done):
     assert token["parameters"] == pytest.approx(scale["parameters"], rel=0.02)
     assert (token["sampling_steps"], scale["sampling_steps"]) == (16, 3)
     for run in (token, scale):
-        assert 0 <= run["called_right"] <= 1 and run["frechet"] > found["frechet_held_out"] > 0
+        assert 0 <= run["called_right"] <= 1 and run["frechet"] > found["held_out"]["frechet"] > 0
         assert run["bits_per_pixel"] == min(bits for _, bits in run["evaluations"])
+    assert found["held_out"]["spread"] == pytest.approx(1, abs=0.1) and found["held_out"]["nearest"] == 1
     with np.load(out / "VAR-rotary_2d" / "0" / "samples.npz") as samples:
         assert samples["arr_0"].shape == (20, 8, 8, 3) and (np.bincount(samples["arr_1"]) == 2).all()
 
@@ -64,15 +65,12 @@ def test_what_is_trained_is_not_trained_again(done):
 def test_the_table_has_mean_and_deviation_over_the_seeds():
     run = dict.fromkeys((key for _, key, *_ in compare_report.COLUMNS), 1.0)
     runs = {"0": run, "1": run | {"called_right": 0.5}}
-    found = {
-        "systems": {"VAR": runs},
-        "classifier_right": 0.98,
-        "frechet_held_out": 0.5,
-        "spread_held_out": 1.0,
-    }
-    table = compare_report.table(found | {"tokenizers": {"maps": {"tokens": 31, "psnr": 25.0}}})
-    assert "| 75.0% ± 35.4% |" in table and "| all maps (VAR) | 31 | 25.00 |" in table
-    assert len({line.count("|") for line in table.split("\n\n")[0].splitlines()}) == 1
+    real = dict.fromkeys(("called_right", "frechet", "spread", "nearest"), 0.25)
+    tokenizers = {"maps": {"tokens": 31, "psnr": 25.0, **real}}
+    table = compare_report.table({"systems": {"VAR": runs}, "tokenizers": tokenizers, "held_out": real})
+    assert "| 75.0% ± 35.4% |" in table and "| through the tokenizer of VAR | 31 | 25.00 | 25.0% |" in table
+    for part in table.split("\n\n")[::2]:
+        assert len({line.count("|") for line in part.splitlines()}) == 1
 
 
 def test_systems_differ_in_the_fields_that_name_them_alone():
@@ -80,9 +78,9 @@ def test_systems_differ_in_the_fields_that_name_them_alone():
     assert tuple(flat.tokenizer.model.scales) == (4,) and flat.tokenizer.model.num_phis == 0
     for fields in SYSTEMS.values():
         assert set(fields) <= set(flat.next_token.model)
-    shared = {k: v for k, v in flat.next_token.items() if k not in ("model", "task")}
-    var = digits.get_config().next_scale
-    assert str(shared) == str({k: v for k, v in var.items() if k not in ("model", "task")})
+    ours, theirs = flat.next_token.to_dict(), digits.get_config().next_scale.to_dict()
+    assert {name for name in theirs if ours[name] != theirs[name]} == {"task", "model"}
+    assert ours["model"] == theirs["model"] | next_token.SEQUENCE
     assert len({folder(system) for system in SYSTEMS}) == 9 == len(SYSTEMS)
 
 
@@ -90,6 +88,7 @@ def test_systems_differ_in_the_fields_that_name_them_alone():
     ("flags", "message"),
     [
         (["--config=configs/var.py"], "must have the stages tokenizer and next_scale"),
+        (["--config=configs/digits.py", "--config.next_scale.tokenizer=nowhere"], "compare: no checkpoints"),
         (["--config=configs/digits.py", "--systems=diagonal"], "--systems must be among raster-learned_1d"),
     ],
 )

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 from sklearn.datasets import load_digits
 
-from var_jax.evaluation.classifier import Classifier, spread
+from var_jax.evaluation.classifier import Classifier, Jury, spread
 
 
 @pytest.fixture(scope="module")
@@ -30,3 +30,12 @@ def test_spread_is_within_classes(digits):
     assert spread(alone, labels) == 0
     by_hand = [images[labels == c].astype(float).std(0).mean() for c in range(10)]
     assert spread(images, labels) == pytest.approx(np.mean(by_hand), rel=1e-4)
+
+
+def test_a_jury_tells_copies_from_new_images(digits):
+    images, labels, others, other_labels = digits
+    jury = Jury((images, labels), (others, other_labels))
+    held_out, copies = jury.figures(others, other_labels), jury.figures(images, labels)
+    assert held_out["nearest"] == 1 and copies["nearest"] == 0
+    assert copies["spread"] == 1 and copies["called_right"] > 0.99
+    assert copies["frechet"] > 0.01  # of as many as are held out, not of all, which would be 0

@@ -10,6 +10,7 @@ import pytest
 
 from tests.conftest import close, randomized
 from var_jax.orders import ORDERS
+from var_jax.training.sharding import global_batch, make_mesh, on_mesh, tree_shardings
 from var_jax.transformer.config import NextScaleConfig, NextTokenConfig
 from var_jax.transformer.flops import generation_flops, training_flops
 from var_jax.transformer.masks import MASKS
@@ -170,3 +171,29 @@ def test_every_pair_of_absolute_and_relative_positions_is_known():
     for absolute, relative in itertools.product(ABSOLUTE, RELATIVE):
         config = NextTokenConfig(2, 32, 4, scales=(4,), positions=f"{absolute}+{relative}")
         assert (config.absolute, config.relative) == (absolute, relative)
+
+
+def test_random_orders_follow_their_seed():
+    cells = [NextTokenConfig(2, 32, 4, scales=(4,), order="random", order_seed=s).cells for s in (0, 0, 1)]
+    np.testing.assert_array_equal(cells[0], cells[1])
+    assert (cells[0] != cells[2]).any()
+
+
+@pytest.mark.parametrize("positions", ["relative_2d", "learned_2d+rotary_2d"])
+def test_a_mesh_of_eight_devices_gives_losses_and_gradients_of_one(positions):
+    module, params = make("hilbert", positions, "axial")
+    labels = jnp.arange(8) % 5
+    inputs = jax.random.normal(jax.random.key(0), (8, LENGTH - 1, 4))
+    tokens = jax.random.randint(jax.random.key(1), (8, LENGTH), 0, 16)
+
+    def loss(params, batch):
+        return module.apply({"params": params}, **batch, method="losses")[0].mean()
+
+    batch = {"labels": labels, "inputs": inputs, "tokens": tokens}
+    alone = jax.jit(jax.value_and_grad(loss))(params, batch)
+    mesh = make_mesh(2, 2, 2)
+    boxed = jax.eval_shape(module.init, jax.random.key(0), labels[:1], inputs[:1])["params"]
+    params = jax.device_put(params, tree_shardings(boxed, mesh))
+    spread = jax.jit(jax.value_and_grad(on_mesh(loss, mesh)))(params, global_batch(batch, mesh))
+    for found, right in zip(*map(jax.tree.leaves, (spread, alone)), strict=True):
+        close(found, right, 1e-4)

@@ -102,7 +102,8 @@ def test_attention_is_chosen_by_what_it_must_know():
     assert choose_attention("auto", "tpu", half, row) == "splash"
     assert choose_attention("auto", "tpu", half, axial) == "einsum"
     assert choose_attention("auto", "tpu", half, causal, bias=True) == "grouped"
-    assert choose_attention("auto", "gpu", half, causal) == "cudnn"
+    assert choose_attention("auto", "gpu", half, causal) == "grouped"  # cuDNN has no group without a mask
+    assert choose_attention("auto", "gpu", half, (Scales((1, 4, 16)).mask,)) == "cudnn"
     assert choose_attention("auto", "gpu", half, row) == "einsum"
     assert choose_attention("auto", "gpu", half, causal, bias=True) == "grouped"
     assert choose_attention("auto", "cpu", jnp.float32, axial, bias=True) == "einsum"

@@ -1,18 +1,18 @@
-"""The case for next-scale prediction, run: VAR against next-token systems that differ in nothing else.
+"""The case for next-scale prediction, run: VAR against next-token systems on the same blocks and loop.
 
     python -m var_jax.benchmarks.compare --config=configs/digits.py --out=runs/compare
 
 Systems: next-token along a raster, a spiral and a Z-curve, with learned 1-D and rotary 2-D positions; along a
 raster with axial masks; VAR with learned and rotary 2-D positions.  VAR stands on the config's own tokenizer,
-the others on the same network trained with one map of its finest side, and as many codes.  Depth, width,
-optimiser, batch and schedule are the config's; every system is trained for as many steps as cost the FLOPs of
-`--steps` steps of VAR, on tokens that are made once.  Every run is a run of the training loop, under
-OUT/SYSTEM/SEED, so that a call that was stopped goes on.
+the others on the same networks trained with one map of its finest side, and as many codes: fewer tokens, that
+lose more.  Depth, width, optimiser, batch and learning rate are the config's, which were chosen for VAR;
+every system is trained for as many steps as cost the FLOPs of `--steps` steps of VAR, so that one with fewer
+tokens sees each image more often.  Seeds are of the transformers; each tokenizer is trained once.  Every run
+is a run of the training loop, under OUT/SYSTEM/SEED, so that a call that was stopped goes on.
 
-Writes `compare.md` (a table), `compare.json`, `compare.png` (held-out loss over training) and `samples.png`.
-Held-out loss is of the tokens of two tokenizers: compare it within one; what pictures lose in each stands
-beside it.  Small data is learned by heart sooner or later: the loss given is the least on the way, beside the
-last; samples are of the end.
+Writes `compare.md` (tables), `compare.json`, `compare.png` (held-out loss over training) and `samples.png`.
+Held-out loss is of the tokens of two tokenizers: compare it within one.  Small data is learned by heart
+sooner or later: the loss given is the least on the way, beside the last; samples are of the end.
 """
 
 import json
@@ -21,6 +21,7 @@ import time
 from functools import partial
 from pathlib import Path
 
+import jax
 import numpy as np
 from absl import app, flags
 from ml_collections import ConfigDict, config_flags
@@ -30,14 +31,15 @@ from configs import next_token
 from var_jax import command_line, stages
 from var_jax.benchmarks import compare_report
 from var_jax.benchmarks.prepared import prepare
-from var_jax.data.sources import DataSetMissing, open_source
+from var_jax.data.sources import open_source
 from var_jax.data.transforms import ToPixels
-from var_jax.evaluation.classifier import Classifier, spread
+from var_jax.evaluation.classifier import Jury
 from var_jax.sampling.generate import as_pixels
+from var_jax.sampling.pictures import to_uint8
 from var_jax.training.logging import read_metrics
 from var_jax.training.state import count_parameters
-from var_jax.training.transformer_task import TransformerTask
-from var_jax.transformer.flops import generation_flops, training_flops
+from var_jax.training.transformer_task import NextTokenTask, TransformerTask
+from var_jax.transformer.flops import generation_flops
 
 FLAGS = flags.FLAGS
 EVALUATIONS = 8  # of each run, at equal distances
@@ -86,8 +88,8 @@ def experiment(stages_of: dict[bool, ConfigDict], system: str, seed: int, budget
     stage = stages_of["order" not in fields].copy_and_resolve_references()
     stage.model.update(fields)
     stage.seed = seed
-    steps = max(round(budget / training_flops(task_of(stage).config)), 1)
-    stage.train.update(dict(steps=steps, eval_every=max(steps // EVALUATIONS, 1), preview_every=steps))
+    steps = max(round(budget / task_of(stage).flops_per_image()), 1)
+    stage.train.update(dict(steps=steps, eval_every=-(-steps // EVALUATIONS), preview_every=steps))
     stage.train.update(dict(checkpoint_every=max(steps // 2, 1), log_every=max(steps // 20, 1)))
     return stage
 
@@ -100,58 +102,65 @@ def pictures_of(stage: ConfigDict, size: int, split: str) -> tuple[np.ndarray, n
     return np.stack([record["image"] for record in records]), np.array([int(r["label"]) for r in records])
 
 
-def draw(model: var_jax.LoadedVAR, labels: np.ndarray, seed: int) -> tuple[np.ndarray, float]:
-    """Images uint8 [N, H, W, 3] of labels [N], and seconds an image, compilation not counted."""
-    make = partial(model.generate_batches, seed=seed, batch=TIMED, options=model.options, finish=as_pixels)
-    list(make(labels[:TIMED]))  # compiles
+def drawn(workdir: Path, stage: ConfigDict, labels: np.ndarray) -> tuple[np.ndarray, float]:
+    """Images uint8 [N, H, W, 3] of labels [N] by a trained run, and seconds an image, without compilation.
+
+    They are left in the run's samples.npz, and taken from there where it holds as many.
+    """
+    path, batch = workdir / "samples.npz", min(TIMED, len(labels))
+    if path.exists():
+        with np.load(path) as saved:
+            if np.array_equal(saved["arr_1"], labels):
+                return saved["arr_0"], float(saved["seconds"])
+    model = var_jax.load_var(workdir, tokenizer=var_jax.load_tokenizer(stage.tokenizer))
+    make = partial(model.generate_batches, seed=stage.seed, options=model.options, finish=as_pixels)
+    list(make(labels[:batch], batch=batch))  # compiles
     start = time.perf_counter()
-    images = np.concatenate([images for images, _ in make(labels)])
-    return images, (time.perf_counter() - start) / len(labels)
+    images = np.concatenate([images for images, _ in make(labels, batch=batch)])
+    made = -(-len(labels) // batch) * batch  # the last batch is filled up
+    seconds = (time.perf_counter() - start) / made
+    partial_path = path.with_suffix(".partial")
+    with open(partial_path, "wb") as file:
+        np.savez_compressed(file, arr_0=images, arr_1=labels, seconds=seconds)
+    partial_path.replace(path)
+    return images, seconds
 
 
-def judge(workdir: Path, stage: ConfigDict, classifier: Classifier, real: tuple, per_class: int) -> dict:
-    """All figures of a trained run; its samples are left in its directory.
+def judge(workdir: Path, stage: ConfigDict, jury: Jury, per_class: int) -> dict:
+    """All figures of a trained run.
 
     Args:
-      real: training images and labels, to measure samples against.
       per_class: samples of each class.
     """
-    path = workdir / "judged.json"
-    if path.exists() and (found := json.loads(path.read_text()))["per_class"] == per_class:
-        return found
-    model = var_jax.load_var(workdir, tokenizer=var_jax.load_tokenizer(stage.tokenizer))
-    labels = np.repeat(np.arange(model.num_classes), per_class)
-    images, seconds = draw(model, labels, stage.seed)
+    task = task_of(stage)
+    labels = np.repeat(np.arange(task.config.num_classes), per_class)
+    images, seconds = drawn(workdir, stage, labels)
     log = read_metrics(workdir / stage.task / "metrics.jsonl")
-    evaluations = [line for line in log if line["kind"] == "eval"]
-    cfg = model.module.config
-    found = {
-        "per_class": per_class,
+    evaluations = [[line["step"], line["bits_per_pixel"]] for line in log if line["kind"] == "eval"]
+    guided = task.options.controls(task.config.schedule, task.config.num_codes).guided
+    if guided and isinstance(task, NextTokenTask):  # its only scale is, so every token is
+        guided = len(task.config.steps)
+    return {
         "steps": stage.train.steps,
-        "parameters": count_parameters(model.params),
-        "training_flops": training_flops(cfg) * stage.train.batch * stage.train.steps,
-        "evaluations": [[line["step"], line["bits_per_pixel"]] for line in evaluations],
-        "bits_per_pixel": min(line["bits_per_pixel"] for line in evaluations),
-        "last_bits_per_pixel": evaluations[-1]["bits_per_pixel"],
-        "called_right": float((classifier.classes(images) == labels).mean()),
-        "frechet": classifier.frechet(images, real[0]),
-        "spread": spread(images, labels) / spread(*real),
-        "sampling_steps": len(cfg.steps),
+        "parameters": count_parameters(jax.eval_shape(task.init, jax.random.key(0))[0]),
+        "training_flops": task.flops_per_image() * stage.train.batch * stage.train.steps,
+        "evaluations": evaluations,
+        "bits_per_pixel": min(bits for _, bits in evaluations),
+        "last_bits_per_pixel": evaluations[-1][1],
+        **jury.figures(images, labels),
+        "sampling_steps": len(task.config.steps),
         "sampling_seconds": seconds,
-        "sampling_flops": generation_flops(cfg, 0),
+        "sampling_flops": generation_flops(task.config, guided),
     }
-    np.savez_compressed(workdir / "samples.npz", arr_0=images, arr_1=labels)
-    path.write_text(json.dumps(found))
-    return found
 
 
-def reconstructed(stage: ConfigDict, images: np.ndarray) -> dict:
-    """PSNR in dB of held-out images uint8 through the tokenizer of a stage, and its tokens an image."""
+def reconstructed(stage: ConfigDict, jury: Jury) -> dict:
+    """What becomes of held-out images in the tokenizer of a stage: the most that a system on it can reach."""
     tokenizer = var_jax.load_tokenizer(stage.tokenizer)
-    again = tokenizer.decode(tokenizer.encode(images.astype(np.float32) / 255))
-    error = ((again - images / 255) ** 2).mean((1, 2, 3))
-    length = tokenizer.module.config.schedule.length
-    return {"psnr": float((-10 * np.log10(error)).mean()), "tokens": length}
+    again = tokenizer.decode(tokenizer.encode(jury.held_out.astype(np.float32) / 255))
+    error = ((again - jury.held_out / 255) ** 2).mean((1, 2, 3))
+    figures = jury.figures(to_uint8(again), jury.held_out_labels)
+    return {"tokens": task_of(stage).config.length, "psnr": float((-10 * np.log10(error)).mean()), **figures}
 
 
 def main(argv):
@@ -165,30 +174,25 @@ def main(argv):
     command_line.start()
     try:
         bases = prepared(FLAGS.config, out)
-        found = compared(bases, systems, seeds, out)
-    except (DataSetMissing, ValueError) as error:
+    except (FileNotFoundError, ValueError) as error:  # the message names what is missing
         sys.exit(f"compare: {error}")
+    found = compared(bases, systems, seeds, out)
     (out / "compare.json").write_text(json.dumps(found, indent=1))
     (out / "compare.md").write_text(compare_report.table(found) + "\n")
     compare_report.draw_losses(found["systems"], out / "compare.png")
-    compare_report.draw_samples(found["systems"], out, out / "samples.png")
+    compare_report.draw_samples({name: out / folder(name) for name in systems}, out / "samples.png")
     print((out / "compare.md").read_text() + f"\nheld-out loss: {out / 'compare.png'}, {out / 'samples.png'}")
 
 
 def compared(bases: dict[bool, ConfigDict], systems: list[str], seeds: list[int], out: Path) -> dict:
     """Trains what is not trained yet, and judges it: figures of each tokenizer, and each system and seed."""
     task = task_of(bases[True])
-    budget, size = FLAGS.steps * training_flops(task.config), task.image_size
-    real, held_out = (
-        pictures_of(bases[True], size, bases[True].data[f"{s}_split"]) for s in ("train", "eval")
-    )
-    classifier = Classifier(*real)
+    budget, data = FLAGS.steps * task.flops_per_image(), bases[True].data
+    jury = Jury(*(pictures_of(bases[True], task.image_size, s) for s in (data.train_split, data.eval_split)))
     found = {
-        "classifier_right": float((classifier.classes(held_out[0]) == held_out[1]).mean()),
-        "frechet_held_out": classifier.frechet(held_out[0], real[0]),
-        "spread_held_out": spread(*held_out) / spread(*real),
+        "held_out": jury.figures(jury.held_out, jury.held_out_labels),
         "tokenizers": {
-            name: reconstructed(bases[is_var], held_out[0]) for name, is_var in (("maps", 1), ("map", 0))
+            name: reconstructed(bases[is_var], jury) for name, is_var in (("maps", 1), ("map", 0))
         },
         "systems": {system: {} for system in systems},
     }
@@ -197,7 +201,7 @@ def compared(bases: dict[bool, ConfigDict], systems: list[str], seeds: list[int]
         print(f"--- {system}, seed {seed} ({i + 1} of {len(runs)})", flush=True)
         stage, workdir = experiment(bases, system, seed, budget), out / folder(system) / str(seed)
         stages.run(stage, workdir)
-        judged = judge(workdir, stage, classifier, real, FLAGS.per_class)
+        judged = judge(workdir, stage, jury, FLAGS.per_class)
         found["systems"][system][str(seed)] = judged
         print(compare_report.line(system, judged), flush=True)
     return found

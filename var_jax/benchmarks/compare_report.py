@@ -17,10 +17,13 @@ COLUMNS = (
     ("called right", "called_right", ".1%", 1),
     ("Fréchet", "frechet", ".2f", 1),
     ("spread", "spread", ".0%", 1),
+    ("nearest", "nearest", ".0%", 1),
     ("steps an image", "sampling_steps", ".0f", 1),
     ("MFLOP an image", "sampling_flops", ".1f", 1e-6),
     ("ms an image", "sampling_seconds", ".2f", 1e3),
 )
+TOKENIZER_COLUMNS = (("tokens", "tokens", ".0f", 1), ("PSNR, dB", "psnr", ".2f", 1))
+WHOSE = {"maps": "VAR", "map": "next-token"}
 SAME = {"parameters", "steps", "training_flops", "sampling_steps", "sampling_flops"}  # for all seeds
 
 
@@ -35,14 +38,21 @@ def table(found: dict) -> str:
     rows = [f"| system | {' | '.join(head for head, *_ in COLUMNS)} |", "| --- " * (len(COLUMNS) + 1) + "|"]
     for system, runs in found["systems"].items():
         rows.append(f"| {system} | {' | '.join(_cell(list(runs.values()), *column) for column in COLUMNS)} |")
-    real = {"called_right": found["classifier_right"], "frechet": found["frechet_held_out"]}
-    real["spread"] = found["spread_held_out"]
-    cells = (f"{real[key]:{form}}" if key in real else "" for _, key, form, _ in COLUMNS)
-    rows.append(f"| held-out images | {' | '.join(cells)} |")
-    rows += ["", "| tokenizer | tokens an image | held-out PSNR, dB |", "| --- | --- | --- |"]
-    names = {"maps": "all maps (VAR)", "map": "one map (next-token)"}
-    for name, figures in found["tokenizers"].items():
-        rows.append(f"| {names[name]} | {figures['tokens']} | {figures['psnr']:.2f} |")
+    rows += [
+        "",
+        "Bits a pixel are of the tokens of two tokenizers: next-token of one map, VAR of all its maps.",
+        "",
+    ]
+    heads = [*TOKENIZER_COLUMNS, *(column for column in COLUMNS if column[1] in found["held_out"])]
+    rows += [
+        f"| held-out images | {' | '.join(head for head, *_ in heads)} |",
+        "| --- " * (len(heads) + 1) + "|",
+    ]
+    through = {"as they are": found["held_out"]}
+    through |= {f"through the tokenizer of {WHOSE[name]}": of for name, of in found["tokenizers"].items()}
+    for name, of in through.items():
+        cells = (f"{of[key] * factor:{form}}" if key in of else "" for _, key, form, factor in heads)
+        rows.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(rows)
 
 
@@ -54,28 +64,30 @@ def _cell(runs: list[dict], _, key: str, form: str, factor: float) -> str:
 
 
 def draw_losses(systems: dict[str, dict], path: Path) -> None:
-    """Held-out bits a pixel over the training compute: a line a system, the mean of its seeds."""
-    figure, axis = plt.subplots(figsize=(9, 5), layout="constrained")
+    """Held-out bits a pixel over the training compute, each tokenizer's in a panel: a line a system."""
+    figure, axes = plt.subplots(1, 2, figsize=(11, 4.6), layout="constrained", sharex=True)
     for system, runs in systems.items():
+        axis = axes[system.startswith("VAR")]
         curves = np.array([run["evaluations"] for run in runs.values()])  # [seeds, evaluations, 2]
         some = next(iter(runs.values()))
         compute = curves[0, :, 0] / some["steps"] * some["training_flops"] / 1e12
         low, mean, high = curves[..., 1].min(0), curves[..., 1].mean(0), curves[..., 1].max(0)
-        style = "-" if system.startswith("VAR") else "--"
-        (drawn,) = axis.plot(compute, mean, style, label=system)
+        (drawn,) = axis.plot(compute, mean, label=system)
         axis.fill_between(compute, low, high, color=drawn.get_color(), alpha=0.15)
-    axis.set(xlabel="training compute, TFLOP", ylabel="held-out loss, bits a pixel")
-    axis.grid(alpha=0.3)
-    axis.legend(fontsize=8, title="mean and range over the seeds", title_fontsize=8)
+    for axis, title in zip(axes, ("next-token: tokens of one map", "VAR: tokens of all maps"), strict=True):
+        axis.set(title=title, xlabel="training compute, TFLOP", ylabel="held-out loss, bits a pixel")
+        axis.grid(alpha=0.3)
+        if axis.lines:
+            axis.legend(fontsize=8, title="mean and range over the seeds", title_fontsize=8)
     figure.savefig(path, dpi=110)
     plt.close(figure)
 
 
-def draw_samples(systems: dict[str, dict], out: Path, path: Path, shown: int = 20) -> None:
-    """Samples of the first seed of every system, a row each: as many of each class, class by class."""
+def draw_samples(systems: dict[str, Path], path: Path, shown: int = 20) -> None:
+    """Samples of the first seed of every system, by its directory: a row each, class by class."""
     rows, names = [], []
-    for system, runs in systems.items():
-        with np.load(out / system.replace(", ", "-") / next(iter(runs)) / "samples.npz") as samples:
+    for system, directory in systems.items():
+        with np.load(min(directory.glob("*/samples.npz"))) as samples:
             images, per_class = samples["arr_0"], len(samples["arr_0"]) // (samples["arr_1"].max() + 1)
         classes = len(images) // per_class
         each = max(shown // classes, 1)

@@ -5,6 +5,7 @@ Frechet distance where Inception's mean nothing: digits, icons, textures.
 """
 
 import numpy as np
+from scipy.spatial.distance import cdist
 from sklearn.neural_network import MLPClassifier
 
 from var_jax.evaluation.frechet import Moments, frechet_distance
@@ -39,6 +40,47 @@ class Classifier:
         for found, images in zip(moments, (a, b), strict=True):
             found.add(self.features(images))
         return frechet_distance(*moments)
+
+
+class Jury:
+    """Judges samples beside held-out images, all by as many as these are, since a Frechet distance falls with
+    the number of images.
+
+    Args:
+      real: training images uint8 [N, H, W, 3] and labels int [N].
+      held_out: the same of held-out images.
+
+    Attributes:
+      held_out, held_out_labels: as given.
+    """
+
+    def __init__(self, real: tuple[np.ndarray, np.ndarray], held_out: tuple[np.ndarray, np.ndarray]):
+        self._images, self._labels = real
+        self.held_out, self.held_out_labels = held_out
+        self._classifier = Classifier(*real)
+        self._spread = spread(*real)
+        self._nearest = self._to_nearest(self.held_out)
+
+    def figures(self, images: np.ndarray, labels: np.ndarray) -> dict[str, float]:
+        """Of images uint8 [N, H, W, 3] that were to be of labels [N].
+
+        Returns:
+          called_right: share that the classifier calls what was asked for.
+          frechet: distance to the training images in its features, of as many images as are held out (evenly
+            chosen; all where there are fewer).
+          spread: standard deviation within a class, of that of the training images.
+          nearest: median distance to the nearest training image, of that of a held-out image.
+        """
+        some = np.linspace(0, len(images) - 1, min(len(images), len(self.held_out))).astype(int)
+        return {
+            "called_right": float((self._classifier.classes(images) == labels).mean()),
+            "frechet": self._classifier.frechet(images[some], self._images),
+            "spread": spread(images, labels) / self._spread,
+            "nearest": self._to_nearest(images) / self._nearest,
+        }
+
+    def _to_nearest(self, images: np.ndarray) -> float:
+        return float(np.median(cdist(_flat(images), _flat(self._images)).min(1)))
 
 
 def spread(images: np.ndarray, labels: np.ndarray) -> float:

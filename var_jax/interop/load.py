@@ -21,7 +21,7 @@ from var_jax.transformer.next_token import NextToken
 from var_jax.transformer.trunk import Trunk
 
 CONFIGS = {"tokenizer": TokenizerConfig, "next_scale": NextScaleConfig, "next_token": NextTokenConfig}
-TRANSFORMERS = {"next_scale": NextScale, "next_token": NextToken}  # kind of stage -> network
+NETWORKS = {"next_scale": NextScale, "next_token": NextToken}  # kind of stage -> network
 
 
 def load_tokenizer(
@@ -78,7 +78,7 @@ def load_transformer(
         params, record = load_params(path / kind / FOLDER, step)
         config = CONFIGS[kind](**record["model"])
         _check_fit(path, config, tokenizer)
-        return TRANSFORMERS[kind](config, dtype), params, SamplingOptions(**record["stage"]["sampling"])
+        return NETWORKS[kind](config, dtype), params, SamplingOptions(**record["stage"]["sampling"])
     config, params = _from_file(path, "next_scale", read_tensors(path, "next_scale"), tokenizer.scales)
     _check_fit(path, config, tokenizer)
     return NextScale(config, dtype), jax.tree.map(jnp.asarray, params), SamplingOptions()
@@ -86,7 +86,7 @@ def load_transformer(
 
 def _transformer_of(run: Path) -> str:
     """The kind of transformer that a run has; next_scale where it has none, or both."""
-    return next((kind for kind in TRANSFORMERS if (run / kind / FOLDER).exists()), "next_scale")
+    return next((kind for kind in NETWORKS if (run / kind / FOLDER).exists()), "next_scale")
 
 
 def read_network(path: str | Path, kind: str) -> tuple[TokenizerConfig | TransformerConfig, dict]:

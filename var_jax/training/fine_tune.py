@@ -54,6 +54,7 @@ _ANEW = (
     "position_embedding",
     "row_embedding",
     "column_embedding",
+    "distance_bias",
     "code_embedding/kernel",
     "head/kernel",
     "head/bias",
@@ -151,8 +152,9 @@ def _shape(leaf) -> list[int] | str:
 
 def _moved(path: str, old: Config, new: Config) -> bool:
     """Whether rows of an embedding mean other maps, though their number may be the same."""
-    of_maps = ("level_embedding", "position_embedding", "row_embedding", "column_embedding")
-    return path in of_maps and old.scales != new.scales
+    if path in ("row_embedding", "column_embedding", "distance_bias"):
+        return old.scales[-1] != new.scales[-1]  # they are about the finest map alone
+    return path in ("level_embedding", "position_embedding") and old.scales != new.scales
 
 
 def _kept_rows(path: str, old: Config, new: Config) -> list[tuple[int, int]]:

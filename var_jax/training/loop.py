@@ -70,9 +70,15 @@ def check_training(cfg: ConfigDict) -> Mesh:
     return mesh
 
 
-def check_same_run(saved: dict, now: dict, where: Path) -> None:
-    """Raises ValueError, naming each field, if a checkpoint is of another config, model or tokenizer."""
+def check_same_run(saved: dict, now: dict, where: Path, defaults: dict | None = None) -> None:
+    """Raises ValueError, naming each field, if a checkpoint is of another config, model or tokenizer.
+
+    `defaults` of the model's fields stand for those that are newer than the run.
+    """
     saved, now = _flat(saved), _flat(now)
+    for name, value in _flat(defaults or {}).items():
+        for field in {f"model.{name}", f"stage.model.{name}"} & now.keys():
+            saved.setdefault(field, value)
     different = [
         f"{field.replace('stage.', 'config.')}: {saved.get(field)!r} there, {now.get(field)!r} now"
         for field in sorted(set(saved) | set(now))
@@ -151,7 +157,7 @@ def train(
     record["cache"] = dataclasses.asdict(source.description) if look.tokens else {}
     start = saved.latest() or 0
     if saved.latest() is not None:
-        check_same_run(saved.config(start), record, directory)
+        check_same_run(saved.config(start), record, directory, task.model_defaults())
         if start >= steps:
             print(f"{task.name}: already trained for {start} steps under {directory}", flush=True)
             saved.close()

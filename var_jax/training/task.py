@@ -91,6 +91,10 @@ class Task(abc.ABC):
     def flops_per_image(self) -> float:
         """Matrix FLOPs of a training step for one image."""
 
+    def model_defaults(self) -> dict:
+        """What the fields of the architecture are where nothing is said of them."""
+        return {field.name: field.default for field in dataclasses.fields(self.config)}
+
     def model_fields(self) -> dict:
         """Architecture that was trained, to build it again from a checkpoint."""
         return dataclasses.asdict(self.config)

@@ -71,8 +71,16 @@ def _able(masks: Sequence[np.ndarray], bias: bool) -> list[str]:
     if len(masks) < 2 and ends:
         able.append("grouped")
     if len(masks) < 2 and not bias:
-        able += ["cudnn", "splash", "tokamax"] if ends else ["splash"]
+        able += ["splash", "tokamax"] if ends else ["splash"]
+        if ends and all(any(_is_free(mask, group) for group in groups(mask.sum(1))) for mask in masks):
+            able.append("cudnn")
     return able
+
+
+def _is_free(mask: np.ndarray, group: tuple[int, int]) -> bool:
+    """Whether all queries of a group see the same keys, so that a kernel needs no mask."""
+    ends = mask[slice(*group)].sum(1)
+    return group[1] - group[0] >= LEAST_ROWS and (ends == ends[0]).all()
 
 
 def attend(

@@ -32,7 +32,9 @@ def training_flops(cfg: TransformerConfig) -> int:
 def generation_flops(
     cfg: TransformerConfig, guided: int, steps: int | None = None, cached: bool = True
 ) -> int:
-    """Of one image drawn step by step: token maps, or tokens, in turn.
+    """Of one image drawn step by step: token maps, or tokens, in turn; attention to the keys so far.
+
+    (The scan over tokens multiplies by the whole cache, under a mask: twice the products of attention.)
 
     Args:
       guided: the first so many steps are computed with and without class.

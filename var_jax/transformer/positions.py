@@ -126,8 +126,8 @@ def rotate(x: jax.Array, angles: jax.Array) -> jax.Array:
 
 
 def _bucket(distance: np.ndarray, longest: int) -> np.ndarray:
-    """Signed distances -> int32 in 0 .. 2 HALF - 2: whole ones below EXACT, then ever wider ones."""
-    size = np.round(np.abs(distance))
+    """Signed distances -> int32 in 0 .. 2 HALF - 2: to the nearest whole one below EXACT, then ever wider."""
+    size = np.floor(np.abs(distance) + 0.5)
     wide = np.log(np.maximum(size, EXACT) / EXACT) / np.log(max(longest, EXACT + 1) / EXACT)
     bucket = np.where(size < EXACT, size, np.minimum(EXACT + (HALF - EXACT) * wide, HALF - 1))
     return (HALF - 1 + np.sign(distance) * np.floor(bucket)).astype(np.int32)
