@@ -67,7 +67,7 @@ def draw_losses(systems: dict[str, dict], path: Path) -> None:
     """Held-out bits a pixel over the training compute, each tokenizer's in a panel: a line a system."""
     figure, axes = plt.subplots(1, 2, figsize=(11, 4.6), layout="constrained", sharex=True)
     for system, runs in systems.items():
-        axis = axes[system.startswith("VAR")]
+        axis = axes[int(system.startswith("VAR"))]
         curves = np.array([run["evaluations"] for run in runs.values()])  # [seeds, evaluations, 2]
         some = next(iter(runs.values()))
         compute = curves[0, :, 0] / some["steps"] * some["training_flops"] / 1e12
