@@ -34,6 +34,7 @@ from var_jax.benchmarks.prepared import prepare
 from var_jax.data.sources import open_source
 from var_jax.data.transforms import ToPixels
 from var_jax.evaluation.classifier import Jury
+from var_jax.orders import ORDERS
 from var_jax.sampling.generate import as_pixels
 from var_jax.sampling.pictures import to_uint8
 from var_jax.training.logging import read_metrics
@@ -45,7 +46,7 @@ FLAGS = flags.FLAGS
 EVALUATIONS = 8  # of each run, at equal distances
 TIMED = 100  # images made at once to time sampling
 
-# System -> fields of its model; VAR where there is no order.
+# System -> fields of its model; VAR where there is no order.  These are compared here,
 SYSTEMS = {
     **{
         f"{order}, {positions}": {"order": order, "positions": positions}
@@ -55,6 +56,8 @@ SYSTEMS = {
     "raster, learned_1d, axial": {"order": "raster", "positions": "learned_1d", "mask": "axial"},
     **{f"VAR, {positions}": {"positions": positions} for positions in ("learned_1d", "rotary_2d")},
 }
+# and these can be trained: along every order, too.
+TRAINABLE = SYSTEMS | {f"{o}, learned_1d": {"order": o, "positions": "learned_1d"} for o in ORDERS}
 
 
 def folder(system: str) -> str:
@@ -84,7 +87,7 @@ def task_of(stage: ConfigDict) -> TransformerTask:
 
 def experiment(stages_of: dict[bool, ConfigDict], system: str, seed: int, budget: float) -> ConfigDict:
     """Config of one run: a system, trained for so many FLOPs an image of a batch."""
-    fields = SYSTEMS[system]
+    fields = TRAINABLE[system]
     stage = stages_of["order" not in fields].copy_and_resolve_references()
     stage.model.update(fields)
     stage.seed = seed

@@ -38,8 +38,10 @@ from var_jax.training.watch import TrainingDiverged, Watch, is_finite
 
 # What may differ between the run that wrote a checkpoint and the one that goes on from it.
 FREE_TO_CHANGE = ("log_every", "eval_every", "checkpoint_every", "preview_every", "keep", "max_skipped")
-# What the tokens of a cache are is checked by its description, wherever it lies.
+# What the tokens of a cache are is checked by its description, and a tokenizer by its fingerprint, wherever
+# they lie.
 FREE_TO_MOVE = (
+    "stage.tokenizer",
     "stage.train.mesh",
     "stage.transformer",
     "stage.data.dir",
