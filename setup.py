@@ -26,6 +26,7 @@ setup(
         "orbax-checkpoint>=0.12,<0.13",
         "Pillow",
         "safetensors",
+        "scipy",
         "scikit-learn",  # bundles the digits that the embedded default trains on
         "tensorboardX",
         "tensorflow-datasets>=4.9.9",  # used without TensorFlow
