@@ -21,7 +21,7 @@ def prepare(stage: ConfigDict, trains: ConfigDict | None, out: Path, crops: int 
     Args:
       stage: of a transformer; `tokenizer` and `data.tokens` are filled in where they are empty.
       trains: the stage that trains a tokenizer; None where there is none.
-      out: directory of that tokenizer's run, and of the tokens.
+      out: where that tokenizer's run and the tokens will lie, in `tokenizer` and `tokens`.
       crops: of each training image.
 
     Raises:
@@ -31,8 +31,9 @@ def prepare(stage: ConfigDict, trains: ConfigDict | None, out: Path, crops: int 
     if not stage.tokenizer:
         if trains is None:
             raise ValueError("config.tokenizer names none, and no stage of the config trains one")
-        stages.run(trains, out)
-        stage.tokenizer = str(out.absolute())
+        print("--- tokenizer", flush=True)
+        stages.run(trains, out / "tokenizer")
+        stage.tokenizer = str((out / "tokenizer").absolute())
     data = stage.data
     if data.tokens:
         return
@@ -40,6 +41,7 @@ def prepare(stage: ConfigDict, trains: ConfigDict | None, out: Path, crops: int 
         raise ValueError(
             "config.data.tokens is empty: on several hosts, encode first with python -m var_jax.data.tokenize"
         )
+    print(f"--- tokens, {crops} crops of each image", flush=True)
     tokenizer, params = load_tokenizer(stage.tokenizer, tuple(stage.scales) or None, dtype=stage.train.dtype)
     sources = tuple(open_source(data.name, split, data.dir) for split in (data.train_split, data.eval_split))
     encode = BatchEncoder(tokenizer, params, ENCODED_AT_ONCE * jax.device_count())

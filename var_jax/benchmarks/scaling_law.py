@@ -19,7 +19,6 @@ goes on.  Writes `scaling_law.md` (tables), `scaling_law.json` and `scaling_law.
 """
 
 import json
-import shlex
 import sys
 from pathlib import Path
 
@@ -28,17 +27,13 @@ from absl import app, flags
 from ml_collections import ConfigDict, config_flags
 
 from var_jax import command_line, stages
-from var_jax.benchmarks import scaling_law_report
-from var_jax.data.sources import open_source
-from var_jax.data.tokenize import BatchEncoder, describe, write_cache
-from var_jax.interop.load import load_tokenizer
+from var_jax.benchmarks import prepared, scaling_law_report
 from var_jax.training.checkpoint import FOLDER, load_config
 from var_jax.training.logging import read_metrics
 from var_jax.transformer.config import NextScaleConfig
 from var_jax.transformer.flops import training_flops
 
 FLAGS = flags.FLAGS
-ENCODED_AT_ONCE = 64  # images, by each device
 # min(EMA, (1 + t) / (10 + t)) at step t (training/optimizer.py): over a ninth of any t that matters.
 EMA = 0.99999
 FEWEST = 3  # sizes: L = (a N)^b + c has three parameters
@@ -64,29 +59,9 @@ def prepare(config: ConfigDict, out: Path, crops: int) -> ConfigDict:
         would have to encode.
     """
     stage, trains = next_scale_stage(config)
-    if not stage.tokenizer:
-        if trains is None:
-            raise ValueError("config.tokenizer names none, and no stage of the config trains one")
-        print("--- tokenizer", flush=True)
-        stages.run(trains, out / "tokenizer")
-        stage.tokenizer = str(out / "tokenizer")
-    if stage.data.tokens:
-        return stage
-    if jax.process_count() > 1:
-        raise ValueError(
-            "config.data.tokens is empty: on several hosts, encode first with python -m var_jax.data.tokenize"
-        )
-    if trains is not None:
+    if trains is not None and not stage.data.tokens:  # cut out as for the tokenizer
         stage.data.update({name: trains.data[name] for name in ("resize", "flip", "shift")})
-    print(f"--- tokens, {crops} crops of each image", flush=True)
-    tokenizer, params = load_tokenizer(stage.tokenizer, tuple(stage.scales) or None, dtype=stage.train.dtype)
-    data = stage.data
-    sources = tuple(open_source(data.name, split, data.dir) for split in (data.train_split, data.eval_split))
-    encode = BatchEncoder(tokenizer, params, ENCODED_AT_ONCE * jax.device_count())
-    holds = describe(tokenizer, params, sources, data, crops, stage.seed)
-    command = shlex.join(["python", "-m", "var_jax.benchmarks.scaling_law", *sys.argv[1:]])
-    write_cache(out / "tokens", holds, sources, encode, data.threads, command)
-    data.tokens = str(out / "tokens")
+    prepared.prepare(stage, trains, out, crops)
     return stage
 
 
