@@ -14,8 +14,8 @@ Four systems, each scheme with and without a cache, of one width and depth; batc
   counted   XLA's count of the compiled program of a step, times how often that is run; elementwise work is
             in it.  The blocks are unrolled for it, since XLA counts a loop body once.
   seconds   of the real sampler (`sampling/generate.py`) for the tokens of one image, without a decoder;
-            the least of up to 20 runs that end within 5 s.  What would take
-            over --most_seconds, by the rate of the size before, is not measured.
+            the median of up to 20 runs after the first, or of as many as start within 5 s.  What would
+            take over --most_seconds, by the rate of the size before, is not measured.
 
 What is counted is what is timed.  The steps of next-token are one program in a loop, so it has one length and
 works on padding that the mask hides: without a cache every step runs over all n^2 positions (three times the
@@ -152,13 +152,13 @@ def sampler(model: Trunk) -> Callable[[], jax.Array]:
 
 
 def seconds(run: Callable[[], jax.Array]) -> float:
-    """The least of some runs, since other work on the machine only adds; one run where that takes long."""
+    """Median of some runs after the first; of the first alone where that takes long."""
     times = []
-    while len(times) < REPEATS and sum(times) < REPEAT_FOR:
+    while len(times) <= REPEATS and sum(times) < REPEAT_FOR:
         start = time.perf_counter()
         jax.block_until_ready(run())
         times.append(time.perf_counter() - start)
-    return min(times)
+    return float(np.median(times[1:] or times))
 
 
 def measure(
