@@ -64,7 +64,10 @@ def add(section, **fields):
         (lambda c: c.train.update(dtype="float17"), "train.dtype must be auto, float32 or bfloat16"),
         (lambda c: c.train.update(schedule="up"), "train.schedule must be one of"),
         (lambda c: c.train.update(steps=0, epochs=0), "make no step"),
-        (lambda c: c.update(task="gan"), "config.task must be tokenizer or next_scale, found 'gan'"),
+        (
+            lambda c: c.update(task="gan"),
+            "config.task must be one of tokenizer, next_scale, next_token; found 'gan'",
+        ),
         (lambda c: c.data.update(eval_split="dev"), "no split 'dev'"),
         (lambda c: c.train.mesh.update(data=3), "does not fit 8 devices"),
         (lambda c: c.model.update(scales=(1, 4, 2)), "2 follows 4"),

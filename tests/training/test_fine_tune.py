@@ -1,3 +1,4 @@
+import dataclasses
 import shutil
 
 import chex
@@ -23,7 +24,7 @@ from var_jax.transformer.config import NextScaleConfig
 def taken_over(path, kind, **changes):
     """Parameters there, those of a changed network that starts from them (zeros where not taken), notes."""
     config, params = read_network(path, kind)
-    wanted = type(config)(**{**vars(config), **changes})
+    wanted = dataclasses.replace(config, **changes)
     shapes = next_scale_shapes(wanted) if kind == "next_scale" else tokenizer_shapes(wanted)
     shapes.pop("code_hits", None)
     given, notes = fit(params, config, shapes, wanted)

@@ -61,6 +61,9 @@ class Toy(Task):
     def model_fields(self):
         return {}
 
+    def model_defaults(self):
+        return {}
+
 
 def toy_stage(data_dir, every: int, **train):
     """Config of a stage; a checkpoint every so many steps."""
