@@ -11,6 +11,8 @@ from PIL import Image
 
 from tests.conftest import REPOSITORY
 
+QUICK = "--xla_backend_optimization_level=1"  # to compile
+
 
 def command(*arguments, xla_flags: str = "") -> subprocess.CompletedProcess:
     environment = {**os.environ, "XLA_FLAGS": xla_flags}

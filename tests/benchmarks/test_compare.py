@@ -6,7 +6,7 @@ import pytest
 from PIL import Image
 
 from configs import digits, next_token
-from tests.test_scripts import command
+from tests.test_scripts import QUICK, command
 from var_jax.benchmarks import compare_report
 from var_jax.benchmarks.compare import SYSTEMS, folder
 
@@ -16,20 +16,20 @@ from tests.training.tiny import tiny_config
 def get_config():
     config = tiny_config({data!r}, steps=2)
     config.tokenizer.adversarial.weight = 0.0
-    config.next_scale.tokenizer = {run!r}
+    config.tokenizer.model.update(dict(patch=2, num_phis=0))  # compiles at once
     return config
 """
 
 
 @pytest.fixture(scope="module")
-def done(tiny_run, digits_dir, tmp_path_factory):
+def done(digits_dir, tmp_path_factory):
     """Two systems compared in a few steps, and then asked for again with one more."""
     out = tmp_path_factory.mktemp("compare")
-    (out / "config.py").write_text(CONFIG.format(data=str(digits_dir), run=str(tiny_run)))
+    (out / "config.py").write_text(CONFIG.format(data=str(digits_dir)))
     flags = ["-m", "var_jax.benchmarks.compare", f"--config={out}/config.py", f"--out={out}/out", "--seeds=0"]
     flags += ["--steps=4", "--per_class=2"]
-    first = command(*flags, "--systems=raster-learned_1d-axial")
-    second = command(*flags, "--systems=raster-learned_1d-axial,VAR-rotary_2d")
+    first = command(*flags, "--systems=raster-learned_1d-axial", xla_flags=QUICK)
+    second = command(*flags, "--systems=raster-learned_1d-axial,VAR-rotary_2d", xla_flags=QUICK)
     for each in (first, second):
         assert each.returncode == 0, each.stderr[-2000:]
     return out / "out", second.stdout

@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from configs import tokenizer, var
-from tests.test_scripts import command
+from tests.test_scripts import QUICK, command
 from tests.training.tiny import tiny_config
 from var_jax import stages
 from var_jax.benchmarks.scaling_law import experiment, next_scale_stage, parameters, prepare, sizes
@@ -31,7 +31,6 @@ def get_config():
     config.next_scale.data.shift = 1
     return config
 """
-QUICK = "--xla_backend_optimization_level=1"  # to compile
 LAW = PowerLaw(a=1e5, b=-0.4, c=2.0, pearson=-1.0)
 
 

@@ -36,7 +36,7 @@ from var_jax.benchmarks import compare, generality_report, known_part
 from var_jax.data.sources import DataSetMissing
 from var_jax.evaluation.classifier import Classifier
 from var_jax.orders import ORDERS
-from var_jax.transformer.flops import training_flops
+from var_jax.sampling.pictures import to_uint8
 
 FLAGS = flags.FLAGS
 VAR = "VAR, learned_1d"
@@ -85,7 +85,7 @@ def bounds(
     for name, is_var in (("tokenizer, all maps (VAR)", True), ("tokenizer, one map (next-token)", False)):
         tokenizer = var_jax.load_tokenizer(bases[is_var].tokenizer)
         again = tokenizer.decode(tokenizer.encode(images.astype(np.float32) / 255))
-        whole[name] = np.round(again * 255).astype(np.uint8)
+        whole[name] = to_uint8(again)
     found = {}
     for task, mask in known_part.masks(images.shape[1]).items():
         rows = {**whole, "nothing made": known_part.painted_over(images, mask)}
@@ -171,7 +171,7 @@ def compared(
       All figures; and by task and name, pictures uint8 [SHOWN, H, W, 3] of a few images, the truth first.
     """
     task = compare.task_of(bases[True])
-    data, budget = bases[True].data, steps * training_flops(task.config)
+    data, budget = bases[True].data, steps * task.flops_per_image()
     seen, held_out = (
         compare.pictures_of(bases[True], task.image_size, split)
         for split in (data.train_split, data.eval_split)

@@ -1,5 +1,6 @@
 """Tables and picture of `benchmarks.generality`."""
 
+import re
 from pathlib import Path
 
 import numpy as np
@@ -82,18 +83,18 @@ def draw(pictures: dict[str, dict[str, np.ndarray]], path: Path) -> None:
                 canvas[y : y + side * scale, x : x + side * scale] = image.repeat(scale, 0).repeat(scale, 1)
                 outlines.append((x, y, mask) if column > 1 else None)
         middles.append(top + (shown * step - GAP) / 2)
-    figure, axis = plt.subplots(figsize=(canvas.shape[1] / 70, height / 70 + 1.2), layout="constrained")
+    figure, axis = plt.subplots(figsize=(canvas.shape[1] / 70, height / 70))
     axis.imshow(canvas, interpolation="none")
     for x, y, mask in filter(None, outlines):
         axis.add_patch(_outline(x, y, mask, scale))
     axis.set_yticks(middles, [TASKS[task].replace(" from", "\nfrom") for task in pictures])
     centres = (np.arange(len(names)) + 0.5) * step - GAP / 2
-    labels = [name.replace(", learned_1d", "").replace("; ", "\n").replace(" ", "\n") for name in names]
-    axis.set_xticks(centres, labels, fontsize=9)
+    labels = [re.sub("[;,]? ", "\n", name.replace(", learned_1d", "")) for name in names]
+    axis.set_xticks(centres, labels, fontsize=8)
     axis.xaxis.tick_top()
     axis.tick_params(length=0)
     axis.spines[:].set_visible(False)
-    figure.savefig(path, dpi=100)
+    figure.savefig(path, dpi=100, bbox_inches="tight")
     plt.close(figure)
 
 
