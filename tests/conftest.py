@@ -5,6 +5,7 @@ import os
 os.environ["JAX_PLATFORMS"] = "cpu"
 # Programs that several tests and the processes they start have in common are compiled once.
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", os.path.join(os.getcwd(), ".pytest_cache", "xla"))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
 # Fake devices on few cores hang in collectives unless all keep to one order; tests compile more than they
 # compute.
 os.environ["XLA_FLAGS"] = " ".join(

@@ -14,7 +14,7 @@ from tests.conftest import REPOSITORY
 QUICK = "--xla_backend_optimization_level=1"  # to compile
 
 
-def command(*arguments, xla_flags: str = "") -> subprocess.CompletedProcess:
+def command(*arguments, xla_flags: str = QUICK) -> subprocess.CompletedProcess:
     environment = {**os.environ, "XLA_FLAGS": xla_flags}
     return subprocess.run(
         [sys.executable, *arguments],

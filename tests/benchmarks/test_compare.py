@@ -6,7 +6,7 @@ import pytest
 from PIL import Image
 
 from configs import digits, next_token
-from tests.test_scripts import QUICK, command
+from tests.test_scripts import command
 from var_jax.benchmarks import compare_report
 from var_jax.benchmarks.compare import SYSTEMS, folder
 
@@ -28,8 +28,8 @@ def done(digits_dir, tmp_path_factory):
     (out / "config.py").write_text(CONFIG.format(data=str(digits_dir)))
     flags = ["-m", "var_jax.benchmarks.compare", f"--config={out}/config.py", f"--out={out}/out", "--seeds=0"]
     flags += ["--steps=4", "--per_class=2"]
-    first = command(*flags, "--systems=raster-learned_1d-axial", xla_flags=QUICK)
-    second = command(*flags, "--systems=raster-learned_1d-axial,VAR-rotary_2d", xla_flags=QUICK)
+    first = command(*flags, "--systems=raster-learned_1d-axial")
+    second = command(*flags, "--systems=raster-learned_1d-axial,VAR-rotary_2d")
     for each in (first, second):
         assert each.returncode == 0, each.stderr[-2000:]
     return out / "out", second.stdout

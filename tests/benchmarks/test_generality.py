@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 import var_jax
-from tests.test_scripts import QUICK, command
+from tests.test_scripts import command
 from var_jax.benchmarks import known_part
 from var_jax.benchmarks.generality import VAR_WAYS, psnr
 from var_jax.scales import Scales
@@ -29,7 +29,7 @@ SYSTEMS = ("VAR-learned_1d", "spiral_out-learned_1d")
 def generality(run, *flags):
     folder, config = run
     flags = (config, f"--out={folder}", "--steps=4", *flags)
-    return command("-m", "var_jax.benchmarks.generality", *flags, xla_flags=QUICK)
+    return command("-m", "var_jax.benchmarks.generality", *flags)
 
 
 @pytest.fixture(scope="module")

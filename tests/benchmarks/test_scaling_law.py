@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from configs import tokenizer, var
-from tests.test_scripts import QUICK, command
+from tests.test_scripts import command
 from tests.training.tiny import tiny_config
 from var_jax import stages
 from var_jax.benchmarks.scaling_law import experiment, next_scale_stage, parameters, prepare, sizes
@@ -173,7 +173,7 @@ def test_the_command_trains_fits_and_is_not_done_twice(tiny_run, digits_dir, tmp
     asked = ["-m", "var_jax.benchmarks.scaling_law", f"--config={tmp_path}/config.py", f"--out={out}"]
     asked += ["--depths=3,1,2", "--width_per_depth=8", "--evaluations=3", "--crops=2"]
     asked += [f"--config.next_scale.tokenizer={tiny_run}"]
-    done = command(*asked, xla_flags=QUICK)
+    done = command(*asked)
     assert done.returncode == 0, done.stderr[-2000:]
     assert "--- run 3 of 3: depth 3, seed 0" in done.stdout
     result = json.loads((out / "scaling_law.json").read_text())
@@ -186,7 +186,7 @@ def test_the_command_trains_fits_and_is_not_done_twice(tiny_run, digits_dir, tmp
     files = [*out.rglob("*.array_record"), *out.rglob("metrics.jsonl")]
     written = {path: path.stat().st_mtime_ns for path in files}
     (out / "scaling_law.json").unlink()
-    again = command(*asked, xla_flags=QUICK)
+    again = command(*asked)
     assert again.returncode == 0, again.stderr[-2000:]
     assert again.stdout.count("already trained") == 3 and len(written) == 5
     assert json.loads((out / "scaling_law.json").read_text()) == result
