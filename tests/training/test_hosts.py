@@ -1,6 +1,5 @@
 """Several hosts, as processes on loopback with two devices each."""
 
-import json
 import os
 import re
 import signal
@@ -21,6 +20,7 @@ from var_jax.data.loader import batch_indices
 from var_jax.data.sources import open_source
 from var_jax.data.transforms import ToPixels
 from var_jax.training.checkpoint import load_params
+from var_jax.training.logging import read_metrics
 
 STEPS, BATCH = 40, 40  # more than an epoch of 1442 images
 TOY = ("-m", "tests.training.toy_run", f"--steps={STEPS}", f"--batch={BATCH}")
@@ -81,8 +81,7 @@ def ended(processes, within: float) -> list[tuple[int, str, str]]:
 
 
 def losses(workdir, stage="toy") -> dict[int, float]:
-    path = workdir / stage / "metrics.jsonl"
-    lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    lines = read_metrics(workdir / stage / "metrics.jsonl")  # bears a line that is being written
     return {line["step"]: line["loss"] for line in lines if line["kind"] == "train"}
 
 
@@ -100,8 +99,7 @@ def fed(workdir, processes: int) -> dict[int, list[int]]:
     """Checksums of the images that so many processes fed to each step (the last time, if twice), in order."""
     found = {}
     for i in range(processes):
-        lines = (workdir / "fed" / f"{i}_of_{processes}.jsonl").read_text().splitlines()
-        for step, images in map(json.loads, lines):
+        for step, images in read_metrics(workdir / "fed" / f"{i}_of_{processes}.jsonl"):
             found.setdefault(step, {})[i] = images
     whole = {step: parts for step, parts in found.items() if len(parts) == processes}
     return {step: [image for i in range(processes) for image in parts[i]] for step, parts in whole.items()}

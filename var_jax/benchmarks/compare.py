@@ -18,6 +18,7 @@ sooner or later: the loss given is the least on the way, beside the last; sample
 import json
 import sys
 import time
+from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
 
@@ -63,6 +64,18 @@ TRAINABLE = SYSTEMS | {f"{o}, learned_1d": {"order": o, "positions": "learned_1d
 def folder(system: str) -> str:
     """Name of a system's directory."""
     return system.replace(", ", "-")
+
+
+def asked(known: Iterable[str]) -> list[str]:
+    """The systems that --systems names by their directories; all that are known where it names none.
+
+    Raises:
+      UsageError: on one that is not known.
+    """
+    chosen = {folder(system): system for system in known}
+    if unknown := sorted(set(FLAGS.systems or ()) - set(chosen)):
+        raise app.UsageError(f"--systems must be among {', '.join(chosen)}; found {', '.join(unknown)}")
+    return [chosen[name] for name in FLAGS.systems or chosen]
 
 
 def prepared(config: ConfigDict, out: Path) -> dict[bool, ConfigDict]:
@@ -169,11 +182,7 @@ def reconstructed(stage: ConfigDict, jury: Jury) -> dict:
 def main(argv):
     if len(argv) > 1:
         raise app.UsageError(f"unknown arguments {argv[1:]}")
-    chosen = {folder(system): system for system in SYSTEMS}
-    if unknown := sorted(set(FLAGS.systems or ()) - set(chosen)):
-        raise app.UsageError(f"--systems must be among {', '.join(chosen)}; found {', '.join(unknown)}")
-    systems = [chosen[name] for name in FLAGS.systems or chosen]
-    seeds, out = command_line.numbers("seeds", int), Path(FLAGS.out)
+    systems, seeds, out = asked(SYSTEMS), command_line.numbers("seeds", int), Path(FLAGS.out)
     command_line.start()
     try:
         bases = prepared(FLAGS.config, out)

@@ -33,7 +33,6 @@ from ml_collections import ConfigDict, config_flags
 import var_jax
 from var_jax import command_line, stages
 from var_jax.benchmarks import compare, generality_report, known_part
-from var_jax.data.sources import DataSetMissing
 from var_jax.evaluation.classifier import Classifier
 from var_jax.orders import ORDERS
 from var_jax.sampling.pictures import to_uint8
@@ -206,17 +205,13 @@ def compared(
 def main(argv):
     if len(argv) > 1:
         raise app.UsageError(f"unknown arguments {argv[1:]}")
-    chosen = {compare.folder(system): system for system in SYSTEMS}
-    if unknown := sorted(set(FLAGS.systems or ()) - set(chosen)):
-        raise app.UsageError(f"--systems must be among {', '.join(chosen)}; found {', '.join(unknown)}")
-    systems = [chosen[name] for name in FLAGS.systems or chosen]
-    seeds, out = command_line.numbers("seeds", int), Path(FLAGS.out)
+    systems, seeds, out = compare.asked(SYSTEMS), command_line.numbers("seeds", int), Path(FLAGS.out)
     command_line.start()
     try:
         bases = compare.prepared(FLAGS.config, out)
-        found, pictures = compared(bases, systems, seeds, out, FLAGS.steps, FLAGS.draws)
-    except (DataSetMissing, ValueError) as error:
+    except (FileNotFoundError, ValueError) as error:  # the message names what is missing
         sys.exit(f"generality: {error}")
+    found, pictures = compared(bases, systems, seeds, out, FLAGS.steps, FLAGS.draws)
     (out / "generality.json").write_text(json.dumps(found, indent=1))
     (out / "generality.md").write_text(generality_report.tables(found) + "\n")
     generality_report.draw(pictures, out / "generality.png")
