@@ -14,16 +14,15 @@ from tests.conftest import REPOSITORY
 QUICK = "--xla_backend_optimization_level=1"  # to compile
 
 
-def command(*arguments, xla_flags: str = QUICK) -> subprocess.CompletedProcess:
+def python(*arguments, xla_flags: str = QUICK) -> dict:
+    """What subprocess takes to run Python with the arguments, in the repository."""
     environment = {**os.environ, "XLA_FLAGS": xla_flags}
-    return subprocess.run(
-        [sys.executable, *arguments],
-        cwd=REPOSITORY,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
+    return dict(args=[sys.executable, *arguments], cwd=REPOSITORY, env=environment, text=True)
+
+
+def command(*arguments, xla_flags: str = QUICK) -> subprocess.CompletedProcess:
+    """Runs Python with the arguments to its end."""
+    return subprocess.run(**python(*arguments, xla_flags=xla_flags), capture_output=True, timeout=600)
 
 
 def test_sample_writes_grid_strips_npz_and_single_pngs(tiny_run, tmp_path):

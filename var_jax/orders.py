@@ -28,13 +28,15 @@ def order(name: str, side: int, seed: int = 0) -> np.ndarray:
       int32 [n * n], read-only: the row-major cell that the i-th token of the sequence is.
 
     Raises:
-      ValueError: on an unknown name, or a side below 1.
+      ValueError: on an unknown name, a side below 1, or no such seed.
     """
     if name not in _MAKE:
         raise ValueError(f"order must be one of {', '.join(ORDERS)}; found {name!r}")
     if side < 1:
         raise ValueError(f"the side of a map must be at least 1, found {side}")
-    return _order(name, side, seed if name == "random" else 0)
+    if seed != int(seed) or not 0 <= seed < 2**32:
+        raise ValueError(f"the seed of an order must be a whole number from 0 to 2^32 - 1, found {seed}")
+    return _order(name, side, int(seed) if name == "random" else 0)
 
 
 def inverse(order: np.ndarray) -> np.ndarray:

@@ -1,4 +1,8 @@
 import json
+import re
+import signal
+import subprocess
+import time
 from pathlib import Path
 
 import numpy as np
@@ -6,7 +10,7 @@ import pytest
 from PIL import Image
 
 from configs import digits, next_token
-from tests.test_scripts import command
+from tests.test_scripts import command, python
 from var_jax.benchmarks import compare_report
 from var_jax.benchmarks.compare import SYSTEMS, folder
 
@@ -23,16 +27,24 @@ def get_config():
 
 @pytest.fixture(scope="module")
 def done(digits_dir, tmp_path_factory):
-    """Two systems compared in a few steps, and then asked for again with one more."""
-    out = tmp_path_factory.mktemp("compare")
-    (out / "config.py").write_text(CONFIG.format(data=str(digits_dir)))
-    flags = ["-m", "var_jax.benchmarks.compare", f"--config={out}/config.py", f"--out={out}/out", "--seeds=0"]
-    flags += ["--steps=4", "--per_class=2"]
-    first = command(*flags, "--systems=raster-learned_1d-axial")
-    second = command(*flags, "--systems=raster-learned_1d-axial,VAR-rotary_2d")
-    for each in (first, second):
-        assert each.returncode == 0, each.stderr[-2000:]
-    return out / "out", second.stdout
+    """Two systems compared in a few steps, killed while the second trained, and asked for again."""
+    folder = tmp_path_factory.mktemp("compare")
+    out = folder / "out"
+    (folder / "config.py").write_text(CONFIG.format(data=str(digits_dir)))
+    flags = ["-m", "var_jax.benchmarks.compare", f"--config={folder}/config.py", f"--out={out}", "--seeds=0"]
+    flags += ["--steps=4", "--per_class=2", "--systems=raster-learned_1d-axial,VAR-rotary_2d"]
+    with (folder / "said").open("w+") as said:
+        killed = subprocess.Popen(**python(*flags), stdout=said, stderr=said)
+        while not list(out.glob("VAR-rotary_2d/0/next_scale/checkpoints/2/_CHECKPOINT_METADATA")):
+            said.seek(0)
+            assert killed.poll() is None, said.read()[-2000:]
+            time.sleep(0.02)
+        killed.kill()
+        assert killed.wait() == -signal.SIGKILL
+    assert not (out / "compare.json").exists()
+    again = command(*flags)
+    assert again.returncode == 0, again.stderr[-2000:]
+    return out, again.stdout
 
 
 def test_systems_cost_the_same_and_are_judged(done):
@@ -53,9 +65,10 @@ def test_systems_cost_the_same_and_are_judged(done):
         assert samples["arr_0"].shape == (20, 8, 8, 3) and (np.bincount(samples["arr_1"]) == 2).all()
 
 
-def test_what_is_trained_is_not_trained_again(done):
+def test_killed_and_asked_for_again_goes_on(done):
     out, said = done
-    assert "next_token: already trained for" in said and "next_scale: already trained" not in said
+    assert said.count("tokenizer: already trained for") == 2 and "next_token: already trained for" in said
+    assert re.search(r"next_scale: .* steps 2\.\.4,", said)
     table = (out / "compare.md").read_text()
     assert table.count("\n| raster, learned_1d, axial |") == 1 and "| VAR, rotary_2d |" in table
     for name in ("compare.png", "samples.png"):

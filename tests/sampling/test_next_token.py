@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from tests.conftest import close, randomized
+from var_jax.orders import ORDERS, order
 from var_jax.sampling.generate import Given, generate_in_chunks, teacher_forced_logits
 from var_jax.sampling.guidance import guide
 from var_jax.sampling.options import SamplingOptions
@@ -26,11 +27,16 @@ def flat_tokenizer(tiny_tokenizer):
     return module, randomized(shapes)
 
 
-@pytest.fixture(scope="module")
-def spiral():
-    module = NextToken(NextTokenConfig(2, 32, 4, 5, 16, 4, (4,), positions="rotary_2d", order="spiral_in"))
+def next_token(order):
+    """A network of two blocks along an order, and its parameters."""
+    module = NextToken(NextTokenConfig(2, 32, 4, 5, 16, 4, (4,), positions="rotary_2d", order=order))
     blank = (jnp.zeros(1, jnp.int32), jnp.zeros((1, 15, 4)))
     return module, randomized(jax.eval_shape(module.init, jax.random.key(0), *blank)["params"], 1)
+
+
+@pytest.fixture(scope="module")
+def spiral():
+    return next_token("spiral_in")
 
 
 def draw(tokenizer, model, labels, seed=0, given=None, **options):
@@ -81,6 +87,20 @@ def test_given_tokens_stay_and_what_comes_before_them_does_not_see_them(flat_tok
     np.testing.assert_array_equal(one[:, before], two[:, before])  # it cannot know better
     one, two = drawn(tokens, after), drawn(other, after)  # the other way round, what comes first decides
     assert (one[:, after] != two[:, after]).mean() > 0.1
+
+
+@pytest.mark.parametrize("name", ORDERS)
+def test_a_token_moves_no_logit_before_it_in_the_order(flat_tokenizer, name):
+    """From the tokens of an image to logits, both row by row: every order really is the one it says."""
+    model, cells = next_token(name), order(name, 4)
+    networks = (flat_tokenizer[0], model[0], flat_tokenizer[1], model[1])
+    tokens = np.random.default_rng(0).integers(0, 16, (1, 16)).astype(np.int32)
+    logits = teacher_forced_logits(*networks, np.array([2]), tokens)
+    for j in (0, 6, 14):
+        other = tokens.copy()
+        other[:, cells[j]] = (other[:, cells[j]] + 1) % 16
+        changed = np.abs(teacher_forced_logits(*networks, np.array([2]), other) - logits).max((0, 2))
+        assert changed[cells[: j + 1]].max() == 0 and changed[cells[j + 1]] > 1e-3
 
 
 def test_teacher_forcing_follows_the_order(flat_tokenizer, spiral):

@@ -57,6 +57,8 @@ def test_relative_positions_depend_on_distances_alone():
         (bucket,) = np.unique(found[same])
         np.testing.assert_array_equal(found == bucket, same)
     assert found.min() >= 0 and found.max() < positions.BUCKETS
+    scales = scale_places(Scales((1, 2, 3, 4)))  # distances are no whole numbers
+    np.testing.assert_array_equal(buckets(shifted(scales, 3, 5, 7)), buckets(scales))
 
 
 def test_scales_line_up():

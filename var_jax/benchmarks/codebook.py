@@ -21,6 +21,7 @@ from ml_collections import ConfigDict
 
 from configs import digits, tokenizer
 from var_jax import command_line, stages
+from var_jax.benchmarks.tables import markdown
 from var_jax.data.sources import DataSetMissing
 from var_jax.training.logging import read_metrics
 
@@ -113,13 +114,13 @@ def table(found: dict[str, dict], sides: tuple[int, ...]) -> str:
     most = next(iter(found.values()))["most"]
     heads = ["held-out PSNR, dB", "codes used"]
     heads += [f"{side}x{side} (most {n:.0f})" for side, n in zip(sides, most, strict=True)]
-    lines = [f"| (seeds) | {' | '.join(heads)} |", "| --- " * (len(heads) + 1) + "|"]
+    rows = []
     names = [("psnr", ".2f"), ("used", ".0%"), *((f"perplexity_{k}", ".1f") for k in range(len(sides)))]
     for variant, values in found.items():
         parts = 1 if values["seeds"] == 1 else 2  # of one seed there is no deviation
         cells = [" ± ".join(format(x, form) for x in values[name][:parts]) for name, form in names]
-        lines.append(f"| {variant} ({values['seeds']}) | {' | '.join(cells)} |")
-    return "\n".join(lines)
+        rows.append([f"{variant} ({values['seeds']})", *cells])
+    return markdown(["(seeds)", *heads], rows)
 
 
 def draw(runs: dict[str, list[list[dict]]], sides: tuple[int, ...], path: Path) -> None:

@@ -44,6 +44,7 @@ from var_jax.training.transformer_task import NextTokenTask, TransformerTask
 from var_jax.transformer.flops import generation_flops
 
 FLAGS = flags.FLAGS
+TOKENIZERS = {"next_scale": "maps", "next_token": "map"}  # directory of the tokenizer of each task
 EVALUATIONS = 8  # of each run, at equal distances
 TIMED = 100  # images made at once to time sampling
 
@@ -66,20 +67,22 @@ def folder(system: str) -> str:
     return system.replace(", ", "-")
 
 
-def asked(known: Iterable[str]) -> list[str]:
+def named(folders: list[str] | None, known: Iterable[str]) -> list[str]:
     """The systems that --systems names by their directories; all that are known where it names none.
 
     Raises:
       UsageError: on one that is not known.
     """
-    chosen = {folder(system): system for system in known}
-    if unknown := sorted(set(FLAGS.systems or ()) - set(chosen)):
-        raise app.UsageError(f"--systems must be among {', '.join(chosen)}; found {', '.join(unknown)}")
-    return [chosen[name] for name in FLAGS.systems or chosen]
+    systems = {folder(system): system for system in known}
+    if unknown := sorted(set(folders or ()) - set(systems)):
+        raise app.UsageError(f"--systems must be among {', '.join(systems)}; found {', '.join(unknown)}")
+    return [systems[name] for name in folders or systems]
 
 
-def prepared(config: ConfigDict, out: Path) -> dict[bool, ConfigDict]:
-    """What systems are variants of, with tokenizer and tokens: next_scale (True) and next_token (False).
+def bases_of(config: ConfigDict, out: Path) -> dict[str, ConfigDict]:
+    """The stages that all systems are variants of, next_scale and next_token, each by its name.
+
+    Their tokenizers are trained and their data is encoded, under OUT/tokenizers; what is there is taken.
 
     Raises:
       ValueError: on a config without the stages tokenizer and next_scale.
@@ -87,10 +90,10 @@ def prepared(config: ConfigDict, out: Path) -> dict[bool, ConfigDict]:
     if "stages" not in config or not {"tokenizer", "next_scale"} <= set(config.stages):
         raise ValueError("--config must have the stages tokenizer and next_scale, as configs/digits.py has")
     flat = next_token.flattened(config)
-    found = {True: (config, config.next_scale, "maps"), False: (flat, flat.next_token, "map")}
-    for whole, stage, name in found.values():
-        prepare(stage, whole.tokenizer, out / "tokenizers" / name)
-    return {is_var: stage for is_var, (_, stage, _) in found.items()}
+    bases = {"next_scale": config.next_scale, "next_token": flat.next_token}
+    for task, trains in (("next_scale", config.tokenizer), ("next_token", flat.tokenizer)):
+        prepare(bases[task], trains, out / "tokenizers" / TOKENIZERS[task])
+    return bases
 
 
 def task_of(stage: ConfigDict) -> TransformerTask:
@@ -98,10 +101,10 @@ def task_of(stage: ConfigDict) -> TransformerTask:
     return stages.build_task(stage, Path(stage.tokenizer), stages.open_sources(stage)[0])[0]
 
 
-def experiment(stages_of: dict[bool, ConfigDict], system: str, seed: int, budget: float) -> ConfigDict:
+def experiment(bases: dict[str, ConfigDict], system: str, seed: int, budget: float) -> ConfigDict:
     """Config of one run: a system, trained for so many FLOPs an image of a batch."""
     fields = TRAINABLE[system]
-    stage = stages_of["order" not in fields].copy_and_resolve_references()
+    stage = bases["next_token" if "order" in fields else "next_scale"].copy_and_resolve_references()
     stage.model.update(fields)
     stage.seed = seed
     steps = max(round(budget / task_of(stage).flops_per_image()), 1)
@@ -174,7 +177,7 @@ def reconstructed(stage: ConfigDict, jury: Jury) -> dict:
     """What becomes of held-out images in the tokenizer of a stage: the most that a system on it can reach."""
     tokenizer = var_jax.load_tokenizer(stage.tokenizer)
     again = tokenizer.decode(tokenizer.encode(jury.held_out.astype(np.float32) / 255))
-    error = ((again - jury.held_out / 255) ** 2).mean((1, 2, 3))
+    error = np.maximum(((again - jury.held_out / 255) ** 2).mean((1, 2, 3)), 1e-10)
     figures = jury.figures(to_uint8(again), jury.held_out_labels)
     return {"tokens": task_of(stage).config.length, "psnr": float((-10 * np.log10(error)).mean()), **figures}
 
@@ -182,30 +185,42 @@ def reconstructed(stage: ConfigDict, jury: Jury) -> dict:
 def main(argv):
     if len(argv) > 1:
         raise app.UsageError(f"unknown arguments {argv[1:]}")
-    systems, seeds, out = asked(SYSTEMS), command_line.numbers("seeds", int), Path(FLAGS.out)
+    systems, seeds = named(FLAGS.systems, SYSTEMS), command_line.numbers("seeds", int)
+    out = Path(FLAGS.out)
     command_line.start()
     try:
-        bases = prepared(FLAGS.config, out)
-    except (FileNotFoundError, ValueError) as error:  # the message names what is missing
+        found = compared(bases_of(FLAGS.config, out), systems, seeds, out, FLAGS.steps, FLAGS.per_class)
+    except (FileNotFoundError, ValueError) as error:  # the message names what is missing or differs
         sys.exit(f"compare: {error}")
-    found = compared(bases, systems, seeds, out)
     (out / "compare.json").write_text(json.dumps(found, indent=1))
     (out / "compare.md").write_text(compare_report.table(found) + "\n")
     compare_report.draw_losses(found["systems"], out / "compare.png")
-    compare_report.draw_samples({name: out / folder(name) for name in systems}, out / "samples.png")
+    first = {name: out / folder(name) / str(seeds[0]) for name in systems}
+    compare_report.draw_samples(first, out / "samples.png")
     print((out / "compare.md").read_text() + f"\nheld-out loss: {out / 'compare.png'}, {out / 'samples.png'}")
 
 
-def compared(bases: dict[bool, ConfigDict], systems: list[str], seeds: list[int], out: Path) -> dict:
-    """Trains what is not trained yet, and judges it: figures of each tokenizer, and each system and seed."""
-    task = task_of(bases[True])
-    budget, data = FLAGS.steps * task.flops_per_image(), bases[True].data
-    jury = Jury(*(pictures_of(bases[True], task.image_size, s) for s in (data.train_split, data.eval_split)))
+def compared(
+    bases: dict[str, ConfigDict], systems: list[str], seeds: list[int], out: Path, steps: int, per_class: int
+) -> dict:
+    """Trains what is not trained yet, and judges it: figures of each tokenizer, and each system and seed.
+
+    Args:
+      bases: as `bases_of` gives them.
+      systems: some of `TRAINABLE`.
+      seeds: each system's runs.
+      out: directory of the runs.
+      steps: of VAR; the others take as many as cost the same.
+      per_class: samples of each class, to judge a run by.
+    """
+    base = bases["next_scale"]
+    task = task_of(base)
+    budget = steps * task.flops_per_image()
+    splits = (base.data.train_split, base.data.eval_split)
+    jury = Jury(*(pictures_of(base, task.image_size, split) for split in splits))
     found = {
         "held_out": jury.figures(jury.held_out, jury.held_out_labels),
-        "tokenizers": {
-            name: reconstructed(bases[is_var], jury) for name, is_var in (("maps", 1), ("map", 0))
-        },
+        "tokenizers": {TOKENIZERS[name]: reconstructed(stage, jury) for name, stage in bases.items()},
         "systems": {system: {} for system in systems},
     }
     runs = [(system, seed) for seed in seeds for system in systems]
@@ -213,7 +228,7 @@ def compared(bases: dict[bool, ConfigDict], systems: list[str], seeds: list[int]
         print(f"--- {system}, seed {seed} ({i + 1} of {len(runs)})", flush=True)
         stage, workdir = experiment(bases, system, seed, budget), out / folder(system) / str(seed)
         stages.run(stage, workdir)
-        judged = judge(workdir, stage, jury, FLAGS.per_class)
+        judged = judge(workdir, stage, jury, per_class)
         found["systems"][system][str(seed)] = judged
         print(compare_report.line(system, judged), flush=True)
     return found

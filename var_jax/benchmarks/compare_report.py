@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 from matplotlib import pyplot as plt
 
+from var_jax.benchmarks.tables import markdown, over_seeds
 from var_jax.sampling import pictures
 
 # Heading, key, format, factor.
@@ -12,7 +13,7 @@ COLUMNS = (
     ("parameters, M", "parameters", ".2f", 1e-6),
     ("steps", "steps", ".0f", 1),
     ("training, TFLOP", "training_flops", ".1f", 1e-12),
-    ("held-out, bits a pixel", "bits_per_pixel", ".3f", 1),
+    ("least held-out, bits a pixel", "bits_per_pixel", ".3f", 1),
     ("at the end", "last_bits_per_pixel", ".3f", 1),
     ("called right", "called_right", ".1%", 1),
     ("Fréchet", "frechet", ".2f", 1),
@@ -24,6 +25,9 @@ COLUMNS = (
 )
 TOKENIZER_COLUMNS = (("tokens", "tokens", ".0f", 1), ("PSNR, dB", "psnr", ".2f", 1))
 WHOSE = {"maps": "VAR", "map": "next-token"}
+NOTE = """\
+Bits a pixel are of the tokens of two tokenizers: next-token of one map, VAR of all its maps. Least: of all
+evaluations, so that the held-out images chose it."""
 SAME = {"parameters", "steps", "training_flops", "sampling_steps", "sampling_flops"}  # for all seeds
 
 
@@ -35,32 +39,28 @@ def line(system: str, run: dict) -> str:
 
 def table(found: dict) -> str:
     """Markdown: a system a row, mean and standard deviation over its seeds; then the tokenizers."""
-    rows = [f"| system | {' | '.join(head for head, *_ in COLUMNS)} |", "| --- " * (len(COLUMNS) + 1) + "|"]
-    for system, runs in found["systems"].items():
-        rows.append(f"| {system} | {' | '.join(_cell(list(runs.values()), *column) for column in COLUMNS)} |")
-    rows += [
-        "",
-        "Bits a pixel are of the tokens of two tokenizers: next-token of one map, VAR of all its maps.",
-        "",
+    systems = [
+        [system, *(_cell(list(runs.values()), *column) for column in COLUMNS)]
+        for system, runs in found["systems"].items()
     ]
-    heads = [*TOKENIZER_COLUMNS, *(column for column in COLUMNS if column[1] in found["held_out"])]
-    rows += [
-        f"| held-out images | {' | '.join(head for head, *_ in heads)} |",
-        "| --- " * (len(heads) + 1) + "|",
-    ]
+    columns = [*TOKENIZER_COLUMNS, *(column for column in COLUMNS if column[1] in found["held_out"])]
     through = {"as they are": found["held_out"]}
     through |= {f"through the tokenizer of {WHOSE[name]}": of for name, of in found["tokenizers"].items()}
-    for name, of in through.items():
-        cells = (f"{of[key] * factor:{form}}" if key in of else "" for _, key, form, factor in heads)
-        rows.append(f"| {name} | {' | '.join(cells)} |")
-    return "\n".join(rows)
+    tokenizers = [
+        [name, *(f"{of[key] * factor:{form}}" if key in of else "" for _, key, form, factor in columns)]
+        for name, of in through.items()
+    ]
+    return "\n\n".join(
+        (
+            markdown(["system", *(head for head, *_ in COLUMNS)], systems),
+            NOTE,
+            markdown(["held-out images", *(head for head, *_ in columns)], tokenizers),
+        )
+    )
 
 
 def _cell(runs: list[dict], _, key: str, form: str, factor: float) -> str:
-    values = np.array([run[key] for run in runs]) * factor
-    if key in SAME or len(runs) == 1:
-        return format(values[0], form)
-    return f"{values.mean():{form}} ± {values.std(ddof=1):{form}}"
+    return over_seeds([run[key] * factor for run in (runs[:1] if key in SAME else runs)], form)
 
 
 def draw_losses(systems: dict[str, dict], path: Path) -> None:
@@ -84,10 +84,10 @@ def draw_losses(systems: dict[str, dict], path: Path) -> None:
 
 
 def draw_samples(systems: dict[str, Path], path: Path, shown: int = 20) -> None:
-    """Samples of the first seed of every system, by its directory: a row each, class by class."""
+    """Samples of a run of every system, by its directory: a row each, class by class."""
     rows, names = [], []
     for system, directory in systems.items():
-        with np.load(min(directory.glob("*/samples.npz"))) as samples:
+        with np.load(directory / "samples.npz") as samples:
             images, per_class = samples["arr_0"], len(samples["arr_0"]) // (samples["arr_1"].max() + 1)
         classes = len(images) // per_class
         each = max(shown // classes, 1)
@@ -95,11 +95,13 @@ def draw_samples(systems: dict[str, Path], path: Path, shown: int = 20) -> None:
         rows.append(some.reshape(-1, *images.shape[1:]))
         names.append(system)
     picture = np.asarray(pictures.grid(np.concatenate(rows), columns=len(rows[0])))
-    figure, axis = plt.subplots(figsize=(12, 0.58 * len(rows) + 0.2), layout="constrained")
+    figure = plt.figure(figsize=(10, 10 * picture.shape[0] / picture.shape[1]))
+    axis = figure.add_axes([0, 0, 1, 1])
     axis.imshow(picture)
     height = picture.shape[0] / len(rows)
     axis.set_yticks([height * (i + 0.5) for i in range(len(rows))], names)
     axis.set_xticks([])
+    axis.tick_params(length=0)
     axis.spines[:].set_visible(False)
-    figure.savefig(path, dpi=90)
+    figure.savefig(path, dpi=100, bbox_inches="tight")
     plt.close(figure)

@@ -8,6 +8,8 @@ import numpy as np
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
+from var_jax.benchmarks.tables import markdown
+
 KINDS = ("paper", "counted", "seconds")
 # A colour a scheme; full lines and dots without a cache.
 STYLES = {
@@ -57,11 +59,6 @@ def _short(value: float | None) -> str:
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
-def _table(heads: list[str], rows: list[list[str]]) -> str:
-    lines = [f"| {' | '.join(cells)} |" for cells in (heads, *rows)]
-    return "\n".join([lines[0], "| --- " * len(heads) + "|", *lines[1:]])
-
-
 def report(found: dict) -> str:
     """Markdown: FLOPs and seconds, a size a row, and the exponents, a system a row."""
     systems = list(found["exponents"])
@@ -90,11 +87,11 @@ def report(found: dict) -> str:
         [
             what,
             "GFLOPs of an image, as XLA counts them (in brackets: on paper)",
-            _table(["n", *systems], work),
+            markdown(["n", *systems], work),
             "Steps, of how many positions in all, and seconds of an image",
-            _table(["n", "steps, next-token", "steps, next-scale", *(f"{s}, s" for s in systems)], times),
+            markdown(["n", "steps, next-token", "steps, next-scale", *(f"{s}, s" for s in systems)], times),
             f"Fitted exponents of n (of FLOPs: over n = {last})",
-            _table(["", "theory", "on paper", "counted", "seconds", "seconds over n ="], fits),
+            markdown(["", "theory", "on paper", "counted", "seconds", "seconds over n ="], fits),
         ]
     )
 

@@ -47,7 +47,7 @@ VAR_WAYS = WAYS | {
     "; encoded at once": (known_part.touched, True),
     "; as inpaint does": (known_part.published, True),
 }
-SHOWN = 4  # images in the picture, the first of every so manieth class
+SHOWN = 4  # images in the picture, the the first image of classes at equal distances
 
 
 def psnr(made: np.ndarray, truth: np.ndarray, where: np.ndarray) -> float:
@@ -71,20 +71,20 @@ def figures_of(made: np.ndarray, truth: np.ndarray, mask: np.ndarray, right: np.
 
 
 def bounds(
-    bases: dict[bool, ConfigDict], classifier: Classifier, images: np.ndarray, labels: np.ndarray
+    bases: dict[str, ConfigDict], classifier: Classifier, images: np.ndarray, labels: np.ndarray
 ) -> dict:
     """Rows beside the systems, by task: whole images through the tokenizers, and images with nothing made.
 
     Args:
-      bases: of `compare.prepared`.
+      bases: as `compare.bases_of` gives them.
       images: held out, uint8 [N, H, W, 3].
       labels: int [N].
     """
     whole = {}
-    for name, is_var in (("tokenizer, all maps (VAR)", True), ("tokenizer, one map (next-token)", False)):
-        tokenizer = var_jax.load_tokenizer(bases[is_var].tokenizer)
-        again = tokenizer.decode(tokenizer.encode(images.astype(np.float32) / 255))
-        whole[name] = to_uint8(again)
+    names = {"next_scale": "tokenizer, all maps (VAR)", "next_token": "tokenizer, one map (next-token)"}
+    for task, name in names.items():
+        tokenizer = var_jax.load_tokenizer(bases[task].tokenizer)
+        whole[name] = to_uint8(tokenizer.decode(tokenizer.encode(images.astype(np.float32) / 255)))
     found = {}
     for task, mask in known_part.masks(images.shape[1]).items():
         rows = {**whole, "nothing made": known_part.painted_over(images, mask)}
@@ -154,12 +154,12 @@ def judge(workdir: Path, stage: ConfigDict, ways: dict, held_out: tuple, classif
 
 
 def compared(
-    bases: dict[bool, ConfigDict], systems: list[str], seeds: list[int], out: Path, steps: int, draws: int
+    bases: dict[str, ConfigDict], systems: list[str], seeds: list[int], out: Path, steps: int, draws: int
 ) -> tuple[dict, dict]:
     """Trains what is not there yet, and lets every run make the unknown parts.
 
     Args:
-      bases: of `compare.prepared`.
+      bases: as `compare.bases_of` gives them.
       systems: some of `SYSTEMS`.
       seeds: each system's runs.
       out: directory of the runs.
@@ -169,12 +169,11 @@ def compared(
     Returns:
       All figures; and by task and name, pictures uint8 [SHOWN, H, W, 3] of a few images, the truth first.
     """
-    task = compare.task_of(bases[True])
-    data, budget = bases[True].data, steps * task.flops_per_image()
-    seen, held_out = (
-        compare.pictures_of(bases[True], task.image_size, split)
-        for split in (data.train_split, data.eval_split)
-    )
+    base = bases["next_scale"]
+    task = compare.task_of(base)
+    budget = steps * task.flops_per_image()
+    splits = (base.data.train_split, base.data.eval_split)
+    seen, held_out = (compare.pictures_of(base, task.image_size, split) for split in splits)
     classifier, (images, labels) = Classifier(*seen), held_out
     found = {
         "images": len(images),
@@ -205,13 +204,14 @@ def compared(
 def main(argv):
     if len(argv) > 1:
         raise app.UsageError(f"unknown arguments {argv[1:]}")
-    systems, seeds, out = compare.asked(SYSTEMS), command_line.numbers("seeds", int), Path(FLAGS.out)
+    systems, seeds = compare.named(FLAGS.systems, SYSTEMS), command_line.numbers("seeds", int)
+    out = Path(FLAGS.out)
     command_line.start()
     try:
-        bases = compare.prepared(FLAGS.config, out)
-    except (FileNotFoundError, ValueError) as error:  # the message names what is missing
+        bases = compare.bases_of(FLAGS.config, out)
+        found, pictures = compared(bases, systems, seeds, out, FLAGS.steps, FLAGS.draws)
+    except (FileNotFoundError, ValueError) as error:  # the message names what is missing or differs
         sys.exit(f"generality: {error}")
-    found, pictures = compared(bases, systems, seeds, out, FLAGS.steps, FLAGS.draws)
     (out / "generality.json").write_text(json.dumps(found, indent=1))
     (out / "generality.md").write_text(generality_report.tables(found) + "\n")
     generality_report.draw(pictures, out / "generality.png")

@@ -1,6 +1,5 @@
 """Tables and picture of `benchmarks.generality`."""
 
-import re
 from pathlib import Path
 
 import numpy as np
@@ -8,6 +7,7 @@ from matplotlib import pyplot as plt
 from matplotlib.patches import Rectangle
 
 from var_jax.benchmarks import known_part
+from var_jax.benchmarks.tables import markdown, over_seeds
 
 # Heading, key, format.
 COLUMNS = (
@@ -36,30 +36,22 @@ def line(system: str, figures: dict) -> str:
 
 def tables(found: dict) -> str:
     """Markdown: a table a task, a system a row, mean and standard deviation over its seeds."""
-    lines = []
+    parts = []
     for task, title in TASKS.items():
-        lines += [f"{title} ({found['images']} held-out images, {found['draws']} draws of each):", ""]
-        lines += [
-            f"| system | {' | '.join(head for head, *_ in COLUMNS)} |",
-            "| --- " * (len(COLUMNS) + 1) + "|",
-        ]
+        parts.append(f"{title} ({found['images']} held-out images, {found['draws']} draws of each):")
         rows = {name: [run[task] for run in runs.values()] for name, runs in found["systems"].items()}
         rows |= {name: [figures] for name, figures in found["bounds"][task].items()}
         rows["held-out images"] = [{"right": found["classifier_right"]}]
         rows["the most frequent class"] = [{"right": found["chance"]}]
-        for name, runs in rows.items():
-            lines.append(f"| {name} | {' | '.join(_cell(runs, *column) for column in COLUMNS)} |")
-        lines.append("")
-    return "\n".join(lines).rstrip()
+        cells = [[name, *(_cell(runs, *column) for column in COLUMNS)] for name, runs in rows.items()]
+        parts.append(markdown(["system", *(head for head, *_ in COLUMNS)], cells))
+    return "\n\n".join(parts)
 
 
 def _cell(runs: list[dict], _, key: str, form: str) -> str:
     if key not in runs[0]:
         return ""
-    values = np.array([run[key] for run in runs])
-    if key == "seen" or len(runs) == 1:
-        return format(values[0], form)
-    return f"{values.mean():{form}} ± {values.std(ddof=1):{form}}"
+    return over_seeds([run[key] for run in (runs[:1] if key == "seen" else runs)], form)
 
 
 def draw(pictures: dict[str, dict[str, np.ndarray]], path: Path) -> None:
@@ -83,14 +75,15 @@ def draw(pictures: dict[str, dict[str, np.ndarray]], path: Path) -> None:
                 canvas[y : y + side * scale, x : x + side * scale] = image.repeat(scale, 0).repeat(scale, 1)
                 outlines.append((x, y, mask) if column > 1 else None)
         middles.append(top + (shown * step - GAP) / 2)
-    figure, axis = plt.subplots(figsize=(canvas.shape[1] / 70, height / 70))
+    figure = plt.figure(figsize=(canvas.shape[1] / 70, height / 70))
+    axis = figure.add_axes([0, 0, 1, 1])
     axis.imshow(canvas, interpolation="none")
     for x, y, mask in filter(None, outlines):
         axis.add_patch(_outline(x, y, mask, scale))
     axis.set_yticks(middles, [TASKS[task].replace(" from", "\nfrom") for task in pictures])
     centres = (np.arange(len(names)) + 0.5) * step - GAP / 2
-    labels = [re.sub("[;,]? ", "\n", name.replace(", learned_1d", "")) for name in names]
-    axis.set_xticks(centres, labels, fontsize=8)
+    labels = [name.replace(", learned_1d", "").replace("; ", ";\n") for name in names]
+    axis.set_xticks(centres, labels, fontsize=8, rotation=90)
     axis.xaxis.tick_top()
     axis.tick_params(length=0)
     axis.spines[:].set_visible(False)

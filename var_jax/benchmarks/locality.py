@@ -30,6 +30,7 @@ from matplotlib.collections import LineCollection
 
 import var_jax
 from var_jax import command_line
+from var_jax.benchmarks.tables import markdown
 from var_jax.data.loader import train_batches
 from var_jax.data.sources import DataSetMissing, Source, open_source
 from var_jax.data.transforms import CorruptImage, ToPixels
@@ -39,6 +40,7 @@ from var_jax.evaluation.locality import (
     group_codes,
     mutual_information,
     neighbour_distances,
+    position_entropy,
 )
 from var_jax.orders import ORDERS, order
 from var_jax.tokenizer.quantizer import Quantizer
@@ -104,12 +106,11 @@ def information(tokenizer: var_jax.LoadedTokenizer, tokens: np.ndarray) -> dict:
     counts = np.bincount(tokens.ravel(), minlength=tokenizer.num_codes)
     groups = group_codes(np.asarray(quantizer.codes, np.float32), counts, GROUPS)
     bits, side = mutual_information(groups[tokens]), tokenizer.scales[-1]
-    shares = np.bincount(groups[tokens].ravel()) / tokens.size
     return {
         "images": len(tokens),
         "side": side,
         "groups": len(np.unique(groups[tokens])),
-        "entropy": float(-(shares * np.log2(np.maximum(shares, 1e-30))).sum()),
+        "entropy": float(position_entropy(groups[tokens]).mean()),
         "image": by_image_distance(bits, side).tolist(),
         "lag": {name: by_lag(bits, order(name, side)).tolist() for name in ORDERS},
     }
@@ -118,28 +119,27 @@ def information(tokenizer: var_jax.LoadedTokenizer, tokens: np.ndarray) -> dict:
 def distance_table(side: int, apart: dict) -> str:
     """Markdown, an order a row."""
     kinds = ("horizontal", "vertical", "both")
-    lines = [
-        f"Distance in the sequence of neighbours in a {side} x {side} map: mean / 95th percentile / maximum",
-        "",
+    title = (
+        f"Distance in the sequence of neighbours in a {side} x {side} map: mean / 95th percentile / maximum"
+    )
+    rows = [
+        [name, *(" / ".join(f"{x:.4g}" for x in summary(found[kind]).values()) for kind in kinds)]
+        for name, found in apart.items()
     ]
-    lines += [f"| order | {' | '.join(kinds)} |", "| --- " * 4 + "|"]
-    for name, found in apart.items():
-        cells = [" / ".join(f"{x:.4g}" for x in summary(found[kind]).values()) for kind in kinds]
-        lines.append(f"| {name} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+    return f"{title}\n\n{markdown(['order', *kinds], rows)}"
 
 
 def information_table(found: dict) -> str:
     """Markdown: a row for distance in the image, and one for the distance in each sequence."""
     at = [2**k for k in range(found["side"] ** 2) if 2**k < found["side"] ** 2]
     title = f"Mutual information of two tokens, in bits, by their distance ({found['images']} images of "
-    title += f"{found['data']}, {found['side']} x {found['side']} map, {found['groups']} groups of codes of "
-    title += f"{found['entropy']:.2f} bits)"
-    lines = [title, "", f"| distance | {' | '.join(map(str, at))} |", "| --- " * (len(at) + 1) + "|"]
-    for name, values in {"in the image": found["image"], **found["lag"]}.items():
-        cells = [f"{values[d - 1]:.3f}" if d <= len(values) else "" for d in at]
-        lines.append(f"| {name} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+    title += f"{found['data']}, {found['side']} x {found['side']} map, {found['groups']} groups of codes, "
+    title += f"{found['entropy']:.2f} bits at a place on average)"
+    rows = [
+        [name, *(f"{values[d - 1]:.3f}" if d <= len(values) else "" for d in at)]
+        for name, values in {"in the image": found["image"], **found["lag"]}.items()
+    ]
+    return f"{title}\n\n{markdown(['distance', *map(str, at)], rows)}"
 
 
 def draw_orders(side: int, apart: dict, path: Path) -> None:

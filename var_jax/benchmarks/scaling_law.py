@@ -28,6 +28,7 @@ from ml_collections import ConfigDict, config_flags
 
 from var_jax import command_line, stages
 from var_jax.benchmarks import prepared, scaling_law_report
+from var_jax.benchmarks.subject import next_scale_stage
 from var_jax.training.checkpoint import FOLDER, load_config
 from var_jax.training.logging import read_metrics
 from var_jax.transformer.config import NextScaleConfig
@@ -39,26 +40,15 @@ EMA = 0.99999
 FEWEST = 3  # sizes: L = (a N)^b + c has three parameters
 
 
-def next_scale_stage(config: ConfigDict) -> tuple[ConfigDict, ConfigDict | None]:
-    """The stage next_scale of a config, and its tokenizer stage where it has one.
-
-    Raises:
-      ValueError: where it has no next_scale.
-    """
-    found = {stage.task: stage for stage in stages.stages_of(config)}
-    if "next_scale" not in found:
-        raise ValueError(f"--config must have a stage next_scale; this one has {', '.join(found)}")
-    return found["next_scale"], found.get("tokenizer")
-
-
 def prepare(config: ConfigDict, out: Path, crops: int) -> ConfigDict:
     """The stage next_scale, with its tokenizer trained and its data encoded; what is there is taken as it is.
 
     Raises:
-      ValueError: where there is neither a tokenizer nor a stage that trains one, or several processes
-        would have to encode.
+      ValueError: where there is no such stage, neither a tokenizer nor a stage that trains one, or several
+        processes would have to encode.
     """
-    stage, trains = next_scale_stage(config)
+    stage = next_scale_stage(config)
+    trains = {found.task: found for found in stages.stages_of(config)}.get("tokenizer")
     if trains is not None and not stage.data.tokens:  # cut out as for the tokenizer
         stage.data.update({name: trains.data[name] for name in ("resize", "flip", "shift")})
     prepared.prepare(stage, trains, out, crops)

@@ -14,6 +14,7 @@ import numpy as np
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
+from var_jax.benchmarks.tables import markdown
 from var_jax.evaluation.power_law import PowerLaw, bootstrap, fit_power_law, frontier
 
 QUANTITIES = {
@@ -115,16 +116,15 @@ def _finite(tree):
 
 def tables(result: dict) -> str:
     """Markdown: the sizes and what they reached, the fits beside the published ones, and how to read them."""
-    heads = ["depth", "width", "seed", "N", "PFlop", "steps", "best at", *QUANTITIES.values()]
-    lines = [heads, ["---"] * len(heads)]
+    heads, lines = ["depth", "width", "seed", "N", "PFlop", "steps", "best at", *QUANTITIES.values()], []
     for run in result["runs"]:
         best = run["step"][int(np.argmin(run["loss"]))]
         cells = [run["depth"], run["width"], run["seed"], f"{run['N']:,}", f"{compute(run)[-1] / 1e15:.3g}"]
         cells += [run["step"][-1], best, *(f"{best_so_far(run, name)[-1]:.4f}" for name in QUANTITIES)]
         lines.append([str(cell) for cell in cells])
-    sizes = _markdown(lines)
+    sizes = markdown(heads, lines)
     heads = ["of", "against", "points", "fit", "b, 95%", "c, 95%", "Pearson", "b where c = 0", "published"]
-    lines = [heads, ["---"] * len(heads)]
+    lines = []
     for against, fits in result["fits"].items():
         for name, found in fits.items():
             if found is None:
@@ -136,7 +136,7 @@ def tables(result: dict) -> str:
             theirs = f"({theirs[0]:g} {against})^{theirs[1]:g}" if theirs else ""
             numbers = [_number(found["pearson"], ".4f"), f"{found['b_alone']:.3f}", theirs]
             lines.append([QUANTITIES[name], against, str(found["points"]), law, *ends, *numbers])
-    return f"{sizes}\n\n{_markdown(lines)}\n\n{NOTES}"
+    return f"{sizes}\n\n{markdown(heads, lines)}\n\n{NOTES}"
 
 
 NOTES = """\
@@ -149,15 +149,12 @@ Against N: each run at its end. Against C: the frontier, the least that any run 
 compute, without the first tenth of each run, at most 10 points a decade.
 
 Least squares of the logarithm, c >= 0. Intervals: bootstrap draws of whole runs; they know nothing of
-other data, tokenizers or recipes. Pearson: log(L - c) with log x.
+other data, tokenizers or recipes. A draw that lacks a size has a worse frontier where that size was
+best: against C the intervals lie to one side. Pearson: log(L - c) with log x.
 
 Published: ImageNet, 12 models of 18.5M to 2.0B; cross-entropy less 4.5 (last map) or 5 (all), error as it
 is; Pearson about -0.998 and -0.99.
 """
-
-
-def _markdown(lines: list[list[str]]) -> str:
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def _number(value: float | None, form: str = ".3g") -> str:

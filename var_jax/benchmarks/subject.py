@@ -5,6 +5,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+from var_jax.stages import stages_of
 from var_jax.tokenizer.config import TokenizerConfig
 from var_jax.tokenizer.model import Tokenizer
 from var_jax.training.task import compute_dtype, model_config
@@ -20,17 +21,15 @@ def next_scale_stage(config: ConfigDict) -> ConfigDict:
     Raises:
       ValueError: where it has none.
     """
-    stages = [config] if "task" in config else [config[name] for name in config.stages]
-    found = {stage.task: stage for stage in stages}
+    found = {stage.task: stage for stage in stages_of(config)}
     if "next_scale" not in found:
-        raise ValueError(f"a config with a stage next_scale is needed; this has {', '.join(found)}")
+        raise ValueError(f"--config must have a stage next_scale; this one has {', '.join(found)}")
     return found["next_scale"]
 
 
 def tokenizer_of(config: ConfigDict, dtype: jnp.dtype) -> Tokenizer:
     """The tokenizer that a config trains too, else the published one."""
-    stages = [] if "task" in config else [config[name] for name in config.stages]
-    own = [stage.model for stage in stages if stage.task == "tokenizer"]
+    own = [stage.model for stage in stages_of(config) if stage.task == "tokenizer"]
     scales = next_scale_stage(config).scales
     fields = {"scales": scales} if scales else {}
     return Tokenizer(model_config(TokenizerConfig, own[0]) if own else TokenizerConfig(**fields), dtype)

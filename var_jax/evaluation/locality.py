@@ -83,12 +83,25 @@ def mutual_information(symbols: np.ndarray, seed: int = 0) -> np.ndarray:
     return _plug_in(symbols) - chance
 
 
+def position_entropy(symbols: np.ndarray) -> np.ndarray:
+    """What a symbol says of its image at each position, in bits: the most that it can share with another.
+
+    Args:
+      symbols: int [N, P], from 0 up.
+
+    Returns:
+      float64 [P], by the frequencies at each position over the images.
+    """
+    shares = np.stack([(symbols == symbol).mean(0) for symbol in range(int(symbols.max()) + 1)])
+    return _entropy(shares, axes=0)
+
+
 def _plug_in(symbols: np.ndarray) -> np.ndarray:
     """float32 [P, P]: mutual information of the frequencies, in bits, with its bias."""
     images, positions = symbols.shape
     num = int(symbols.max()) + 1
     one_hot = (symbols[..., None] == np.arange(num)).astype(np.float32).reshape(images, positions * num)
-    entropy = _entropy(one_hot.mean(0).reshape(positions, num), axes=1)
+    entropy = position_entropy(symbols)
     found = np.empty((positions, positions), np.float32)
     rows = max(1, CELLS // (num * num * positions))
     for first in range(0, positions, rows):

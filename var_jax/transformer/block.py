@@ -90,6 +90,8 @@ class Modulation(nn.Module):
 class SelfAttention(nn.Module):
     """Multi-head self-attention: over all positions under the mask of the architecture, or, with a cache, of
     new positions to all cached ones and themselves.
+
+    Takes x [B, n, D], the number of the layer, the cache and the view; returns [B, n, D] and the cache.
     """
 
     config: TransformerConfig

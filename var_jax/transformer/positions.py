@@ -29,7 +29,8 @@ from var_jax.scales import Scales
 ABSOLUTE = ("learned_1d", "learned_2d", "sinusoidal_2d")
 RELATIVE = ("relative_2d", "rotary_1d", "rotary_2d")
 LONGEST = 10_000  # of the wavelengths of sines and rotations, over 2 pi
-EXACT, HALF = 4, 8  # distances below EXACT have buckets of their own; there are HALF of one sign and 0
+HALF = 8  # buckets of distances 0, 1, ... along an axis; negative ones have HALF - 1 of their own
+EXACT = 4  # distances below this have each a bucket; from there on buckets grow as the logarithm does
 BUCKETS = (2 * HALF - 1) ** 2  # of `relative_2d`
 
 

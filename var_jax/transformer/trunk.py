@@ -45,7 +45,12 @@ class Condition:
 
 
 class Blocks(nn.Module):
-    """All blocks, scanned over a leading axis of their parameters."""
+    """All blocks, scanned over a leading axis of their parameters.
+
+    Takes the residual stream x float32 [B, n, D], the adaLN vectors of all blocks float32 [depth, B, 6, D],
+    how attention tells places, and when tokens are drawn the cache and the first position of x, where that is
+    static.  Returns x and the cache.
+    """
 
     config: TransformerConfig
     dtype: jnp.dtype
@@ -112,6 +117,7 @@ class Trunk(nn.Module):
         self.head = dense(cfg.num_codes, ("embed", "codes"), normal(d, 0.02), self.dtype, None)
 
     def _setup_positions(self, init):
+        """The parameters of positions, float32: tables of width D, or a bias of each bucket and head."""
         cfg = self.config
         if cfg.absolute == "learned_1d":
             self.position_embedding = self.param("position_embedding", init, (cfg.length, cfg.width))
