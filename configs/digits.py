@@ -38,7 +38,7 @@ def get_config() -> ConfigDict:
     config.tokenizer.train.update(dict(weight_decay=0.5, weight_decay_end=0.5))
     config.tokenizer.data.shift = 1
     config.next_scale.model.update(dict(depth=4, width=128, num_heads=4, gamma_init=0.1, drop_path=0.0))
-    config.next_scale.train.update(dict(steps=1400, batch=32, learning_rate=1.6e-2))
+    config.next_scale.train.update(dict(steps=1150, batch=32, learning_rate=1.6e-2))
     config.next_scale.train.update(dict(schedule="cos", end=0.02, ema=0.995))
     config.next_scale.sampling.update(dict(guidance=0.0, top_k=0, top_p=0.0))
     config.next_scale.scales = ()  # those of its own tokenizer
