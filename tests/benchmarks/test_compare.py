@@ -35,7 +35,7 @@ def done(digits_dir, tmp_path_factory):
     flags += ["--steps=4", "--per_class=2", "--systems=raster-learned_1d-axial,VAR-rotary_2d"]
     with (folder / "said").open("w+") as said:
         killed = subprocess.Popen(**python(*flags), stdout=said, stderr=said)
-        while not list(out.glob("VAR-rotary_2d/0/next_scale/checkpoints/2/_CHECKPOINT_METADATA")):
+        while not list(out.glob("VAR-rotary_2d/0/next_scale/checkpoints/2/commit_success.txt")):
             said.seek(0)
             assert killed.poll() is None, said.read()[-2000:]
             time.sleep(0.02)
