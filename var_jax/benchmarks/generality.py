@@ -47,7 +47,7 @@ VAR_WAYS = WAYS | {
     "; encoded at once": (known_part.touched, True),
     "; as inpaint does": (known_part.published, True),
 }
-SHOWN = 4  # images in the picture, the the first image of classes at equal distances
+SHOWN = 4  # images in the picture: the first of each of as many classes, at equal distances
 
 
 def psnr(made: np.ndarray, truth: np.ndarray, where: np.ndarray) -> float:
