@@ -44,7 +44,7 @@ class Toy(Task):
         loss, grads = jax.value_and_grad(loss_fn)(state.params)
         state = apply_gradients(state, grads, self.optimizer, 0.0)
         loss *= jnp.where(state.step == self.high, 100.0, 1.0)
-        return state, {"loss": loss, "gradient_norm": optax.global_norm(grads)}
+        return state, {"loss": loss, "gradient_norm": optax.tree.norm(grads)}
 
     def eval_step(self, params, frozen, batch):
         return {"images": batch["valid"].sum()}

@@ -113,7 +113,7 @@ class Adversary:
             now = jnp.stack([metrics["logits_real"], metrics["logits_fake"]])
             means = MEANS_DECAY * adversary["means"] + (1 - MEANS_DECAY) * now
             params = optax.apply_updates(adversary["params"], updates)
-            metrics["discriminator_gradient_norm"] = optax.global_norm(grads)
+            metrics["discriminator_gradient_norm"] = optax.tree.norm(grads)
             return {"params": params, "opt_state": opt_state, "means": means}, metrics
 
         names = ("discriminator", "logits_real", "logits_fake", "discriminator_gradient_norm")

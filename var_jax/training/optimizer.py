@@ -5,7 +5,6 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 import optax
-from jax.experimental.shard_alike import shard_alike
 from ml_collections import ConfigDict
 
 from var_jax.training import schedule
@@ -64,8 +63,9 @@ def accumulated_gradients(gradient: Callable, params: dict, batch: dict, key: ja
         grads, aux = gradient(params, part_of_batch, jax.random.fold_in(key, i))
         return jax.tree.map(jnp.add, total, grads), aux
 
-    # Split as the parameters are: each part's gradients are scattered before they are added.
-    zeros = jax.tree.map(lambda p: shard_alike(jnp.zeros_like(p), p)[0], params)
+    # Derived from the parameters, so that XLA shards the sum as it shards them: each part's gradients are
+    # scattered before they are added. `zeros_like` would be replicated. (Parameters are finite.)
+    zeros = jax.tree.map(lambda p: p - p, params)
     total, (metrics, outputs) = jax.lax.scan(part, zeros, (jnp.arange(microbatches), parts))
     outputs = jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(-1, *x.shape[2:]), outputs)
     metrics = jax.tree.map(lambda x: x.mean(0), metrics)

@@ -90,7 +90,7 @@ class TokenizerTask(Task):
         state, settle = self.care.follow(state, quantized)
         state = apply_gradients(state, grads, self.optimizer, self.stage.train.ema, settle)
         state, use = self.care.after_step(state, quantized, restart_key)
-        return state, {**metrics, **use, "gradient_norm": optax.global_norm(grads)}
+        return state, {**metrics, **use, "gradient_norm": optax.tree.norm(grads)}
 
     def _features(self, params, images):
         return self.model.apply({"params": params}, to_unit_range(images), method="features")

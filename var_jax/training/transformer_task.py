@@ -111,7 +111,7 @@ class TransformerTask(Task):
             jax.grad(loss_fn, has_aux=True), state.params, parts, key, self.stage.train.accumulate
         )
         state = apply_gradients(state, grads, self.optimizer, self.stage.train.ema)
-        return state, {**metrics, "gradient_norm": optax.global_norm(grads)}
+        return state, {**metrics, "gradient_norm": optax.tree.norm(grads)}
 
     def eval_step(self, params, frozen, batch):
         tokens, inputs = self._tokens(frozen, batch)
