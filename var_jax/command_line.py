@@ -10,13 +10,13 @@ from pathlib import Path
 import jax
 import numpy as np
 from absl import app, flags, logging
-from jax._src import clusters
 
 import var_jax
 from var_jax.interop.tensor_files import SUFFIXES
 from var_jax.sampling.options import SamplingOptions
 
 FLAGS = flags.FLAGS
+NO_CLUSTER = "coordinator_address should be defined"  # what JAX says where it knows no cluster around it
 PER_SCALE = ("guidance", "top_k", "top_p", "temperature", "smooth")
 
 
@@ -72,11 +72,11 @@ def join_hosts() -> None:
     given = [FLAGS.coordinator, FLAGS.num_processes, FLAGS.process_id]
     if None in given and given != [None] * 3:
         raise app.UsageError("several hosts need --coordinator, --num_processes and --process_id, all three")
-    if None in given and not in_cluster():
-        return
     try:
         jax.distributed.initialize(*given, heartbeat_timeout_seconds=FLAGS.host_timeout)
     except (RuntimeError, ValueError) as error:
+        if None in given and str(error).startswith(NO_CLUSTER):
+            return
         named = given[0] or "of process 0, as the cluster names it"
         sys.exit(
             f"{Path(sys.argv[0]).name}: the hosts did not find each other: {error}\n"
@@ -102,12 +102,6 @@ def failing_at_once():
         traceback.print_exc()
         sys.stderr.flush()
         os._exit(1)
-
-
-def in_cluster() -> bool:
-    """Whether JAX knows the cluster that this process was started in, and can find the others by itself."""
-    known = clusters.ClusterEnv._cluster_types
-    return any(not kind.opt_in_only_method and kind.is_env_present() for kind in known)
 
 
 def keep_compiled_programs() -> None:

@@ -203,9 +203,33 @@ def test_hosts_that_do_not_find_each_other_say_what_to_check(monkeypatch):
         command_line.join_hosts()
 
 
+JOIN = """
+import jax
+from absl import app
+from var_jax.command_line import define_host_flags, join_hosts
+define_host_flags()
+def main(_):
+    join_hosts()
+    print(jax.distributed.is_initialized(), jax.process_count())
+app.run(main)
+"""
+
+
 @pytest.mark.parametrize("inside", [True, False])
-def test_a_cluster_that_jax_knows_is_joined_without_flags(monkeypatch, inside):
-    slurm = dict.fromkeys(["JOB_ID", "STEP_NODELIST", "NTASKS", "PROCID", "LOCALID"], "1")
-    for name, value in slurm.items() if inside else ():
-        monkeypatch.setenv(f"SLURM_{name}", value)
-    assert command_line.in_cluster() == inside
+def test_a_cluster_that_jax_knows_is_joined_without_flags_and_none_is_missed(inside):
+    """A SLURM job of one task; and a plain shell, where JAX's own error must keep its words."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    slurm = dict.fromkeys(["NTASKS", "JOB_ID"], "1") | dict.fromkeys(["PROCID", "LOCALID"], "0")
+    slurm |= {"STEP_NODELIST": "localhost", "STEP_NUM_TASKS": "1", "JOB_NUM_NODES": "1"}
+    cluster = {f"SLURM_{name}": value for name, value in slurm.items()} | {"JAX_COORDINATOR_PORT": str(port)}
+    done = subprocess.run(
+        [sys.executable, "-c", JOIN],
+        cwd=REPOSITORY,
+        env={**os.environ, **(cluster if inside else {})},
+        capture_output=True,
+        text=True,
+        timeout=100,
+    )
+    assert done.stdout.split() == [str(inside), "1"], done.stderr[-2000:]
