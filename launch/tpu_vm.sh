@@ -34,7 +34,7 @@ DRY_RUN=${DRY_RUN:-0}
 
 readonly QUEUED=(gcloud compute tpus queued-resources)
 readonly VM=(gcloud compute tpus tpu-vm)
-readonly PACKED=/tmp/var_jax.tar.gz
+readonly UV=0.13.9 # from PyPI
 exec 3>&1 # where dry runs print, also from within $(...)
 
 say() { echo "tpu_vm.sh: $*" >&2; }
@@ -106,15 +106,19 @@ await_slice() {
 }
 
 install() {
-  local there
-  do_it git archive --format=tar.gz --output="$PACKED" HEAD # what is committed, and nothing else
-  do_it "${VM[@]}" scp "$PACKED" "$NAME:" --zone="$ZONE" --worker=all
+  local there folder
+  # A folder of this user alone: at a fixed name in /tmp, others could put their code in its place.
+  folder=$(mktemp -d)
+  # shellcheck disable=SC2064 # this folder, not what the name holds later
+  trap "rm -rf $(printf %q "$folder")" EXIT
+  do_it git archive --format=tar.gz --output="$folder/var_jax.tar.gz" HEAD # what is committed, and nothing else
+  do_it "${VM[@]}" scp "$folder/var_jax.tar.gz" "$NAME:" --zone="$ZONE" --worker=all
   # The images have Python 3.10, too old; uv brings its own.  The sources of gcsfuse are those of its manual.
   # shellcheck disable=SC2016 # expands over there
   there='set -eu
 mkdir -p ~/var_jax ~/gcs
 tar -xzf ~/var_jax.tar.gz -C ~/var_jax
-command -v ~/.local/bin/uv > /dev/null || curl -LsSf https://astral.sh/uv/install.sh | sh
+test -x ~/.local/bin/uv || python3 -m pip install --user --quiet uv=='$UV'
 test -x ~/venv/bin/python || ~/.local/bin/uv venv --quiet --python 3.12 ~/venv
 ~/.local/bin/uv pip install --quiet --python ~/venv/bin/python -e "$HOME/var_jax[tpu]"
 if ! command -v gcsfuse > /dev/null; then

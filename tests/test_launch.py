@@ -142,6 +142,20 @@ def mesh_of(sizes: dict, chips: int) -> types.SimpleNamespace:
     return types.SimpleNamespace(shape=sizes)
 
 
+def test_the_code_travels_through_a_folder_of_this_user_alone_and_nothing_is_piped_into_a_shell(gcloud):
+    (gcloud / "git").write_text(
+        "#!/bin/bash\nfor word; do case $word in --output=*) out=${word#--output=} ;; esac; done\n"
+        'touch "$out"; stat -c %a "$(dirname "$out")" > "$FAKE/mode"\n'
+    )
+    for _ in range(2):
+        assert tpu_vm("install", path=gcloud).returncode == 0
+    asked = (gcloud / "asked").read_text()
+    archives = [Path(path) for path in re.findall(r"vm scp (\S+)", asked)]
+    assert len(set(archives)) == 2 and not any(path.parent.exists() for path in archives)
+    assert (gcloud / "mode").read_text() == "700\n"
+    assert not re.search(r"\|\s*(ba)?sh\b", asked) and "uv==" in asked
+
+
 def test_on_demand_and_flags_of_your_own(gcloud):
     assert "--spot" not in tpu_vm("create", DRY_RUN="1", SPOT="0").stdout
     assert "digits.py" in tpu_vm("run", DRY_RUN="1", TRAIN_FLAGS="--config=configs/digits.py").stdout

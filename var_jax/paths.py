@@ -1,7 +1,7 @@
 """Paths that users give: local ones, and URLs such as gs://bucket/run.
 
-Whatever can live in object storage (runs, data sets, token caches, samples) goes through `as_path`; whatever
-cannot (compile cache, temporary files, files that are memory-mapped) through `local_path`, which refuses a URL.
+Whatever can live in object storage (runs, data sets, token caches) goes through `as_path`; whatever cannot
+(the compile cache, temporary files, files that are memory-mapped) through `local_path`, which refuses a URL.
 """
 
 import os
