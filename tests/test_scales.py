@@ -2,6 +2,8 @@ import numpy as np
 import pytest
 
 from var_jax.scales import SCALES_256, SCALES_512, Scales
+from var_jax.tokenizer.config import TokenizerConfig
+from var_jax.transformer.config import NextScaleConfig
 
 
 def test_positions_of_the_published_schedules():
@@ -50,3 +52,8 @@ def test_nonsense_is_an_error_that_says_so(sides, message):
 def test_last_side_must_be_the_feature_side():
     with pytest.raises(ValueError, match="found 4, the features are 8 x 8"):
         Scales((1, 4)).check_feature_side(8)
+
+
+@pytest.mark.parametrize("config", [NextScaleConfig(), TokenizerConfig()])
+def test_the_tables_of_a_config_are_built_once(config):
+    assert config.schedule is config.schedule and config.schedule.mask is config.schedule.mask

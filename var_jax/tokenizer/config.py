@@ -1,6 +1,7 @@
 """Hyperparameters of the tokenizer: what decides the shapes of its parameters."""
 
 import dataclasses
+import functools
 
 from var_jax.scales import SCALES_256, Scales
 
@@ -86,7 +87,7 @@ class TokenizerConfig:
         for name, value in (NO_NETWORK | {"code_dim": 3 * self.patch**2}).items():
             object.__setattr__(self, name, value)
 
-    @property
+    @functools.cached_property
     def schedule(self) -> Scales:
         return Scales(self.scales)
 

@@ -67,7 +67,7 @@ class TransformerConfig:
                 raise ValueError(f"transformer {name} must be in [0, 1), found {getattr(self, name)}")
         parse(self.positions, self.width, self.head_dim)
 
-    @property
+    @functools.cached_property
     def schedule(self) -> Scales:
         return Scales(self.scales)
 
