@@ -142,6 +142,7 @@ def train(
 
     train_step, eval_step = train_program(task, cfg, steps, mesh, abstract), eval_program(task, mesh)
     finite = jax.jit(is_finite, out_shardings=replicated(mesh))
+    previews = task.preview_programs(mesh, abstract.sampling_params, frozen)
 
     # ------------------------------------------------------------------ input
     source, held_out = data
@@ -200,9 +201,8 @@ def train(
 
     def draw(step: int) -> None:
         with log.pause(state.step):
-            for name, picture in task.preview(
-                state.sampling_params, frozen, _examples(held_out, transform_held_out)
-            ).items():
+            examples = _examples(held_out, transform_held_out)
+            for name, picture in task.preview(previews, state.sampling_params, frozen, examples).items():
                 if log.active:
                     pictures.save(picture, directory / "previews" / f"{name}_{step:07d}.png")
                     pictures.save(picture, workdir / f"{name}.png")

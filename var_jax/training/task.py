@@ -7,6 +7,7 @@ from collections.abc import Callable, Collection
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 from PIL import Image
 
@@ -84,8 +85,38 @@ class Task(abc.ABC):
         """Sums over the whole held-out set -> metrics."""
 
     @abc.abstractmethod
-    def preview(self, params: dict, frozen: dict, images: np.ndarray | None) -> dict[str, Image.Image]:
-        """Pictures by name; may show some held-out images uint8 [N, H, W, 3] (None in a run on tokens)."""
+    def preview_programs(self, mesh: Mesh, params: dict, frozen: dict) -> dict[str, tuple[Callable, tuple]]:
+        """Return the programs that `preview` runs, so that they can be compiled ahead of it.
+
+        Args:
+          mesh: of the run.
+          params: parameters to sample with, arrays or their shapes and shardings, as the state has them.
+          frozen: likewise.
+
+        Returns:
+          Jitted functions by name, with their arguments: `params` and `frozen` as given, then the shapes and
+          shardings of one batch of rows.
+        """
+
+    @abc.abstractmethod
+    def preview(
+        self,
+        programs: dict[str, tuple[Callable, tuple]],
+        params: dict,
+        frozen: dict,
+        images: np.ndarray | None,
+    ) -> dict[str, Image.Image]:
+        """Draw pictures, computed on the mesh by all processes alike.
+
+        Args:
+          programs: of `preview_programs`, compiled or not.
+          params: parameters to sample with.
+          frozen: `Task.frozen` on the mesh.
+          images: uint8 [N, H, W, 3], some held-out ones; None in a run on tokens.
+
+        Returns:
+          Pictures by name, the same on every process.
+        """
 
     @abc.abstractmethod
     def flops_per_image(self) -> float:
