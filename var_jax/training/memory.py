@@ -7,6 +7,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+from var_jax.errors import ConfigError, config_errors
 from var_jax.partition import TENSOR
 from var_jax.sampling.batch_size import bytes_per_image
 from var_jax.sampling.options import Controls
@@ -66,7 +67,7 @@ def remat_that_fits(stage: ConfigDict, cfg: TransformerConfig, mesh: Mesh, atten
     An estimate from above; `var_jax.benchmarks.plan` asks the compiler.
 
     Raises:
-      ValueError: on a policy that does not exist; for `auto` where the memory is not known.
+      ConfigError: on a policy that does not exist; for `auto` where the memory is not known.
     """
     memory = smallest_memory(
         mesh
@@ -74,7 +75,7 @@ def remat_that_fits(stage: ConfigDict, cfg: TransformerConfig, mesh: Mesh, atten
     if memory is None:
         if stage.transformer.remat == "auto":
             kinds = ", ".join(sorted({device.device_kind for device in mesh.devices.flat}))
-            raise ValueError(f"the memory of {kinds} is not known; set config.transformer.remat")
+            raise ConfigError(f"the memory of {kinds} is not known; set config.transformer.remat")
         memory = 0.0
     itemsize, scores = jnp.dtype(dtype).itemsize, attention in WITH_SCORES
     tensor = mesh.shape.get(TENSOR, 1)
@@ -82,4 +83,5 @@ def remat_that_fits(stage: ConfigDict, cfg: TransformerConfig, mesh: Mesh, atten
     logits = 3 * 4 * min(MOST_LOGITS, cfg.schedule.length) * cfg.num_codes / tensor
     block = kept_bytes(cfg, "none", itemsize, scores) / cfg.depth / tensor  # being worked out again
     room = SHARE * memory - state_bytes(stage, cfg, mesh) - images * (logits + block)
-    return choose_remat(cfg, stage.transformer.remat, images / tensor, room, itemsize, scores)
+    with config_errors():
+        return choose_remat(cfg, stage.transformer.remat, images / tensor, room, itemsize, scores)

@@ -9,9 +9,11 @@ import numpy as np
 import optax
 from ml_collections import ConfigDict
 
+from var_jax.errors import ConfigError
 from var_jax.sampling import pictures
 from var_jax.tokenizer.codebook import codebook_use, count_codes
 from var_jax.tokenizer.config import TokenizerConfig
+from var_jax.tokenizer.fingerprint import fingerprint
 from var_jax.tokenizer.losses import entropy_penalty, image_terms, weighted_sum
 from var_jax.tokenizer.model import Tokenizer, to_unit_range
 from var_jax.tokenizer.perceptual import vgg_features
@@ -59,7 +61,7 @@ class TokenizerTask(Task):
         self.adversary = None
         if stage.adversarial.weight:
             if self.config.patch:
-                raise ValueError(
+                raise ConfigError(
                     "config.adversarial.weight must be 0 with config.model.patch, which leaves no network "
                     f"for an adversary to train; found {stage.adversarial.weight}"
                 )
@@ -203,6 +205,12 @@ class TokenizerTask(Task):
             "reconstructions": pictures.side_by_side(images, steps[:, -1]),
             "reconstruction_scales": pictures.strips(strips[:10]),
         }
+
+    def choices(self):
+        return {"dtype": self.model.dtype.name}
+
+    def frozen_fingerprints(self):
+        return {name: fingerprint(params) for name, params in self.frozen.items()}
 
     def flops_per_image(self):
         """Of the networks that a step runs through, forward and backward, the discriminator among them.

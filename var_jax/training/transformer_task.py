@@ -7,6 +7,7 @@ import optax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+from var_jax.errors import config_errors
 from var_jax.sampling import pictures
 from var_jax.sampling.generate import as_pixels, generate, image_keys
 from var_jax.sampling.options import SamplingOptions
@@ -72,7 +73,10 @@ class TransformerTask(Task):
         dtype = compute_dtype(stage.train.dtype)
         platform = mesh.devices.flat[0].platform
         bias = self.config.relative == "relative_2d"
-        attention = choose_attention(stage.transformer.attention, platform, dtype, self.config.masks, bias)
+        with config_errors():
+            attention = choose_attention(
+                stage.transformer.attention, platform, dtype, self.config.masks, bias
+            )
         remat = remat_that_fits(stage, self.config, mesh, attention, dtype)
         self.model = self.network(self.config, dtype, attention, remat)
         self.optimizer = make_optimizer(stage.train, steps)
@@ -80,7 +84,9 @@ class TransformerTask(Task):
         self.frozen = {"tokenizer": tokenizer_params}
         if tokenizer_params:
             self.fingerprint = fingerprint(tokenizer_params)
-        self.options = SamplingOptions(**stage.sampling)
+        with config_errors("config.sampling: "):
+            self.options = SamplingOptions(**stage.sampling)
+            self.options.controls(self.config.schedule, self.config.num_codes)
 
     def init(self, key, given=()):
         inputs = jnp.zeros((1, self.config.length - self.config.first, self.config.code_dim))
@@ -184,6 +190,9 @@ class TransformerTask(Task):
             (steps,) = run_in_chunks(programs["scales"], params, frozen, tokens[::PREVIEW_COLUMNS])
             previews["scales"] = pictures.strips(steps)
         return previews
+
+    def choices(self):
+        return {"dtype": self.model.dtype.name, "attention": self.model.attention, "remat": self.model.remat}
 
     def flops_per_image(self):
         return training_flops(self.config)
