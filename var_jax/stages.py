@@ -115,8 +115,9 @@ def build_task(
         except FileNotFoundError as error:
             raise CheckpointMissing(
                 f"no tokenizer at {path} (config.tokenizer): {error}\n"
-                "  Give a published file (--config.tokenizer=vae_ch160v4096z32.pth) or the directory of a run,\n"
-                f"  or train one first: python train.py --config=configs/tokenizer.py --workdir={workdir}\n"
+                "  Give a published file (--config.tokenizer=vae_ch160v4096z32.pth) or the directory of a\n"
+                "  run, or train one first:\n"
+                f"  python train.py --config=configs/tokenizer.py --workdir={workdir}\n"
                 "  To see everything work without any of that: python train.py --config=configs/digits.py"
             ) from error
     task = make(stage, steps, tokenizer, params, source.num_classes, mesh)

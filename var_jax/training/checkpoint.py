@@ -25,7 +25,14 @@ from orbax.checkpoint.path import atomicity
 from var_jax.errors import UserError
 from var_jax.paths import as_path
 from var_jax.training.disk import CheckpointNotWritten, explained
-from var_jax.training.manifest import SealedPath, check_whole, readable, set_damaged_aside, steps_under
+from var_jax.training.manifest import (
+    SealedPath,
+    add_sealed,
+    check_whole,
+    readable,
+    set_damaged_aside,
+    steps_under,
+)
 from var_jax.training.state import TrainState
 
 FOLDER = "checkpoints"
@@ -78,8 +85,6 @@ class Checkpoints:
             self.directory,
             options=ocp.CheckpointManagerOptions(
                 preservation_policy=policy,
-                best_fn=_score,
-                best_mode="min",
                 cleanup_tmp_directories=True,
                 temporary_path_class=SealedPath,
             ),
@@ -103,8 +108,9 @@ class Checkpoints:
             state=ocp.args.StandardSave(rest),
             config=ocp.args.JsonSave(config),
         )
-        metrics = None if score is None else {"score": score}
-        self._pending = self._attempt(lambda: self._manager.save(step, args=items, metrics=metrics))
+        self._pending = self._attempt(lambda: self._manager.save(step, args=items))
+        if score is not None:
+            self.set_score(step, score)
 
     def score(self, step: int) -> float | None:
         """The score of a checkpoint, as it was saved with it or set afterwards; None without one."""
@@ -125,13 +131,12 @@ class Checkpoints:
         scores = {step: score for step, score in scores.items() if step in self._manager.all_steps()}
         if not scores:
             return
-        for step, score in scores.items():
-            if jax.process_index() == 0:
-                path = as_path(self.directory) / str(step) / METRIC_ITEM_NAME / METRIC_ITEM_NAME
-                path.parent.mkdir(exist_ok=True)
-                partial = path.with_name(f"{path.name}.partial")
-                partial.write_text(json.dumps({"score": score}))
-                partial.replace(path)
+        for step, score in scores.items() if jax.process_index() == 0 else ():
+            name = f"{METRIC_ITEM_NAME}/{METRIC_ITEM_NAME}"
+            try:
+                add_sealed(as_path(self.directory) / str(step), name, json.dumps({"score": score}))
+            except OSError as error:
+                logging.warning("the score %g of step %d could not be written: %s", score, step, error)
         if jax.process_count() > 1:
             multihost_utils.sync_global_devices("scores of checkpoints written")
         self._manager.reload()

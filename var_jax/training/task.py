@@ -81,8 +81,8 @@ class Task(abc.ABC):
         """One optimiser step on a global batch -> new state, scalar metrics.
 
         The metrics must have `loss`, which the log watches for spikes, and `gradient_norm`.  A step is
-        skipped where one of these is not finite: `discriminator`, and all whose names start with `loss` or end
-        with `gradient_norm`.  Other metrics are only logged.
+        skipped where one of these is not finite: `discriminator`, and all whose names start with `loss` or
+        end with `gradient_norm`.  Other metrics are only logged.
         """
 
     @abc.abstractmethod
