@@ -171,7 +171,7 @@ def test_the_networks_learn_on_two_hosts_as_on_one(start, next_scale_flags, tmp_
     found = [
         host
         for n, command in commands.items()
-        for host in ended(start(n, tmp_path / str(n), *command, *next_scale_flags), within=400)
+        for host in ended(start(n, tmp_path / str(n), *command, *next_scale_flags), within=900)
     ]
     assert [code for code, _, _ in found] == [0, 0, 0], found[1][2][-2000:] + found[2][2][-2000:]
     assert ["next_scale train" in out for _, out, _ in found] == [True, True, False]
@@ -184,7 +184,7 @@ def test_the_networks_learn_on_two_hosts_as_on_one(start, next_scale_flags, tmp_
 
 def test_hosts_that_would_run_different_programs_are_refused(start, next_scale_flags, tmp_path):
     remat = lambda i: ("--config.next_scale.transformer.remat=full",) if i else ()  # noqa: E731
-    found = ended(start(2, tmp_path, "train.py", *next_scale_flags, own=remat), within=400)
+    found = ended(start(2, tmp_path, "train.py", *next_scale_flags, own=remat), within=900)
     assert [code for code, _, _ in found] == [1, 1]
     for _, _, err in found:
         assert "train.py: the hosts would run different programs" in err, err[-2000:]

@@ -16,6 +16,7 @@ from tests.training.toy import Toy, toy_stage
 from var_jax.data.sources import open_source
 from var_jax.training import loop
 from var_jax.training.checkpoint import Checkpoints, load_config
+from var_jax.training.logging import Log
 from var_jax.training.loop import Preempted, train
 from var_jax.training.sharding import make_mesh
 from var_jax.training.state import create_state
@@ -108,25 +109,24 @@ def test_sigterm_during_an_evaluation_saves_at_once(digits_dir, sources, tmp_pat
     with pytest.raises(Preempted, match="stopped at step 2, saved"):
         train(Drawing(draw=crash), stage, 4, tmp_path, sources)
     assert steps_under(tmp_path) == [2] and len(batches) == 1 and lines(tmp_path, "eval") == []
+    with pytest.raises(Preempted, match="stopped at step 2, saved"):  # in the evaluation that is owed
+        train(Drawing(draw=crash), stage, 4, tmp_path, sources)
+    assert len(batches) == 2 and [step for step, _ in lines(tmp_path, "train")] == [1, 2]
     monkeypatch.setattr(loop, "eval_batches", whole)
     train(Drawing(scores=(7.0, 8.0)), stage, 4, tmp_path, sources)
     assert lines(tmp_path, "eval") == [(2, 7.0), (4, 8.0)]
     assert [step for step, _ in lines(tmp_path, "train")] == [1, 2, 3, 4]
 
 
-def test_sigterm_during_a_step_skips_evaluation_and_pictures(digits_dir, sources, tmp_path):
-    enter = loop._termination.__enter__
+def test_sigterm_during_a_step_skips_evaluation_and_pictures(digits_dir, sources, tmp_path, monkeypatch):
+    class Terminated(Log):
+        def advance(self, step):
+            os.kill(os.getpid(), signal.SIGTERM)
 
-    def stopped(self):
-        event = enter(self)
-        event.set()
-        return event
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop._termination, "__enter__", stopped)
-        with pytest.raises(Preempted, match="stopped at step 1"):
-            train(Drawing(scores=(), draw=crash), stage_of(digits_dir, every=1), 4, tmp_path, sources)
-    assert steps_under(tmp_path) == [1]
+    monkeypatch.setattr(loop, "Log", Terminated)
+    with pytest.raises(Preempted, match="stopped at step 1, saved"):
+        train(Drawing(scores=(), draw=crash), stage_of(digits_dir, every=1), 4, tmp_path, sources)
+    assert steps_under(tmp_path) == [1] and lines(tmp_path, "eval") == []
 
 
 def test_scores_come_after_the_checkpoint_and_nan_is_never_the_best(digits_dir, sources, tmp_path):

@@ -302,14 +302,15 @@ def _train(task, stage, steps, workdir, data, given, profile, mesh, lock) -> Non
 
     # ------------------------------------------------------------------ the loop
     with Profile(profile, directory) as traced, _last_checkpoint_named(saved), _termination() as stop:
-        stopping = False
+        step = start
         if owed.evaluation:
             evaluate(start, state, stop)
         elif np.isfinite(owed.score):
             saved.set_score(start, owed.score)
         if owed.pictures and not stop.is_set():
             draw(start, state)
-        for step in range(start + 1, steps + 1):
+        stopping = owed.any and stop.is_set()  # without a step: the checkpoint is there
+        for step in () if stopping else range(start + 1, steps + 1):
             with traced.step(step, before=state):
                 state, metrics = train_step(state, frozen, global_batch(next(batches), mesh), step_key)
             traced.end(step, after=metrics)
