@@ -78,7 +78,6 @@ def add(section, **fields):
             lambda c: (c.loss.update(perceptual=1.0), c.update(perceptual_weights="/no/vgg.pth")),
             "config.perceptual_weights: .*/no/vgg.pth",
         ),
-        (lambda c: c.update(init_from="/no/run"), "no tokenizer at config.init_from=/no/run"),
     ],
 )
 def test_wrong_fields_are_named_before_anything_runs(digits_dir, tmp_path, change, message):
