@@ -51,6 +51,28 @@ def test_sample_from_published_files(goldens, tmp_path):
         assert samples["arr_1"].tolist() == [3, 9]
 
 
+def test_a_wrong_config_is_a_line_and_a_bug_a_traceback(digits_dir, tmp_path):
+    """Both are a ValueError."""
+    flags = (
+        "--config=configs/digits.py",
+        f"--workdir={tmp_path}/run",
+        f"--config.tokenizer.data.dir={digits_dir}",
+        f"--config.next_scale.data.dir={digits_dir}",
+    )
+    done = command("train.py", *flags, "--config.tokenizer.train.accumulate=7")
+    assert done.returncode == 1
+    assert re.search(r"^train.py: train.batch=64 must be a multiple of 7: ", done.stderr, re.M), done.stderr
+    assert "Traceback" not in done.stderr
+    bug = (
+        "import train; from absl import app, flags\n"
+        "def run(*_): raise ValueError('operands could not be broadcast together')\n"
+        "train.stages.run = run; app.run(train.main)"
+    )
+    done = command("-c", bug, *flags)
+    assert done.returncode == 1
+    assert "Traceback" in done.stderr and "ValueError: operands could not be broadcast" in done.stderr
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

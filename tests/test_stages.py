@@ -3,9 +3,11 @@ import pytest
 from configs import digits, var
 from configs import tokenizer as tokenizer_config
 from tests.training.tiny import tiny_config
+from var_jax import stages
 from var_jax.data.sources import DataSetMissing
+from var_jax.errors import ConfigError
 from var_jax.stages import num_steps, run, stages_of
-from var_jax.training.checkpoint import CheckpointMissing
+from var_jax.training.checkpoint import CheckpointMissing, load_config
 from var_jax.training.loop import check_same_run
 
 
@@ -71,12 +73,17 @@ def add(section, **fields):
         (lambda c: c.data.update(eval_split="dev"), "no split 'dev'"),
         (lambda c: c.train.mesh.update(data=3), "does not fit 8 devices"),
         (lambda c: c.model.update(scales=(1, 4, 2)), "2 follows 4"),
+        (lambda c: c.data.update(resize=0.5), "data.resize must be at least 1"),
+        (
+            lambda c: (c.loss.update(perceptual=1.0), c.update(perceptual_weights="/no/vgg.pth")),
+            "config.perceptual_weights: .*/no/vgg.pth",
+        ),
     ],
 )
 def test_wrong_fields_are_named_before_anything_runs(digits_dir, tmp_path, change, message):
     stage = tiny_config(digits_dir).tokenizer
     change(stage)
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ConfigError, match=message):
         run(stage, tmp_path)
     assert not list(tmp_path.rglob("*.png"))
 
@@ -92,7 +99,7 @@ def test_wrong_fields_are_named_before_anything_runs(digits_dir, tmp_path, chang
 def test_a_later_stage_is_checked_before_the_first_one_trains(digits_dir, tmp_path, change, message):
     config = tiny_config(digits_dir)
     change(config.next_scale)
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ConfigError, match=message):
         run(config, tmp_path)
     assert not (tmp_path / "tokenizer").exists()
 
@@ -136,6 +143,69 @@ def test_rhythm_and_place_may_change_between_runs_and_nothing_else(tmp_path):
         check_same_run(saved, {**saved, "stage": now.to_dict()}, tmp_path)
     with pytest.raises(ValueError, match="tokenizer: 'codebook 1' there, 'codebook 2' now"):
         check_same_run(saved, {**saved, "tokenizer": "codebook 2"}, tmp_path)
+
+
+def record_of(stage, **more) -> dict:
+    return {"task": "tokenizer", "stage": stage.to_dict(), "dtype": "float32", "weights": {}, **more}
+
+
+def test_what_changes_no_number_may_change_between_runs(tmp_path):
+    stage = tokenizer_config.get_config()
+    stage.perceptual_weights = "vgg16.pth"
+    saved = record_of(stage, weights={"vgg": "0a1b2c3d"})
+    stage.data.update(dict(workers=8, threads=2))
+    stage.train.update(dict(remat=False))
+    stage.update(dict(init_from="/elsewhere", perceptual_weights="/elsewhere/vgg16.pth"))
+    stage.adversarial.dino_weights = "/elsewhere/dino.pth"
+    assert check_same_run(saved, record_of(stage, weights={"vgg": "0a1b2c3d"}), tmp_path) == ""
+    with pytest.raises(ConfigError, match="weights.vgg: '0a1b2c3d' there, 'ffffffff' now"):
+        check_same_run(saved, record_of(stage, weights={"vgg": "ffffffff"}), tmp_path)
+    with pytest.raises(ConfigError, match="weights.vgg: '0a1b2c3d' there, None now"):
+        check_same_run(saved, record_of(stage), tmp_path)
+
+
+def test_runs_of_before_fingerprints_and_types_were_recorded_go_on(tmp_path):
+    stage = tokenizer_config.get_config()
+    stage.perceptual_weights = "vgg16.pth"
+    saved = {"task": "tokenizer", "stage": stage.to_dict()}
+    stage.perceptual_weights = "/elsewhere/vgg16.pth"
+    check_same_run(saved, record_of(stage, weights={"vgg": "0a1b2c3d"}), tmp_path)
+    stage.perceptual_weights = ""
+    with pytest.raises(ConfigError, match="config.perceptual_weights is given: True there, False now"):
+        check_same_run(saved, record_of(stage), tmp_path)
+    stage.perceptual_weights = "vgg16.pth"
+    stage.train.dtype = "bfloat16"
+    with pytest.raises(ConfigError, match="config.train.dtype: 'auto' there, 'bfloat16' now"):
+        check_same_run(saved, record_of(stage, dtype="bfloat16"), tmp_path)
+
+
+def test_a_type_that_auto_stands_for_elsewhere_is_told_and_another_choice_refused(tmp_path):
+    """A run of an accelerator that goes on here."""
+    stage = tokenizer_config.get_config()
+    saved = record_of(stage, dtype="bfloat16")
+    notice = check_same_run(saved, record_of(stage), tmp_path)
+    assert "began with matrix products in bfloat16; train.dtype=auto is float32 on this platform" in notice
+    stage.train.dtype = "bfloat16"  # named, it is what it was
+    assert check_same_run(saved, record_of(stage, dtype="bfloat16"), tmp_path) == ""
+    stage.train.dtype = "float32"
+    with pytest.raises(ConfigError, match="dtype: 'bfloat16' there, 'float32' now"):
+        check_same_run(saved, record_of(stage), tmp_path)
+
+
+def test_a_run_records_its_type_and_its_frozen_networks(tiny_run):
+    record = load_config(tiny_run / "tokenizer" / "checkpoints")[1]
+    assert record["dtype"] == "float32" and record["weights"] == {}
+
+
+def test_the_caller_keeps_its_config(digits_dir, tiny_run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tiny_run.parent)
+    config = tiny_config(digits_dir, steps=1)
+    config.stages = ("next_scale",)
+    config.next_scale.tokenizer = tiny_run.name
+    monkeypatch.setattr(stages, "train", lambda task, stage, *_: trained.append(stage.tokenizer))
+    trained, before = [], config.to_json()
+    run(config, tmp_path)
+    assert config.to_json() == before and trained == [str(tiny_run)]
 
 
 def test_a_field_of_the_model_that_is_newer_than_a_run_has_its_default_there(tmp_path):

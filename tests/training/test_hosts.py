@@ -38,7 +38,8 @@ def start(tmp_path_factory):
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     }
 
-    def run(processes: int, workdir, *command) -> list[subprocess.Popen]:
+    def run(processes: int, workdir, *command, own=lambda i: ()) -> list[subprocess.Popen]:
+        """`own` are further flags of each process."""
         with socket.socket() as free:
             free.bind(("localhost", 0))
             port = free.getsockname()[1]
@@ -46,7 +47,7 @@ def start(tmp_path_factory):
         mine = lambda i: (*several, f"--process_id={i}") if processes > 1 else ()  # noqa: E731
         return [
             subprocess.Popen(
-                [sys.executable, *command, f"--workdir={workdir}", *mine(i)],
+                [sys.executable, *command, f"--workdir={workdir}", *mine(i), *own(i)],
                 cwd=REPOSITORY,
                 env=environment,
                 stdout=subprocess.PIPE,
@@ -61,8 +62,8 @@ def start(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def start_toy(start, digits_dir):
-    return lambda processes, workdir, *extra: start(
-        processes, workdir, *TOY, f"--data_dir={digits_dir}", *extra
+    return lambda processes, workdir, *extra, **how: start(
+        processes, workdir, *TOY, f"--data_dir={digits_dir}", *extra, **how
     )
 
 
@@ -152,21 +153,53 @@ def test_preempted_on_two_hosts_killed_on_four_done_on_one_equals_unbroken(start
     assert sorted(np.ravel(stayed)[: len(source)]) == sorted(images)
 
 
-def test_the_networks_learn_on_two_hosts_as_on_one(start, tiny_run, digits_dir, tmp_path):
-    """train.py itself."""
-    (tmp_path / "config.py").write_text(
+@pytest.fixture(scope="module")
+def next_scale_flags(tiny_run, digits_dir, tmp_path_factory) -> tuple[str, ...]:
+    """Of train.py, for three steps of the transformer."""
+    config = tmp_path_factory.mktemp("config") / "config.py"
+    config.write_text(
         "from tests.training.tiny import tiny_config\n"
         f"def get_config(): return tiny_config({str(digits_dir)!r}, steps=3, every=3)\n"
     )
-    command = ("train.py", f"--config={tmp_path}/config.py", "--config.stages=next_scale")
-    command += (f"--config.next_scale.tokenizer={tiny_run}",)
-    found = [host for n in (1, 2) for host in ended(start(n, tmp_path / str(n), *command), within=400)]
+    stage = ("--config.stages=next_scale", f"--config.next_scale.tokenizer={tiny_run}")
+    return (f"--config={config}", *stage)
+
+
+def test_the_networks_learn_on_two_hosts_as_on_one(start, next_scale_flags, tmp_path):
+    """train.py itself; of the two hosts each sees the memory of its own devices alone, which differs."""
+    commands = {1: ("train.py",), 2: ("-m", "tests.training.uneven_memory")}
+    found = [
+        host
+        for n, command in commands.items()
+        for host in ended(start(n, tmp_path / str(n), *command, *next_scale_flags), within=900)
+    ]
     assert [code for code, _, _ in found] == [0, 0, 0], found[1][2][-2000:] + found[2][2][-2000:]
     assert ["next_scale train" in out for _, out, _ in found] == [True, True, False]
+    assert "remat none" in found[0][1] and "remat full" in found[1][1]  # for the smaller of the two
     want, got = (losses(tmp_path / str(n), "next_scale") for n in (1, 2))
     assert sorted(got) == [1, 2, 3]
     np.testing.assert_allclose([got[i] for i in sorted(got)], [want[i] for i in sorted(want)], rtol=CLOSE)
     assert (tmp_path / "2" / "samples.png").exists()
+
+
+def test_hosts_that_would_run_different_programs_are_refused(start, next_scale_flags, tmp_path):
+    remat = lambda i: ("--config.next_scale.transformer.remat=full",) if i else ()  # noqa: E731
+    found = ended(start(2, tmp_path, "train.py", *next_scale_flags, own=remat), within=900)
+    assert [code for code, _, _ in found] == [1, 1]
+    for _, _, err in found:
+        assert "train.py: the hosts would run different programs" in err, err[-2000:]
+        assert re.search(r"process 0, \S+: dtype float32, attention einsum, remat none, jax [\d.]+\n", err)
+        assert re.search(r"process 1, \S+: .* remat full, .* <- another than process 0", err)
+        assert "Traceback" not in err
+    assert not (tmp_path / "next_scale" / "metrics.jsonl").exists()
+
+
+def test_hosts_that_do_not_share_a_file_system_are_refused(start_toy, tmp_path):
+    local = lambda i: ("--seen_within=1", f"--workdir={tmp_path}/{i}")  # noqa: E731
+    found = ended(start_toy(2, tmp_path, own=local), within=120)
+    assert all(code == 1 for code, _, _ in found)
+    for _, _, err in found:
+        assert re.search(r"the hosts do not share --workdir: process 1 \(\S+\) cannot see a file", err), err
 
 
 def test_a_failure_on_one_host_ends_all(start_toy, tmp_path):

@@ -17,7 +17,7 @@ from tests.training.toy import Toy, toy_stage
 from var_jax.command_line import define_host_flags, failing_at_once, join_hosts
 from var_jax.data.loader import train_batches
 from var_jax.data.sources import open_source
-from var_jax.training import loop
+from var_jax.training import hosts, loop
 from var_jax.training.logging import Log
 
 FLAGS = flags.FLAGS
@@ -29,6 +29,7 @@ flags.DEFINE_float("pause", 0.0, "Seconds that a step takes at least")
 flags.DEFINE_integer("fails_at", 0, "Step at which process 1 fails")
 flags.DEFINE_integer("full_at", 0, "Step at which something else fills the disk, but for room for logs")
 flags.DEFINE_integer("ballast", 1, "Of the toy")
+flags.DEFINE_float("seen_within", 30.0, "Seconds for a file to be seen by all hosts")
 define_host_flags()
 
 
@@ -57,6 +58,7 @@ def noted_batches(source, transform, batch, seed, threads, workers, start, rows)
 def main(_):
     join_hosts()
     loop.Log, loop.train_batches = SlowLog, noted_batches
+    hosts.SEEN_WITHIN = FLAGS.seen_within
     sources = tuple(open_source("digits", split, FLAGS.data_dir) for split in ("train", "test"))
     stage = toy_stage(FLAGS.data_dir, every=5, batch=FLAGS.batch)
     with failing_at_once():

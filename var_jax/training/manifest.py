@@ -11,15 +11,18 @@ from pathlib import Path
 
 import jax
 from absl import logging
+from etils import epath
 from jax.experimental import multihost_utils
 from orbax.checkpoint.path import atomicity
+
+from var_jax.errors import UserError
 
 FILE = "manifest.json"
 NOTES = "_CHECKPOINT_METADATA"  # Orbax's own, JSON too
 NOT_LISTED = (FILE, NOTES, atomicity.COMMIT_SUCCESS_FILE)  # written last of all
 
 
-class CheckpointDamaged(ValueError):
+class CheckpointDamaged(UserError, ValueError):
     """A checkpoint is there, but not whole; names its directory."""
 
 
@@ -35,6 +38,20 @@ class SealedPath(atomicity.AtomicRenameTemporaryPath):
 def seal(directory: Path) -> None:
     """Writes the list of all files under a directory."""
     (directory / FILE).write_text(json.dumps(_sizes(directory), indent=1))
+
+
+def add_sealed(directory: epath.Path, name: str, content: str) -> None:
+    """Adds a text file, by its path under the directory, to a checkpoint that is complete, and to its list.
+
+    Stopped anywhere, it leaves a checkpoint that is whole, with the file or without it.
+    """
+    listed = json.loads((directory / FILE).read_text())
+    listed[name] = len(content.encode())
+    (directory / name).parent.mkdir(exist_ok=True)
+    for path, text in ((directory / name, content), (directory / FILE, json.dumps(listed, indent=1))):
+        partial = directory.parent / f"{path.name}.partial"  # not in the checkpoint, should it be left
+        partial.write_text(text)
+        partial.replace(path)
 
 
 def damage(directory: Path) -> str | None:
