@@ -5,7 +5,7 @@ from safetensors.numpy import save_file
 import var_jax
 from tests.conftest import GOLDEN_SCALES, TRANSFORMERS
 from var_jax.interop.published import (
-    next_scale_buffers,
+    next_scale_constants,
     next_scale_config,
     next_scale_table,
     to_published,
@@ -32,7 +32,7 @@ def test_transformer_round_trip_is_the_identity(name, goldens, golden_tokenizer)
     model = var_jax.load_var(goldens / f"{name}.pth", tokenizer=golden_tokenizer)
     config = model.module.config
     assert (config.depth, config.num_heads, config.num_classes) == (3, 3, 10)
-    got = to_published(model.params, next_scale_table(config), next_scale_buffers(config))
+    got = to_published(model.params, next_scale_table(config), next_scale_constants(config))
     assert_identical(got, read_tensors(goldens / f"{name}.pth", "next_scale"))
 
 
