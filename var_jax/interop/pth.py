@@ -8,6 +8,7 @@ checked against the file.
 import math
 import mmap
 import os
+import pickle
 from pathlib import Path
 
 import ml_dtypes
@@ -35,8 +36,7 @@ DTYPES = {
     "uint8": np.uint8,
     "bool": np.bool_,
 }
-_MAGIC = b"\x80\x02\x8a\x0a\x6c\xfc\x9c\x46\xf9\x20\x6a\xa8\x50\x19."  # pickle of 0x1950A86A20F9469CFC6C
-_LEGACY_PROTOCOL = 1001
+_LEGACY_MAGIC, _LEGACY_PROTOCOL = 0x1950A86A20F9469CFC6C, 1001
 _REWRITE = "With PyTorch installed, write the file again: torch.save(torch.load(old, weights_only=True), new)"
 _MAX_DEPTH = 32
 _MAX_EMPTY = 1 << 32  # product of the other sizes of a tensor that has a size of 0
@@ -55,7 +55,7 @@ def read_pth(path: str | Path) -> object:
     """
     buffer = map_file(path)
     try:
-        if buffer[: len(_MAGIC)] == _MAGIC:
+        if buffer[:1] == pickle.PROTO:
             return _read_legacy(buffer)
         return _read_zip(buffer)
     except InvalidFile as error:
@@ -117,9 +117,10 @@ def _stored(members: dict[str, Member], name: str) -> Member:
 
 def _read_legacy(buffer: mmap.mmap) -> object:
     """Content of a file of PyTorch before 1.6: five pickles, then the storages in the order of the fifth."""
-    reader = ByteReader(buffer, len(_MAGIC), min(len(buffer), MAX_BYTES))
-    if unpickle(reader)[0] != _LEGACY_PROTOCOL:
-        raise InvalidFile(f"its format is not number {_LEGACY_PROTOCOL}, the only one that PyTorch wrote")
+    reader = ByteReader(buffer, 0, min(len(buffer), MAX_BYTES))
+    for expected in (_LEGACY_MAGIC, _LEGACY_PROTOCOL):
+        if unpickle(reader)[0] != expected:
+            raise InvalidFile("it is a pickle, but not one that torch.save writes")
     system, _ = unpickle(reader)
     if type(system) is not dict or system.get("little_endian") is not True:
         raise InvalidFile(f"its numbers are not little-endian. {_REWRITE}")

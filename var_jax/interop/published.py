@@ -22,8 +22,8 @@ Tensors = Mapping[str, np.ndarray]
 
 # Bounds on what a file may imply, so that a few names or shapes in it cannot cost memory or time.
 MAX_DEPTH = 256  # blocks of a transformer
-_MAX_LEVELS = 8  # of a tokenizer: images of 128 times the side of the features
-_MAX_BLOCKS = 16  # of a level
+_MAX_LEVELS = 7  # of a tokenizer: images of 64 times the side of the features
+_MAX_BLOCKS = 8  # of a level
 _MAX_PHIS = 64
 _MAX_SCALES = 64
 _MAX_LENGTH = 10_000  # tokens of an image; the maps of 1024px have 9451
