@@ -27,7 +27,7 @@ _MAX_BLOCKS = 8  # of a level
 _MAX_PHIS = 64
 _MAX_SCALES = 64
 _MAX_LENGTH = 10_000  # tokens of an image; the maps of 1024px have 9451
-_MAX_PROBLEMS = 50  # that a message lists
+_MAX_PROBLEMS = 20  # of one kind, that a message lists
 
 
 @dataclasses.dataclass(frozen=True)
@@ -147,6 +147,7 @@ def tokenizer_config(tensors: Tensors, scales=None) -> TokenizerConfig:
       ValueError: if this is no published tokenizer, or its K is not that of the scales.
     """
     required = {"encoder.conv_in.weight": 4, "quantize.embedding.weight": 2, "quant_conv.weight": 4}
+    required["encoder.down.0.block.0.conv1.weight"] = 4
     require(tensors, required, "tokenizer")
     levels = count(tensors, r"encoder\.down\.(\d{1,4})\.", _MAX_LEVELS)
     firsts = [f"encoder.down.{i}.block.0.conv1.weight" for i in range(levels)]
@@ -327,22 +328,29 @@ def check_tensors(
       ValueError: naming the tensors that are missing, unknown, or of another shape or value.
     """
     constants, expected = constants or {}, published_shapes(table, shapes)
-    problems = [f"missing: {name}" for name in sorted(set(expected) - set(tensors))]
-    unknown = set(tensors) - set(expected) - set(constants)
-    problems += [f"unknown: {name} {tensors[name].shape}" for name in sorted(unknown)]
+    missing = sorted(set(expected) - set(tensors))
+    unknown = sorted(set(tensors) - set(expected) - set(constants))
+    problems = _first([f"missing: {name}" for name in missing])
+    problems += _first([f"unknown: {name} {tensors[name].shape}" for name in unknown])
     for name in sorted(set(constants) & set(tensors)):
         constant, tensor = constants[name], tensors[name]
         if constant.shape != tensor.shape or not np.array_equal(constant.value(), tensor):
             problems.append(f"{name} {tensor.shape} holds other values than this architecture implies")
-    problems += [
-        f"{name} has shape {tensors[name].shape}, expected {shape}"
-        for name, shape in expected.items()
-        if name in tensors and tensors[name].shape != shape
-    ]
-    if more := problems[_MAX_PROBLEMS:]:
-        problems = [*problems[:_MAX_PROBLEMS], f"and {len(more)} more"]
+    problems += _first(
+        [
+            f"{name} has shape {tensors[name].shape}, expected {shape}"
+            for name, shape in expected.items()
+            if name in tensors and tensors[name].shape != shape
+        ]
+    )
     if problems:
         raise ValueError("the tensors do not fit the architecture:\n  " + "\n  ".join(problems))
+
+
+def _first(problems: list[str]) -> list[str]:
+    """The first problems of one kind, and the number of the others."""
+    more = problems[_MAX_PROBLEMS:]
+    return problems[:_MAX_PROBLEMS] + ([f"... and {len(more)} more"] if more else [])
 
 
 def to_ours(tensors: Tensors, table: list[Entry], shapes: dict) -> dict:

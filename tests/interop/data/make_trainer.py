@@ -1,11 +1,11 @@
-"""Make trainer.pth and trainer_legacy.pth: checkpoints as the published trainer saves them, by PyTorch itself.
+"""Make trainer.pth and trainer_legacy.pth with PyTorch: checkpoints as the published trainer saves them.
 
     pip install torch==2.13.0 && python tests/interop/data/make_trainer.py
 
-The layout is that of `VARTrainer.state_dict` and `Args.state_dict`; the optimizer is the published one (fused AdamW
-with two groups, after a step in float16 with a gradient scaler). The transformer is a whole one of width 4 and
-depth 1 for 5 classes, 16 codes of 4 numbers and scales (1, 2, 4). Of the tokenizer there are only some tensors:
-a whole one has at least 32 channels, which is too large for a repository.
+The layout is that of `VARTrainer.state_dict` and `Args.state_dict`; the optimizer is the published one, fused
+AdamW with two groups, after a step in float16 with a gradient scaler. The transformer is a whole one of width
+4 and depth 1 for 5 classes, 16 codes of 4 numbers and scales (1, 2, 4). Of the tokenizer there are only some
+tensors: a whole one has at least 32 channels, which is too large for a repository.
 """
 
 from collections import OrderedDict
@@ -63,8 +63,12 @@ def network(shapes: dict[str, tuple], buffers: dict[str, torch.Tensor]) -> torch
 
 def checkpoint() -> dict:
     levels = torch.cat([torch.full((side * side,), k) for k, side in enumerate(SCALES)]).view(1, LENGTH)
-    mask = torch.where(levels.T >= levels, 0.0, -torch.inf).reshape(1, 1, LENGTH, LENGTH)
-    constants = {"lvl_1L": levels, "attn_bias_for_masking": mask, "blocks.0.attn.zero_k_bias": torch.zeros(WIDTH)}
+    mask = torch.where(levels <= levels.T, 0.0, -torch.inf).reshape(1, 1, LENGTH, LENGTH)
+    constants = {
+        "lvl_1L": levels,
+        "attn_bias_for_masking": mask,
+        "blocks.0.attn.zero_k_bias": torch.zeros(WIDTH),
+    }
     var, vae = network(VAR, constants), network(VAE, {"quantize.ema_vocab_hit_SV": torch.zeros(3, CODES)})
     decayed = [p for p in var.parameters() if p.ndim > 1]
     others = [p for p in var.parameters() if p.ndim <= 1]
@@ -84,7 +88,9 @@ def checkpoint() -> dict:
     config |= {"prog_it": 7, "last_prog_si": -1, "first_prog": True}
     trainer = {"config": config, "var_wo_ddp": weights, "vae_local": vae.state_dict()}
     trainer["var_opt"] = {"scaler": scaler.state_dict(), "optimizer": optimizer.state_dict()}
-    args = OrderedDict(data_path="/data", depth=1, tlr=1e-4, twde=None, saln=False, patch_nums=SCALES, seed=None)
+    args = OrderedDict(
+        data_path="/data", depth=1, tlr=1e-4, twde=None, saln=False, patch_nums=SCALES, seed=None
+    )
     return {"epoch": 3, "iter": 0, "trainer": trainer, "args": args}
 
 
