@@ -67,22 +67,43 @@ def write_zip(
     """A zip archive in the layout of `torch.save`."""
     with zipfile.ZipFile(path, "w", compression) as archive:
         archive.writestr("archive/data.pkl", pickled)
+        archive.writestr("archive/version", b"3\n")
         for key, data in storages.items():
             archive.writestr(f"archive/data/{key}", data)
     return path
 
 
 def save(path: Path, value) -> Path:
-    """Write nested dicts, lists and tuples of arrays, numbers and text as `torch.save` does."""
-    storages = {}
+    """Write nested dicts, lists and tuples of arrays, numbers and text like `torch.save` of today."""
+    pickled, arrays = _dump(value, is_legacy=False)
+    return write_zip(path, pickled, {key: array.tobytes() for key, array in arrays.items()})
+
+
+def save_legacy(path: Path, value) -> Path:
+    """Write the same like `torch.save` before PyTorch 1.6."""
+    pickled, arrays = _dump(value, is_legacy=True)
+    header = (0x1950A86A20F9469CFC6C, 1001, {"protocol_version": 1001, "little_endian": True})
+    with open(path, "wb") as file:
+        file.write(b"".join(_dump(part, is_legacy=True)[0] for part in header))
+        file.write(pickled + _dump(list(arrays), is_legacy=True)[0])
+        for array in arrays.values():
+            file.write(struct.pack("<q", array.size) + array.tobytes())
+    return path
+
+
+def _dump(value, is_legacy: bool) -> tuple[bytes, dict[str, np.ndarray]]:
+    """A pickle, and the arrays in it by the keys of their storages."""
+    arrays = {}
 
     def pickled(value) -> bytes:
         if isinstance(value, np.ndarray):
-            key, value = str(len(storages)), np.asarray(value, order="C")
-            storages[key] = value.tobytes()
+            key = str(len(arrays))
+            arrays[key] = value = np.asarray(value, order="C")
             strides = tuple(stride // value.itemsize for stride in value.strides)
-            kind = STORAGES[value.dtype.name]
-            return tensor(storage(key, value.size, kind), 0, value.shape, strides)
+            base = storage(key, value.size, STORAGES[value.dtype.name])
+            if is_legacy:
+                base = base.replace(b"tQ", b"NtQ")  # no view of another storage
+            return tensor(base, 0, value.shape, strides)
         if isinstance(value, Mapping):
             empty = ORDERED_DICT if isinstance(value, collections.OrderedDict) else b"}"
             return empty + b"(" + b"".join(pickled(k) + pickled(v) for k, v in value.items()) + b"u"
@@ -95,4 +116,4 @@ def save(path: Path, value) -> Path:
             return {None: b"N", True: b"\x88", False: b"\x89"}[value]
         return number(value) if isinstance(value, int) else b"G" + struct.pack(">d", value)
 
-    return write_zip(path, PROTOCOL + pickled(value) + STOP, storages)
+    return PROTOCOL + pickled(value) + STOP, arrays

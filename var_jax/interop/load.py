@@ -181,7 +181,8 @@ def _abstract(shape: tuple[int, ...], dtype=jnp.float32) -> jax.ShapeDtypeStruct
 
 
 def _shapes(model: nn.Module, *inputs) -> dict:
-    return nn.meta.unbox(jax.eval_shape(model.init, jax.random.key(0), *inputs))["params"]
+    variables = jax.eval_shape(lambda *args: model.init(jax.random.key(0), *args), *inputs)
+    return nn.meta.unbox(variables)["params"]
 
 
 def with_path(path: Path, function, *args):
