@@ -33,6 +33,7 @@ class LoadedTokenizer:
 
     def __init__(self, model: tokenizer_model.Tokenizer, params: dict):
         self.module, self.params = model, in_compute_dtype(params, model.dtype)
+        self.params = jax.tree.map(jnp.asarray, self.params)  # cast on the host, so that it is held once
         self.scales, self.num_codes = model.config.scales, model.config.num_codes
 
     def encode(self, images) -> np.ndarray:
@@ -105,6 +106,7 @@ class LoadedVAR:
     def __init__(self, model: Trunk, params: dict, options: SamplingOptions, tokenizer: LoadedTokenizer):
         self.module, self.options, self.tokenizer = model, options, tokenizer
         self.params = in_compute_dtype(params, model.dtype)
+        self.params = jax.tree.map(jnp.asarray, self.params)  # cast on the host, so that it is held once
         self.num_classes, self.depth = model.config.num_classes, model.config.depth
         self._sharding = None
 

@@ -176,8 +176,8 @@ def _other_tokenizer(path: str, task: Task) -> list[str]:
     """A warning where a transformer learned the codes of another tokenizer, as far as its run tells."""
     if not isinstance(task, TransformerTask) or Path(path).is_file():
         return []
-    learned = load_config(Path(path) / task.name / FOLDER)[1]["tokenizer"]
-    if learned == task.fingerprint:
+    learned = load_config(Path(path) / task.name / FOLDER)[1].get("tokenizer", "")
+    if learned in ("", task.fingerprint):  # "": it was converted from a file, without its tokenizer
         return []
     return [
         f"it was trained on another tokenizer ({learned}) than that of this run "

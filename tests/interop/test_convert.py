@@ -1,15 +1,27 @@
 import re
+from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
 import var_jax
 from tests.conftest import GOLDEN_SCALES, TRANSFORMERS
+from tests.interop import pickles
 from tests.interop.test_published import assert_identical
+from tests.training.tiny import tiny_config
 from var_jax.interop.convert import convert, to_file, to_run
+from var_jax.interop.load import load_tokenizer, load_transformer, read_network
 from var_jax.interop.tensor_files import read_networks, read_tensors, write_safetensors
+from var_jax.sampling.options import SamplingOptions
 from var_jax.scales import SCALES_512, Scales
+from var_jax.stages import _other_tokenizer, given_params
+from var_jax.training.checkpoint import FOLDER, load_config
+from var_jax.training.transformer_task import NextScaleTask
+
+DATA = Path(__file__).parent / "data"
 
 
 def there_and_back(source, tmp_path, stage) -> dict:
@@ -58,21 +70,16 @@ def test_a_trained_transformer_goes_to_a_file_and_back(tiny_run, tmp_path):
     assert model.module.config.num_heads == want.module.config.num_heads == 4
 
 
-def test_checkpoints_of_the_published_trainer(goldens, golden_tokenizer, tmp_path, monkeypatch):
-    """Both networks, nested beside the state of the optimiser."""
-    nested = {
-        "epoch": 3,
-        "args": {"bs": 768, "pn": "256"},
-        "trainer": {
-            "config": {"label_smooth": 0.0},
-            "vae_local": read_tensors(goldens / "vae.pth", "tokenizer"),
-            "var_wo_ddp": read_tensors(goldens / "var.pth", "next_scale"),
-            "var_opt": {"optimizer": {"state": {0: {"step": 5}}}},
-        },
+def test_checkpoints_of_the_published_trainer(goldens, golden_tokenizer, tmp_path):
+    """Both networks, nested beside the state of the optimizer."""
+    trainer = {
+        "config": {"label_smooth": 0.0},
+        "vae_local": read_tensors(goldens / "vae.pth", "tokenizer"),
+        "var_wo_ddp": read_tensors(goldens / "var.pth", "next_scale"),
+        "var_opt": {"optimizer": {"state": {0: {"step": np.float32([5])}}}},
     }
-    monkeypatch.setattr("var_jax.interop.tensor_files.read_pth", lambda path: nested)
-    path = tmp_path / "ar-ckpt-last.pth"
-    path.write_bytes(b"")
+    nested = {"epoch": 3, "args": {"bs": 768, "pn": "256"}, "trainer": trainer}
+    path = pickles.save(tmp_path / "ar-ckpt-last.pth", nested)
     assert len(to_run(path, tmp_path / "run", GOLDEN_SCALES)) == 2
     tokenizer = var_jax.load_tokenizer(tmp_path / "run")
     np.testing.assert_array_equal(
@@ -80,16 +87,82 @@ def test_checkpoints_of_the_published_trainer(goldens, golden_tokenizer, tmp_pat
     )
     assert var_jax.load_var(path, tokenizer=tokenizer).depth == 3
     # Whatever is wrong with either network is found before anything is written.
-    broken = {**nested["trainer"]["var_wo_ddp"]}
-    del broken["blocks.1.attn.q_bias"]
-    whole, nested["trainer"]["var_wo_ddp"] = nested["trainer"]["var_wo_ddp"], broken
-    with pytest.raises(ValueError, match="missing: blocks.1.attn.q_bias"):
+    broken = {name: t for name, t in trainer["var_wo_ddp"].items() if name != "blocks.1.attn.q_bias"}
+    pickles.save(path, {"trainer": {**trainer, "var_wo_ddp": broken}})
+    with pytest.raises(ValueError, match="ar-ckpt-last.pth: .*\n.*missing: blocks.1.attn.q_bias"):
         to_run(path, tmp_path / "other", GOLDEN_SCALES)
     assert not (tmp_path / "other").exists()
-    nested["trainer"]["var_wo_ddp"] = whole
-    del nested["trainer"]["vae_local"]
+    del trainer["vae_local"]
+    pickles.save(path, nested)
     with pytest.raises(ValueError, match="holds next_scale of the published trainer, but no tokenizer"):
         var_jax.load_tokenizer(path)
+
+
+def test_a_stage_that_is_there_already_stops_the_other_one_too(goldens, tmp_path):
+    """Of a trainer checkpoint, the tokenizer used to be written before the transformer was looked for."""
+    to_run(goldens / "var.pth", tmp_path / "run", GOLDEN_SCALES)
+    networks = {"vae_local": "vae", "var_wo_ddp": "var"}
+    tensors = {name: read_tensors(goldens / f"{file}.pth", "") for name, file in networks.items()}
+    path = pickles.save(tmp_path / "ar-ckpt-last.pth", tensors)
+    with pytest.raises(FileExistsError, match="run/next_scale/checkpoints holds checkpoints already"):
+        to_run(path, tmp_path / "run", GOLDEN_SCALES)
+    assert not (tmp_path / "run" / "tokenizer").exists()
+
+
+def test_a_transformer_is_read_from_what_pytorch_wrote(tiny_tokenizer):
+    config = tiny_tokenizer[0].config
+    for name in ("trainer", "trainer_legacy"):
+        path = DATA / f"{name}.pth"
+        module, params, _ = load_transformer(path, config)
+        assert (module.config.depth, module.config.width, module.config.num_classes) == (1, 4, 5)
+        np.testing.assert_array_equal(
+            params["blocks"]["layers"]["attention"]["qkv"]["kernel"][0].T,
+            read_tensors(path, "next_scale")["blocks.0.attn.mat_qkv.weight"],
+        )
+        with pytest.raises(ValueError, match=f"{name}.pth: no published tokenizer: it has no tensor encoder"):
+            load_tokenizer(path)
+
+
+def test_parameters_stay_on_the_host_until_they_are_cast(goldens, tmp_path, monkeypatch):
+    """On one chip there was room for neither: float32 parameters, and half of them again in bfloat16."""
+    monkeypatch.setattr("var_jax.interop.load.compute_dtype", lambda name: jnp.dtype(jnp.bfloat16))
+    to_run(goldens / "vae.pth", tmp_path, GOLDEN_SCALES)
+    to_run(goldens / "var.pth", tmp_path, GOLDEN_SCALES)
+    for tokenizer_path, path in ((goldens / "vae.pth", goldens / "var.pth"), (tmp_path, tmp_path)):
+        tokenizer, params = load_tokenizer(tokenizer_path, GOLDEN_SCALES)
+        model, more, _ = load_transformer(path, tokenizer.config)
+        assert {type(leaf) for leaf in jax.tree.leaves((params, more))} == {np.ndarray}
+        loaded = var_jax.LoadedTokenizer(tokenizer, params)
+        var = var_jax.LoadedVAR(model, more, SamplingOptions(), loaded)
+        assert all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves((loaded.params, var.params)))
+        assert var.params["head"]["kernel"].dtype == jnp.bfloat16
+        np.testing.assert_array_equal(
+            var.params["head"]["kernel"], jnp.asarray(more["head"]["kernel"]).astype(jnp.bfloat16)
+        )
+
+
+def test_a_converted_run_can_be_started_from(goldens, golden_tokenizer, tmp_path):
+    """README: convert both files, then train from the run. What its tokenizer was is known."""
+    for name in ("vae", "var"):
+        to_run(goldens / f"{name}.pth", tmp_path / "run", GOLDEN_SCALES)
+    to_run(goldens / "var.pth", tmp_path / "without", GOLDEN_SCALES)
+    stage = tiny_config("none").next_scale
+    stage.model.update(dict(depth=3, width=192, num_heads=3))
+    module, params = load_tokenizer(tmp_path / "run")
+    task = NextScaleTask(stage, 6, module, params, classes=10)
+    assert load_config(tmp_path / "run" / "next_scale" / FOLDER)[1]["tokenizer"] == task.fingerprint
+    for run in ("run", "without"):
+        stage.init_from = str(tmp_path / run)
+        given = given_params(stage, task, tmp_path / "new")
+        np.testing.assert_array_equal(
+            given["head/kernel"].values, read_network(stage.init_from, "next_scale")[1]["head"]["kernel"]
+        )
+    params["quantizer"]["codebook"] = params["quantizer"]["codebook"] + 1
+    other = NextScaleTask(stage, 6, module, params, classes=10)
+    stage.init_from = str(tmp_path / "run")
+    (note,) = _other_tokenizer(stage.init_from, other)
+    assert note.startswith(f"it was trained on another tokenizer ({task.fingerprint})")
+    assert _other_tokenizer(str(tmp_path / "without"), other) == []
 
 
 def test_512_pixels_are_known_by_the_length(tmp_path):
@@ -124,7 +197,10 @@ def test_truncated_and_foreign_files_leave_no_run(goldens, tmp_path):
     cut.write_bytes((goldens / "vae.pth").read_bytes()[:-500])
     foreign = tmp_path / "foreign.safetensors"
     save_file({"resnet.weight": np.zeros(3, np.float32)}, foreign)
-    for path, message in ((cut, "cut.pth is not a zip archive"), (foreign, "no published VAR transformer")):
+    for path, message in (
+        (cut, "cut.pth cannot be read: not a zip archive"),
+        (foreign, "no published VAR transformer"),
+    ):
         with pytest.raises(ValueError, match=message):
             to_run(path, tmp_path / "run", GOLDEN_SCALES)
     assert not (tmp_path / "run").exists()

@@ -1,17 +1,23 @@
+import re
+import tracemalloc
+
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
 import var_jax
 from tests.conftest import GOLDEN_SCALES, TRANSFORMERS
+from tests.interop import pickles
+from var_jax.interop.load import published_next_scale, read_network
 from var_jax.interop.published import (
-    next_scale_buffers,
     next_scale_config,
+    next_scale_constants,
     next_scale_table,
     to_published,
     tokenizer_table,
 )
 from var_jax.interop.tensor_files import read_networks, read_tensors
+from var_jax.transformer.config import NextScaleConfig
 
 
 def assert_identical(got: dict, want: dict) -> None:
@@ -32,7 +38,7 @@ def test_transformer_round_trip_is_the_identity(name, goldens, golden_tokenizer)
     model = var_jax.load_var(goldens / f"{name}.pth", tokenizer=golden_tokenizer)
     config = model.module.config
     assert (config.depth, config.num_heads, config.num_classes) == (3, 3, 10)
-    got = to_published(model.params, next_scale_table(config), next_scale_buffers(config))
+    got = to_published(model.params, next_scale_table(config), next_scale_constants(config))
     assert_identical(got, read_tensors(goldens / f"{name}.pth", "next_scale"))
 
 
@@ -41,7 +47,6 @@ def changed(goldens, tmp_path):
     """Writes a golden file as .safetensors with changes; returns its path."""
 
     def write(name: str, change) -> str:
-        (tensors,) = read_networks(goldens / f"{name}.pth").values()
         (tensors,) = read_networks(goldens / f"{name}.pth").values()
         tensors = {key: np.array(tensor) for key, tensor in tensors.items()}
         change(tensors)
@@ -106,3 +111,111 @@ def test_the_wrong_kind_of_file_is_noticed(goldens, golden_tokenizer):
         var_jax.load_tokenizer(goldens / "var.pth", scales=GOLDEN_SCALES)
     with pytest.raises(ValueError, match="no published VAR transformer: it has no tensor pos_1LC"):
         var_jax.load_var(goldens / "vae.pth", tokenizer=golden_tokenizer)
+
+
+# --- files that were made to do harm
+
+
+def refusal(load, *args, max_bytes: int = 1 << 25) -> str:
+    """The message of a ValueError that takes little memory."""
+    tracemalloc.start()
+    try:
+        with pytest.raises(ValueError) as error:
+            load(*args)
+        assert tracemalloc.get_traced_memory()[1] < max_bytes
+    finally:
+        tracemalloc.stop()
+    return str(error.value)
+
+
+def small_transformer(**changes) -> dict[str, np.ndarray]:
+    """Tensors that decide the architecture of a transformer of scales (1, 2)."""
+    zeros = lambda *shape: np.zeros(shape, np.float32)  # noqa: E731
+    tensors = {
+        "pos_1LC": zeros(1, 5, 64),
+        "lvl_1L": np.array([[0, 1, 1, 1, 1]]),
+        "word_embed.weight": zeros(64, 4),
+        "class_emb.weight": zeros(11, 64),
+        "head.weight": zeros(16, 64),
+        "blocks.0.attn.q_bias": zeros(64),
+    }
+    return {name: tensor for name, tensor in (tensors | changes).items() if tensor is not None}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"blocks.99999999.attn.x": np.zeros(1)}, "unknown: blocks.99999999.attn.x"),
+        ({"blocks.9999.attn.x": np.zeros(1)}, "blocks.9999.attn.x is in the file, but nothing of number 1"),
+        ({f"blocks.{i}.x": np.zeros(1) for i in range(300)}, "blocks.299.x is in the file; at most 256"),
+        ({"lvl_1L": np.array([[0, 1, 1, 1, 1 << 50]])}, "has 3 levels that are not"),
+        ({"lvl_1L": np.array([[0, 1, 1, 1, -1]])}, "has 3 levels that are not"),
+        ({"lvl_1L": np.zeros((), np.int64)}, r"lvl_1L is int64 \(\), expected ints \(1, 5\)"),
+        ({"lvl_1L": np.zeros((1, 5), np.float32)}, "lvl_1L is float32"),
+        (
+            {"pos_1LC": np.zeros((1, 10**6, 1), np.float16)},
+            "1000000 positions; without scales, at most 10000",
+        ),
+        ({"pos_1LC": np.zeros(5)}, r"pos_1LC has shape \(5,\), expected 3 dimensions"),
+        ({"head.weight": np.zeros(())}, r"head.weight has shape \(\), expected 2 dimensions"),
+        ({"class_emb.weight": np.zeros((1, 1, 1))}, "class_emb.weight has shape"),
+        ({"class_emb.weight": np.zeros((1, 64))}, "num_classes must be at least 1"),
+        ({"class_emb.weight": np.zeros((11, 0))}, "expected|missing|must be"),
+        (
+            {"blocks.0.attn.scale_mul_1H11": np.zeros(3)},
+            r"scale_mul_1H11 has shape \(3,\), expected 4",
+        ),
+        ({"blocks.0.attn.q_bias": None}, "transformer depth must be at least 1"),
+        ({"word_embed.weight": None}, "no tensor word_embed.weight"),
+    ],
+)
+def test_names_and_shapes_cannot_cost_memory(tmp_path, changes, message):
+    path = pickles.save(tmp_path / "evil.pth", small_transformer(**changes))
+    said = refusal(lambda: published_next_scale(path, read_tensors(path, "next_scale")))
+    assert "evil.pth" in said and re.search(message, said), said
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({}, "missing: decoder"),
+        ({"encoder.down.99999999.block.0.x": np.zeros(1)}, "unknown: encoder.down.99999999"),
+        (
+            {"encoder.down.999.block.0.x": np.zeros(1)},
+            "down.999.block.0.x is in the file, but nothing",
+        ),
+        ({f"encoder.down.{i}.block.0.conv1.weight": np.zeros((32, 1, 1, 1)) for i in range(9)}, "at most 7"),
+        ({f"encoder.down.0.block.{i}.x": np.zeros(1) for i in range(100)}, "at most 8 such layers"),
+        ({f"quantize.quant_resi.qresi_ls.{i}.weight": np.zeros(1) for i in range(100)}, "at most 64"),
+        ({"encoder.down.0.block.0.conv1.weight": None}, "no tensor encoder.down.0.block.0.conv1.weight"),
+        ({"encoder.down.0.block.0.conv1.weight": np.zeros((33, 1, 1, 1))}, "no multiples of the first 32"),
+        ({"encoder.conv_in.weight": np.zeros((0, 1, 1, 1))}, "no multiples of the first 0"),
+        ({"encoder.conv_in.weight": np.zeros(3)}, "expected 4 dimensions"),
+        ({"quantize.ema_vocab_hit_SV": np.zeros(3)}, "expected .K, V., K at most 64"),
+        ({"quantize.ema_vocab_hit_SV": np.zeros((10**6, 1), np.float16)}, "expected .K, V., K at most 64"),
+        ({"quantize.ema_vocab_hit_SV": np.zeros((0, 8))}, "scales"),
+    ],
+)
+def test_names_and_shapes_of_a_tokenizer_cannot_either(tmp_path, changes, message):
+    zeros = lambda *shape: np.zeros(shape, np.float32)  # noqa: E731
+    tensors = {
+        "encoder.conv_in.weight": zeros(32, 3, 3, 3),
+        "encoder.down.0.block.0.conv1.weight": zeros(32, 32, 3, 3),
+        "quant_conv.weight": zeros(4, 4, 3, 3),
+        "quantize.embedding.weight": zeros(8, 4),
+    }
+    tensors = {name: tensor for name, tensor in (tensors | changes).items() if tensor is not None}
+    path = pickles.save(tmp_path / "evil.pth", {n: np.asarray(t, np.float32) for n, t in tensors.items()})
+    for load in (lambda: var_jax.load_tokenizer(path), lambda: read_network(path, "tokenizer")):
+        said = refusal(load)
+        assert "evil.pth" in said and re.search(message, said), said
+
+
+def test_no_mask_is_made_that_the_file_does_not_hold():
+    """The constants of a long sequence are made one by one, and only to be compared with what is there."""
+    tracemalloc.start()
+    config = NextScaleConfig(depth=3, width=64, scales=(1, 64, 64))
+    constants = next_scale_constants(config)
+    assert constants["attn_bias_for_masking"].shape == (1, 1, 8193, 8193)
+    assert tracemalloc.get_traced_memory()[1] < 1 << 22
+    tracemalloc.stop()

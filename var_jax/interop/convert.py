@@ -24,19 +24,22 @@ from var_jax.interop.load import (
     published_next_scale,
     published_tokenizer,
     tokenizer_shapes,
-    with_path,
 )
 from var_jax.interop.tensor_files import SUFFIXES, read_networks, write_pth, write_safetensors
 from var_jax.sampling.options import SamplingOptions
 from var_jax.tokenizer.config import TokenizerConfig
+from var_jax.tokenizer.fingerprint import fingerprint
 from var_jax.training.checkpoint import (
     FOLDER,
     CheckpointMissing,
     SavedArrays,
+    check_is_new,
     load_config,
+    load_params,
     save_params,
 )
 from var_jax.training.disk import CheckpointNotWritten
+from var_jax.training.manifest import steps_under
 from var_jax.transformer.config import NextScaleConfig
 
 FLAGS = flags.FLAGS
@@ -58,28 +61,38 @@ def to_run(source: Path, run: Path, scales: tuple[int, ...] | None = None) -> li
       ValueError: naming the tensors that do not fit.
       FileExistsError: where the run has that stage already.
     """
-    found = []
+    networks = []
     for kind, tensors in read_networks(source).items():  # whatever can be wrong, before anything is written
         kind = kind or ("tokenizer" if "quantize.embedding.weight" in tensors else "next_scale")
+        check_is_new(run / kind / FOLDER)
         read = published_tokenizer if kind == "tokenizer" else published_next_scale
-        config, *layout = read(source, tensors, scales)
-        with_path(source, published.check_tensors, tensors, *layout)
-        found.append((kind, tensors, config, layout))
-    said = []
-    for kind, tensors, config, layout in found:
-        params = published.to_ours(tensors, *layout)
-        extra = {"code_hits": params.pop("code_hits")} if kind == "tokenizer" else {}
-        save_params(run / kind / FOLDER, params, extra, _record(kind, config, source))
-        said.append(f"{run / kind}: {kind} of {source}, {len(tensors)} tensors, scales {config.scales}")
-    return said
+        networks.append((kind, tensors, *read(source, tensors, scales)))
+    is_new = networks[0][0] == "tokenizer"  # it comes first
+    tokenizer = "" if is_new else _fingerprint_in(run)
+    lines = []
+    for kind, tensors, config, table, shapes in networks:
+        params, extra = published.to_ours(tensors, table, shapes), {}
+        if kind == "tokenizer":
+            extra, tokenizer = {"code_hits": params.pop("code_hits")}, fingerprint(params)
+        save_params(run / kind / FOLDER, params, extra, _record(kind, config, source, tokenizer))
+        lines.append(f"{run / kind}: {kind} of {source}, {len(tensors)} tensors, scales {config.scales}")
+    return lines
 
 
-def _record(kind: str, config: TokenizerConfig | NextScaleConfig, source: Path) -> dict:
-    """What the training loop would have saved beside the parameters."""
+def _fingerprint_in(run: Path) -> str:
+    """Fingerprint of the tokenizer of a run; "" where it has none yet."""
+    folder = run / "tokenizer" / FOLDER
+    return fingerprint(load_params(folder)[0]) if steps_under(folder) else ""
+
+
+def _record(kind: str, config: TokenizerConfig | NextScaleConfig, source: Path, tokenizer: str) -> dict:
+    """Config of a checkpoint, as the training loop saves it."""
+    tokenizer = "" if kind == "tokenizer" else tokenizer
     stage = {"task": kind, "converted_from": str(source.absolute())}
     if kind == "next_scale":
         stage |= {"tokenizer": "", "scales": [], "sampling": dataclasses.asdict(SamplingOptions())}
-    return {"task": kind, "model": dataclasses.asdict(config), "stage": stage, "steps": 0}
+    model = dataclasses.asdict(config)
+    return {"task": kind, "model": model, "stage": stage, "steps": 0, "tokenizer": tokenizer}
 
 
 def to_file(run: Path, stage: str | None, target: Path, step: int | str = "latest") -> list[str]:
@@ -105,11 +118,11 @@ def to_file(run: Path, stage: str | None, target: Path, step: int | str = "lates
     step, record = load_config(folder, step)
     if stage == "tokenizer":
         config = TokenizerConfig(**record["model"])
-        table, shapes, buffers = published.tokenizer_table(config), tokenizer_shapes(config), {}
+        table, shapes, constants = published.tokenizer_table(config), tokenizer_shapes(config), {}
     else:
         config = NextScaleConfig(**record["model"])
         table, shapes = published.next_scale_table(config), next_scale_shapes(config)
-        buffers = published.next_scale_buffers(config)
+        constants = published.next_scale_constants(config)
     check_expressible(config)
 
     params, state = (SavedArrays(folder, step, item) for item in ("params", "state"))
@@ -117,11 +130,11 @@ def to_file(run: Path, stage: str | None, target: Path, step: int | str = "lates
     def read(path: str) -> np.ndarray:
         return state.read("extra/code_hits") if path == "code_hits" else params.read(path)
 
-    tensors = published.published_tensors(read, table, buffers)
+    tensors = published.published_tensors(read, table, constants)
     if target.suffix == ".safetensors":
-        announced = {name: tensor.shape for name, tensor in buffers.items()}
+        announced = {name: constant.shape for name, constant in constants.items()}
         announced |= published.published_shapes(table, shapes)
-        dtypes = {name: tensor.dtype for name, tensor in buffers.items()}
+        dtypes = {name: constant.dtype for name, constant in constants.items()}
         write_safetensors(target, announced, tensors, dtypes)
     else:
         write_pth(target, tensors)

@@ -1,5 +1,6 @@
 """Weights of a DINO vision transformer, from the published files."""
 
+import math
 from pathlib import Path
 
 import jax
@@ -7,7 +8,19 @@ import jax.numpy as jnp
 import numpy as np
 
 from var_jax.interop.load import with_path
-from var_jax.interop.published import BATCHED, CONV, LINEAR, SAME, Entry, Tensors, count, require, to_ours
+from var_jax.interop.published import (
+    BATCHED,
+    CONV,
+    LINEAR,
+    MAX_DEPTH,
+    SAME,
+    Entry,
+    Tensors,
+    check_tensors,
+    count,
+    require,
+    to_ours,
+)
 from var_jax.interop.tensor_files import read_tensors
 from var_jax.tokenizer.dino import HEAD_SIZE
 
@@ -26,17 +39,21 @@ def load_dino(path: str | Path) -> dict:
       FileNotFoundError: where there is no file.
       ValueError: naming what is missing, unknown (a network of another kind has more), or has another shape.
     """
-    path = Path(path).expanduser()
-    return with_path(path, _from_published, read_tensors(path, "dino"))
+    tensors, table, shapes = with_path(path, _checked, read_tensors(path, "dino"))
+    return jax.tree.map(jnp.asarray, to_ours(tensors, table, shapes))
 
 
-def _from_published(tensors: Tensors) -> dict:
+def _checked(tensors: Tensors) -> tuple[Tensors, list[Entry], dict]:
+    """The tensors that are used, their table, and the shapes of our parameters."""
     prefix = "backbone." if any(name.startswith("backbone.") for name in tensors) else ""
     tensors = {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
     tensors = {name: t for name, t in tensors.items() if not name.startswith(UNUSED)}
-    require(tensors, ("patch_embed.proj.weight", "pos_embed", "blocks.0.attn.qkv.weight"), "DINO")
-    depth = count(tensors, r"blocks\.(\d+)\.")
-    return jax.tree.map(jnp.asarray, to_ours(tensors, _table(depth), _shapes(tensors, depth)))
+    names = ("patch_embed.proj.weight", "pos_embed", "blocks.0.attn.qkv.weight")
+    require(tensors, dict.fromkeys(names), "DINO")
+    depth = count(tensors, r"blocks\.(\d{1,4})\.", MAX_DEPTH)
+    table, shapes = _table(depth), _shapes(tensors, depth)
+    check_tensors(tensors, table, shapes)
+    return tensors, table, shapes
 
 
 def _table(depth: int) -> list[Entry]:
@@ -63,12 +80,12 @@ def _shapes(tensors: Tensors, depth: int) -> dict:
       ValueError: where these two are not those of a vision transformer with heads of 64.
     """
     kernel, positions = tensors["patch_embed.proj.weight"].shape, tensors["pos_embed"].shape
-    if len(kernel) != 4 or kernel[1:] != (3, kernel[3], kernel[3]) or kernel[0] % HEAD_SIZE:
+    if len(kernel) != 4 or kernel[1:] != (3, kernel[3], kernel[3]) or kernel[0] % HEAD_SIZE or 0 in kernel:
         raise ValueError(
             f"patch_embed.proj.weight has shape {kernel}, expected (D, 3, P, P), D a multiple of {HEAD_SIZE}"
         )
     width, patch = kernel[0], kernel[3]
-    grid = round((positions[1] - 1) ** 0.5) if len(positions) == 3 else 0
+    grid = math.isqrt(max(positions[1] - 1, 0)) if len(positions) == 3 else 0
     if positions != (1, 1 + grid**2, width):
         raise ValueError(f"pos_embed has shape {positions}, expected (1, 1 + G * G, {width})")
     norm = {"scale": (depth, width), "bias": (depth, width)}

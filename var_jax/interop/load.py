@@ -10,6 +10,7 @@ from flax.traverse_util import unflatten_dict
 from var_jax.interop import published
 from var_jax.interop.published import Tensors
 from var_jax.interop.tensor_files import SUFFIXES, read_tensors
+from var_jax.paths import as_path
 from var_jax.sampling.options import SamplingOptions
 from var_jax.tokenizer.config import TokenizerConfig
 from var_jax.tokenizer.model import Tokenizer
@@ -27,7 +28,7 @@ NETWORKS = {"next_scale": NextScale, "next_token": NextToken}  # kind of stage -
 def load_tokenizer(
     path: str | Path, scales=None, step: int | str = "latest", dtype: str = "auto"
 ) -> tuple[Tokenizer, dict]:
-    """A tokenizer and its parameters.
+    """A tokenizer and its parameters, as float32 arrays on the host.
 
     Args:
       path: of a run (its --workdir), or of a published .pth or .safetensors file.  A run that was trained
@@ -40,7 +41,7 @@ def load_tokenizer(
       FileNotFoundError: where there is nothing of the kind.
       ValueError: where the tensors do not fit, naming them.
     """
-    path, computed = Path(path).expanduser(), compute_dtype(dtype)
+    path, computed = as_path(path), compute_dtype(dtype)
     if not _is_weights(path):
         if not (path / "tokenizer").exists() and (path / _transformer_of(path) / FOLDER).exists():
             stage = load_config(path / _transformer_of(path) / FOLDER)[1]["stage"]
@@ -54,13 +55,13 @@ def load_tokenizer(
             )
         return Tokenizer(config, computed), params
     config, params = _from_file(path, "tokenizer", read_tensors(path, "tokenizer"), scales)
-    return Tokenizer(config, computed), jax.tree.map(jnp.asarray, params)
+    return Tokenizer(config, computed), params
 
 
 def load_transformer(
     path: str | Path, tokenizer: TokenizerConfig, step: int | str = "latest"
 ) -> tuple[Trunk, dict, SamplingOptions]:
-    """A transformer, its parameters and how its run samples, for a tokenizer of the given architecture.
+    """A transformer for a tokenizer, its float32 parameters on the host, and how its run samples.
 
     Args:
       path: of a run (its --workdir), whose next-scale or else next-token stage is meant, or of a published
@@ -72,7 +73,7 @@ def load_transformer(
       FileNotFoundError: where there is nothing of the kind.
       ValueError: where the tensors do not fit each other or the tokenizer, naming them.
     """
-    path, dtype = Path(path).expanduser(), compute_dtype("auto")
+    path, dtype = as_path(path), compute_dtype("auto")
     if not _is_weights(path):
         kind = _transformer_of(path)
         params, record = load_params(path / kind / FOLDER, step)
@@ -81,7 +82,7 @@ def load_transformer(
         return NETWORKS[kind](config, dtype), params, SamplingOptions(**record["stage"]["sampling"])
     config, params = _from_file(path, "next_scale", read_tensors(path, "next_scale"), tokenizer.scales)
     _check_fit(path, config, tokenizer)
-    return NextScale(config, dtype), jax.tree.map(jnp.asarray, params), SamplingOptions()
+    return NextScale(config, dtype), params, SamplingOptions()
 
 
 def _transformer_of(run: Path) -> str:
@@ -106,13 +107,14 @@ def read_network(path: str | Path, kind: str) -> tuple[TokenizerConfig | Transfo
       FileNotFoundError: where there is nothing of the kind.
       ValueError: where the tensors do not fit each other, naming them.
     """
-    path = Path(path).expanduser()
+    path = as_path(path)
     if _is_weights(path):
         if kind == "next_token":
             raise ValueError(f"{path}: a published file holds no next-token transformer; give a run")
         tensors = read_tensors(path, kind)
         hits = tensors.get("quantize.ema_vocab_hit_SV")
-        return _from_file(path, kind, tensors, None if hits is None else (1,) * len(hits))
+        known = hits is not None and hits.ndim == 2
+        return _from_file(path, kind, tensors, (1,) * len(hits) if known else None)
     folder = path / kind / FOLDER
     step, record = load_config(folder)
     saved = SavedArrays(folder, step, "params")
@@ -126,31 +128,38 @@ def _from_file(
     """Architecture and parameters (host arrays) of a file in the published layout."""
     read = published_tokenizer if kind == "tokenizer" else published_next_scale
     config, *layout = read(path, tensors, scales)
-    params = with_path(path, published.to_ours, tensors, *layout)
+    params = published.to_ours(tensors, *layout)
     params.pop("code_hits", None)
     return config, params
 
 
-def published_tokenizer(
-    path: Path, tensors: Tensors, scales=None
-) -> tuple[TokenizerConfig, list, dict, Tensors]:
-    """Architecture of a published tokenizer, its table, the shapes of our parameters, its constants."""
+def published_tokenizer(path: Path, tensors: Tensors, scales=None) -> tuple[TokenizerConfig, list, dict]:
+    """Architecture of a published tokenizer, its table, and the shapes of our parameters.
+
+    Raises:
+      ValueError: naming the file and the tensors that do not fit.
+    """
     config = with_path(path, published.tokenizer_config, tensors, scales)
-    return config, published.tokenizer_table(config), tokenizer_shapes(config), {}
+    table, shapes = published.tokenizer_table(config), tokenizer_shapes(config)
+    with_path(path, published.check_tensors, tensors, table, shapes)
+    return config, table, shapes
 
 
-def published_next_scale(
-    path: Path, tensors: Tensors, scales=None
-) -> tuple[NextScaleConfig, list, dict, Tensors]:
-    """Architecture of a published transformer, its table, the shapes of our parameters, its constants."""
+def published_next_scale(path: Path, tensors: Tensors, scales=None) -> tuple[NextScaleConfig, list, dict]:
+    """Architecture of a published transformer, its table, and the shapes of our parameters.
+
+    Raises:
+      ValueError: naming the file and the tensors that do not fit.
+    """
     config = with_path(path, published.next_scale_config, tensors, scales)
-    table, buffers = published.next_scale_table(config), published.next_scale_buffers(config)
-    return config, table, next_scale_shapes(config), buffers
+    table, shapes = published.next_scale_table(config), next_scale_shapes(config)
+    with_path(path, published.check_tensors, tensors, table, shapes, published.next_scale_constants(config))
+    return config, table, shapes
 
 
 def tokenizer_shapes(config: TokenizerConfig) -> dict:
     """Our parameters, and the counts of code uses that a published file holds beside them, as shapes."""
-    shapes = _shapes(Tokenizer(config), jnp.zeros((1, config.image_size, config.image_size, 3)))
+    shapes = _shapes(Tokenizer(config), _abstract((1, config.image_size, config.image_size, 3)))
     hits = jax.ShapeDtypeStruct((len(config.scales), config.num_codes), jnp.float32)
     return {**shapes, "code_hits": hits}
 
@@ -158,8 +167,8 @@ def tokenizer_shapes(config: TokenizerConfig) -> dict:
 def next_scale_shapes(config: NextScaleConfig) -> dict:
     """Our parameters as shapes."""
     scales = config.schedule
-    inputs = jnp.zeros((1, scales.length - scales.ends[0], config.code_dim))
-    return _shapes(NextScale(config), jnp.zeros(1, jnp.int32), inputs)
+    inputs = _abstract((1, scales.length - scales.ends[0], config.code_dim))
+    return _shapes(NextScale(config), _abstract((1,), jnp.int32), inputs)
 
 
 def _is_weights(path: Path) -> bool:
@@ -167,8 +176,13 @@ def _is_weights(path: Path) -> bool:
     return path.is_file() or path.suffix in SUFFIXES
 
 
+def _abstract(shape: tuple[int, ...], dtype=jnp.float32) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape, dtype)
+
+
 def _shapes(model: nn.Module, *inputs) -> dict:
-    return nn.meta.unbox(jax.eval_shape(model.init, jax.random.key(0), *inputs))["params"]
+    variables = jax.eval_shape(lambda *args: model.init(jax.random.key(0), *args), *inputs)
+    return nn.meta.unbox(variables)["params"]
 
 
 def with_path(path: Path, function, *args):

@@ -22,7 +22,7 @@ def load_perceptual(paths: Iterable[str | Path]) -> dict:
       FileNotFoundError: where there is no file.
       ValueError: naming what is missing, or has another shape.
     """
-    paths, tensors = [Path(path).expanduser() for path in paths], {}
+    paths, tensors = list(paths), {}
     for path in paths:
         tensors |= read_tensors(path, "perceptual")
     where, problems = " and ".join(map(str, paths)), []

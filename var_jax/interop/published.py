@@ -20,6 +20,15 @@ from var_jax.transformer.config import NextScaleConfig
 
 Tensors = Mapping[str, np.ndarray]
 
+# Bounds on what a file may imply, so that a few names or shapes in it cannot cost memory or time.
+MAX_DEPTH = 256  # blocks of a transformer
+_MAX_LEVELS = 7  # of a tokenizer: images of 64 times the side of the features
+_MAX_BLOCKS = 8  # of a level
+_MAX_PHIS = 64
+_MAX_SCALES = 64
+_MAX_LENGTH = 10_000  # tokens of an image; the maps of 1024px have 9451
+_MAX_PROBLEMS = 20  # of one kind, that a message lists
+
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
@@ -35,6 +44,15 @@ CONV = Layout(lambda t: t.transpose(2, 3, 1, 0), lambda a: a.transpose(3, 2, 0, 
 BATCHED = Layout(lambda t: t[0], lambda a: a[None])  # a leading axis of 1
 PER_HEAD = Layout(lambda t: t.reshape(-1), lambda a: a.reshape(1, -1, 1, 1))
 OFFSETS = Layout(lambda t: t[0, 0], lambda a: a[None, None])
+
+
+@dataclasses.dataclass(frozen=True)
+class Constant:
+    """A tensor that the architecture decides, which the published network stores beside its parameters."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    value: Callable[[], np.ndarray]  # made when it is needed: a mask has L x L numbers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,6 +133,9 @@ def tokenizer_table(config: TokenizerConfig) -> list[Entry]:
     return [*table, Entry("code_hits", ("quantize.ema_vocab_hit_SV",), SAME)]
 
 
+_PHI = r"quantize\.quant_resi\.qresi_ls\.(\d{1,4})\."
+
+
 def tokenizer_config(tensors: Tensors, scales=None) -> TokenizerConfig:
     """The architecture that the shapes of a published tokenizer imply.
 
@@ -125,14 +146,21 @@ def tokenizer_config(tensors: Tensors, scales=None) -> TokenizerConfig:
     Raises:
       ValueError: if this is no published tokenizer, or its K is not that of the scales.
     """
-    require(
-        tensors, ("encoder.conv_in.weight", "quantize.embedding.weight", "quant_conv.weight"), "tokenizer"
-    )
-    ch = tensors["encoder.conv_in.weight"].shape[0]
-    levels = count(tensors, r"encoder\.down\.(\d+)\.")
-    outs = [tensors[f"encoder.down.{i}.block.0.conv1.weight"].shape[0] for i in range(levels)]
+    required = {"encoder.conv_in.weight": 4, "quantize.embedding.weight": 2, "quant_conv.weight": 4}
+    required["encoder.down.0.block.0.conv1.weight"] = 4
+    require(tensors, required, "tokenizer")
+    levels = count(tensors, r"encoder\.down\.(\d{1,4})\.", _MAX_LEVELS)
+    firsts = [f"encoder.down.{i}.block.0.conv1.weight" for i in range(levels)]
+    require(tensors, dict.fromkeys(firsts, 4), "tokenizer")
     num_codes, code_dim = tensors["quantize.embedding.weight"].shape
+    ch, outs = tensors["encoder.conv_in.weight"].shape[0], [tensors[name].shape[0] for name in firsts]
+    if not ch or any(out % ch for out in outs):
+        raise ValueError(f"the levels of the encoder have {outs} channels, no multiples of the first {ch}")
     hits = tensors.get("quantize.ema_vocab_hit_SV")
+    if hits is not None and (hits.ndim != 2 or len(hits) > _MAX_SCALES):
+        raise ValueError(
+            f"quantize.ema_vocab_hit_SV has shape {hits.shape}, expected (K, V), K at most {_MAX_SCALES}"
+        )
     if scales is None:
         if hits is not None and len(hits) != len(SCALES_256):
             raise ValueError(
@@ -152,8 +180,8 @@ def tokenizer_config(tensors: Tensors, scales=None) -> TokenizerConfig:
         code_dim=code_dim,
         ch=ch,
         ch_mult=tuple(out // ch for out in outs),
-        num_blocks=count(tensors, r"encoder\.down\.0\.block\.(\d+)\."),
-        num_phis=1 if single else count(tensors, r"quantize\.quant_resi\.qresi_ls\.(\d+)\."),
+        num_blocks=count(tensors, r"encoder\.down\.0\.block\.(\d{1,4})\.", _MAX_BLOCKS),
+        num_phis=1 if single else count(tensors, _PHI, _MAX_PHIS),
     )
 
 
@@ -194,14 +222,18 @@ def next_scale_table(config: NextScaleConfig) -> list[Entry]:
     return [*table, blocks("adaln/adaln/bias", "ada_lin.1.bias", SAME)]
 
 
-def next_scale_buffers(config: NextScaleConfig) -> dict[str, np.ndarray]:
-    """Constants that the published network stores beside its parameters."""
-    scales = config.schedule
-    return {
-        "lvl_1L": scales.levels[None].astype(np.int64),
-        "attn_bias_for_masking": np.where(scales.mask, 0, -np.inf).astype(np.float32)[None, None],
-        **{f"blocks.{i}.attn.zero_k_bias": np.zeros(config.width, np.float32) for i in range(config.depth)},
-    }
+def next_scale_constants(config: NextScaleConfig) -> dict[str, Constant]:
+    """Tensors that the published network stores beside its parameters."""
+    scales, length, width, float32 = config.schedule, config.length, config.width, np.dtype(np.float32)
+    levels = Constant((1, length), np.dtype(np.int64), lambda: scales.levels[None].astype(np.int64))
+    mask = Constant(
+        (1, 1, length, length),
+        float32,
+        lambda: np.where(scales.mask, float32.type(0), float32.type(-np.inf))[None, None],
+    )
+    zeros = Constant((width,), float32, lambda: np.zeros(width, float32))
+    biases = {f"blocks.{i}.attn.zero_k_bias": zeros for i in range(config.depth)}
+    return {"lvl_1L": levels, "attn_bias_for_masking": mask, **biases}
 
 
 def next_scale_config(tensors: Tensors, scales=None) -> NextScaleConfig:
@@ -215,9 +247,12 @@ def next_scale_config(tensors: Tensors, scales=None) -> NextScaleConfig:
     Raises:
       ValueError: if this is no published transformer, or one of other scales.
     """
-    require(tensors, ("pos_1LC", "word_embed.weight", "class_emb.weight", "head.weight"), "VAR transformer")
+    required = {"pos_1LC": 3, "word_embed.weight": 2, "class_emb.weight": 2, "head.weight": 2}
+    require(tensors, required, "VAR transformer")
     classes, width = tensors["class_emb.weight"].shape
     temperature = tensors.get("blocks.0.attn.scale_mul_1H11")
+    if temperature is not None:
+        require(tensors, {"blocks.0.attn.scale_mul_1H11": 4}, "VAR transformer")
     scales = _scales_of(tensors) if scales is None else scales
     length = Scales(scales).length
     if tensors["pos_1LC"].shape[1] != length:
@@ -226,7 +261,7 @@ def next_scale_config(tensors: Tensors, scales=None) -> NextScaleConfig:
             f"{length} positions: expected {(1, length, width)}; pass the right scales= to load_tokenizer"
         )
     return NextScaleConfig(
-        depth=count(tensors, r"blocks\.(\d+)\."),
+        depth=count(tensors, r"blocks\.(\d{1,4})\.", MAX_DEPTH),
         width=width,
         num_heads=0 if temperature is None else temperature.shape[1],
         num_classes=classes - 1,
@@ -240,10 +275,19 @@ def next_scale_config(tensors: Tensors, scales=None) -> NextScaleConfig:
 
 def _scales_of(tensors: Tensors) -> tuple[int, ...]:
     """Sides of the token maps of a transformer: by the level of every position, or else by their number."""
+    length = tensors["pos_1LC"].shape[1]
+    if length > _MAX_LENGTH:
+        raise ValueError(f"pos_1LC has {length} positions; without scales, at most {_MAX_LENGTH} are read")
     if (levels := tensors.get("lvl_1L")) is not None:
-        return tuple(math.isqrt(count) for count in np.bincount(levels[0]))
+        if levels.shape != (1, length) or levels.dtype.kind not in "iu":
+            raise ValueError(f"lvl_1L is {levels.dtype} {levels.shape}, expected ints (1, {length})")
+        _, counts = np.unique(levels[0], return_counts=True)
+        sides = tuple(math.isqrt(count) for count in counts)
+        if len(sides) > _MAX_SCALES or sum(side * side for side in sides) != length:
+            raise ValueError(f"lvl_1L has {len(sides)} levels that are not up to {_MAX_SCALES} square maps")
+        return sides
     known = {Scales(sides).length: sides for sides in (SCALES_256, SCALES_512)}
-    if (scales := known.get(tensors["pos_1LC"].shape[1])) is None:
+    if (scales := known.get(length)) is None:
         raise ValueError(
             f"pos_1LC has shape {tensors['pos_1LC'].shape}, not the {' or '.join(map(str, known))} "
             "positions of the published 256 or 512 pixels; give scales, the sides of its token maps"
@@ -269,42 +313,56 @@ def published_shapes(table: list[Entry], shapes: dict) -> dict[str, tuple[int, .
     return found
 
 
-def check_tensors(tensors: Tensors, table: list[Entry], shapes: dict, buffers: Tensors | None = None) -> None:
-    """Raises ValueError naming every tensor that is missing, unknown, or of another shape or value.
-
-    Arguments as for `to_ours`.
-    """
-    buffers, expected = buffers or {}, published_shapes(table, shapes)
-    problems = [f"missing: {name}" for name in sorted(set(expected) - set(tensors))]
-    unknown = set(tensors) - set(expected) - set(buffers)
-    problems += [f"unknown: {name} {tensors[name].shape}" for name in sorted(unknown)]
-    for name in sorted(set(buffers) & set(tensors)):
-        if not np.array_equal(buffers[name], tensors[name]):
-            problems.append(f"{name} {tensors[name].shape} holds other values than this architecture implies")
-    problems += [
-        f"{name} has shape {tensors[name].shape}, expected {shape}"
-        for name, shape in expected.items()
-        if name in tensors and tensors[name].shape != shape
-    ]
-    if problems:
-        raise ValueError("the tensors do not fit the architecture:\n  " + "\n  ".join(problems))
-
-
-def to_ours(tensors: Tensors, table: list[Entry], shapes: dict, buffers: Tensors | None = None) -> dict:
-    """Published tensors -> our tree of parameters (float32), every tensor accounted for.
-
-    Takes the memory of the result alone: a tensor that is mapped from a file is let go once it is copied.
+def check_tensors(
+    tensors: Tensors, table: list[Entry], shapes: dict, constants: Mapping[str, Constant] | None = None
+) -> None:
+    """Check that a published state dict is that of a network, every tensor accounted for.
 
     Args:
       tensors: the published state dict.
       table: of the network.
       shapes: our tree of parameters, as anything with a shape.
-      buffers: constants that the file must hold with these very values, or may lack.
+      constants: that the file must hold with these very values, or may lack.
 
     Raises:
-      ValueError: naming every tensor that is missing, unknown, or of another shape or value.
+      ValueError: naming the tensors that are missing, unknown, or of another shape or value.
     """
-    check_tensors(tensors, table, shapes, buffers)
+    constants, expected = constants or {}, published_shapes(table, shapes)
+    missing = sorted(set(expected) - set(tensors))
+    unknown = sorted(set(tensors) - set(expected) - set(constants))
+    problems = _first([f"missing: {name}" for name in missing])
+    problems += _first([f"unknown: {name} {tensors[name].shape}" for name in unknown])
+    for name in sorted(set(constants) & set(tensors)):
+        constant, tensor = constants[name], tensors[name]
+        if constant.shape != tensor.shape or not np.array_equal(constant.value(), tensor):
+            problems.append(f"{name} {tensor.shape} holds other values than this architecture implies")
+    problems += _first(
+        [
+            f"{name} has shape {tensors[name].shape}, expected {shape}"
+            for name, shape in expected.items()
+            if name in tensors and tensors[name].shape != shape
+        ]
+    )
+    if problems:
+        raise ValueError("the tensors do not fit the architecture:\n  " + "\n  ".join(problems))
+
+
+def _first(problems: list[str]) -> list[str]:
+    """The first problems of one kind, and the number of the others."""
+    more = problems[_MAX_PROBLEMS:]
+    return problems[:_MAX_PROBLEMS] + ([f"... and {len(more)} more"] if more else [])
+
+
+def to_ours(tensors: Tensors, table: list[Entry], shapes: dict) -> dict:
+    """Published tensors -> our tree of parameters (float32).
+
+    Takes the memory of the result alone: a tensor that is mapped from a file is let go once it is copied.
+
+    Args:
+      tensors: the published state dict, checked by `check_tensors`.
+      table: of the network.
+      shapes: our tree of parameters, as anything with a shape.
+    """
     flat, ours = flatten_dict(shapes, sep="/"), {}
     for entry in table:
         ours[entry.path] = np.empty(flat[entry.path].shape, np.float32)
@@ -315,23 +373,26 @@ def to_ours(tensors: Tensors, table: list[Entry], shapes: dict, buffers: Tensors
     return unflatten_dict(ours, sep="/")
 
 
-def to_published(params: dict, table: list[Entry], buffers: Tensors | None = None) -> dict[str, np.ndarray]:
-    """Our tree of parameters -> the published state dict, with its buffers."""
+def to_published(
+    params: dict, table: list[Entry], constants: Mapping[str, Constant] | None = None
+) -> dict[str, np.ndarray]:
+    """Our tree of parameters -> the published state dict, with its constants."""
     flat = flatten_dict(params, sep="/")
-    return dict(published_tensors(lambda path: np.asarray(jax.device_get(flat[path])), table, buffers))
+    return dict(published_tensors(lambda path: np.asarray(jax.device_get(flat[path])), table, constants))
 
 
 def published_tensors(
-    read: Callable[[str], np.ndarray], table: list[Entry], buffers: Tensors | None = None
+    read: Callable[[str], np.ndarray], table: list[Entry], constants: Mapping[str, Constant] | None = None
 ) -> Iterator[tuple[str, np.ndarray]]:
     """Names and tensors of the published state dict, one parameter of ours at a time.
 
     Args:
       read: path of a parameter of ours -> the parameter.
       table: of the network.
-      buffers: constants that the published network stores beside its parameters.
+      constants: that the published network stores beside its parameters.
     """
-    yield from (buffers or {}).items()
+    for name, constant in (constants or {}).items():
+        yield name, constant.value()
     for entry in table:
         leaf = read(entry.path)
         for i, name in enumerate(entry.names):
@@ -339,13 +400,34 @@ def published_tensors(
             yield name, np.ascontiguousarray(entry.layout.published(part))
 
 
-def count(tensors: Tensors, pattern: str) -> int:
-    """One more than the largest number that the names hold at the group of the pattern, or 0."""
-    found = [int(match[1]) for name in tensors if (match := re.match(pattern, name))]
-    return max(found, default=-1) + 1
+def count(tensors: Tensors, pattern: str, max_count: int) -> int:
+    """Number of layers in a list, whose numbers the names hold at the group of a pattern.
+
+    Raises:
+      ValueError: if a number is left out, or there are more than `max_count`.
+    """
+    names = {int(match[1]): name for name in tensors if (match := re.match(pattern, name))}
+    missing = next(i for i in range(len(names) + 1) if i not in names)
+    if missing < len(names):
+        raise ValueError(f"{names[max(names)]} is in the file, but nothing of number {missing}")
+    if missing > max_count:
+        raise ValueError(f"{names[max(names)]} is in the file; at most {max_count} such layers are read")
+    return missing
 
 
-def require(tensors: Tensors, names: tuple[str, ...], what: str) -> None:
-    """Raises ValueError naming those tensors that a published network of that kind must have and lacks."""
-    if missing := [name for name in names if name not in tensors]:
-        raise ValueError(f"no published {what}: it has no tensor {', '.join(missing)}")
+def require(tensors: Tensors, ranks: Mapping[str, int | None], kind: str) -> None:
+    """Check those tensors that a published network of a kind must have.
+
+    Args:
+      tensors: the state dict.
+      ranks: names of tensors, and their numbers of dimensions; None for any.
+      kind: of the network, for the message.
+
+    Raises:
+      ValueError: naming those that are missing, or one of another rank.
+    """
+    if missing := [name for name in ranks if name not in tensors]:
+        raise ValueError(f"no published {kind}: it has no tensor {', '.join(missing)}")
+    for name, rank in ranks.items():
+        if rank is not None and tensors[name].ndim != rank:
+            raise ValueError(f"{name} has shape {tensors[name].shape}, expected {rank} dimensions")

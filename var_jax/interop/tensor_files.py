@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import math
 import mmap
 import struct
 from collections.abc import Iterator, Mapping
@@ -9,9 +10,10 @@ from pathlib import Path
 
 import ml_dtypes
 import numpy as np
-from safetensors import SafetensorError, safe_open
 
-from var_jax.interop.pth import read_pth
+from var_jax.interop.byte_reader import ByteReader, InvalidFile, decode
+from var_jax.interop.pth import empty_array, map_file, read_pth
+from var_jax.paths import local_path
 
 SUFFIXES = (".pth", ".pt", ".safetensors")
 
@@ -23,13 +25,21 @@ _SAFETENSORS_DTYPES = {
     "F32": np.float32,
     "F16": np.float16,
     "BF16": ml_dtypes.bfloat16,
+    "F8_E4M3": ml_dtypes.float8_e4m3fn,
+    "F8_E5M2": ml_dtypes.float8_e5m2,
     "I64": np.int64,
     "I32": np.int32,
     "I16": np.int16,
     "I8": np.int8,
+    "U64": np.uint64,
+    "U32": np.uint32,
+    "U16": np.uint16,
     "U8": np.uint8,
     "BOOL": np.bool_,
 }
+_MAX_HEADER = 1 << 23  # some 60,000 tensors
+_MAX_DIMENSIONS = 16
+_MAX_NAME = 1024
 
 
 def read_networks(path: str | Path) -> dict[str | None, Mapping[str, np.ndarray]]:
@@ -43,7 +53,7 @@ def read_networks(path: str | Path) -> dict[str | None, Mapping[str, np.ndarray]
       FileNotFoundError: where there is no file.
       ValueError: naming the file and what was found in it instead.
     """
-    path = Path(path)
+    path = Path(local_path(path, "weights"))
     if not path.is_file():
         raise FileNotFoundError(f"no such file: {path}")
     if path.suffix == ".safetensors":
@@ -51,20 +61,20 @@ def read_networks(path: str | Path) -> dict[str | None, Mapping[str, np.ndarray]
     if path.suffix not in SUFFIXES:
         raise ValueError(f"{path}: weights must be a {' or '.join(SUFFIXES)} file, found {path.suffix!r}")
     content = read_pth(path)
-    if isinstance(content, Mapping) and content and all(map(_is_tensor, content.values())):
+    if _is_state_dict(content):
         return {None: content}
     if isinstance(content, Mapping) and isinstance(content.get("trainer"), Mapping):
         content = content["trainer"]
-    found = {}
+    networks = {}
     for kind, name in TRAINER_NAMES.items():
         if isinstance(content, Mapping) and isinstance(content.get(name), Mapping):
-            found[kind] = content[name]
-    if not found or not all(_is_tensor(t) for network in found.values() for t in network.values()):
+            networks[kind] = content[name]
+    if not networks or not all(map(_is_state_dict, networks.values())):
         raise ValueError(
             f"{path} holds no plain state dict (names to tensors), and none under trainer/ named "
             f"{' or '.join(TRAINER_NAMES.values())}"
         )
-    return found
+    return networks
 
 
 def read_tensors(path: str | Path, kind: str) -> Mapping[str, np.ndarray]:
@@ -80,40 +90,103 @@ def read_tensors(path: str | Path, kind: str) -> Mapping[str, np.ndarray]:
     return networks[kind]
 
 
-def _is_tensor(value) -> bool:
-    return isinstance(value, np.ndarray)
+def _is_state_dict(value) -> bool:
+    """Whether a value is a non-empty mapping of names to tensors."""
+    return (
+        isinstance(value, Mapping)
+        and len(value) > 0
+        and all(type(name) is str and len(name) <= _MAX_NAME for name in value)
+        and all(isinstance(tensor, np.ndarray) for tensor in value.values())
+    )
 
 
 def _read_safetensors(path: Path) -> dict[str, np.ndarray]:
-    """Named tensors of a `.safetensors` file, mapped from it."""
+    """Named tensors of a `.safetensors` file, mapped from it.
+
+    The format: https://huggingface.co/docs/safetensors. The bytes that are checked are those that are used:
+    the file is opened and mapped once.
+    """
+    buffer = map_file(path)
     try:
-        with safe_open(path, framework="np"):  # the library checks the header and the length of the file
-            pass
-    except SafetensorError as error:
+        return _safetensors(buffer)
+    except InvalidFile as error:
         raise ValueError(f"{path} is not a safetensors file: {error}") from error
-    with open(path, "rb") as file:
-        (length,) = struct.unpack("<Q", file.read(8))
-        header = json.loads(file.read(length))
-    header.pop("__metadata__", None)
-    tensors = {}
-    for name, entry in header.items():
-        if entry["dtype"] not in _SAFETENSORS_DTYPES:
-            raise ValueError(f"{path}: {name} has dtype {entry['dtype']}, which is not read")
-        dtype, (start, end) = np.dtype(_SAFETENSORS_DTYPES[entry["dtype"]]), entry["data_offsets"]
-        if start == end:
-            tensors[name] = np.zeros(entry["shape"], dtype)
+
+
+def _safetensors(buffer: mmap.mmap | bytes) -> dict[str, np.ndarray]:
+    reader = ByteReader(buffer)
+    if (length := reader.unpack("<Q")) > _MAX_HEADER:
+        raise InvalidFile(f"its header has {length} bytes; at most {_MAX_HEADER} are read")
+    entries = _header(reader.take(length))
+    entries.pop("__metadata__", None)
+    start, tensors, extents = reader.position, {}, []
+    for name, entry in entries.items():
+        if len(name) > _MAX_NAME:
+            raise InvalidFile(f"a tensor's name of {len(name)} characters; at most {_MAX_NAME} are read")
+        dtype, shape, first, last = _entry(name, entry)
+        if last - first != math.prod(shape) * dtype.itemsize or start + last > len(buffer):
+            raise InvalidFile(
+                f"{name} of shape {shape} does not have bytes {first} to {last} of {len(buffer) - start}"
+            )
+        if first == last:
+            tensors[name] = empty_array(shape, dtype)
         else:
-            tensors[name] = np.memmap(path, dtype, "r", 8 + length + start, tuple(entry["shape"]))
+            tensors[name] = np.ndarray(shape, dtype, buffer, start + first)
+        extents.append((first, last))
+    end = 0
+    for first, last in sorted(extents):
+        if first != end:
+            raise InvalidFile(f"tensors overlap, or leave a gap, at byte {first}")
+        end = last
+    if start + end != len(buffer):
+        raise InvalidFile(f"{len(buffer) - start - end} bytes follow the tensors")
     return tensors
 
 
+def _header(text: bytes) -> dict:
+    """The JSON object at the start of the file; every name in it is there once."""
+
+    def unique(pairs: list[tuple]) -> dict:
+        if len(fields := dict(pairs)) != len(pairs):
+            raise InvalidFile("a name is there twice in its header")
+        return fields
+
+    try:
+        header = json.loads(decode(text), object_pairs_hook=unique)
+    except (ValueError, RecursionError) as error:  # an int of too many digits is a plain ValueError
+        raise InvalidFile(f"its header is not JSON: {error}") from error
+    if not isinstance(header, dict):
+        raise InvalidFile("its header is not a JSON object")
+    return header
+
+
+def _entry(name: str, entry) -> tuple[np.dtype, tuple[int, ...], int, int]:
+    """Dtype, shape, first byte and one past the last byte of a tensor."""
+    match entry:
+        case {"dtype": str(dtype), "shape": list(shape), "data_offsets": [first, last]}:
+            if dtype not in _SAFETENSORS_DTYPES:
+                raise InvalidFile(f"{name} has dtype {dtype}, which is not read")
+            if len(shape) <= _MAX_DIMENSIONS and all(map(_is_count, (first, last, *shape))):
+                return np.dtype(_SAFETENSORS_DTYPES[dtype]), tuple(shape), first, last
+    raise InvalidFile(f"{name} has no dtype, shape and data_offsets as they should be")
+
+
+def _is_count(value) -> bool:
+    return type(value) is int and 0 <= value < 1 << 48
+
+
 def release(tensor: np.ndarray) -> None:
-    """Lets go of the memory of an array that is mapped from a file; used again, it is read again."""
+    """Let go of the memory of an array that is mapped from a file; used again, it is read again."""
     base = tensor
     while base is not None and not isinstance(base, mmap.mmap):
         base = getattr(base, "base", None)
-    if base is not None:
-        base.madvise(mmap.MADV_DONTNEED)
+    if base is None or not tensor.size:
+        return
+    start = tensor.ctypes.data - np.frombuffer(base, np.uint8).ctypes.data
+    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.strides, strict=True))
+    end = start + last + tensor.itemsize
+    start -= start % mmap.PAGESIZE  # pages that it shares with its neighbours are let go as well
+    base.madvise(mmap.MADV_DONTNEED, start, end - start)
 
 
 def write_safetensors(

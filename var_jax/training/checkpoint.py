@@ -17,7 +17,6 @@ import orbax.checkpoint as ocp
 from absl import logging
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.experimental import multihost_utils
-from jax.sharding import SingleDeviceSharding
 from orbax.checkpoint import checkpoint_managers
 from orbax.checkpoint.checkpoint_manager import METRIC_ITEM_NAME
 from orbax.checkpoint.path import atomicity
@@ -246,21 +245,27 @@ def load_params(directory: Path, step: int | str = "latest") -> tuple[dict, dict
       step: a step, `latest`, or `best` (least score at evaluation).
 
     Returns:
-      Parameters and config.
+      Parameters (host arrays) and config.
 
     Raises:
       CheckpointMissing: naming the folder, and the steps that there are.
     """
     manager, step = _open(directory, step)
     with manager, readable(manager.directory / str(step)):
-        device = SingleDeviceSharding(jax.local_devices()[0])
+        # Numpy arrays are restored as such: who needs another dtype casts on the host. These take no memory.
         abstract = jax.tree.map(
-            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device),
+            lambda leaf: np.broadcast_to(np.zeros((), leaf.dtype), leaf.shape),
             dict(manager.item_metadata(step)["params"]),
         )
         items = {"params": ocp.args.StandardRestore(abstract), "config": ocp.args.JsonRestore()}
         restored = manager.restore(step, args=ocp.args.Composite(**items))
     return restored["params"], restored["config"]
+
+
+def check_is_new(directory: Path) -> None:
+    """Raises FileExistsError where a folder of checkpoints holds any."""
+    if steps_under(directory):
+        raise FileExistsError(f"{directory} holds checkpoints already; give another directory")
 
 
 def save_params(directory: Path, params: dict, extra: dict, config: dict) -> None:
@@ -277,8 +282,7 @@ def save_params(directory: Path, params: dict, extra: dict, config: dict) -> Non
       CheckpointNotWritten: if the disk is full.
     """
     directory = Path(directory).absolute()
-    if steps_under(directory):
-        raise FileExistsError(f"{directory} holds checkpoints already; give another directory")
+    check_is_new(directory)
     # Orbax would copy every array first, for saving in the background; here it is waited for.
     numpy_handler = ocp.type_handlers.NumpyHandler(deepcopy_host_arrays=False)
     registry = ocp.type_handlers.create_type_handler_registry((np.ndarray, numpy_handler))
