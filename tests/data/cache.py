@@ -4,6 +4,7 @@ import dataclasses
 import shutil
 from pathlib import Path
 
+from var_jax.data import transforms
 from var_jax.data.sources import open_source
 from var_jax.data.token_cache import Description, Note
 from var_jax.data.tokenize import BatchEncoder, write_cache
@@ -26,7 +27,7 @@ def describe(run: Path, **changes) -> Description:
     digits = {"data": "digits", "train_split": "train", "eval_split": "test"}
     digits |= {"train_images": 1442, "eval_images": 355, "class_names": tuple("0123456789")}
     of = {"tokenizer": fingerprint(params), "scales": (1, 2, 4), "num_codes": 16, "dtype": "float32"}
-    return Description(**{**digits, **of, **HOW, **changes})
+    return Description(**{**digits, **of, **HOW, "transform": transforms.VERSION, **changes})
 
 
 def make_cache(run: Path, digits_dir: Path, out: Path) -> Path:
