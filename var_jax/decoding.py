@@ -70,10 +70,10 @@ def decode(data: bytes, exif: bool = True, background: tuple[int, int, int] = WH
 def _to_rgb(image: Image.Image, background: tuple[int, int, int]) -> Image.Image:
     """Convert a decoded image of any mode, not turned yet."""
     if image.mode.startswith("I") or image.mode == "F":
-        grey = _to_8_bits(image)
+        gray = _to_8_bits(image)
         if (transparent := image.info.get("transparency")) is not None:
-            grey[np.asarray(image) == transparent] = background[0]
-        return Image.fromarray(grey).convert("RGB")
+            gray[np.asarray(image) == transparent] = background[0]
+        return Image.fromarray(gray).convert("RGB")
     if not image.has_transparency_data:
         return image.convert("RGB")
     over = image.convert("RGBA")
@@ -81,7 +81,7 @@ def _to_rgb(image: Image.Image, background: tuple[int, int, int]) -> Image.Image
 
 
 def _to_8_bits(image: Image.Image) -> np.ndarray:
-    """Scale a grey image of more than 8 bits to uint8 [H, W].
+    """Scale a gray image of more than 8 bits to uint8 [H, W].
 
     Raises:
       DecodeError: if the file does not define which value is white.
@@ -95,8 +95,8 @@ def _to_8_bits(image: Image.Image) -> np.ndarray:
     if image.mode == "I" and image.format == "TIFF":
         raise DecodeError("integer pixels whose white is not defined: store them in 8 or 16 bits, unsigned")
     bits = tags.get(_BITS_PER_SAMPLE, (16,))[0]  # Pillow scales the samples of all formats but TIFF to 16
-    grey = (values >> (bits - 8)).astype(np.uint8)
-    return 255 - grey if tags.get(_PHOTOMETRIC) == 0 else grey
+    gray = (values >> (bits - 8)).astype(np.uint8)
+    return 255 - gray if tags.get(_PHOTOMETRIC) == 0 else gray
 
 
 def _orientation(image: Image.Image) -> int:

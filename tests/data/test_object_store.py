@@ -5,16 +5,14 @@ import numpy as np
 import pytest
 
 from tests.data import object_store
-from tests.data.cache import COMMAND, HOW
-from var_jax.data import transforms
+from tests.data.cache import COMMAND, small
 from var_jax.data.loader import train_batches
 from var_jax.data.prepare import prepare
 from var_jax.data.sources import DataSetMissing, open_source
-from var_jax.data.token_cache import Description, open_token_cache
-from var_jax.data.tokenize import BatchEncoder, OtherCache, write_cache
+from var_jax.data.token_cache import open_token_cache
+from var_jax.data.tokenize import OtherCache, write_cache
 from var_jax.data.transforms import ToPixels
 from var_jax.paths import as_path
-from var_jax.tokenizer.fingerprint import fingerprint
 
 
 @pytest.fixture
@@ -44,24 +42,8 @@ def test_a_data_set_is_read_from_object_storage_as_from_a_disk(bucket, digits_di
 def test_a_token_cache_is_written_to_object_storage_and_read_from_it(
     bucket, digits_dir, tiny_tokenizer, tmp_path
 ):
-    parts = [open_source("digits", split, digits_dir) for split in ("train", "test")]
-    sources = [dataclasses.replace(part, records=[part.records[i] for i in range(40)]) for part in parts]
-    tokenizer, params = tiny_tokenizer
-    description = Description(
-        data="digits",
-        train_split="train",
-        eval_split="test",
-        train_images=40,
-        eval_images=40,
-        class_names=parts[0].class_names,
-        tokenizer=fingerprint(params),
-        scales=(1, 2, 4),
-        num_codes=16,
-        dtype="float32",
-        transform=transforms.VERSION,
-        **{**HOW, "shard": 50},
-    )
-    encode, caches = BatchEncoder(tokenizer, params, 32), []
+    description, sources, encode = small(digits_dir, tiny_tokenizer)
+    caches = []
     for out in (tmp_path / "local", "gs://bucket/tokens"):
         write_cache(as_path(out), description, sources, encode, 2, COMMAND)
         caches.append(open_token_cache(out))

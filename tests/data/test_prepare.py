@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -337,6 +338,26 @@ def test_what_makes_no_data_set_is_said(folder, tmp_path, change, message):
     arguments = dict(name="colours", held_out=0.2) | change
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         prepare(images, arguments["name"], tmp_path / "data", arguments["held_out"], False, 1)
+
+
+def test_the_command_explains_what_is_wrong_with_a_folder_but_hides_no_defect(folder, tmp_path, monkeypatch):
+    flags = SimpleNamespace(
+        images=str(folder), name="colours", data_dir=str(tmp_path), held_out=0.2, skip_bad=False, workers=1
+    )
+    monkeypatch.setattr(prepare_module, "FLAGS", flags)
+
+    def defect(*_):
+        raise ValueError("operands could not be broadcast together")
+
+    monkeypatch.setattr(prepare_module, "check", defect)
+    with pytest.raises(ValueError, match="operands could not be broadcast"):
+        prepare_module.main(["prepare"])
+    flags.images = f"{folder}/none"
+    with pytest.raises(SystemExit, match="prepare: no such folder: .*none"):
+        prepare_module.main(["prepare"])
+    flags.name = "My Set"
+    with pytest.raises(SystemExit, match="prepare: --name must be small letters"):
+        prepare_module.main(["prepare"])
 
 
 def test_pictures_of_many_kinds_go_through(tmp_path, capsys):

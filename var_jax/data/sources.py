@@ -22,7 +22,7 @@ class DataSetMissing(FileNotFoundError):
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """One split of a data set; item i is a dict of encoded bytes `image`, `label` and its `index`.
+    """One split of a data set; item i is a dict of encoded bytes `image`, `label`, its `index` and `exif`.
 
     Attributes:
       name: of data set and split, for messages.
