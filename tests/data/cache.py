@@ -4,7 +4,8 @@ import dataclasses
 import shutil
 from pathlib import Path
 
-from var_jax.data.sources import open_source
+from var_jax.data import transforms
+from var_jax.data.sources import Source, open_source
 from var_jax.data.token_cache import Description, Note
 from var_jax.data.tokenize import BatchEncoder, write_cache
 from var_jax.interop.load import load_tokenizer
@@ -26,13 +27,35 @@ def describe(run: Path, **changes) -> Description:
     digits = {"data": "digits", "train_split": "train", "eval_split": "test"}
     digits |= {"train_images": 1442, "eval_images": 355, "class_names": tuple("0123456789")}
     of = {"tokenizer": fingerprint(params), "scales": (1, 2, 4), "num_codes": 16, "dtype": "float32"}
-    return Description(**{**digits, **of, **HOW, **changes})
+    return Description(**{**digits, **of, **HOW, "transform": transforms.VERSION, **changes})
 
 
 def make_cache(run: Path, digits_dir: Path, out: Path) -> Path:
     encode = BatchEncoder(*load_tokenizer(run), BATCH)
     write_cache(out, describe(run), sources(digits_dir), encode, 2, COMMAND)
     return out
+
+
+def small(digits_dir: Path, tiny_tokenizer: tuple) -> tuple[Description, list[Source], BatchEncoder]:
+    """Of 40 digits a split, by a tokenizer that was not trained: what `write_cache` takes."""
+    whole = sources(digits_dir)
+    parts = [dataclasses.replace(part, records=[part.records[i] for i in range(40)]) for part in whole]
+    tokenizer, params = tiny_tokenizer
+    description = Description(
+        data="digits",
+        train_split="train",
+        eval_split="test",
+        train_images=40,
+        eval_images=40,
+        class_names=parts[0].class_names,
+        tokenizer=fingerprint(params),
+        scales=(1, 2, 4),
+        num_codes=16,
+        dtype="float32",
+        transform=transforms.VERSION,
+        **{**HOW, "shard": 50},
+    )
+    return description, parts, BatchEncoder(tokenizer, params, 32)
 
 
 def altered(cache: Path, out: Path, complete: bool = True, **changes) -> Path:

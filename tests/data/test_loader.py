@@ -52,10 +52,28 @@ def test_every_epoch_of_a_broken_run_has_every_image_once():
     assert (found[:30] != found[30:]).any()
 
 
+@dataclasses.dataclass
+class OfOneProcess:
+    """A sharding as a process sees it that holds only some of the devices of the mesh."""
+
+    sharding: NamedSharding
+    devices: list
+
+    def addressable_devices_indices_map(self, shape):
+        indices = self.sharding.devices_indices_map(shape)
+        return {device: indices[device] for device in self.devices}
+
+
 def test_the_rows_of_a_process_are_those_of_its_devices():
     mesh = Mesh(np.array(jax.devices()).reshape(2, 2, 2), ("data", "fsdp", "tensor"))
     sharding = NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
     np.testing.assert_array_equal(local_rows(sharding, 12), np.arange(12))
+    of_process = lambda devices: local_rows(OfOneProcess(sharding, list(devices.flat)), 12).tolist()  # noqa: E731
+    assert of_process(mesh.devices[1]) == [6, 7, 8, 9, 10, 11]
+    assert of_process(mesh.devices[:, 1]) == [3, 4, 5, 9, 10, 11]  # not in one piece
+    assert of_process(mesh.devices[::-1, 0]) == [0, 1, 2, 6, 7, 8]  # ascending, whatever the order of devices
+    assert of_process(mesh.devices[0, :, 1]) == [0, 1, 2, 3, 4, 5]  # replicas of rows of other devices too
+    assert of_process(mesh.devices[1, 1, :1]) == [9, 10, 11]
 
 
 def test_order_follows_the_seed(source, transform):

@@ -4,10 +4,13 @@ import pickle
 import numpy as np
 import pytest
 
-from tests.data.cache import COMMAND, altered, describe
+from tests.data.cache import COMMAND, altered, describe, small
+from var_jax.data import token_cache as token_cache_module
 from var_jax.data.loader import eval_batches, train_batches
 from var_jax.data.sources import DataSetMissing
 from var_jax.data.token_cache import Note, open_token_cache
+from var_jax.data.tokenize import OtherCache, write_cache
+from var_jax.paths import as_path
 
 
 def test_a_cache_reads_as_a_source(token_cache):
@@ -71,3 +74,23 @@ def test_files_that_are_not_what_the_description_says_are_refused(token_cache, t
     (short / "description.json").write_text(json.dumps({"holds": {"crops": 1}, "command": ""}))
     with pytest.raises(ValueError, match="description.json describes no token cache"):
         Note.read(short)
+
+
+def test_a_cache_of_older_crops_is_read_with_a_warning_but_not_continued(
+    digits_dir, tiny_tokenizer, tmp_path, monkeypatch
+):
+    said = []
+    monkeypatch.setattr(token_cache_module.logging, "warning", lambda text, *args: said.append(text % args))
+    description, parts, encode = small(digits_dir, tiny_tokenizer)
+    write_cache(as_path(tmp_path), description, parts, encode, 2, COMMAND)
+    tokens = [source[39]["tokens"] for source in open_token_cache(tmp_path)]
+    assert not said
+    note = json.loads((tmp_path / "description.json").read_text())
+    del note["holds"]["transform"]  # as written before there was such a field
+    (tmp_path / "description.json").write_text(json.dumps(note))
+    older = open_token_cache(tmp_path)
+    np.testing.assert_array_equal([source[39]["tokens"] for source in older], tokens)
+    assert len(said) == 1 and "holds crops of transform version 0" in said[0]
+    assert not older[0].description.transform  # as absent, so that runs on this cache resume
+    with pytest.raises(OtherCache, match="transform: 0 there, 1 now"):
+        write_cache(as_path(tmp_path), description, parts, encode, 2, COMMAND)

@@ -1,16 +1,19 @@
+import dataclasses
 import re
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
-from tests.data.cache import BATCH, COMMAND, HOW, altered, content, describe, sources
+from tests.data.cache import BATCH, COMMAND, HOW, altered, content, describe, small, sources
 from tests.test_scripts import command
 from var_jax.data import tokenize
 from var_jax.data.token_cache import Note, open_token_cache
 from var_jax.data.tokenize import BatchEncoder, write_cache
 from var_jax.data.transforms import ToPixels
 from var_jax.interop.load import load_tokenizer
+from var_jax.paths import as_path
 from var_jax.tokenizer.fingerprint import fingerprint
 from var_jax.tokenizer.model import encode, to_unit_range
 
@@ -137,3 +140,25 @@ def test_the_fingerprint_sees_every_parameter_and_its_name(tiny_tokenizer):
     assert fingerprint({**params, "quant_conv": moved}) != before
     swapped = {**params, "quant_conv": params["post_quant_conv"], "post_quant_conv": params["quant_conv"]}
     assert fingerprint(swapped) != before
+
+
+def test_the_command_explains_another_cache_but_hides_no_defect_of_the_encoding(
+    digits_dir, tiny_tokenizer, tmp_path, monkeypatch
+):
+    description, parts, encode = small(digits_dir, tiny_tokenizer)
+
+    def defect(images):
+        raise ValueError("operands could not be broadcast together")
+
+    defect.image_size, defect.batch = encode.image_size, encode.batch
+    monkeypatch.setattr(tokenize.command_line, "start", lambda: None)
+    monkeypatch.setattr(tokenize, "FLAGS", SimpleNamespace(threads=2))
+    for cut_up, error, message in (
+        (description, ValueError, "operands could not be broadcast"),
+        (dataclasses.replace(description, seed=9), SystemExit, "tokenize: .* holds something else already"),
+    ):
+        monkeypatch.setattr(
+            tokenize, "from_flags", lambda cut_up=cut_up: (as_path(tmp_path), cut_up, parts, defect)
+        )
+        with pytest.raises(error, match=message):
+            tokenize.main(["tokenize"])

@@ -1,10 +1,20 @@
 import io
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from var_jax.data.transforms import CorruptImage, ToPixels, decode, resize_short_side
+from var_jax.data.sources import open_source
+from var_jax.data.transforms import (
+    MAX_ASPECT,
+    CorruptImage,
+    ToPixels,
+    resize_and_crop,
+    resize_short_side,
+    resized_size,
+)
 
 
 def record(pixels: np.ndarray, form: str = "PNG", **save) -> dict:
@@ -63,11 +73,113 @@ def test_short_side_is_resized_to_1_125_of_the_size():
         ToPixels("x", 16, 0.5, False)
 
 
-@pytest.mark.parametrize("form", ["JPEG", "WEBP", "PNG"])
-def test_formats_and_modes_become_rgb(form):
-    grey = record(np.full((16, 16), 200, np.uint8), form)
-    assert decode(grey["image"]).mode == "RGB"
-    assert abs(int(np.asarray(decode(grey["image"])).mean()) - 200) <= 2
+def published(image: Image.Image, size: int, resize: float, corner: tuple[int, int] | None) -> np.ndarray:
+    """Crop of the published loader: torchvision's Resize(LANCZOS) of the whole image, then its crop.
+
+    Args:
+      image: RGB.
+      size: of the crop.
+      resize: shorter side over size.
+      corner: left and top of a random crop; None for the center.
+    """
+    short, (w, h) = round(size * resize), image.size
+    if w <= h:
+        w, h = short, int(short * h / w)
+    else:
+        w, h = int(short * w / h), short
+    resized = image if image.size == (w, h) else image.resize((w, h), Image.Resampling.LANCZOS)
+    if corner is None:
+        corner = round((w - size) / 2.0), round((h - size) / 2.0)
+    x, y = corner
+    return np.asarray(resized)[y : y + size, x : x + size]
+
+
+def test_crops_of_any_size_are_those_of_the_published_loader_to_the_bit():
+    rng, odd = np.random.default_rng(0), 0
+    sizes = rng.integers(1, 120, (150, 2))
+    sizes = [(w, h) for w, h in sizes if max(w, h) <= MAX_ASPECT * min(w, h)] + [
+        (20, 1),
+        (3, 60),
+        (500, 375),
+        (375, 500),
+    ]
+    for i, (w, h) in enumerate(sizes):
+        pixels = rng.integers(0, 256, (h, w, 3), dtype=np.uint8)
+        size, resize = int(rng.integers(3, 40)), (1.0, 1.125, 1.5)[i % 3]
+        transform, image = ToPixels("x", size, resize, False), Image.fromarray(pixels)
+        center = published(image, size, resize, None)
+        np.testing.assert_array_equal(transform(record(pixels))["image"], center)
+        width, height = resized_size(image.size, round(size * resize))
+        odd += (width - size) % 2 + (height - size) % 2
+        draws = np.random.default_rng(i)  # of the transform: x, then y
+        corner = int(draws.integers(width - size + 1)), int(draws.integers(height - size + 1))
+        want = published(image, size, resize, corner)
+        np.testing.assert_array_equal(transform(record(pixels), np.random.default_rng(i))["image"], want)
+    assert odd > 50  # where rounding the center matters
+
+
+@pytest.mark.parametrize("size", [(60, 1), (1, 60), (200, 3), (3, 200), (1600, 60), (60, 1600), (31, 700)])
+@pytest.mark.parametrize("side", [9, 32, 72])
+def test_the_crop_of_a_thin_image_is_that_of_the_image_resized_whole(size, side):
+    rng = np.random.default_rng(0)
+    image = Image.fromarray(rng.integers(0, 256, (*size[::-1], 3), dtype=np.uint8))
+    whole = resize_short_side(image, side)
+    for _ in range(15):  # two pixels outside as well, as `shift` has them
+        left, top = (int(rng.integers(-2, length - 5 + 3)) for length in whole.size)
+        box = (left, top, left + 5, top + 5)
+        crop = np.asarray(resize_and_crop(image, side, box)).astype(int)
+        assert np.abs(crop - np.asarray(whole.crop(box))).max() <= 1, box
+
+
+THIN = """
+import io, resource, sys
+import numpy as np
+from PIL import Image
+from var_jax.data.transforms import ToPixels
+buffer = io.BytesIO()
+Image.new("L", (int(sys.argv[1]), int(sys.argv[2])), 77).save(buffer, "PNG")
+record = {"image": buffer.getvalue(), "label": 0, "index": 0, "valid": 1}
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+for rng in (None, np.random.default_rng(0)):
+    assert (ToPixels("x", 256, 1.125, False)(record, rng)["image"] == 77).all()
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+"""
+
+
+@pytest.mark.parametrize("size", [("60000", "1"), ("1", "60000")])
+def test_a_line_of_60000_pixels_takes_little_memory(size):
+    done = subprocess.run([sys.executable, "-c", THIN, *size], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) < 20_000  # KiB; resized whole: 15 GB
+
+
+def test_deep_transparent_and_turned_images_reach_the_model_right():
+    ramp = np.tile(np.arange(0, 256, 8, dtype=np.uint8), (32, 1))
+    pixels = ToPixels("x", 32, 1.0, False)
+    np.testing.assert_array_equal(pixels(record(ramp.astype(np.uint16) * 257))["image"][..., 0], ramp)
+    clear = np.dstack([ramp, ramp, ramp, np.zeros_like(ramp)])
+    assert (pixels(record(clear))["image"] == 255).all()
+    exif = Image.Exif()
+    exif[0x0112] = 3
+    turned = record(ramp, exif=exif)
+    np.testing.assert_array_equal(pixels(turned)["image"][..., 0], ramp[::-1, ::-1])
+    np.testing.assert_array_equal(pixels({**turned, "exif": False})["image"][..., 0], ramp)
+
+
+def test_the_pixels_of_the_digits_are_as_stored(digits_dir):
+    source = open_source("digits", "test", digits_dir)
+    for i in (0, 99, 354):
+        stored = np.asarray(Image.open(io.BytesIO(source[i]["image"])).convert("RGB"))
+        np.testing.assert_array_equal(ToPixels("digits", 8, 1.0, False)(source[i])["image"], stored)
+
+
+def test_memory_that_is_not_there_names_the_record(monkeypatch):
+    def exhausted(*_):
+        raise MemoryError
+
+    monkeypatch.setattr("var_jax.data.transforms.resize_and_crop", exhausted)
+    with pytest.raises(CorruptImage, match="record 5 of data set x holds.*more memory than there is"):
+        ToPixels("x", 16, 1.0, False)(record(RAMP))
 
 
 def test_a_corrupt_image_names_its_record():

@@ -43,6 +43,27 @@ def test_a_mask_is_cut_like_its_image(tmp_path, picture):
     np.testing.assert_array_equal(mask_from_box([6, 0, 12, 8], like, 4), from_file)
 
 
+def test_a_mask_drawn_over_a_turned_photograph_fits_it(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # held upright: stored as 12 x 8, seen as 8 x 12
+    Image.new("RGB", (12, 8), "gray").save(tmp_path / "photo.jpg", exif=exif)
+    photo = open_image(str(tmp_path / "photo.jpg"), "RGB")
+    assert photo.size == (8, 12)
+    strokes = np.zeros((12, 8, 4), np.uint8)  # of an editor: a layer that is transparent but for the strokes
+    strokes[2:6, :4] = 255
+    Image.fromarray(strokes).save(tmp_path / "mask.png")
+    mask = mask_from_file(str(tmp_path / "mask.png"), photo, 8)
+    assert mask[:4, :4].all() and mask.sum() == 16
+
+
+def test_transparent_pixels_are_white_as_in_training_whatever_is_hidden_under_them(tmp_path):
+    pixels = np.full((8, 8, 4), (255, 0, 255, 0), np.uint8)
+    pixels[2:, :, :] = (10, 20, 30, 255)
+    Image.fromarray(pixels).save(tmp_path / "emoji.png")
+    opened = np.asarray(open_image(str(tmp_path / "emoji.png"), "RGB"))
+    assert (opened[:2] == 255).all() and (opened[2:] == (10, 20, 30)).all()
+
+
 def test_masks_that_do_not_fit_are_refused(tmp_path, picture):
     like = open_image(str(picture), "RGB")
     Image.fromarray(np.zeros((8, 8), np.uint8)).save(tmp_path / "mask.png")

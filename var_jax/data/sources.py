@@ -2,14 +2,19 @@
 
 import dataclasses
 import os
+import tempfile
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 import tensorflow_datasets as tfds
+from etils import epath
 
 from var_jax.data.digits import Digits
 from var_jax.errors import UserError
+from var_jax.paths import as_path, is_remote, local_path
+
+# Read with EXIF orientation ignored, as the published loader reads it.
+EXIF_IGNORED = ("imagenet2012",)
 
 
 class DataSetMissing(UserError, FileNotFoundError):
@@ -18,18 +23,20 @@ class DataSetMissing(UserError, FileNotFoundError):
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """One split of a data set; item i is a dict of encoded bytes `image`, `label` and its `index`.
+    """One split of a data set; item i is a dict of encoded bytes `image`, `label`, its `index` and `exif`.
 
     Attributes:
       name: of data set and split, for messages.
       records: random-access TFDS data source, images not decoded.
       class_names: of labels 0, 1, ...
+      exif: whether the EXIF orientation of the images counts.
       padded: length to which the end is filled up with the last item, marked by `valid` = 0.
     """
 
     name: str
     records: Sequence[dict]
     class_names: tuple[str, ...]
+    exif: bool = True
     padded: int = 0
 
     @property
@@ -55,11 +62,21 @@ class Source:
 
     def _item(self, index: int) -> dict:
         record = self.records[index]
-        return {"image": record["image"], "label": np.int32(record["label"]), "index": index}
+        label = np.int32(record["label"])
+        return {"image": record["image"], "label": label, "index": index, "exif": self.exif}
 
     def pad_to_multiple(self, size: int) -> "Source":
         """The same source, filled up to whole batches of `size`."""
         return dataclasses.replace(self, padded=-(-self.num_records // size) * size)
+
+
+def readable_path(path: str | os.PathLike, name: str) -> epath.Path:
+    """A path that array_record files are read from: local or gs://, the only URLs that their reader knows.
+
+    Raises:
+      ValueError: on another URL; names the config field or flag `name`.
+    """
+    return as_path(path) if os.fspath(path).startswith("gs://") else local_path(path, name)
 
 
 def open_source(name: str, split: str, data_dir: str | os.PathLike) -> Source:
@@ -67,34 +84,62 @@ def open_source(name: str, split: str, data_dir: str | os.PathLike) -> Source:
 
     The embedded `digits` are prepared on first use.
 
+    Args:
+      name: of the data set.
+      split: of the data set.
+      data_dir: local or gs://.
+
     Raises:
       DataSetMissing: if the data set is not there; says how to prepare it.
       ValueError: if it has no such split, or is not in a random-access format.
     """
-    data_dir = Path(data_dir).expanduser().absolute()
+    data_dir = readable_path(data_dir, "config.data.dir")
+    if name == "digits" and not is_remote(data_dir):
+        prepare_digits(data_dir)
     try:
-        if name == "digits":
-            builder = Digits(data_dir=data_dir, file_format="array_record")
-            builder.download_and_prepare(file_format="array_record")
-        else:
-            builder = tfds.core.read_only_builder.builder_from_files(name, data_dir=data_dir)
+        builder = tfds.core.read_only_builder.builder_from_files(name, data_dir=data_dir)
     except tfds.core.DatasetNotFoundError as error:
         raise DataSetMissing(_how_to_prepare(name, data_dir)) from error
     if split not in builder.info.splits:
         raise ValueError(f"data set {name!r} has no split {split!r}; it has {sorted(builder.info.splits)}")
     try:
-        decoders = {"image": tfds.decode.SkipDecoding()}
-        records = tfds.data_source(name, split=split, data_dir=data_dir, decoders=decoders, download=False)
+        records = builder.as_data_source(split, decoders={"image": tfds.decode.SkipDecoding()})
     except NotImplementedError as error:
         raise ValueError(
             f"data set {name!r} under {data_dir} is not in array_record form, which random access needs; "
             f"prepare it again: tfds build {name} --file_format=array_record --data_dir={data_dir}"
         ) from error
     label = builder.info.features["label"]
-    return Source(f"{name}/{split}", records, tuple(label.names))
+    exif = builder.name not in EXIF_IGNORED
+    return Source(f"{name}/{split}", records, tuple(label.names), exif)
 
 
-def _how_to_prepare(name: str, data_dir: Path) -> str:
+def prepare_digits(data_dir: epath.Path) -> None:
+    """Writes the digits under `data_dir`, unless they are there.
+
+    Several processes, of several hosts, may do so at once: each writes a copy of its own, and the first to
+    have it whole renames it into place.
+    """
+    path = data_dir / "digits" / str(Digits.VERSION)
+    if path.exists():
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".digits.", dir=data_dir) as own:
+        own_builder = Digits(data_dir=own, file_format="array_record")
+        own_builder.download_and_prepare(file_format="array_record")
+        try:
+            own_builder.data_path.rename(path)
+        except OSError:
+            if not path.exists():
+                raise
+
+
+def _how_to_prepare(name: str, data_dir: epath.Path) -> str:
+    if name == "digits":
+        return (
+            f"the digits are not under {data_dir} (config.data.dir), where they cannot be written.\n"
+            "  Open them once in a local --config.data.dir, and copy its folder `digits` there."
+        )
     return (
         f"data set {name!r} is not prepared under {data_dir} (config.data.dir).\n"
         f"  To prepare it: pip install tensorflow, then\n"

@@ -8,14 +8,17 @@ little-endian.  Training records come crop after crop: record c * images + i is 
 import dataclasses
 import functools
 import json
+import os
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import grain
 import numpy as np
+from absl import logging
+from etils import epath
 
-from var_jax.data.sources import DataSetMissing, Source
+from var_jax.data import transforms
+from var_jax.data.sources import DataSetMissing, Source, readable_path
 from var_jax.scales import Scales
 
 DESCRIPTION = "description.json"
@@ -41,6 +44,7 @@ class Description:
       resize, flip, shift: as `ToPixels` takes them.
       seed: of the crops; crop c of image i depends on (seed, i, c) alone.
       shard: records of a file, but for the last.
+      transform: `transforms.VERSION` that made the pixels; 0 in caches older than this field.
     """
 
     data: str
@@ -59,6 +63,7 @@ class Description:
     shift: int
     seed: int
     shard: int
+    transform: int = 0
 
     @functools.cached_property
     def layout(self) -> np.dtype:
@@ -70,7 +75,7 @@ class Description:
         """Of `train` or `eval`."""
         return self.train_images * self.crops if split == "train" else self.eval_images
 
-    def shards(self, directory: Path, split: str) -> dict[Path, range]:
+    def shards(self, directory: epath.Path, split: str) -> dict[epath.Path, range]:
         """The files of `train` or `eval`, in order, and the records that each holds."""
         records, size = range(self.records(split)), self.shard
         count = -(-len(records) // size)
@@ -124,14 +129,14 @@ class Note:
     command: str
     complete: bool = False
 
-    def write(self, directory: Path) -> None:
+    def write(self, directory: epath.Path) -> None:
         """All of it at once, or not at all."""
         partial = directory / f"{DESCRIPTION}.partial"
         partial.write_text(json.dumps(dataclasses.asdict(self), indent=1))
         partial.replace(directory / DESCRIPTION)
 
     @classmethod
-    def read(cls, directory: Path) -> "Note":
+    def read(cls, directory: epath.Path) -> "Note":
         """Raises FileNotFoundError where there is none, ValueError on what is no description."""
         note = json.loads((directory / DESCRIPTION).read_text())
         try:
@@ -162,14 +167,17 @@ class TokenSource(Source):
         return {"tokens": record["tokens"].astype(np.int32), "label": np.int32(record["label"])}
 
 
-def open_token_cache(directory: str | Path) -> tuple[TokenSource, TokenSource]:
-    """The training and the held-out split of a cache.
+def open_token_cache(directory: str | os.PathLike) -> tuple[TokenSource, TokenSource]:
+    """The training and the held-out split of a cache, local or gs://.
+
+    A cache made by an older version of the transform is taken, with a warning: its tokens are those of crops
+    that training does not see any more, but of crops.
 
     Raises:
       DataSetMissing: if there is none, or not all of it yet; says how to make or finish it.
       ValueError: if its files are not what its description says.
     """
-    directory = Path(directory).expanduser().absolute()
+    directory = readable_path(directory, "config.data.tokens")
     try:
         note = Note.read(directory)
     except FileNotFoundError as error:
@@ -178,6 +186,14 @@ def open_token_cache(directory: str | Path) -> tuple[TokenSource, TokenSource]:
             f"var_jax.data.tokenize --workdir=TOKENIZER --data.name=DATASET --data.dir=DIR --out={directory}"
         ) from error
     holds, parts = note.holds, []
+    if holds.transform != transforms.VERSION:
+        logging.warning(
+            "the token cache %s holds crops of transform version %d; this library makes version %d, which "
+            "differs in EXIF orientation, transparency, 16-bit images and the rounding of crops",
+            directory,
+            holds.transform,
+            transforms.VERSION,
+        )
     for split in SPLITS:
         shards = holds.shards(directory, split)
         missing = [path.name for path in shards if not path.exists()]

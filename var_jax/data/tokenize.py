@@ -13,9 +13,9 @@ the files that are missing.
 import shlex
 import shutil
 import sys
+import tempfile
 from collections.abc import Mapping
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import grain
@@ -23,14 +23,17 @@ import jax
 import numpy as np
 from absl import app, flags
 from array_record.python.array_record_module import ArrayRecordWriter
+from etils import epath
 from tqdm import tqdm
 
 from var_jax import command_line
+from var_jax.data import transforms
 from var_jax.data.loader import read_ahead
-from var_jax.data.sources import Source, open_source
+from var_jax.data.sources import Source, open_source, readable_path
 from var_jax.data.token_cache import SPLITS, Description, Note
-from var_jax.data.transforms import ToPixels
+from var_jax.data.transforms import CorruptImage, ToPixels
 from var_jax.interop.load import load_tokenizer
+from var_jax.paths import is_remote
 from var_jax.sampling.precision import in_compute_dtype
 from var_jax.tokenizer.fingerprint import fingerprint
 from var_jax.tokenizer.model import Tokenizer, to_unit_range
@@ -38,6 +41,10 @@ from var_jax.training.sharding import batch_sharding, make_mesh, replicated
 
 FLAGS = flags.FLAGS
 OVERHEAD = 128  # bytes at most that a record takes in a file beside its own
+
+
+class OtherCache(ValueError):
+    """A directory holds something else than what is to be written; names every difference."""
 
 
 class BatchEncoder:
@@ -75,12 +82,18 @@ def cut_out(source: Source, transform: ToPixels, seed: int | None, record: int) 
     return transform(source[image], None if seed is None else np.random.default_rng((seed, image, crop)))
 
 
-def write_records(path: Path, records: np.ndarray) -> None:
+def write_records(path: epath.Path, records: np.ndarray) -> None:
     """Writes a file, which has its name only when it is whole.
 
     Raises:
       OSError: where it cannot be written.
     """
+    if is_remote(path):  # where array_record writes nothing, and an object appears whole or not at all
+        with tempfile.TemporaryDirectory() as folder:
+            local = epath.Path(folder) / path.name
+            write_records(local, records)
+            path.write_bytes(local.read_bytes())
+        return
     partial_path = path.with_suffix(".partial")
     try:
         writer = ArrayRecordWriter(str(partial_path))
@@ -92,11 +105,11 @@ def write_records(path: Path, records: np.ndarray) -> None:
     partial_path.rename(path)
 
 
-def claim(out: Path, description: Description, command: str) -> None:
+def claim(out: epath.Path, description: Description, command: str) -> None:
     """Notes down what a directory is going to hold, or finds that it holds just that, or a part of it.
 
     Raises:
-      ValueError: where it holds something else; names every difference.
+      OtherCache: where it holds something else; names every difference.
     """
     try:
         different = Note.read(out).holds.differences(description)
@@ -105,21 +118,23 @@ def claim(out: Path, description: Description, command: str) -> None:
         out.mkdir(parents=True, exist_ok=True)
         Note(description, command).write(out)
     if different:
-        raise ValueError(
+        raise OtherCache(
             f"{out} holds something else already; remove it, or choose another --out\n  "
             + "\n  ".join(different)
         )
 
 
-def check_space(out: Path, description: Description, records: int) -> None:
-    """Raises OSError unless the disk has room for so many records."""
+def check_space(out: epath.Path, description: Description, records: int) -> None:
+    """Raises OSError unless the disk has room for so many records; object storage always has."""
+    if is_remote(out):
+        return
     need, free = records * (description.layout.itemsize + OVERHEAD), shutil.disk_usage(out).free
     if free < need:
         raise OSError(f"{out} has {free / 2**30:.2f} GiB free, the tokens take {need / 2**30:.2f} GiB")
 
 
 def write_cache(
-    out: Path,
+    out: epath.Path,
     description: Description,
     sources: tuple[Source, Source],
     encode: BatchEncoder,
@@ -137,7 +152,7 @@ def write_cache(
       command: that does this, to be named where the cache is found incomplete.
 
     Raises:
-      ValueError: where the directory holds something else.
+      OtherCache: where the directory holds something else.
       OSError: where there is no room.
       CorruptImage: naming a record that is no image.
     """
@@ -197,16 +212,18 @@ def describe(
         crops=crops,
         seed=seed,
         shard=shard,
+        transform=transforms.VERSION,
     )
 
 
-def tokenize(out: Path, command: str) -> Description:
-    """Does what the flags say.
+def from_flags() -> tuple[epath.Path, Description, tuple[Source, Source], BatchEncoder]:
+    """Open and check all that the flags name: directory, description, images and encoder.
 
     Raises:
       FileNotFoundError: where there is no tokenizer or no data set.
-      ValueError, OSError: as `BatchEncoder` and `write_cache`.
+      ValueError: on flags that do not fit, or files that cannot be read.
     """
+    out = readable_path(FLAGS.out, "--out")
     tokenizer, params = load_tokenizer(*command_line.tokenizer_source())
     data = {name: FLAGS[name].value for name in ("train_split", "eval_split", "resize", "flip", "shift")}
     data["name"], folder = FLAGS["data.name"].value, FLAGS["data.dir"].value
@@ -214,33 +231,35 @@ def tokenize(out: Path, command: str) -> Description:
         open_source(data["name"], split, folder) for split in (FLAGS.train_split, FLAGS.eval_split)
     )
     description = describe(tokenizer, params, sources, data, FLAGS.crops, FLAGS.seed, FLAGS.shard)
-    encode = BatchEncoder(tokenizer, params, FLAGS.batch)
-    write_cache(out, description, sources, encode, FLAGS.threads, command)
-    return description
+    return out, description, sources, BatchEncoder(tokenizer, params, FLAGS.batch)
 
 
 def main(argv):
     if len(argv) > 1:
         raise app.UsageError(f"unknown arguments {argv[1:]}")
     command_line.start()
-    out = Path(FLAGS.out).expanduser().absolute()
     try:
-        made = tokenize(out, shlex.join(["python", "-m", "var_jax.data.tokenize", *sys.argv[1:]]))
+        out, description, sources, encode = from_flags()
     except (ValueError, OSError) as error:  # the message says what is wrong, and where
         sys.exit(f"tokenize: {error}")
+    command = shlex.join(["python", "-m", "var_jax.data.tokenize", *sys.argv[1:]])
+    try:
+        write_cache(out, description, sources, encode, FLAGS.threads, command)
+    except (OtherCache, CorruptImage, OSError) as error:
+        sys.exit(f"tokenize: {error}")
     print(
-        f"{made.train_images} images in {made.crops} crops, {made.eval_images} held out, of {made.data} "
-        f"(tokenizer {made.tokenizer}): --config.data.tokens={out}"
+        f"{description.train_images} images in {description.crops} crops, {description.eval_images} held "
+        f"out, of {description.data} (tokenizer {description.tokenizer}): --config.data.tokens={out}"
     )
 
 
 if __name__ == "__main__":
     command_line.define_tokenizer_flags()
     flags.DEFINE_string("data.name", None, "Of a prepared data set", required=True)
-    flags.DEFINE_string("data.dir", "data", "Where data sets lie")
+    flags.DEFINE_string("data.dir", "data", "Where data sets lie, local or gs://")
     flags.DEFINE_string("train_split", "train", "Split that is cut out at random")
     flags.DEFINE_string("eval_split", "test", "Held-out split, cut out at the centre")
-    flags.DEFINE_string("out", None, "Directory of the cache", required=True)
+    flags.DEFINE_string("out", None, "Directory of the cache, local or gs://", required=True)
     flags.DEFINE_integer("crops", 1, "Of each training image", lower_bound=1)
     flags.DEFINE_float("resize", 1.125, "Short side over image size before the crop", lower_bound=1)
     flags.DEFINE_bool("flip", False, "Mirror half of the crops")

@@ -1,6 +1,9 @@
 """Image files that people give: opened whole, cut and resized to the size of a model."""
 
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
+
+from var_jax.decoding import BLACK, WHITE, DecodeError, decode
+from var_jax.paths import as_path
 
 
 class UnusableImage(ValueError):
@@ -8,17 +11,25 @@ class UnusableImage(ValueError):
 
 
 def open_image(path: str, mode: str) -> Image.Image:
-    """An image file, wholly decoded.
+    """Decode an image file, turned upright by its EXIF orientation.
+
+    Args:
+      path: of the file.
+      mode: `RGB` for an image, whose transparent pixels become white, as in training; `L` for a mask, where
+        they become black: strokes on a transparent layer mask what they cover and nothing else.
 
     Raises:
-      UnusableImage: where there is none.
+      UnusableImage: if there is no file, or no image in it.
     """
     try:
-        with Image.open(path) as image:
-            return image.convert(mode)
+        data = as_path(path).read_bytes()
     except FileNotFoundError as error:
         raise UnusableImage(f"no such file: {path}") from error
-    except (UnidentifiedImageError, OSError, Image.DecompressionBombError) as error:
+    except OSError as error:
+        raise UnusableImage(f"{path} cannot be read: {error}") from error
+    try:
+        return decode(data, background=BLACK if mode == "L" else WHITE).convert(mode)
+    except DecodeError as error:
         raise UnusableImage(f"{path} is not an image, or is damaged: {error}") from error
 
 
