@@ -128,10 +128,6 @@ class _Handler(BaseHTTPRequestHandler):
             return self._answer(200, {"kind": "storage#bucket", "name": match[1], "metageneration": "1"})
         if match := re.fullmatch(r"/storage/v1/b/([^/]+)/o", path):
             return self._list(match[1], query)
-        if match := re.fullmatch(r"/storage/v1/b/([^/]+)/o/([^/]+)/(?:rewriteTo|copyTo)/b/([^/]+)/o/([^/]+)", path):
-            source, target = self.server.bucket(match[1]), self.server.bucket(match[3])
-            target.put(unquote(match[4]), source.get(unquote(match[2])))
-            return self._answer(200, {"done": True, "resource": self._resource(match[3], unquote(match[4]))})
         if match := re.fullmatch(r"/storage/v1/b/([^/]+)/o/([^/]+)/moveTo/o/([^/]+)", path):
             store = self.server.bucket(match[1])
             store.put(unquote(match[3]), store.get(unquote(match[2])))
@@ -148,12 +144,13 @@ class _Handler(BaseHTTPRequestHandler):
         kind, name = query.get("uploadType"), query.get("name")
         if kind == "multipart":
             boundary = re.search(r"boundary=['\"]?([^'\";]+)", self.headers["Content-Type"])[1].encode()
-            parts = [part.split(b"\n\n" if b"\r\n\r\n" not in part else b"\r\n\r\n", 1) for part in body.split(b"--" + boundary)[1:3]]
-            name = json.loads(parts[0][1])["name"]
-            body = re.sub(rb"\r?\n\Z", b"", parts[1][1])
+            about, content = body.split(b"--" + boundary)[1:3]
+            name = json.loads(re.split(rb"\r?\n\r?\n", about, maxsplit=1)[1])["name"]
+            body = re.sub(rb"\r?\n\Z", b"", re.split(rb"\r?\n\r?\n", content, maxsplit=1)[1])
         elif kind == "resumable" and "upload_id" not in query:
             name = name or json.loads(body)["name"]
-            location = f"{self.server.url}{urlsplit(self.path).path}?uploadType=resumable&upload_id=1&name={quote(name, safe='')}"
+            query = f"uploadType=resumable&upload_id=1&name={quote(name, safe='')}"
+            location = f"{self.server.url}{urlsplit(self.path).path}?{query}"
             return self._answer(200, {}, Location=location)
         elif kind == "resumable":
             key = (bucket, name)
@@ -174,15 +171,14 @@ class _Handler(BaseHTTPRequestHandler):
     def _list(self, bucket: str, query: dict) -> None:
         prefix, delimiter = query.get("prefix", ""), query.get("delimiter")
         items, prefixes = [], set()
-        for name, size in self.server.bucket(bucket).list(prefix).items():
+        for name in self.server.bucket(bucket).list(prefix):
             if not query.get("startOffset", "") <= name < query.get("endOffset", "\U0010ffff"):
                 continue
             rest = name[len(prefix) :]
             if delimiter and delimiter in rest:
                 prefixes.add(prefix + rest.split(delimiter)[0] + delimiter)
             else:
-                generation = self.server.bucket(bucket).generation(name)
-                items.append({"name": name, "bucket": bucket, "size": str(size), "generation": str(generation), "updated": "2026-01-01T00:00:00.000Z", "timeCreated": "2026-01-01T00:00:00.000Z"})  # fmt: skip
+                items.append(self._resource(bucket, name))
         self._answer(200, {"kind": "storage#objects", "items": items, "prefixes": sorted(prefixes)})
 
     def _object(self, method: str, bucket: str, name: str, query: dict) -> None:
@@ -208,7 +204,8 @@ class _Handler(BaseHTTPRequestHandler):
             stop = min(stop, len(content))
             status, extra = 206, {"Content_Range": f"bytes {start}-{stop - 1}/{len(content)}"}
             content = content[start:stop]
-        return self._answer(status, content, x_goog_generation=generation, Content_Type="application/octet-stream", **extra)  # fmt: skip
+        extra |= {"x_goog_generation": generation, "Content_Type": "application/octet-stream"}
+        return self._answer(status, content, **extra)
 
     def _batch(self, body: bytes) -> None:
         """gcsfs deletes many objects in one call."""
@@ -287,7 +284,8 @@ class FakeGcs(fsspec.AbstractFileSystem):
             first, _, rest = key[len(prefix) :].partition("/")
             if first:
                 full = f"{root}/{prefix}{first}"
-                entries[full] = {"name": full, "size": 0 if rest else size, "type": "directory" if rest else "file"}
+                kind = "directory" if rest or full in entries else "file"
+                entries[full] = {"name": full, "size": size if kind == "file" else 0, "type": kind}
         if not entries:
             if not bucket.generation(name):
                 raise FileNotFoundError(path)

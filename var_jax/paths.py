@@ -1,15 +1,18 @@
 """Paths that users give: local ones, and URLs such as gs://bucket/run.
 
-Whatever can live in object storage (runs, data sets, token caches, samples) goes through `as_path`; whatever
-cannot (compile cache, temporary files, files that are memory-mapped) through `local_path`, which refuses a URL.
+Whatever can live in object storage (runs, data sets, token caches) goes through `as_path`; whatever cannot
+(the compile cache, temporary files, files that are memory-mapped) through `local_path`, which refuses a URL.
 """
 
 import os
 import re
 
+import fsspec.config
 from etils import epath
 
 _URL = re.compile(r"[a-z][a-z0-9+.-]*://", re.IGNORECASE)
+# gcsfs keeps listings for ever, and learns of no file that another process or TensorStore writes.
+fsspec.config.conf.setdefault("gcs", {}).setdefault("use_listings_cache", False)
 
 
 def is_remote(path: str | os.PathLike) -> bool:
@@ -41,3 +44,23 @@ def local_path(path: str | os.PathLike, name: str) -> epath.Path:
             "(gcsfuse for gs://) and give the path of the mount."
         )
     return as_path(path)
+
+
+def write_whole(path: os.PathLike, content: bytes) -> epath.Path:
+    """Write a file, making its folder; a half-written one never takes its name.
+
+    Raises:
+      OSError: where there is no room; what stood under the name before stays.
+    """
+    path = as_path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if is_remote(path):  # an object appears when its upload ends
+        path.write_bytes(content)
+        return path
+    partial = path.with_name(f"{path.name}.partial")
+    try:
+        partial.write_bytes(content)
+        return partial.replace(path)
+    except OSError:
+        partial.unlink(missing_ok=True)
+        raise
