@@ -7,6 +7,10 @@ real store there is no append, no rename and no directory: an object appears whe
 folder is the prefix of some object.
 
 With VAR_JAX_GCSFS=1 the last two are the real gcsfs and google-cloud-storage, talking to the server.
+
+    python -m tests.fake_gs train.py --workdir=gs://...
+
+runs a script or a module (by a name with dots) in a process that sees the store.
 """
 
 import contextlib
@@ -15,6 +19,7 @@ import io
 import json
 import os
 import re
+import runpy
 import sys
 import threading
 import types
@@ -244,6 +249,11 @@ class _Server(ThreadingHTTPServer):
     def bucket(self, name: str) -> Bucket:
         return Bucket(self.folder / name)
 
+    def handle_error(self, request, client_address):
+        """Clients that go away in the middle of an answer are not worth a traceback."""
+        if not isinstance(sys.exc_info()[1], ConnectionError):
+            super().handle_error(request, client_address)
+
 
 class _Upload(io.BytesIO):
     """A file being written: the object appears, whole, when it is closed."""
@@ -379,3 +389,13 @@ def serving(folder: Path) -> Iterator[dict[str, str]]:
         server.shutdown()
         server.server_close()
         thread.join()
+
+
+if __name__ == "__main__":
+    install()
+    del sys.argv[0]
+    if sys.argv[0].endswith(".py"):
+        sys.path.insert(0, os.getcwd())
+        runpy.run_path(sys.argv[0], run_name="__main__")
+    else:
+        runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)

@@ -15,15 +15,24 @@ _URL = re.compile(r"[a-z][a-z0-9+.-]*://", re.IGNORECASE)
 fsspec.config.conf.setdefault("gcs", {}).setdefault("use_listings_cache", False)
 
 
+_STORES = ("gs://", "s3://", "az://", "hf://")  # that epath knows
+
+
 def is_remote(path: str | os.PathLike) -> bool:
-    """Whether a path is a URL (gs://, s3://, memory://, ...)."""
+    """Whether a path is a URL (gs://, s3://, http://, ...)."""
     return bool(_URL.match(os.fspath(path)))
 
 
 def as_path(path: str | os.PathLike) -> epath.Path:
-    """An absolute path, `~` expanded; a URL stays as it is."""
+    """An absolute path, `~` expanded; a URL stays as it is.
+
+    Raises:
+      ValueError: on a URL of a kind that there is no file system for.
+    """
     path = os.fspath(path)
     if is_remote(path):
+        if not path.startswith(_STORES):
+            raise ValueError(f"{path}: must be a local path, or start with one of {', '.join(_STORES)}")
         return epath.Path(path)
     return epath.Path(os.path.abspath(os.path.expanduser(path)))
 

@@ -12,7 +12,13 @@ from var_jax.interop.dino import load_dino
 from var_jax.interop.load import load_tokenizer, read_network, with_path
 from var_jax.interop.perceptual import load_perceptual
 from var_jax.tokenizer.model import Tokenizer
-from var_jax.training.checkpoint import FOLDER, CheckpointMissing, has_checkpoint, load_config
+from var_jax.training.checkpoint import (
+    FOLDER,
+    CheckpointMissing,
+    check_storage,
+    has_checkpoint,
+    load_config,
+)
 from var_jax.training.fine_tune import Given, fit
 from var_jax.training.loop import check_training, train
 from var_jax.training.profile import Steps
@@ -174,7 +180,7 @@ def run(config: ConfigDict, workdir: Path, profile: Steps | None = None) -> None
 
     `profile` names steps of every stage to trace.
     """
-    workdir = Path(workdir).expanduser().absolute()
+    workdir = check_storage(workdir, "--workdir")
     ready, coming = [], None
     for stage in stages_of(config):  # whatever can be wrong with any stage, before the first one starts
         for field in ("tokenizer", "init_from"):

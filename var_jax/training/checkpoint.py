@@ -70,14 +70,14 @@ def check_storage(path: os.PathLike, name: str) -> epath.Path:
       ValueError: on another URL, or on gs:// without the packages that reach it.
       OSError: on a bucket that cannot be reached.
     """
-    path = as_path(path)
     if not is_remote(path):
-        return path
+        return as_path(path)
     if not os.fspath(path).startswith("gs://"):
         raise ValueError(
             f"{name}={path}: Orbax keeps checkpoints in local folders and under gs:// alone. Mount the "
             "bucket, and give the path of the mount."
         )
+    path = as_path(path)
     try:
         importlib.import_module("google.cloud.storage")  # Orbax asks it about the bucket
         path.exists()
