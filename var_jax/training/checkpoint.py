@@ -154,8 +154,8 @@ class Checkpoints:
             params=ocp.args.StandardRestore(params), state=ocp.args.StandardRestore(rest)
         )
         with readable(self.directory / str(step)):
-            saved = self._manager.item_metadata(step)
-            if differences := _differences(saved["params"], params) + _differences(saved["state"], rest):
+            saved = [_metadata(self._manager, step, item) for item in ("params", "state")]
+            if differences := _differences(saved[0], params) + _differences(saved[1], rest):
                 raise CheckpointMismatch(
                     f"the checkpoint {self.directory / str(step)} is of another network or optimizer\n  "
                     + "\n  ".join(differences)
@@ -236,6 +236,14 @@ def _join(params: dict, rest: dict, like: TrainState) -> TrainState:
     return TrainState(params=rest.get("params", params), ema=ema, **{name: rest[name] for name in REST})
 
 
+def _metadata(manager: ocp.CheckpointManager, step: int, item: str):
+    """Shapes and types of the arrays of an item of a checkpoint, as a tree."""
+    metadata = manager.item_metadata(step).get(item)
+    if metadata is None:
+        raise FileNotFoundError(f"{item} is missing")
+    return metadata
+
+
 def _shapes(tree) -> dict[str, tuple[int, ...]]:
     """Path -> shape of every array of a tree, or of what Orbax tells of a saved one."""
     word = lambda key: str(getattr(key, "key", getattr(key, "idx", getattr(key, "name", key))))  # noqa: E731
@@ -289,11 +297,9 @@ def load_params(directory: os.PathLike, step: int | str = "latest") -> tuple[dic
 
 def _restore_params(manager: ocp.CheckpointManager, step: int) -> tuple[dict, dict]:
     device = SingleDeviceSharding(jax.local_devices()[0])
-    saved = manager.item_metadata(step)["params"]
-    if saved is None:
-        raise FileNotFoundError("params is missing")
     abstract = jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device), dict(saved)
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device),
+        dict(_metadata(manager, step, "params")),
     )
     items = {"params": ocp.args.StandardRestore(abstract), "config": ocp.args.JsonRestore()}
     restored = manager.restore(step, args=ocp.args.Composite(**items))
