@@ -160,6 +160,19 @@ def tiny_run(digits_dir, tmp_path_factory, worker_id) -> Path:
     return folder / "run"
 
 
+@pytest.fixture(scope="session")
+def bucket(tmp_path_factory) -> str:
+    """gs:// URL of a fake bucket; processes started by `python -m tests.fake_gs` see it too."""
+    from tests import fake_gs
+
+    with fake_gs.serving(tmp_path_factory.mktemp("gs")) as environment:
+        os.environ.update(environment)
+        fake_gs.install()
+        yield "gs://bucket"
+        for name in environment:
+            del os.environ[name]
+
+
 @pytest.fixture
 def small_disk(tmp_path):
     """A disk of 6 MB."""

@@ -15,7 +15,13 @@ from var_jax.interop.load import load_tokenizer, read_network, with_path
 from var_jax.interop.perceptual import load_perceptual
 from var_jax.paths import as_path
 from var_jax.tokenizer.model import Tokenizer
-from var_jax.training.checkpoint import FOLDER, CheckpointMissing, has_checkpoint, load_config
+from var_jax.training.checkpoint import (
+    FOLDER,
+    CheckpointMissing,
+    check_storage,
+    has_checkpoint,
+    load_config,
+)
 from var_jax.training.fine_tune import Given, fit
 from var_jax.training.loop import check_training, train
 from var_jax.training.profile import Steps
@@ -194,7 +200,8 @@ def run(config: ConfigDict, workdir: epath.PathLike, profile: Steps | None = Non
     Raises:
       UserError: where a stage cannot be trained, before the first one starts; and see `train`.
     """
-    workdir = as_path(workdir)
+    with config_errors():
+        workdir = check_storage(workdir, "--workdir")
     ready, coming = [], None
     config = config.copy_and_resolve_references()  # paths become absolute in the run's own copy
     for stage in stages_of(config):  # whatever can be wrong with any stage, before the first one starts

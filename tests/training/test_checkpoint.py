@@ -10,15 +10,19 @@ import pytest
 from tests.training.tiny import tiny_config
 from tests.training.toy import Toy, toy_stage
 from var_jax.data.sources import open_source
+from var_jax.training import manifest
 from var_jax.training.checkpoint import (
+    CheckpointMismatch,
     CheckpointMissing,
     Checkpoints,
+    load_config,
     load_params,
+    save_params,
 )
-from var_jax.training.disk import CheckpointNotWritten, check_space
+from var_jax.training.disk import CheckpointNotWritten, check_space, explained, is_storage_error
 from var_jax.training.loop import train
 from var_jax.training.manifest import FILE as MANIFEST
-from var_jax.training.manifest import NOT_LISTED, CheckpointDamaged
+from var_jax.training.manifest import NOT_LISTED, CheckpointDamaged, set_damaged_aside, steps_under
 from var_jax.training.sharding import make_mesh
 from var_jax.training.state import create_state
 from var_jax.training.tokenizer_task import TokenizerTask
@@ -199,6 +203,162 @@ def test_a_run_without_one_whole_checkpoint_stops_with_their_names(tmp_path):
     assert (tmp_path / "1").is_dir()
     with pytest.raises(CheckpointDamaged, match="/1 is damaged: config/metadata has 1 bytes in place of 2"):
         load_params(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "params, config, error, words",
+    [
+        ({"w": np.zeros(3)}, {"a": object()}, TypeError, "object is not JSON serializable"),
+        ({"w": object()}, {}, ValueError, "type.*<class 'object'>"),
+    ],
+)
+def test_a_bug_in_saving_ends_at_once_as_itself(tmp_path, params, config, error, words):
+    state, _ = toy_state()
+    saved = Checkpoints(tmp_path / "run", keep=2)
+    with pytest.raises(error, match=words):
+        saved.save(1, state.replace(params=params), config, None)
+        saved.wait()
+    with pytest.raises(error, match=words):
+        save_params(tmp_path / "converted", params, {}, config)
+
+
+@pytest.mark.parametrize("free", [0, 20_000, 200_000])
+def test_whatever_a_full_disk_raises_is_told_as_that(small_disk, free, tmp_path):
+    """Of Python, of TensorStore's metadata, or of its data, depending on where the room ends."""
+    saved = Checkpoints(small_disk, keep=2)
+    (small_disk / "filler").write_bytes(bytes(shutil.disk_usage(small_disk).free - free))
+    make_state, _ = create_state(
+        Toy(ballast=200_000).init, Toy().optimizer, False, jax.random.key(0), make_mesh(fsdp=8)
+    )
+    saved.save(1, make_state(), {}, None)
+    with pytest.raises(CheckpointNotWritten, match="No space left on(.|\n)* GiB are free there") as error:
+        saved.wait()
+    assert is_storage_error(error.value.__cause__)
+
+
+def test_the_free_space_of_a_folder_that_is_gone_hides_no_error(tmp_path):
+    with (
+        pytest.raises(CheckpointNotWritten, match="^a checkpoint could not be written under .*: the cable\n"),
+        explained(tmp_path / "gone"),
+    ):
+        raise OSError("the cable")
+
+
+def test_statuses_of_tensorstore_are_told_from_bugs():
+    assert is_storage_error(ValueError("RESOURCE_EXHAUSTED: Error writing local file"))
+    assert is_storage_error(ValueError("NOT_FOUND: Error opening"))
+    wrapped = Exception("Encountered error while reading array")  # as Orbax does
+    assert not is_storage_error(wrapped)
+    wrapped.__cause__ = ValueError("OUT_OF_RANGE: Error reading")
+    assert is_storage_error(wrapped)
+    for bug in (ValueError("INVALID_ARGUMENT: dtype"), TypeError("NOT_FOUND: x"), ValueError("shape")):
+        assert not is_storage_error(bug)
+
+
+def test_a_checkpoint_of_another_network_names_the_arrays(tmp_path):
+    state, abstract = toy_state()
+    saved = Checkpoints(tmp_path, keep=2)
+    saved.save(1, state, {}, None)
+    saved.wait()
+    _, wider = create_state(Toy(ballast=3).init, Toy().optimizer, False, jax.random.key(0), make_mesh(fsdp=8))
+    with pytest.raises(
+        CheckpointMismatch, match=r"/1 is of another(.|\n)*ballast: \(1,\) in .*, \(3,\) in this"
+    ):
+        saved.restore(1, wider)
+    renamed = abstract.replace(params={"v": abstract.params["w"], "ballast": abstract.params["ballast"]})
+    with pytest.raises(CheckpointMismatch) as error:
+        saved.restore(1, renamed)
+    for line in (
+        "v: missing in the checkpoint, (8,) in this run",
+        "w: (8,) in the checkpoint, missing in this",
+    ):
+        assert line in str(error.value)
+    assert "ballast" not in str(error.value)
+    assert int(saved.restore(1, abstract).step) == 0
+    saved.close()
+
+
+def test_files_that_the_manifest_does_not_know_of_are_damage_when_read(tmp_path):
+    """Of a checkpoint of an older version, without a manifest."""
+    state, _ = toy_state()
+    saved = Checkpoints(tmp_path, keep=2)
+    saved.save(1, state, {}, None)
+    saved.wait()
+    saved.close()
+    (tmp_path / "1" / MANIFEST).unlink()
+    for name in ("params/_METADATA", "params/manifest.ocdbt", "config/metadata"):
+        content = (tmp_path / "1" / name).read_bytes()
+        (tmp_path / "1" / name).write_bytes(content[: len(content) // 2])
+        with pytest.raises(CheckpointDamaged, match="/1 cannot be read: "):
+            load_params(tmp_path)
+        (tmp_path / "1" / name).write_bytes(content)
+    shutil.rmtree(tmp_path / "1" / "params")
+    with pytest.raises(CheckpointDamaged, match="/1 cannot be read: params is missing"):
+        load_params(tmp_path)
+
+
+@pytest.mark.parametrize("which", ["latest", "best"])
+def test_a_checkpoint_that_is_removed_while_it_is_read_is_followed_by_the_next(tmp_path, monkeypatch, which):
+    state, _ = toy_state()
+    training = Checkpoints(tmp_path, keep=1)
+    training.save(1, state, {"step": 1}, 5.0)
+    training.wait()
+    restore, saves = type(training._manager).restore, iter((2, 3))
+
+    def restore_after_a_save(manager, step, *args, **kwargs):
+        if (number := next(saves, None)) is not None:
+            training.save(number, state, {"step": number}, 5.0 - number)
+            training.wait()
+        return restore(manager, step, *args, **kwargs)
+
+    monkeypatch.setattr(type(training._manager), "restore", restore_after_a_save)
+    assert load_params(tmp_path, which)[1]["step"] == 3
+    assert load_config(tmp_path, which) == (3, {"step": 3})
+    with pytest.raises(CheckpointMissing, match=r"no checkpoint of step 1 under .*there are \[3\]"):
+        load_params(tmp_path, 1)
+    training.close()
+
+
+class TwoProcesses:
+    """Collective functions of the first process, then of the second, which gets what the first one sent."""
+
+    def __init__(self, monkeypatch):
+        self.index, self.sent = 0, []
+        monkeypatch.setattr(manifest.jax, "process_count", lambda: 2)
+        monkeypatch.setattr(manifest.jax, "process_index", lambda: self.index)
+        monkeypatch.setattr(manifest.multihost_utils, "sync_global_devices", lambda name: None)
+        monkeypatch.setattr(manifest.multihost_utils, "broadcast_one_to_all", self.broadcast)
+
+    def broadcast(self, value):
+        if self.index == 0:
+            self.sent.append(value)
+            return value
+        first = self.sent.pop(0)
+        assert np.shape(first) == np.shape(value) and first.dtype == value.dtype
+        return first
+
+
+def test_the_first_process_judges_checkpoints_for_all(tmp_path, monkeypatch):
+    """The second one sees an older state of the folders, in which none, or all, is whole."""
+    state, _ = toy_state()
+    saved = Checkpoints(tmp_path / "0", keep=2)
+    for step in (1, 2):
+        saved.save(step, state, {}, None)
+        saved.wait()
+    saved.close()
+    shutil.copytree(tmp_path / "0", tmp_path / "1")
+    (tmp_path / "0" / "2" / "config" / "metadata").write_text("{")
+    for step in (1, 2):
+        (tmp_path / "1" / str(step) / "config" / "metadata").write_text("{")
+    processes = TwoProcesses(monkeypatch)
+    for processes.index in (0, 1):
+        set_damaged_aside(tmp_path / str(processes.index))
+    assert steps_under(tmp_path / "0") == [1] and steps_under(tmp_path / "1") == [1, 2]
+    (tmp_path / "0" / "1" / "config" / "metadata").write_text("{")
+    shutil.rmtree(tmp_path / "1")
+    for processes.index in (0, 1):
+        with pytest.raises(CheckpointDamaged, match="\n  1: config/metadata has 1 bytes in place of 2"):
+            set_damaged_aside(tmp_path / str(processes.index))
 
 
 def test_a_disk_without_room_is_noticed_before_anything_runs(task, tmp_path, monkeypatch):

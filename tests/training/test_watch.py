@@ -41,7 +41,7 @@ def test_a_step_that_is_not_finite_changes_nothing_and_is_logged(sources, digits
     params, _ = load_params(tmp_path / "toy" / "checkpoints")
     np.testing.assert_allclose(params["w"], expected(sources[0], stage, 10, {3, 6}), rtol=1e-5)
     found = lines(tmp_path, "skipped")
-    assert [line["step"] for line in found] == [3, 6] and all(np.isnan(line["loss"]) for line in found)
+    assert [line["step"] for line in found] == [3, 6] and all(line["loss"] is None for line in found)
     for line in found:
         want = batch_indices(len(sources[0]), 16, stage.seed, line["step"] - 1)
         assert line["records"] == want.tolist()
@@ -70,6 +70,16 @@ def test_a_run_that_diverges_ends_with_its_last_sound_checkpoint(sources, digits
     train(Toy(), stage, 30, tmp_path, sources)
     params, _ = load_params(tmp_path / "toy" / "checkpoints")
     np.testing.assert_allclose(params["w"], expected(sources[0], stage, 30, {}), rtol=1e-5)
+
+
+@pytest.mark.parametrize("max_skipped", [0, 1])
+def test_a_run_that_may_skip_no_step_ends_at_the_first(sources, digits_dir, tmp_path, max_skipped):
+    stage = toy_stage(digits_dir, every=3, log_every=1, max_skipped=max_skipped)
+    train(Toy(), stage, 4, tmp_path / "sound", sources)
+    with pytest.raises(TrainingDiverged, match="the last 1 steps, 4 to 4, were skipped(.|\n)*is of step 3"):
+        train(Toy(bad=(4,)), stage, 6, tmp_path, sources)
+    (line,) = lines(tmp_path, "skipped")
+    assert line["step"] == 4
 
 
 def test_a_spike_is_named_with_its_records_once(sources, digits_dir, tmp_path):

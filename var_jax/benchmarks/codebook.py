@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 from absl import app, flags
-from matplotlib import pyplot as plt
+from matplotlib.figure import Figure
 from ml_collections import ConfigDict
 
 from configs import digits, tokenizer
@@ -127,7 +127,8 @@ def draw(runs: dict[str, list[list[dict]]], sides: tuple[int, ...], path: Path) 
     """Perplexity at each scale over the steps, mean over the seeds, a line a variant."""
     columns = (len(sides) + 1) // 2
     size = (4 * columns + 2, 6.5)
-    figure, axes = plt.subplots(2, columns, figsize=size, squeeze=False, sharex=True, layout="constrained")
+    figure = Figure(figsize=size, layout="constrained")
+    axes = figure.subplots(2, columns, squeeze=False, sharex=True)
     for k, axis in zip(range(len(sides)), axes.flat, strict=False):
         for variant, logs in runs.items():
             lines = [[line for line in log if line["kind"] == "train"] for log in logs]
@@ -141,7 +142,6 @@ def draw(runs: dict[str, list[list[dict]]], sides: tuple[int, ...], path: Path) 
     for axis in axes.flat[len(sides) :]:
         axis.axis("off")
     figure.savefig(path, dpi=110)
-    plt.close(figure)
 
 
 def main(argv):

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import numpy as np
-from matplotlib import pyplot as plt
+from matplotlib.figure import Figure
 
 from var_jax.benchmarks.tables import markdown, over_seeds
 from var_jax.sampling import pictures
@@ -65,7 +65,8 @@ def _cell(runs: list[dict], _, key: str, form: str, factor: float) -> str:
 
 def draw_losses(systems: dict[str, dict], path: Path) -> None:
     """Held-out bits a pixel over the training compute, each tokenizer's in a panel: a line a system."""
-    figure, axes = plt.subplots(1, 2, figsize=(11, 4.6), layout="constrained", sharex=True)
+    figure = Figure(figsize=(11, 4.6), layout="constrained")
+    axes = figure.subplots(1, 2, sharex=True)
     for system, runs in systems.items():
         axis = axes[int(system.startswith("VAR"))]
         curves = np.array([run["evaluations"] for run in runs.values()])  # [seeds, evaluations, 2]
@@ -80,7 +81,6 @@ def draw_losses(systems: dict[str, dict], path: Path) -> None:
         if axis.lines:
             axis.legend(fontsize=8, title="mean and range over the seeds", title_fontsize=8)
     figure.savefig(path, dpi=110)
-    plt.close(figure)
 
 
 def draw_samples(systems: dict[str, Path], path: Path, shown: int = 20) -> None:
@@ -95,7 +95,7 @@ def draw_samples(systems: dict[str, Path], path: Path, shown: int = 20) -> None:
         rows.append(some.reshape(-1, *images.shape[1:]))
         names.append(system)
     picture = np.asarray(pictures.grid(np.concatenate(rows), columns=len(rows[0])))
-    figure = plt.figure(figsize=(10, 10 * picture.shape[0] / picture.shape[1]))
+    figure = Figure(figsize=(10, 10 * picture.shape[0] / picture.shape[1]))
     axis = figure.add_axes([0, 0, 1, 1])
     axis.imshow(picture)
     height = picture.shape[0] / len(rows)
@@ -104,4 +104,3 @@ def draw_samples(systems: dict[str, Path], path: Path, shown: int = 20) -> None:
     axis.tick_params(length=0)
     axis.spines[:].set_visible(False)
     figure.savefig(path, dpi=100, bbox_inches="tight")
-    plt.close(figure)

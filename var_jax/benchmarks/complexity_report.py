@@ -2,11 +2,9 @@
 
 from pathlib import Path
 
-import matplotlib
 import numpy as np
-
-matplotlib.use("Agg")
-from matplotlib import pyplot as plt
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
 from var_jax.benchmarks.tables import markdown
 
@@ -98,7 +96,8 @@ def report(found: dict) -> str:
 
 def draw(found: dict, path: Path) -> None:
     """FLOPs and seconds of an image over n, log-log, beside n^6 and n^4."""
-    figure, axes = plt.subplots(1, 2, figsize=(13, 5.8), layout="constrained")
+    figure = Figure(figsize=(13, 5.8), layout="constrained")
+    axes = figure.subplots(1, 2)
     sides = sorted({point["side"] for point in found["points"]})
     titles = {"counted": "FLOPs of an image, as XLA counts them", "seconds": "seconds of an image, measured"}
     for axis, (kind, title) in zip(axes, titles.items(), strict=True):
@@ -116,10 +115,9 @@ def draw(found: dict, path: Path) -> None:
     what = f"width {found['width']}, depth {found['depth']}, batch 1, {found['device']}"
     figure.suptitle(f"One image of n x n tokens: {what}", fontsize=11)
     figure.savefig(path, dpi=100)
-    plt.close(figure)
 
 
-def _guides(axis: plt.Axes, points: list[dict], kind: str) -> None:
+def _guides(axis: Axes, points: list[dict], kind: str) -> None:
     """Slopes n^6 and n^4, through the largest sizes of next-token and next-scale without a cache."""
     for system, power, offset in (("next-token, no cache", 6, 4.0), ("next-scale, no cache", 4, 0.25)):
         sides, values = _series(points, system, kind)

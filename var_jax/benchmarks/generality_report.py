@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import numpy as np
-from matplotlib import pyplot as plt
+from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
 from var_jax.benchmarks import known_part
@@ -75,7 +75,7 @@ def draw(pictures: dict[str, dict[str, np.ndarray]], path: Path) -> None:
                 canvas[y : y + side * scale, x : x + side * scale] = image.repeat(scale, 0).repeat(scale, 1)
                 outlines.append((x, y, mask) if column > 1 else None)
         middles.append(top + (shown * step - GAP) / 2)
-    figure = plt.figure(figsize=(canvas.shape[1] / 70, height / 70))
+    figure = Figure(figsize=(canvas.shape[1] / 70, height / 70))
     axis = figure.add_axes([0, 0, 1, 1])
     axis.imshow(canvas, interpolation="none")
     for x, y, mask in filter(None, outlines):
@@ -88,7 +88,6 @@ def draw(pictures: dict[str, dict[str, np.ndarray]], path: Path) -> None:
     axis.tick_params(length=0)
     axis.spines[:].set_visible(False)
     figure.savefig(path, dpi=100, bbox_inches="tight")
-    plt.close(figure)
 
 
 def _outline(x: int, y: int, mask: np.ndarray, scale: int) -> Rectangle:

@@ -23,10 +23,11 @@ import json
 import sys
 from pathlib import Path
 
-import matplotlib
 import numpy as np
 from absl import app, flags
+from matplotlib.axes import Axes
 from matplotlib.collections import LineCollection
+from matplotlib.figure import Figure
 
 import var_jax
 from var_jax import command_line
@@ -44,9 +45,6 @@ from var_jax.evaluation.locality import (
 )
 from var_jax.orders import ORDERS, order
 from var_jax.tokenizer.quantizer import Quantizer
-
-matplotlib.use("Agg")
-from matplotlib import pyplot as plt
 
 FLAGS = flags.FLAGS
 GROUPS = 16
@@ -144,7 +142,8 @@ def information_table(found: dict) -> str:
 
 def draw_orders(side: int, apart: dict, path: Path) -> None:
     """Every order as a path through the map, from dark to light."""
-    figure, axes = plt.subplots(2, 4, figsize=(14, 8), layout="constrained")
+    figure = Figure(figsize=(14, 8), layout="constrained")
+    axes = figure.subplots(2, 4)
     for axis, name in zip(axes.flat, ORDERS, strict=True):
         row, column = np.divmod(order(name, side), side)
         points = np.stack([column, row], axis=1)
@@ -163,15 +162,13 @@ def draw_orders(side: int, apart: dict, path: Path) -> None:
         "distance in the sequence of neighbours in the image: mean and 95th percentile\n"
     )
     figure.savefig(path, dpi=100)
-    plt.close(figure)
 
 
 def draw_curves(side: int, apart: dict, found: dict | None, path: Path) -> None:
     """How far image neighbours are apart; and mutual information by distance, where it was measured."""
     panels = 3 if found else 1
-    figure, axes = plt.subplots(
-        1, panels, figsize=(5.5 * panels + 1.5, 5), squeeze=False, layout="constrained"
-    )
+    figure = Figure(figsize=(5.5 * panels + 1.5, 5), layout="constrained")
+    axes = figure.subplots(1, panels, squeeze=False)
     spread, *measured = axes[0]
     for name, style in STYLES.items():
         values = np.sort(apart[name]["both"])
@@ -202,10 +199,9 @@ def draw_curves(side: int, apart: dict, found: dict | None, path: Path) -> None:
         axis.grid(alpha=0.3)
     figure.legend(*spread.get_legend_handles_labels(), loc="outside right center")
     figure.savefig(path, dpi=100)
-    plt.close(figure)
 
 
-def _by_doubling(axis: plt.Axes, most: int) -> None:
+def _by_doubling(axis: Axes, most: int) -> None:
     """A logarithmic axis from 1 on, with 1, 2, 4, ... written at it."""
     ticks = 2 ** np.arange(int(np.log2(most)) + 1)
     axis.set_xscale("log", base=2)

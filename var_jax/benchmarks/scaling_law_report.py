@@ -8,14 +8,13 @@ import contextlib
 import math
 from pathlib import Path
 
-import matplotlib
 import numpy as np
-
-matplotlib.use("Agg")
-from matplotlib import pyplot as plt
+from matplotlib import colormaps, ticker
+from matplotlib.figure import Figure
 
 from var_jax.benchmarks.tables import markdown
 from var_jax.evaluation.power_law import PowerLaw, bootstrap, fit_power_law, frontier
+from var_jax.training.logging import finite_or_none
 
 QUANTITIES = {
     "loss_last": "loss, last map",
@@ -87,7 +86,7 @@ def analyse(runs: list[dict], draws: int = 500) -> dict:
     if (different := len({run["N"] for run in runs})) < PARAMETERS:
         raise ValueError(f"too few sizes: L = (a N)^b + c needs {PARAMETERS} or more, found {different}")
     fits = {against: {name: _fit(runs, against, name, draws) for name in QUANTITIES} for against in UNITS}
-    return {"runs": runs, "fits": _finite(fits), "published": PUBLISHED, "draws": draws}
+    return {"runs": runs, "fits": finite_or_none(fits), "published": PUBLISHED, "draws": draws}
 
 
 def _fit(runs: list[dict], against: str, quantity: str, draws: int) -> dict | None:
@@ -103,15 +102,6 @@ def _fit(runs: list[dict], against: str, quantity: str, draws: int) -> dict | No
             interval = bootstrap(drawn, len(runs), draws)
     found = {name: getattr(law, name) for name in ("a", "b", "c", "pearson")}
     return found | {"points": len(x), "b_alone": alone.b, "interval": interval}
-
-
-def _finite(tree):
-    """The same with None for what JSON does not know."""
-    if isinstance(tree, dict):
-        return {name: _finite(value) for name, value in tree.items()}
-    if isinstance(tree, tuple | list):
-        return [_finite(value) for value in tree]
-    return None if isinstance(tree, float) and not math.isfinite(tree) else tree
 
 
 def tables(result: dict) -> str:
@@ -176,7 +166,8 @@ def law_of(found: dict | None) -> PowerLaw:
 
 def draw(result: dict, path: Path) -> None:
     """Losses and errors against N and C with their fits, and reducible losses beside the published ones."""
-    figure, axes = plt.subplots(2, 3, figsize=(15, 8.5), layout="constrained")
+    figure = Figure(figsize=(15, 8.5), layout="constrained")
+    axes = figure.subplots(2, 3)
     _draw_sizes(axes[0, 0], result, ("loss_last", "loss"), "held-out loss, nats a token")
     _draw_sizes(axes[1, 0], result, ("error_last", "error"), "held-out token error rate")
     _draw_curves(axes[0, 1], result, "loss")
@@ -184,7 +175,6 @@ def draw(result: dict, path: Path) -> None:
     _draw_reducible(axes[0, 2], result, "N", "parameters N, billions")
     _draw_reducible(axes[1, 2], result, "C", "training compute C, PFlop")
     figure.savefig(path, dpi=80)
-    plt.close(figure)
 
 
 def _draw_sizes(axis, result: dict, names: tuple[str, str], title: str) -> None:
@@ -200,7 +190,7 @@ def _draw_sizes(axis, result: dict, names: tuple[str, str], title: str) -> None:
 
 def _draw_curves(axis, result: dict, name: str) -> None:
     depths = sorted({run["depth"] for run in result["runs"]})
-    colours = dict(zip(depths, plt.cm.viridis(np.linspace(0, 0.9, len(depths))), strict=True))
+    colours = dict(zip(depths, colormaps["viridis"](np.linspace(0, 0.9, len(depths))), strict=True))
     for run in result["runs"]:
         label = f"depth {run['depth']}" if run["seed"] == result["runs"][0]["seed"] else None
         x = compute(run) / UNITS["C"]
@@ -236,9 +226,9 @@ def _finish(axis, loc: str = "best") -> None:
     """Plain numbers at the loss axis, whose range is too small for powers of ten."""
     low, high = axis.get_ylim()
     if high / low < 30:
-        axis.yaxis.set_major_locator(matplotlib.ticker.MaxNLocator(7, steps=[1, 2, 5, 10]))
-        axis.yaxis.set_minor_locator(matplotlib.ticker.NullLocator())
-        axis.yaxis.set_major_formatter(matplotlib.ticker.FormatStrFormatter("%g"))
+        axis.yaxis.set_major_locator(ticker.MaxNLocator(7, steps=[1, 2, 5, 10]))
+        axis.yaxis.set_minor_locator(ticker.NullLocator())
+        axis.yaxis.set_major_formatter(ticker.FormatStrFormatter("%g"))
         axis.set_ylim(low, high)
     axis.grid(alpha=0.3)
     axis.legend(fontsize=9, loc=loc)

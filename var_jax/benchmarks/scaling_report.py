@@ -5,11 +5,8 @@ A run is a dict as scaling.py writes it: what was measured where, and `rows`, on
 
 from pathlib import Path
 
-import matplotlib
 import numpy as np
-
-matplotlib.use("Agg")
-from matplotlib import pyplot as plt
+from matplotlib.figure import Figure
 
 MODES = ("weak", "strong")
 SAME = ("config", "device", "dtype", "parameters", "note")  # of runs that may stand in one table
@@ -95,7 +92,8 @@ def table(run: dict) -> str:
 
 def draw(run: dict, path: Path) -> None:
     """Two panels over the number of devices: images/s beside the ideal, and efficiency."""
-    figure, (speed, efficiency) = plt.subplots(1, 2, figsize=(9, 4.2))
+    figure = Figure(figsize=(9, 4.2))
+    speed, efficiency = figure.subplots(1, 2)
     for mode, colour in zip(MODES, ("C0", "C1"), strict=True):
         rows = [row for row in run["rows"] if row["mode"] == mode and row["images_per_s"]]
         if not rows:
@@ -118,4 +116,3 @@ def draw(run: dict, path: Path) -> None:
     figure.suptitle(f"{title}\n{run['note']}" if run["note"] else title, fontsize=10)
     figure.tight_layout()
     figure.savefig(path, dpi=110)
-    plt.close(figure)

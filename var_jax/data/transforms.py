@@ -7,14 +7,13 @@ import numpy as np
 from PIL import Image
 
 from var_jax.decoding import DecodeError, decode
+from var_jax.errors import UserError
 
 # Changes whenever the same record comes out as other pixels; token caches record it.  Before version 1, EXIF
 # orientation and alpha were ignored, and the longer side and centre crops were rounded otherwise.
 VERSION = 1
 MAX_ASPECT = 20  # longer over shorter side, up to which an image is resized whole before it is cropped
 _LANCZOS_SUPPORT = 3  # pixels of the smaller of the two images, on each side
-
-from var_jax.errors import UserError
 
 
 class CorruptImage(UserError, ValueError):

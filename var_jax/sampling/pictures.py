@@ -2,10 +2,13 @@
 
 import io
 import math
-from pathlib import Path
+import os
 
 import numpy as np
+from etils import epath
 from PIL import Image
+
+from var_jax.paths import write_whole
 
 MIN_CELL = 48  # pixels; smaller images are enlarged to about this, so that they can be looked at
 
@@ -48,15 +51,8 @@ def strips(steps: np.ndarray) -> Image.Image:
     return grid(steps.reshape(-1, *steps.shape[2:]), columns=steps.shape[1])
 
 
-def save(image: Image.Image, path: Path) -> Path:
-    """Writes a PNG, making its folder; a half-written file never takes the name."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+def save(image: Image.Image, path: os.PathLike) -> epath.Path:
+    """Write a PNG, making its folder; a half-written file never takes the name."""
     content = io.BytesIO()
     image.save(content, "PNG")
-    partial = path.with_name(path.name + ".partial")
-    try:
-        partial.write_bytes(content.getvalue())
-        return partial.replace(path)
-    except OSError:
-        partial.unlink(missing_ok=True)
-        raise
+    return write_whole(path, content.getvalue())

@@ -5,16 +5,18 @@ there is one); `state`, everything else that training goes on from; `config`, wh
 position of the data is the step.
 """
 
+import importlib
 import json
+import os
 import shutil
 from collections.abc import Callable, Iterator
 from functools import partial
-from pathlib import Path
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging
+from etils import epath
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.experimental import multihost_utils
 from orbax.checkpoint import checkpoint_managers
@@ -22,19 +24,21 @@ from orbax.checkpoint.checkpoint_manager import METRIC_ITEM_NAME
 from orbax.checkpoint.path import atomicity
 
 from var_jax.errors import UserError
-from var_jax.paths import as_path
+from var_jax.paths import as_path, is_remote
 from var_jax.training.disk import CheckpointNotWritten, explained
 from var_jax.training.manifest import (
-    SealedPath,
+    CheckpointDamaged,
     add_sealed,
     check_whole,
     readable,
     set_damaged_aside,
     steps_under,
+    temporary_path_class,
 )
 from var_jax.training.state import TrainState
 
 FOLDER = "checkpoints"
+READS = 5  # times that the newest checkpoint is asked for while others take its place
 REST = ("step", "opt_state", "extra", "skipped", "skipped_in_a_row")  # of the state, beside parameters
 
 
@@ -55,6 +59,37 @@ class CheckpointMissing(UserError, FileNotFoundError):
     """There is no complete checkpoint where one is needed."""
 
 
+class CheckpointMismatch(UserError, ValueError):
+    """A checkpoint is of another network than the one that it is restored into; names the arrays."""
+
+
+def check_storage(path: os.PathLike, name: str) -> epath.Path:
+    """The absolute path of a folder that checkpoints can be kept in: a local one, or gs://.
+
+    Args:
+      path: given by the user.
+      name: the flag or config field that it was given by, for the message.
+
+    Raises:
+      ValueError: on another URL, or on gs:// without the packages that reach it.
+      OSError: on a bucket that cannot be reached.
+    """
+    if not is_remote(path):
+        return as_path(path)
+    if not os.fspath(path).startswith("gs://"):
+        raise ValueError(
+            f"{name}={path}: Orbax keeps checkpoints in local folders and under gs:// alone. Mount the "
+            "bucket, and give the path of the mount."
+        )
+    path = as_path(path)
+    try:
+        importlib.import_module("google.cloud.storage")  # Orbax asks it about the bucket
+        path.exists()
+    except ImportError as error:
+        raise ValueError(f"{name}={path}: gs:// needs gcsfs (pip install gcsfs): {error}") from error
+    return path
+
+
 class Checkpoints:
     """The checkpoints of one stage of a run.
 
@@ -65,13 +100,13 @@ class Checkpoints:
       directory: absolute path of their folder.
     """
 
-    def __init__(self, directory: Path, keep: int):
+    def __init__(self, directory: os.PathLike, keep: int):
         """Keeps the latest `keep` and the one with the least score; sets aside those that are not whole.
 
         Raises:
           CheckpointDamaged: where there are some, but none is whole.
         """
-        self.directory = Path(directory).absolute()
+        self.directory = as_path(directory)
         self._pending, self._failed = False, 0  # a save not yet waited for; how many failed in a row
         self._scores: dict[int, float] = {}  # of checkpoints that may still be being written
         set_damaged_aside(self.directory)
@@ -85,7 +120,7 @@ class Checkpoints:
             options=ocp.CheckpointManagerOptions(
                 preservation_policy=policy,
                 cleanup_tmp_directories=True,
-                temporary_path_class=SealedPath,
+                temporary_path_class=temporary_path_class(self.directory),
             ),
             item_handlers=_item_handlers(),
         )
@@ -141,12 +176,24 @@ class Checkpoints:
         self._manager.reload()
 
     def restore(self, step: int, abstract: TrainState) -> TrainState:
-        """The state at a step, sharded as the abstract state says."""
+        """The state at a step, sharded as the abstract state says.
+
+        Raises:
+          CheckpointDamaged: where files are missing, cut short or unreadable.
+          CheckpointMismatch: where it holds other arrays than the abstract state; names them.
+        """
         params, rest = _split(abstract)
         items = ocp.args.Composite(
             params=ocp.args.StandardRestore(params), state=ocp.args.StandardRestore(rest)
         )
         with readable(self.directory / str(step)):
+            saved = [_metadata(self._manager, step, item) for item in ("params", "state")]
+            if differences := _differences(saved[0], params) + _differences(saved[1], rest):
+                raise CheckpointMismatch(
+                    f"the checkpoint {self.directory / str(step)} is of another network or optimizer\n  "
+                    + "\n  ".join(differences)
+                    + "\n  Use the config and the version of var_jax that wrote it, or another --workdir."
+                )
             restored = self._manager.restore(step, args=items)
         return _join(restored["params"], restored["state"], abstract)
 
@@ -204,7 +251,7 @@ class Checkpoints:
 
     def _not_lost(self) -> str:
         """Frees what the failed save has taken, and says what there still is."""
-        if jax.process_count() == 1:
+        if jax.process_count() == 1 and not is_remote(self.directory):
             for left in self.directory.glob(f"*{atomicity.TMP_DIR_SUFFIX}*"):
                 shutil.rmtree(left, ignore_errors=True)  # what is still being written goes at the next start
         self._manager.reload()  # it has forgotten those that would have been deleted by now
@@ -224,20 +271,49 @@ def _join(params: dict, rest: dict, like: TrainState) -> TrainState:
     return TrainState(params=rest.get("params", params), ema=ema, **{name: rest[name] for name in REST})
 
 
-def has_checkpoint(directory: Path) -> bool:
+def _metadata(manager: ocp.CheckpointManager, step: int, item: str):
+    """Shapes and types of the arrays of an item of a checkpoint, as a tree."""
+    metadata = manager.item_metadata(step).get(item)
+    if metadata is None:
+        raise FileNotFoundError(f"{item} is missing")
+    return metadata
+
+
+def _shapes(tree) -> dict[str, tuple[int, ...]]:
+    """Path -> shape of every array of a tree, or of what Orbax tells of a saved one."""
+    word = lambda key: str(getattr(key, "key", getattr(key, "idx", getattr(key, "name", key))))  # noqa: E731
+    leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
+    return {"/".join(map(word, path)): tuple(leaf.shape) for path, leaf in leaves}
+
+
+def _differences(saved, wanted) -> list[str]:
+    """Lines that name the arrays by which a saved item differs from an abstract one."""
+    saved, wanted = _shapes(saved), _shapes(wanted)
+    names = sorted(saved.keys() | wanted.keys())
+    shown = lambda shapes, name: str(shapes.get(name, "missing"))  # noqa: E731
+    return [
+        f"{name}: {shown(saved, name)} in the checkpoint, {shown(wanted, name)} in this run"
+        for name in names
+        if saved.get(name) != wanted.get(name)
+    ]
+
+
+def has_checkpoint(directory: os.PathLike) -> bool:
     """Whether there is a checkpoint to go on from."""
     return bool(steps_under(directory))
 
 
-def load_config(directory: Path, step: int | str = "latest") -> tuple[int, dict]:
+def load_config(directory: os.PathLike, step: int | str = "latest") -> tuple[int, dict]:
     """Step and what was trained, as a checkpoint has it; arguments and errors as for `load_params`."""
-    manager, step = _open(directory, step)
-    with manager, readable(manager.directory / str(step)):
-        restored = manager.restore(step, args=ocp.args.Composite(config=ocp.args.JsonRestore()))
+    return _read(directory, step, _restore_config)
+
+
+def _restore_config(manager: ocp.CheckpointManager, step: int) -> tuple[int, dict]:
+    restored = manager.restore(step, args=ocp.args.Composite(config=ocp.args.JsonRestore()))
     return step, restored["config"]
 
 
-def load_params(directory: Path, step: int | str = "latest") -> tuple[dict, dict]:
+def load_params(directory: os.PathLike, step: int | str = "latest") -> tuple[dict, dict]:
     """Parameters to sample with and the config of a checkpoint, on one device.
 
     Args:
@@ -249,26 +325,29 @@ def load_params(directory: Path, step: int | str = "latest") -> tuple[dict, dict
 
     Raises:
       CheckpointMissing: naming the folder, and the steps that there are.
+      CheckpointDamaged: naming the checkpoint that cannot be read.
     """
-    manager, step = _open(directory, step)
-    with manager, readable(manager.directory / str(step)):
-        # Numpy arrays are restored as such: who needs another dtype casts on the host. These take no memory.
-        abstract = jax.tree.map(
-            lambda leaf: np.broadcast_to(np.zeros((), leaf.dtype), leaf.shape),
-            dict(manager.item_metadata(step)["params"]),
-        )
-        items = {"params": ocp.args.StandardRestore(abstract), "config": ocp.args.JsonRestore()}
-        restored = manager.restore(step, args=ocp.args.Composite(**items))
+    return _read(directory, step, _restore_params)
+
+
+def _restore_params(manager: ocp.CheckpointManager, step: int) -> tuple[dict, dict]:
+    # Numpy arrays are restored as such: who needs another dtype casts on the host. These take no memory.
+    abstract = jax.tree.map(
+        lambda leaf: np.broadcast_to(np.zeros((), leaf.dtype), leaf.shape),
+        dict(_metadata(manager, step, "params")),
+    )
+    items = {"params": ocp.args.StandardRestore(abstract), "config": ocp.args.JsonRestore()}
+    restored = manager.restore(step, args=ocp.args.Composite(**items))
     return restored["params"], restored["config"]
 
 
-def check_is_new(directory: Path) -> None:
+def check_is_new(directory: os.PathLike) -> None:
     """Raises FileExistsError where a folder of checkpoints holds any."""
     if steps_under(directory):
         raise FileExistsError(f"{directory} holds checkpoints already; give another directory")
 
 
-def save_params(directory: Path, params: dict, extra: dict, config: dict) -> None:
+def save_params(directory: os.PathLike, params: dict, extra: dict, config: dict) -> None:
     """Writes a checkpoint of step 0 that can be sampled from, in little more memory than the parameters.
 
     Args:
@@ -281,7 +360,7 @@ def save_params(directory: Path, params: dict, extra: dict, config: dict) -> Non
       FileExistsError: where there is a checkpoint already.
       CheckpointNotWritten: if the disk is full.
     """
-    directory = Path(directory).absolute()
+    directory = as_path(directory)
     check_is_new(directory)
     # Orbax would copy every array first, for saving in the background; here it is waited for.
     numpy_handler = ocp.type_handlers.NumpyHandler(deepcopy_host_arrays=False)
@@ -296,7 +375,9 @@ def save_params(directory: Path, params: dict, extra: dict, config: dict) -> Non
     manager = ocp.CheckpointManager(
         directory,
         options=ocp.CheckpointManagerOptions(
-            enable_async_checkpointing=False, cleanup_tmp_directories=True, temporary_path_class=SealedPath
+            enable_async_checkpointing=False,
+            cleanup_tmp_directories=True,
+            temporary_path_class=temporary_path_class(directory),
         ),
         item_handlers={"params": handler(), "state": handler(), "config": ocp.JsonCheckpointHandler()},
     )
@@ -312,11 +393,8 @@ def save_params(directory: Path, params: dict, extra: dict, config: dict) -> Non
 class SavedArrays:
     """The arrays of one item of a checkpoint (`params` or `state`), read one at a time by their paths."""
 
-    def __init__(self, directory: Path, step: int, item: str):
-        self._where, self._handler = (
-            Path(directory).absolute() / str(step) / item,
-            ocp.PyTreeCheckpointHandler(),
-        )
+    def __init__(self, directory: os.PathLike, step: int, item: str):
+        self._where, self._handler = as_path(directory) / str(step) / item, ocp.PyTreeCheckpointHandler()
         tree = self._handler.metadata(self._where).tree if self._where.exists() else {}
         self._leaves = flatten_dict(tree, sep="/")
 
@@ -335,9 +413,24 @@ class SavedArrays:
         return jax.tree.leaves(self._handler.restore(self._where, args=restore))[0]
 
 
-def _open(directory: Path, step: int | str) -> tuple[ocp.CheckpointManager, int]:
+def _read(directory: os.PathLike, step: int | str, restore: Callable[[ocp.CheckpointManager, int], tuple]):
+    """Reads a checkpoint; where a running training removes it meanwhile, the one that `step` names then."""
+    directory = as_path(directory)
+    for _ in range(READS):
+        steps = steps_under(directory)
+        try:
+            manager, number = _open(directory, step)
+            with manager, readable(directory / str(number)):
+                return restore(manager, number)
+        except CheckpointDamaged as error:
+            damaged = error
+            if steps_under(directory) == steps:
+                break
+    raise damaged
+
+
+def _open(directory: epath.Path, step: int | str) -> tuple[ocp.CheckpointManager, int]:
     """The checkpoints under a folder for reading, and the number of the step asked for."""
-    directory = Path(directory).absolute()
     if not directory.is_dir():
         raise CheckpointMissing(f"no checkpoints under {directory}: train this stage first")
     options = ocp.CheckpointManagerOptions(
@@ -345,7 +438,7 @@ def _open(directory: Path, step: int | str) -> tuple[ocp.CheckpointManager, int]
     )
     try:
         manager = ocp.CheckpointManager(directory, options=options, item_handlers=_item_handlers())
-    except Exception:  # it reads a little of every checkpoint, and does not say of which
+    except (OSError, ValueError):  # it reads a little of every checkpoint, and does not say of which
         for number in steps_under(directory):
             check_whole(directory / str(number))
         raise

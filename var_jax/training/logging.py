@@ -1,21 +1,25 @@
 """What a run says: one plain line a log step, JSONL, TensorBoard, and curves."""
 
+import io
 import json
+import math
+import os
 import re
 import sys
 import time
 from collections.abc import Sequence
-from pathlib import Path
 
+import absl.logging
 import jax
-import matplotlib
 import numpy as np
 import tensorboardX
+from etils import epath
+from matplotlib.figure import Figure
+from tensorboardX.record_writer import register_writer_factory
 from tqdm import tqdm
 
-matplotlib.use("Agg")
-from matplotlib import pyplot as plt
-
+from var_jax.paths import as_path, write_whole
+from var_jax.training.append_file import AppendFile
 from var_jax.training.chips import peak_flops
 
 
@@ -34,9 +38,10 @@ class Log:
     """
 
     def __init__(
-        self, directory: Path, stage: str, start: int, steps: int, batch: int, flops_per_image: float
+        self, directory: os.PathLike, stage: str, start: int, steps: int, batch: int, flops_per_image: float
     ):
         """Goes on after step `start`: what an interrupted run logged beyond it is dropped."""
+        directory = as_path(directory)
         self.directory, self.stage, self.steps, self.batch = directory, stage, steps, batch
         self.flops_per_image = flops_per_image
         self.active = jax.process_index() == 0
@@ -44,14 +49,13 @@ class Log:
         self.restart_clock(start)
         if not self.active:
             return
-        directory.mkdir(parents=True, exist_ok=True)
-        self._path = directory / "metrics.jsonl"
-        kept = [line for line in read_metrics(self._path) if line["step"] <= start]
-        partial = self._path.with_suffix(".partial")
-        partial.write_text("".join(json.dumps(line) + "\n" for line in kept))
-        partial.replace(self._path)
-        self._file = self._path.open("a")
-        self._board = tensorboardX.SummaryWriter(str(directory / "tensorboard"), purge_step=start + 1)
+        kept = [line for line in read_metrics(directory / "metrics.jsonl") if line["step"] <= start]
+        self._lines = AppendFile(directory / "metrics.jsonl", b"".join(map(_json_line, kept)))
+        files = _EventFiles()
+        self._board = tensorboardX.SummaryWriter(
+            files.path(directory / "tensorboard"), purge_step=start + 1, filename_suffix=f".{start}"
+        )
+        self._events, self._writable = files.file, True
         terminal = sys.stderr.isatty()
         self._bar = tqdm(total=steps, initial=start, desc=stage, disable=not terminal, smoothing=0.1)
 
@@ -118,8 +122,29 @@ class Log:
         self.say(f"{self.stage} {kind:5} {step:>{len(str(self.steps))}}/{self.steps}  {shown}  {note}")
 
     def _record(self, line: dict) -> None:
-        self._file.write(json.dumps(line) + "\n")
-        self._file.flush()
+        self._lines.write(_json_line(line))
+        self.sync(now=False)
+
+    def sync(self, now: bool = True) -> None:
+        """Write to storage what was logged; where it cannot be, a warning, and it is tried again later.
+
+        Without `now`, only if that does not slow training down.
+        """
+        if not self.active:
+            return
+        try:
+            self._lines.flush(now)
+            self._events.flush(now)
+        except OSError as error:
+            if self._writable:
+                absl.logging.warning(
+                    "The log under %s cannot be written: %s\n  It is kept, and written once it can be.",
+                    self.directory,
+                    error,
+                )
+            self._writable = False
+        else:
+            self._writable = True
 
     def say(self, line: str) -> None:
         """A line on the screen that leaves the bar alone."""
@@ -132,11 +157,17 @@ class Log:
         return _Pause(self, after)
 
     def close(self) -> None:
+        """Write everything.
+
+        Raises:
+          OSError: if it cannot be written.
+        """
         self.flush()
         if self.active:
             self._bar.close()
-            self._file.close()
             self._board.close()
+            self._lines.flush(now=True)
+            self._events.flush(now=True)
 
 
 class _Pause:
@@ -146,34 +177,98 @@ class _Pause:
     def __enter__(self):
         jax.block_until_ready(self.after)
         self.log.flush()
+        self.log.sync()  # a checkpoint never knows of more steps than the log
         self.start = time.monotonic()
 
     def __exit__(self, *_):
         self.log._paused += time.monotonic() - self.start
 
 
-def read_metrics(path: Path) -> list[dict]:
-    """Lines of a metrics.jsonl; a last line cut short by a kill is left out."""
+class _EventFile:
+    """File of TensorBoard's events, for tensorboardX to write to from its thread.
+
+    Nothing in that thread can fail: were it dead, the training loop would wait for it for ever, in the tenth
+    `add_scalar` after that.  `Log.sync` does the writing.
+    """
+
+    def __init__(self, path: str):
+        self.file = AppendFile(path)
+
+    def write(self, content: bytes) -> None:
+        self.file.write(content)
+
+    def flush(self) -> None:
+        pass
+
+    close = flush
+
+
+class _EventFiles:
+    """Opens the one file of a SummaryWriter; tensorboardX finds it by the prefix of the path."""
+
+    PREFIX = "var_jax"
+
+    def path(self, folder: epath.Path) -> str:
+        """A folder as SummaryWriter must name it, for its file to be opened here."""
+        register_writer_factory(self.PREFIX, self)
+        return f"{self.PREFIX}:{folder}"
+
+    def directory_check(self, path: str) -> None:
+        """AppendFile makes the folder."""
+
+    def open(self, path: str) -> _EventFile:
+        event_file = _EventFile(path.removeprefix(f"{self.PREFIX}:"))
+        self.file = event_file.file
+        return event_file
+
+
+def finite_or_none(tree):
+    """Lists and dicts of numbers, with None for NaN and infinities, which JSON does not have."""
+    if isinstance(tree, dict):
+        return {name: finite_or_none(value) for name, value in tree.items()}
+    if isinstance(tree, tuple | list):
+        return [finite_or_none(value) for value in tree]
+    return None if isinstance(tree, float) and not math.isfinite(tree) else tree
+
+
+def _json_line(line: dict) -> bytes:
+    return json.dumps(finite_or_none(line), allow_nan=False).encode() + b"\n"
+
+
+def read_metrics(path: os.PathLike) -> list[dict]:
+    """Read the lines of a metrics.jsonl; null, and the bare NaN of older runs, become NaN.
+
+    A last line cut short by a kill is left out.
+
+    Raises:
+      ValueError: naming the line that is not JSON.
+    """
+    path = as_path(path)
     lines = path.read_text().splitlines() if path.exists() else []
     metrics = []
     for number, line in enumerate(lines):
         try:
-            metrics.append(json.loads(line))
+            values = json.loads(line)
         except json.JSONDecodeError as error:
             if number + 1 < len(lines):
                 raise ValueError(f"{path} line {number + 1} is not JSON: {line[:80]!r}") from error
+            break
+        if isinstance(values, dict):
+            values = {name: math.nan if value is None else value for name, value in values.items()}
+        metrics.append(values)
     return metrics
 
 
-def draw_curves(directory: Path, path: Path, title: str) -> None:
+def draw_curves(directory: os.PathLike, path: os.PathLike, title: str) -> None:
     """Draws the losses (and accuracies) of training and evaluation over the steps as a PNG."""
-    lines = read_metrics(directory / "metrics.jsonl")
+    lines = read_metrics(as_path(directory) / "metrics.jsonl")
     names = [
         n for n in ("loss", "l2", "codebook", "accuracy", "perplexity") if any(n in line for line in lines)
     ]
     if not names:  # a picture before the first line
         return
-    figure, axes = plt.subplots(1, len(names), figsize=(4.5 * len(names), 3.2), squeeze=False)
+    figure = Figure(figsize=(4.5 * len(names), 3.2))
+    axes = figure.subplots(1, len(names), squeeze=False)
     for axis, name in zip(axes[0], names, strict=True):
         for kind, style in (("train", "-"), ("eval", "o-")):
             points = np.array([(x["step"], x[name]) for x in lines if x["kind"] == kind and name in x])
@@ -185,5 +280,6 @@ def draw_curves(directory: Path, path: Path, title: str) -> None:
         axis.legend()
         axis.grid(alpha=0.3)
     figure.tight_layout()
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+    content = io.BytesIO()
+    figure.savefig(content, dpi=110, format="png")
+    write_whole(path, content.getvalue())

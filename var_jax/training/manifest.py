@@ -4,22 +4,26 @@ Sizes alone: checksums would mean reading everything twice.
 """
 
 import asyncio
+import concurrent.futures
 import contextlib
 import json
-import shutil
-from pathlib import Path
+import os
 
 import jax
+import numpy as np
 from absl import logging
 from etils import epath
 from jax.experimental import multihost_utils
 from orbax.checkpoint.path import atomicity
 
 from var_jax.errors import UserError
+from var_jax.paths import as_path, is_remote
+from var_jax.training.disk import is_storage_error
 
 FILE = "manifest.json"
 NOTES = "_CHECKPOINT_METADATA"  # Orbax's own, JSON too
 NOT_LISTED = (FILE, NOTES, atomicity.COMMIT_SUCCESS_FILE)  # written last of all
+REQUESTS = 32  # to an object store at a time
 
 
 class CheckpointDamaged(UserError, ValueError):
@@ -27,16 +31,34 @@ class CheckpointDamaged(UserError, ValueError):
 
 
 class SealedPath(atomicity.AtomicRenameTemporaryPath):
-    """How Orbax commits a checkpoint: lists its files when all are written, then renames it."""
+    """Commit of a checkpoint on a file system: its files are listed once written, then it is renamed."""
 
     async def finalize(self) -> None:
         if self.get_final().name.isdecimal():  # and not one of the items in it
-            await asyncio.to_thread(seal, Path(self.get()))
+            await asyncio.to_thread(seal, self.get())
         await super().finalize()
 
 
-def seal(directory: Path) -> None:
+class SealedObjects(atomicity.CommitFileTemporaryPath):
+    """Commit of a checkpoint in an object store, where no folder can be renamed.
+
+    Its files are listed once written; then comes one more, without which it counts as unfinished.
+    """
+
+    async def finalize(self) -> None:
+        if self.get_final().name.isdecimal():
+            await asyncio.to_thread(seal, self.get())
+        await super().finalize()
+
+
+def temporary_path_class(directory: os.PathLike) -> type[atomicity.TemporaryPathBase]:
+    """How checkpoints under a directory are committed."""
+    return SealedObjects if is_remote(directory) else SealedPath
+
+
+def seal(directory: os.PathLike) -> None:
     """Writes the list of all files under a directory."""
+    directory = as_path(directory)
     (directory / FILE).write_text(json.dumps(_sizes(directory), indent=1))
 
 
@@ -54,9 +76,9 @@ def add_sealed(directory: epath.Path, name: str, content: str) -> None:
         partial.replace(path)
 
 
-def damage(directory: Path) -> str | None:
+def damage(directory: os.PathLike) -> str | None:
     """What is wrong with the files of a checkpoint; None where they are all there."""
-    found = {}
+    directory, found = as_path(directory), {}
     for name in (FILE, NOTES):
         try:
             found[name] = json.loads((directory / name).read_text())
@@ -73,59 +95,102 @@ def damage(directory: Path) -> str | None:
     return None
 
 
-def _sizes(directory: Path) -> dict[str, int]:
+def _sizes(directory: epath.Path) -> dict[str, int]:
     """Path under the directory -> bytes, of every file."""
-    files = (path for path in sorted(directory.rglob("*")) if path.is_file())
-    sizes = {str(path.relative_to(directory)): path.stat().st_size for path in files}
-    return {name: size for name, size in sizes.items() if name not in NOT_LISTED}
+    sizes = _remote_sizes(directory) if is_remote(directory) else _local_sizes(directory)
+    return {name: size for name, size in sorted(sizes.items()) if name not in NOT_LISTED}
 
 
-def steps_under(directory: Path) -> list[int]:
-    """Of the checkpoints there, whole or not, in order."""
-    return sorted(int(path.name) for path in directory.glob("*") if path.name.isdecimal())
+def _local_sizes(directory: epath.Path) -> dict[str, int]:
+    # epath's stat looks up the name of the owner, and fails in a container where the owner has none.
+    paths = (os.path.join(folder, name) for folder, _, names in os.walk(directory) for name in names)
+    return {os.path.relpath(path, directory): os.path.getsize(path) for path in paths}
 
 
-def check_whole(directory: Path) -> None:
+def _remote_sizes(directory: epath.Path) -> dict[str, int]:
+    # epath's walk yields paths without gs://.
+    sizes, folders = {}, [directory]
+    with concurrent.futures.ThreadPoolExecutor(REQUESTS) as pool:
+        while folders:
+            listings = pool.map(lambda folder: list(folder.iterdir()), folders)
+            entries = [entry for listing in listings for entry in listing]
+            stats = list(pool.map(lambda entry: entry.stat(), entries))
+            folders = [entry for entry, stat in zip(entries, stats, strict=True) if stat.is_directory]
+            for entry, stat in zip(entries, stats, strict=True):
+                if not stat.is_directory:
+                    sizes[os.fspath(entry).removeprefix(f"{os.fspath(directory)}/")] = stat.length
+    return sizes
+
+
+def steps_under(directory: os.PathLike) -> list[int]:
+    """Of the checkpoints there, whole or not, in order; in an object store, of those that were finished."""
+    directory = as_path(directory)
+    paths = [path for path in directory.iterdir() if path.name.isdecimal()] if directory.exists() else []
+    if is_remote(directory):
+        paths = [path for path in paths if (path / atomicity.COMMIT_SUCCESS_FILE).exists()]
+    return sorted(int(path.name) for path in paths)
+
+
+def check_whole(directory: os.PathLike) -> None:
     """Raises CheckpointDamaged if a checkpoint has lost something; those of older versions list no files."""
-    if (directory / FILE).exists() and (wrong := damage(directory)):
+    if (as_path(directory) / FILE).exists() and (wrong := damage(directory)):
         raise CheckpointDamaged(
             f"the checkpoint {directory} is damaged: {wrong}.  "
             "Move it away, put back a copy, or name another step."
         )
 
 
-def set_damaged_aside(directory: Path) -> None:
+def set_damaged_aside(directory: os.PathLike) -> None:
     """Renames checkpoints that are not whole to STEP.damaged, with a warning each.
 
+    On several processes the first one looks, and all go by what it saw.
+
     Raises:
-      CheckpointDamaged: where none is whole; nothing is renamed.
+      CheckpointDamaged: where none is whole, on all processes; nothing is renamed.
     """
-    steps = steps_under(directory)
-    found = {step: damage(directory / str(step)) for step in reversed(steps)}
+    directory = as_path(directory)
+    found = {}
+    if jax.process_index() == 0:
+        found = {step: damage(directory / str(step)) for step in reversed(steps_under(directory))}
+    if jax.process_count() > 1:
+        found = dict(_from_first_process(list(found.items())))
     whole = [step for step, wrong in found.items() if not wrong]
-    if steps and not whole:
+    if found and not whole:
         raise CheckpointDamaged(
             f"no checkpoint under {directory} is whole, so that training cannot go on from there\n  "
             + "\n  ".join(f"{step}: {wrong}" for step, wrong in found.items())
-            + "\n  Put back a copy of one, or start anew in another --workdir."
+            + "\n  Put back a copy of one, or start again in another --workdir."
         )
-    if jax.process_count() > 1:  # everyone has looked
-        multihost_utils.sync_global_devices("checkpoints looked at")
-    for step in (step for step, wrong in found.items() if wrong):
-        if jax.process_index() == 0:
-            logging.warning("%s is damaged: %s.", directory / str(step), found[step])
+    damaged = {step: wrong for step, wrong in found.items() if wrong}
+    if jax.process_index() == 0:
+        for step, wrong in damaged.items():
+            logging.warning("%s is damaged: %s.", directory / str(step), wrong)
             logging.warning("It is set aside; going on from step %s.", whole[0])
             aside = directory / f"{step}.damaged"
-            shutil.rmtree(aside, ignore_errors=True)  # of an earlier time
+            aside.rmtree(missing_ok=True)  # of an earlier time
             (directory / str(step)).rename(aside)
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices("damaged checkpoints set aside")
 
 
+def _from_first_process(value):
+    """A value that JSON knows, as process 0 has it, on all processes."""
+    text = json.dumps(value).encode()
+    buffer = np.zeros(multihost_utils.broadcast_one_to_all(np.int32(len(text))), np.uint8)
+    if jax.process_index() == 0:
+        buffer[:] = np.frombuffer(text, np.uint8)
+    return json.loads(bytes(np.asarray(multihost_utils.broadcast_one_to_all(buffer))))
+
+
 @contextlib.contextmanager
-def readable(directory: Path):
-    """Names the checkpoint that is being read in whatever goes wrong."""
+def readable(directory: os.PathLike):
+    """Names the checkpoint that is being read where its files are missing, cut short or unreadable.
+
+    Whatever is not damage, such as a parameter of another name, passes as it is.
+    """
     try:
         yield
-    except Exception as error:  # Orbax and TensorStore raise errors of many kinds
-        raise CheckpointDamaged(f"the checkpoint {directory} cannot be read: {error}") from error
+    except Exception as error:  # Orbax raises bare ones from those of TensorStore
+        if isinstance(error, json.JSONDecodeError) or is_storage_error(error):
+            raise CheckpointDamaged(f"the checkpoint {directory} cannot be read: {error}") from error
+        raise

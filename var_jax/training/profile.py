@@ -2,13 +2,16 @@
 
 import contextlib
 import dataclasses
+import os
 import re
-from pathlib import Path
+import tempfile
 
 import jax
+from etils import epath
 from jax import profiler
 
 from var_jax.errors import ConfigError
+from var_jax.paths import as_path, is_remote
 
 FOLDER = "profile"
 EVENT = "train"  # name of a step's event in the trace; its number is the argument step_num
@@ -52,10 +55,10 @@ class Profile:
     that goes on from a checkpoint traces those of the steps that it does itself.
     """
 
-    def __init__(self, steps: Steps | None, directory: Path):
+    def __init__(self, steps: Steps | None, directory: os.PathLike):
         """`directory`: of the stage.  None as `steps` traces nothing."""
         self.steps = steps
-        self.folder = directory / FOLDER / f"process_{jax.process_index()}"
+        self.folder = as_path(directory) / FOLDER / f"process_{jax.process_index()}"
         self.tracing = False
 
     def __enter__(self) -> "Profile":
@@ -69,7 +72,10 @@ class Profile:
             jax.block_until_ready(before)
             options = profiler.ProfileOptions()
             options.python_tracer_level = 0  # of all Python calls: it slows them, and hides the rest
-            profiler.start_trace(self.folder, create_perfetto_trace=True, profiler_options=options)
+            self.local = self.folder
+            if is_remote(self.folder):  # JAX writes traces to local folders alone
+                self.local = epath.Path(tempfile.mkdtemp(prefix="profile"))
+            profiler.start_trace(os.fspath(self.local), create_perfetto_trace=True, profiler_options=options)
             self.tracing = True
         return profiler.StepTraceAnnotation(EVENT, step_num=step)
 
@@ -86,3 +92,14 @@ class Profile:
     def _write(self) -> None:
         self.tracing = False
         profiler.stop_trace()
+        if self.local != self.folder:
+            _move(self.local, self.folder)
+
+
+def _move(folder: epath.Path, target: epath.Path) -> None:
+    """Move the files under a local folder to an object store."""
+    for root, _, names in os.walk(folder):
+        for name in names:
+            path = epath.Path(root) / name
+            (target / path.relative_to(folder)).write_bytes(path.read_bytes())
+    folder.rmtree()

@@ -82,7 +82,7 @@ class Watch:
         """Looks at all steps that were taken.
 
         Raises:
-          TrainingDiverged: where `most_skipped` in a row were not finite; on all processes alike.
+          TrainingDiverged: where `most_skipped` in a row (0 is 1) were not finite; on all processes alike.
         """
         waiting, self._waiting = self._waiting, []
         for (step, _), found in zip(waiting, jax.device_get([found for _, found in waiting]), strict=True):
@@ -90,7 +90,8 @@ class Watch:
             self.skipping = in_a_row > 0
             if self.skipping:
                 self._say(step, "skipped", {"loss": loss}, "its loss or gradient is not finite")
-            if in_a_row >= self.most_skipped:
+            if self.skipping and in_a_row >= self.most_skipped:
+                self.log.sync()
                 raise TrainingDiverged(
                     f"{self.log.stage}: the last {in_a_row} steps, {step - in_a_row + 1} to {step}, were "
                     "skipped since their loss or gradient was not finite (train.max_skipped)"

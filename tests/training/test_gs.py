@@ -1,0 +1,161 @@
+"""Runs under gs://: Orbax and TensorStore write to the store of tests/fake_gs.py by their own protocols."""
+
+import sys
+
+import chex
+import jax
+import jax.numpy as jnp
+import pytest
+from PIL import Image
+
+from tests.training.test_profile import loop
+from tests.training.toy import Toy, toy_stage
+from var_jax.data.sources import open_source
+from var_jax.paths import as_path
+from var_jax.sampling import pictures
+from var_jax.training.append_file import AppendFile
+from var_jax.training.checkpoint import CheckpointMissing, Checkpoints, check_storage, load_params
+from var_jax.training.logging import Log, draw_curves, read_metrics
+from var_jax.training.loop import train
+from var_jax.training.manifest import CheckpointDamaged, steps_under
+from var_jax.training.profile import Profile, Steps
+from var_jax.training.sharding import make_mesh
+from var_jax.training.state import create_state
+
+
+@pytest.fixture
+def run(bucket, request):
+    """URL of a run that no other test uses."""
+    return as_path(bucket) / request.node.name
+
+
+@pytest.fixture(scope="module")
+def two_steps(bucket):
+    """URL of two checkpoints, of steps 1 and 2, their state and its abstract form; to be copied."""
+    folder = as_path(bucket) / "two_steps"
+    toy = Toy()
+    make_state, abstract = create_state(toy.init, toy.optimizer, False, jax.random.key(0), make_mesh(fsdp=8))
+    state = make_state()
+    saved = Checkpoints(folder, keep=2)
+    for step in (1, 2):
+        saved.save(step, state.replace(step=jnp.array(step)), {"step": step}, 1.0)
+    saved.wait()
+    saved.close()
+    return folder, state, abstract
+
+
+def files(folder) -> list:
+    """All files under a folder."""
+    return [f for p in folder.iterdir() for f in (files(p) if p.is_dir() else [p])]
+
+
+def copied(folder, target):
+    for path in files(folder):
+        (target / path.relative_to(folder)).write_bytes(path.read_bytes())
+    return target
+
+
+def test_a_run_that_is_interrupted_ends_in_the_numbers_of_a_local_one(run, digits_dir, tmp_path, monkeypatch):
+    sources = tuple(open_source("digits", split, digits_dir) for split in ("train", "test"))
+    stage = toy_stage(digits_dir, every=4, log_every=1, keep=1)
+    train(Toy(), stage, 12, tmp_path, sources)
+
+    def interrupt(log, step):
+        if step == 10:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Log, "advance", interrupt)
+        train(Toy(), stage, 12, run, sources)
+    assert steps_under(run / "toy" / "checkpoints")[-1] in (4, 8)
+    train(Toy(), stage, 12, run, sources)
+    assert steps_under(run / "toy" / "checkpoints") == [12]
+    (got, _), (want, _) = (load_params(folder / "toy" / "checkpoints") for folder in (run, tmp_path))
+    chex.assert_trees_all_equal(got, want)
+    got, want = (read_metrics(folder / "toy" / "metrics.jsonl") for folder in (run, tmp_path))
+    assert [(x["step"], x["kind"], x["loss"]) for x in got] == [
+        (x["step"], x["kind"], x["loss"]) for x in want
+    ]
+    assert len(list((run / "toy" / "tensorboard").iterdir())) == 2
+
+
+def test_a_checkpoint_that_was_not_finished_does_not_count_and_is_removed(run, two_steps):
+    folder, _, abstract = two_steps
+    copied(folder, run)
+    (run / "2" / "commit_success.txt").unlink()
+    assert load_params(run)[1]["step"] == 1
+    with pytest.raises(CheckpointMissing, match=r"no checkpoint of step 2 under .*there are \[1\]"):
+        load_params(run, 2)
+    saved = Checkpoints(run, keep=2)
+    assert int(saved.restore(saved.latest(), abstract).step) == 1
+    saved.save(2, two_steps[1], {"step": "again"}, 1.0)
+    saved.wait()
+    saved.close()
+    assert load_params(run)[1]["step"] == "again"
+
+
+def test_a_damaged_checkpoint_is_set_aside_and_stays_there(run, two_steps, caplog):
+    folder, _, abstract = two_steps
+    copied(folder, run)
+    (damaged,) = (run / "2" / "params" / "d").iterdir()
+    content = damaged.read_bytes()
+    damaged.write_bytes(content[:-1])
+    with pytest.raises(
+        CheckpointDamaged, match=rf"2 is damaged: params/d/.*{len(content) - 1} bytes in place"
+    ):
+        load_params(run)
+    for _ in range(2):
+        saved = Checkpoints(run, keep=2)
+        assert int(saved.restore(saved.latest(), abstract).step) == 1
+        saved.close()
+    assert caplog.text.count("is damaged: ") == 1 and f"{run / '2'} is damaged" in caplog.text
+    assert (run / "2.damaged" / damaged.relative_to(run / "2")).read_bytes() == content[:-1]
+
+
+def test_logs_pictures_and_traces(run):
+    log = Log(run, "toy", 0, 4, 8, 1e6)
+    for step in (1, 2, 3):
+        log.write(step, "train", {"loss": 1.0 / step}, "")
+    log.sync()
+    assert [line["step"] for line in read_metrics(run / "metrics.jsonl")] == [1, 2, 3]
+    log.close()
+    draw_curves(run, run / "curves.png", "toy")
+    pictures.save(Image.new("RGB", (8, 8)), run / "previews" / "black.png")
+    for name in ("curves.png", "previews/black.png"):
+        assert (run / name).read_bytes().startswith(b"\x89PNG")
+    loop(Profile(Steps(2, 3), run), 1, 4)
+    traces = [path.name for path in files(run / "profile" / "process_0")]
+    assert any(name.endswith(".xplane.pb") for name in traces) and "perfetto_trace.json.gz" in traces
+
+
+def test_an_object_grows_by_being_written_again_less_often_the_longer_that_takes(run, monkeypatch):
+    now, path = [0.0], run / "lines"
+    monkeypatch.setattr("time.monotonic", lambda: now[0])
+    file = AppendFile(path, b"0")
+    write = type(path).write_bytes
+
+    def slow_write(path, content):
+        now[0] += 1.0
+        write(path, content)
+
+    monkeypatch.setattr(type(path), "write_bytes", slow_write)
+    for second in range(60):
+        now[0] = second * 1.0
+        file.write(b"1")
+        file.flush()
+    assert path.read_bytes() == b"0" + 43 * b"1"  # at 0, 21 and 42 s: a twentieth of the time
+    file.flush(now=True)
+    assert path.read_bytes() == b"0" + 60 * b"1"
+
+
+@pytest.mark.parametrize("url", ["s3://bucket/run", "az://bucket/run", "memory://run"])
+def test_urls_that_orbax_does_not_write_to_are_refused_at_the_start(url):
+    with pytest.raises(ValueError, match=rf"--workdir={url}: Orbax keeps checkpoints in .* Mount the bucket"):
+        check_storage(url, "--workdir")
+
+
+def test_a_missing_package_is_named(bucket, monkeypatch):
+    check_storage(f"{bucket}/run", "--workdir")
+    monkeypatch.setitem(sys.modules, "google.cloud.storage", None)
+    with pytest.raises(ValueError, match="--workdir=gs://bucket/run: gs:// needs gcsfs"):
+        check_storage("gs://bucket/run", "--workdir")
