@@ -6,14 +6,15 @@ Writes one PNG an edit, and `edit.png`: before, mask, after.  This is a script; 
 """
 
 import sys
-from pathlib import Path
 
 import numpy as np
 from absl import app, flags
+from etils import epath
 from PIL import Image
 
 from var_jax import command_line
 from var_jax.api import EDITING
+from var_jax.paths import as_path
 from var_jax.sampling import pictures
 from var_jax.sampling.image_files import UnusableImage, crop_box, fitted, open_image
 
@@ -58,7 +59,7 @@ def mask_from_box(box: list[int], like: Image.Image, side: int) -> np.ndarray:
     return np.asarray(mask) > 127
 
 
-def edit(model, out: Path) -> None:
+def edit(model, out: epath.Path) -> None:
     side = model.tokenizer.module.config.image_size
     picture = open_image(FLAGS.image, "RGB")
     if FLAGS.mask:
@@ -67,7 +68,9 @@ def edit(model, out: Path) -> None:
         mask = mask_from_box(command_line.numbers("box", int), picture, side)
     image = np.asarray(fitted(picture, side, FLAGS.image), np.float32) / 255
     images = np.repeat(image[None], FLAGS.num, axis=0)
-    labels = None if FLAGS.label is None else np.repeat(command_line.labels(model, "label"), FLAGS.num)
+    labels = None
+    if FLAGS.label is not None:
+        labels = np.repeat(command_line.labels(model, "label", most=1), FLAGS.num)
     # A published file has no options of its own: then those of the published demonstration.
     defaults = {} if FLAGS.workdir else EDITING
     options = command_line.as_keywords(command_line.options(model, **defaults))
@@ -88,7 +91,7 @@ def main(argv):
     command_line.start()
     model = command_line.load()
     try:
-        edit(model, Path(FLAGS.out or "edit"))
+        edit(model, as_path(FLAGS.out or "edit"))
     except UnusableImage as error:
         sys.exit(f"edit: {error}")
 

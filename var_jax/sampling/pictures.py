@@ -1,10 +1,14 @@
 """Pictures for people: grids, reconstructions beside their originals, coarse-to-fine strips."""
 
+import io
 import math
 from pathlib import Path
 
 import numpy as np
+from etils import epath
 from PIL import Image
+
+from var_jax.paths import is_remote
 
 MIN_CELL = 48  # pixels; smaller images are enlarged to about this, so that they can be looked at
 
@@ -47,9 +51,14 @@ def strips(steps: np.ndarray) -> Image.Image:
     return grid(steps.reshape(-1, *steps.shape[2:]), columns=steps.shape[1])
 
 
-def save(image: Image.Image, path: Path) -> Path:
+def save(image: Image.Image, path: Path | epath.Path) -> Path | epath.Path:
     """Writes a PNG, making its folder; a half-written file never takes the name."""
+    data = io.BytesIO()
+    image.save(data, "PNG")
     path.parent.mkdir(parents=True, exist_ok=True)
+    if is_remote(path):  # an object takes its name when it is whole
+        path.write_bytes(data.getvalue())
+        return path
     partial = path.with_name(path.name + ".partial")
-    image.save(partial, "PNG")
+    partial.write_bytes(data.getvalue())
     return partial.replace(path)
