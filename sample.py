@@ -57,7 +57,7 @@ def out_folder() -> Path:
     if FLAGS.labels is not None:
         for name in ("classes", "num_per_class"):
             if FLAGS[name].present:
-                raise app.UsageError(f"--{name} goes with --classes, or all classes; give it or --labels")
+                raise app.UsageError(f"give either --labels, an image each, or --{name}; found both")
     if FLAGS.out is None and FLAGS.workdir and is_remote(FLAGS.workdir):
         raise app.UsageError(
             f"--workdir={FLAGS.workdir} is remote, but samples are appended to local files while they are "

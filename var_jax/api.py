@@ -95,9 +95,8 @@ class LoadedTokenizer:
         """Images as float32 [B, H, W, 3] in [0, 1].  Raises ValueError on another size, type or range."""
         images, side = np.asarray(images), self.module.config.image_size
         if images.ndim != 4 or images.shape[1:] != (side, side, 3) or not len(images):
-            raise ValueError(
-                f"images must be [B, {side}, {side}, 3], B at least 1; found shape {images.shape}"
-            )
+            found = f"found shape {images.shape}"
+            raise ValueError(f"images must be [B, {side}, {side}, 3], {found}; B must be at least 1")
         if not jnp.issubdtype(images.dtype, jnp.floating):
             raise ValueError(f"images must be floats in [0, 1], found {images.dtype}; divide uint8 by 255")
         images = images.astype(np.float32)
@@ -116,9 +115,8 @@ class LoadedTokenizer:
         fits = tokens.ndim == 2 and tokens.shape[1] in lengths and len(tokens)
         if not fits or not np.issubdtype(tokens.dtype, np.integer):
             expected = " or ".join(str(length) for length in lengths)
-            raise ValueError(
-                f"tokens must be int [B, {expected}], B at least 1; found {tokens.dtype} {tokens.shape}"
-            )
+            found = f"found {tokens.dtype} {tokens.shape}"
+            raise ValueError(f"tokens must be int [B, {expected}], {found}; B must be at least 1")
         if not (tokens.min() >= 0 and tokens.max() < self.num_codes):
             raise ValueError(
                 f"tokens must be in 0 .. {self.num_codes - 1}, found {tokens.min()} .. {tokens.max()}"
@@ -255,8 +253,8 @@ class LoadedVAR:
         anew = anew_under_mask(mask, self.module.config.schedule)
         if len(unchanged := np.flatnonzero(~anew.any(axis=1))):
             raise ValueError(
-                f"mask must mark something to draw in every image, but no token of image {unchanged[0]} is "
-                f"to be drawn: {mask[unchanged[0]].sum()} of its pixels are True, and 1x1 maps are always kept"
+                f"mask must mark something to draw in every image; in image {unchanged[0]} no token is to be "
+                f"drawn: {mask[unchanged[0]].sum()} of its pixels are True, and 1x1 maps are always kept"
             )
         labels, options = self._labels_of(len(images), labels), SamplingOptions(**{**EDITING, **options})
         tokens = self.tokenizer.encode(images)
