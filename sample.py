@@ -212,7 +212,7 @@ def sample(
                 store.append(images, tokens)
             bar.update(len(images))
     if writes:
-        files = [store.finish(labels).name, *draw_pictures(tokenizer, store, out)]
+        files = [store.finish(labels).name, "tokens.npy", *draw_pictures(tokenizer, store, out)]
         if FLAGS.pngs:
             write_pngs(store.images(), labels, out / "images")
             files.append("images/")

@@ -129,7 +129,7 @@ def test_pictures_that_do_not_fit_are_a_warning_and_the_same_command_draws_them(
     made = (tmp_path / "samples.npz").stat().st_mtime_ns
     assert (tmp_path / "samples.png").exists() and not (tmp_path / "scales.png").exists()
     done = command("sample.py", *flags, "--pngs")
-    assert done.returncode == 0 and "samples.npz, samples.png, scales.png, images/" in done.stdout
+    assert done.returncode == 0 and "samples.npz, tokens.npy, samples.png, scales.png, images/" in done.stdout
     assert Image.open(tmp_path / "scales.png").size == (3 * 50 + 2, 10 * 50 + 2)
     assert len(list((tmp_path / "images").iterdir())) == 20
     assert (tmp_path / "samples.npz").stat().st_mtime_ns == made  # nothing was made again

@@ -17,8 +17,24 @@ from var_jax.api import EDITING
 from var_jax.paths import as_path
 from var_jax.sampling import pictures
 from var_jax.sampling.image_files import UnusableImage, crop_box, fitted, open_image
+from var_jax.tokenizer.resize import area_matrix
 
 FLAGS = flags.FLAGS
+
+
+def fitted_mask(mask: np.ndarray, side: int) -> np.ndarray:
+    """Cut and resize a mask like its image; no masked pixel is lost, however thin the mask is.
+
+    Args:
+      mask: bool [h, w], True where to make anew.
+      side: of the model's images.
+
+    Returns:
+      bool [side, side], True wherever a masked pixel falls.
+    """
+    left, top, right, bottom = crop_box(mask.shape[::-1])
+    matrix = area_matrix(right - left, side)
+    return matrix @ mask[top:bottom, left:right].astype(np.float32) @ matrix.T > 0
 
 
 def mask_from_file(path: str, like: Image.Image, side: int) -> np.ndarray:
@@ -33,9 +49,9 @@ def mask_from_file(path: str, like: Image.Image, side: int) -> np.ndarray:
             f"{path} is {mask.width} x {mask.height}, but the image is {like.width} x {like.height}: a mask "
             "must be as large as its image, white where to make anew"
         )
-    mask = np.asarray(fitted(mask, side, path)) > 127
+    mask = fitted_mask(np.asarray(mask) > 127, side)
     if not mask.any():
-        raise UnusableImage(f"{path} is black all over: nothing to make anew")
+        raise UnusableImage(f"{path} is black all over the square that is cut out: nothing to make anew")
     return mask
 
 
@@ -51,12 +67,12 @@ def mask_from_box(box: list[int], like: Image.Image, side: int) -> np.ndarray:
             f"--box={','.join(map(str, box))}: must be left,top,right,bottom inside the image, "
             f"{like.width} x {like.height}"
         )
-    mask = np.zeros((like.height, like.width), np.uint8)
-    mask[top:bottom, left:right] = 255
-    mask = Image.fromarray(mask).crop(crop_box(like.size)).resize((side, side), Image.Resampling.NEAREST)
-    if not np.asarray(mask).any():
+    mask = np.zeros((like.height, like.width), bool)
+    mask[top:bottom, left:right] = True
+    mask = fitted_mask(mask, side)
+    if not mask.any():
         raise UnusableImage(f"--box={','.join(map(str, box))} is outside the square that is cut out")
-    return np.asarray(mask) > 127
+    return mask
 
 
 def edit(model, out: epath.Path) -> None:
