@@ -9,7 +9,6 @@ Prints the metrics, writes them as JSON, and the worst and the best images besid
 
 import json
 import sys
-from pathlib import Path
 
 import numpy as np
 from absl import app, flags
@@ -17,15 +16,17 @@ from absl import app, flags
 import var_jax
 from var_jax import command_line
 from var_jax.data.loader import eval_batches
-from var_jax.data.sources import DataSetMissing, open_source
+from var_jax.data.sources import open_source
 from var_jax.data.transforms import CorruptImage, ToPixels
 from var_jax.evaluation.reconstruction import evaluate_reconstruction
 from var_jax.interop.perceptual import load_perceptual
+from var_jax.paths import as_path
 from var_jax.sampling import pictures
 
 FLAGS = flags.FLAGS
 flags.DEFINE_enum("what", "reconstruction", ["reconstruction"], "What to evaluate")
 command_line.define_tokenizer_flags()
+flags.DEFINE_string("step", "latest", "Checkpoint of the run: a step, `latest` or `best`")
 flags.DEFINE_string("data", "digits", "Name of a prepared data set")
 flags.DEFINE_string("data_dir", "data", "Where data sets lie")
 flags.DEFINE_string("split", "test", "Held-out split")
@@ -41,17 +42,20 @@ def main(argv):
     path, scales = command_line.tokenizer_source()
     command_line.start()
     try:
-        tokenizer = var_jax.load_tokenizer(path, scales=scales)
+        tokenizer = var_jax.load_tokenizer(path, scales=scales, step=FLAGS.step)
         vgg = load_perceptual(FLAGS.perceptual_weights) if FLAGS.perceptual_weights else None
         source = open_source(FLAGS.data, FLAGS.split, FLAGS.data_dir)
-        transform = ToPixels(source.name, tokenizer.module.config.image_size, FLAGS.resize, False)
-        batches = eval_batches(source, transform, FLAGS.batch)
+    except (FileNotFoundError, ValueError) as error:  # the message names the file, or the data set
+        sys.exit(f"evaluate.py: {error}")
+    transform = ToPixels(source.name, tokenizer.module.config.image_size, FLAGS.resize, False)
+    batches = eval_batches(source, transform, FLAGS.batch)
+    try:
         metrics, worst, best = evaluate_reconstruction(
             tokenizer.module, tokenizer.params, batches, source.num_records, vgg
         )
-    except (FileNotFoundError, ValueError, DataSetMissing, CorruptImage) as error:
+    except CorruptImage as error:
         sys.exit(f"evaluate.py: {error}")
-    out = Path(FLAGS.out or FLAGS.workdir or ".")
+    out = as_path(FLAGS.out or FLAGS.workdir or ".")
     rows = [np.concatenate([side.images, side.again]) for side in (worst, best)]
     grid = pictures.grid(np.concatenate(rows), columns=len(worst.images))
     path = pictures.save(grid, out / "reconstruction_extremes.png")

@@ -6,7 +6,8 @@
     python sample.py --tokenizer=vae_ch160v4096z32.pth --checkpoint=var_d30.pth --classes=0-999 \\
         --num_per_class=50 --out=fid
 
-Killed, the same command goes on where it was.
+Killed, the same command goes on where it was.  Once samples.npz is complete, it draws the pictures again, and
+with --pngs the single PNGs.
 """
 
 import dataclasses
@@ -19,15 +20,18 @@ import jax
 import numpy as np
 from absl import app, flags
 from jax.experimental import multihost_utils
+from PIL import Image
 from tqdm import tqdm
 
 import var_jax
 from var_jax import command_line
+from var_jax.paths import is_remote, local_path
 from var_jax.sampling import pictures
 from var_jax.sampling.batch_size import largest_batch
-from var_jax.sampling.generate import as_pixels
+from var_jax.sampling.generate import NonFiniteImages, as_pixels
 from var_jax.sampling.options import SamplingOptions
-from var_jax.sampling.store import OtherSamples, SamplesNotWritten, SampleStore
+from var_jax.sampling.store import OtherSamples, SamplesNotWritten, SampleStore, explained
+from var_jax.tokenizer.fingerprint import fingerprint
 
 FLAGS = flags.FLAGS
 command_line.define_model_flags()
@@ -39,54 +43,132 @@ flags.DEFINE_integer("num_per_class", 10, "Images of each class where no --label
 flags.DEFINE_integer("batch", None, "Images made at once; by default what the memory holds", lower_bound=1)
 flags.DEFINE_bool("pngs", False, "Also write every image as a PNG of its own")
 
-MAX_GRID = 100  # images in the grid, and strips below each other
+MAX_GRID = 100  # images in the grid
+MAX_STRIPS = 10  # below each other
 PNG_WRITERS = 8  # threads
 
 
+def out_folder() -> Path:
+    """The folder to write to, checked before anything is loaded.
+
+    Raises:
+      UsageError: on a URL, and on flags that exclude each other.
+    """
+    if FLAGS.labels is not None:
+        for name in ("classes", "num_per_class"):
+            if FLAGS[name].present:
+                raise app.UsageError(f"give either --labels, an image each, or --{name}; found both")
+    if FLAGS.out is None and FLAGS.workdir and is_remote(FLAGS.workdir):
+        raise app.UsageError(
+            f"--workdir={FLAGS.workdir} is remote, but samples are appended to local files while they are "
+            "made: give --out=DIR, a folder on this machine, too"
+        )
+    try:
+        return Path(local_path(FLAGS.out or FLAGS.workdir or ".", "--out"))
+    except ValueError as error:
+        raise app.UsageError(str(error)) from error
+
+
 def chosen_labels(model: var_jax.LoadedVAR) -> np.ndarray:
-    """Labels to draw: those asked for, or equally many of each class, class by class."""
+    """Labels to draw: those asked for, or equally many of each class, all classes again and again.
+
+    So every consecutive part of samples.npz has all classes: the ADM evaluator takes the Inception Score over
+    such parts.
+    """
     if FLAGS.labels is not None:
         return command_line.labels(model, "labels")
     classes = np.arange(model.num_classes)
     if FLAGS.classes is not None:
         classes = command_line.labels(model, "classes")
-    return np.repeat(classes, FLAGS.num_per_class)
+    return np.tile(classes, FLAGS.num_per_class)
 
 
 def job(model: var_jax.LoadedVAR, labels: np.ndarray, options: SamplingOptions) -> dict:
-    """All that decides the images: the same job may go on where it was stopped."""
-    weights = (model.params["class_embedding"], model.params["head"]["kernel"])
-    weights += (model.tokenizer.params["quantizer"]["codebook"],)
-    checksum = lambda array: f"{zlib.crc32(np.ascontiguousarray(array)):08x}"  # noqa: E731
+    """All that decides the images: the same job may go on where it was stopped.
+
+    Args:
+      model: on one device; every parameter of it and of its tokenizer counts.
+      labels: int [N].
+    """
     return {
-        "labels": f"{len(labels)} labels {checksum(labels)}",
-        "weights": " ".join(checksum(np.asarray(array).view(np.uint8)) for array in weights),
+        "labels": f"{len(labels)} labels {zlib.crc32(labels.tobytes()):08x}",
+        "tokenizer": _identity(model.tokenizer),
+        "transformer": _identity(model),
         "seed": FLAGS.seed,
         **dataclasses.asdict(options),
     }
 
 
-def write_pngs(images: np.ndarray, labels: np.ndarray, start: int, folder: Path) -> None:
-    def write(i):
-        picture = pictures.Image.fromarray(images[i])
-        pictures.save(picture, folder / f"{start + i:06d}_class{labels[start + i]:04d}.png")
-
-    with ThreadPoolExecutor(PNG_WRITERS) as pool:
-        list(pool.map(write, range(len(images))))
+def _identity(network: var_jax.LoadedTokenizer | var_jax.LoadedVAR) -> str:
+    """Weights, architecture and compute dtype of a network in a line."""
+    config = zlib.crc32(repr(network.module.config).encode())
+    return f"weights {fingerprint(network.params)}, config {config:08x}, {np.dtype(network.module.dtype)}"
 
 
-def draw_pictures(
-    tokenizer: var_jax.LoadedTokenizer, images: np.ndarray, tokens: np.ndarray, out: Path
-) -> None:
-    """Writes samples.png, one row a class where there are several images of each, and scales.png."""
-    per_row = min(FLAGS.num_per_class, 10) if FLAGS.labels is None else min(len(images), 10)
-    shown = np.arange(len(images))
-    if FLAGS.labels is None:
-        shown = shown.reshape(-1, FLAGS.num_per_class)[: MAX_GRID // per_row, :per_row].ravel()
-    shown = shown[:MAX_GRID]
-    pictures.save(pictures.grid(images[shown], columns=per_row), out / "samples.png")
-    first = shown[::per_row] if FLAGS.labels is None else shown[:10]
-    pictures.save(pictures.strips(tokenizer.decode_steps(tokens[first])), out / "scales.png")
+def shown_images(count: int) -> tuple[np.ndarray, np.ndarray, int]:
+    """Choose the images to show: a class a row; or as many --labels as there are.
+
+    Args:
+      count: images in all.
+
+    Returns:
+      Numbers of the images in the grid and in the strips, int [n], and the columns of the grid.
+    """
+    if FLAGS.labels is not None:
+        shown = np.arange(min(count, MAX_GRID))
+        return shown, shown[:MAX_STRIPS], min(count, 10)
+    columns = min(FLAGS.num_per_class, 10)
+    by_class = np.arange(count).reshape(FLAGS.num_per_class, -1).T
+    return by_class[: MAX_GRID // columns, :columns].ravel(), by_class[:MAX_STRIPS, 0], columns
+
+
+def draw_pictures(tokenizer: var_jax.LoadedTokenizer, store: SampleStore, out: Path) -> list[str]:
+    """Draw samples.png and scales.png from samples that are complete, and warn of what cannot be drawn.
+
+    Args:
+      tokenizer: on this host's first device alone.
+      store: finished.
+      out: folder to write to.
+
+    Returns:
+      Names of the pictures that were drawn.
+    """
+    in_grid, in_strips, columns = shown_images(len(store.images()))
+    draw = {
+        "samples.png": lambda: pictures.grid(store.images()[in_grid], columns),
+        "scales.png": lambda: pictures.strips(tokenizer.decode_steps(store.tokens()[in_strips])),
+    }
+    drawn = []
+    for name, picture in draw.items():
+        try:
+            pictures.save(picture(), out / name)
+        except (OSError, jax.errors.JaxRuntimeError) as error:
+            if not isinstance(error, OSError) and "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+            reason = str(error).splitlines()[0]
+            print(
+                f"sample.py: warning: {out / name} could not be drawn: {reason}\n"
+                "  samples.npz is complete; the same command draws it",
+                file=sys.stderr,
+            )
+        else:
+            drawn.append(name)
+    return drawn
+
+
+def write_pngs(images: np.ndarray, labels: np.ndarray, folder: Path) -> None:
+    """Write every image [N, H, W, 3] as a PNG named after its number and label.
+
+    Raises:
+      SamplesNotWritten: if the disk is full.
+    """
+
+    def write(i: int) -> None:
+        pictures.save(Image.fromarray(images[i]), folder / f"{i:06d}_class{labels[i]:04d}.png")
+
+    with explained(folder), ThreadPoolExecutor(PNG_WRITERS) as pool:
+        for first in range(0, len(images), 1000):  # so that a full disk is noticed before the last one
+            list(pool.map(write, range(first, min(first + 1000, len(images)))))
 
 
 def sample(
@@ -102,7 +184,7 @@ def sample(
     Args:
       model: on all devices.
       tokenizer: on this host's first device alone, for the pictures.
-      what: the job.
+      what: the job, on process 0.
     """
     config = tokenizer.module.config
     controls = options.controls(model.module.config.schedule, config.num_codes)
@@ -110,13 +192,15 @@ def sample(
     chunk = -(-batch // jax.device_count()) * jax.device_count()
     length = model.module.config.schedule.ends[controls.scales - 1]
     shape = (config.image_size, config.image_size, 3)
-    writes = jax.process_index() == 0
-    store = SampleStore(out, len(labels), shape, length, what) if writes else None
+    several, writes = jax.process_count() > 1, jax.process_index() == 0
+    if several:
+        chunk = int(multihost_utils.process_allgather(np.array(chunk)).min())  # what every host holds
     start = 0
     if writes:
-        chunk = store.same_chunk(chunk) if FLAGS.batch is None else chunk
+        store = SampleStore(out, len(labels), shape, length, what)
+        chunk = store.same_chunk(chunk, asked=FLAGS.batch is not None)
         start = store.resume(chunk)
-    if jax.process_count() > 1:
+    if several:
         start, chunk = (int(n) for n in multihost_utils.broadcast_one_to_all(np.array([start, chunk])))
     batches = model.generate_batches(labels, FLAGS.seed, chunk, options, start=start, finish=as_pixels)
     bar = tqdm(
@@ -125,30 +209,34 @@ def sample(
     with bar:
         for images, tokens in batches:
             if writes:
-                if FLAGS.pngs:
-                    write_pngs(images, labels, bar.n, out / "images")
                 store.append(images, tokens)
             bar.update(len(images))
     if writes:
-        draw_pictures(tokenizer, store.images(), store.tokens(), out)
-        store.finish(labels)
+        files = [store.finish(labels).name, "tokens.npy", *draw_pictures(tokenizer, store, out)]
+        if FLAGS.pngs:
+            write_pngs(store.images(), labels, out / "images")
+            files.append("images/")
         said = ", ".join(f"{name} {value}" for name, value in dataclasses.asdict(options).items())
-        print(f"{len(labels)} images ({said}): {out}/samples.npz, samples.png, scales.png")
+        print(f"{len(labels)} images ({said}): {out}: {', '.join(files)}")
+    if several:  # the others wait: JAX's own barrier at the end gives up after five minutes
+        multihost_utils.sync_global_devices("samples.npz")
 
 
 def main(argv):
     if len(argv) > 1:
         raise app.UsageError(f"unknown arguments {argv[1:]}")
+    out = out_folder()
     command_line.start()
     command_line.join_hosts()
-    try:
+    with command_line.failing_at_once():
         model = command_line.load()
         labels, options = chosen_labels(model), command_line.options(model)
-        what, tokenizer = job(model, labels, options), model.tokenizer
-        model = model.spread()  # lets go of the copy on one device
-        sample(model, tokenizer, what, labels, options, Path(FLAGS.out or FLAGS.workdir or "."))
-    except (OtherSamples, SamplesNotWritten) as error:
-        sys.exit(f"sample.py: {error}")
+        what = job(model, labels, options) if jax.process_index() == 0 else {}
+        tokenizer, model = model.tokenizer, model.spread()  # lets go of the copy on one device
+        try:
+            sample(model, tokenizer, what, labels, options, out)
+        except (OtherSamples, SamplesNotWritten, NonFiniteImages) as error:
+            sys.exit(f"sample.py: {error}")
 
 
 if __name__ == "__main__":

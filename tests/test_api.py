@@ -2,13 +2,21 @@ import dataclasses
 import json
 import shutil
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import var_jax
+from var_jax import api
+from var_jax.sampling.batch_size import codec_batch
+from var_jax.sampling.generate import NonFiniteImages, as_pixels
 from var_jax.sampling.keep import anew_under_mask
 from var_jax.sampling.precision import in_compute_dtype
+from var_jax.scales import SCALES_256
+from var_jax.tokenizer import model as tokenizer_model
+from var_jax.tokenizer.config import TokenizerConfig
+from var_jax.tokenizer.model import Tokenizer
 from var_jax.training.manifest import seal
 
 
@@ -61,7 +69,9 @@ def test_round_trip_through_golden_files(golden_tokenizer, golden):
     [
         (np.zeros((1, 9, 8, 3)), r"images must be \[B, 8, 8, 3\], found shape \(1, 9, 8, 3\)"),
         (np.zeros((8, 8, 3)), r"images must be \[B, 8, 8, 3\]"),
+        (np.zeros((0, 8, 8, 3)), r"found shape \(0, 8, 8, 3\); B must be at least 1"),
         (np.zeros((1, 8, 8, 3), np.uint8), "found uint8; divide uint8 by 255"),
+        (np.full((1, 8, 8, 3), 1.002), r"images must be in \[0, 1\], found 1.002 .. 1.002"),
         (np.full((1, 8, 8, 3), -0.5), r"images must be in \[0, 1\], found -0.5"),
         (np.full((1, 8, 8, 3), np.nan), r"images must be in \[0, 1\]"),
     ],
@@ -69,6 +79,81 @@ def test_round_trip_through_golden_files(golden_tokenizer, golden):
 def test_wrong_images(loaded, images, message):
     with pytest.raises(ValueError, match=message):
         loaded[0].encode(images)
+
+
+def test_images_of_any_float_type_and_a_little_outside_the_range_are_encoded(loaded):
+    images = np.round(np.random.default_rng(0).random((5, 8, 8, 3)) * 16).astype(np.float32) / 16
+    want = loaded[0].encode(images)
+    for dtype in (jnp.bfloat16, np.float16, np.float64):
+        np.testing.assert_array_equal(loaded[0].encode(images.astype(dtype)), want)
+    outside = np.where(images == 1, np.float32(1.0005), np.where(images == 0, np.float32(-0.0005), images))
+    np.testing.assert_array_equal(loaded[0].encode(outside), want)
+
+
+def test_encoding_and_decoding_go_in_batches_of_one_shape(loaded, monkeypatch):
+    """A program for each shape; the last batch is filled up."""
+    tokenizer, images = loaded[0], np.random.default_rng(0).random((5, 8, 8, 3), dtype=np.float32)
+    tokens = tokenizer.encode(images)
+    whole, steps = tokenizer.decode(tokens), tokenizer.decode_steps(tokens)
+    np.testing.assert_allclose(steps[:, -1], whole, atol=1e-5)
+    np.testing.assert_allclose(steps[:, 0], tokenizer.decode(tokens, upto=1), atol=1e-5)
+    # As many as take 2 GiB by default: eight images of 256 pixels through the published network.
+    published = TokenizerConfig(SCALES_256, 4096, 32, ch=160, ch_mult=(1, 1, 2, 2, 4))
+    assert codec_batch(Tokenizer(published)) == 8
+    for module_batch in (None, 2):
+        monkeypatch.setattr(api, "codec_batch", lambda module: 2)
+        compiled = tokenizer_model.decode._cache_size()
+        np.testing.assert_array_equal(tokenizer.encode(images, batch=module_batch), tokens)
+        np.testing.assert_allclose(tokenizer.decode(tokens, batch=module_batch), whole, atol=1e-5)
+        np.testing.assert_allclose(tokenizer.decode_steps(tokens, batch=module_batch), steps, atol=1e-5)
+        assert tokenizer_model.decode._cache_size() <= compiled + 1
+    for method, rows in (("encode", images), ("decode", tokens), ("decode_steps", tokens)):
+        with pytest.raises(ValueError, match="batch must be a whole number of at least 1, found 0"):
+            getattr(tokenizer, method)(rows, batch=0)
+
+
+def test_weights_that_are_not_finite_are_an_error_that_names_the_images(loaded):
+    tokenizer, model = loaded
+    params = dict(model.params, class_embedding=model.params["class_embedding"].at[3].set(jnp.nan))
+    broken = var_jax.LoadedVAR(model.module, params, model.options, tokenizer)
+    message = r"2 of 3 images are not finite: 0 \(label 3\), 2 \(label 3\). Either the weights hold NaN"
+    for smooth in (False, True):
+        with pytest.raises(NonFiniteImages, match=message):
+            broken.sample([3, 0, 3], smooth=smooth)
+    batches = broken.generate_batches([0, 1, 2, 3], 0, 3, model.options, finish=as_pixels)
+    next(batches)  # images 0 .. 2 are sound
+    with pytest.raises(NonFiniteImages, match=r"1 of 1 images are not finite: 3 \(label 3\)"):
+        next(batches)
+    broken = jax.tree.map(lambda x: x, tokenizer.params)
+    broken["decoder"]["conv_out"]["bias"] = broken["decoder"]["conv_out"]["bias"].at[0].set(jnp.inf)
+    broken["quantizer"]["codebook"] = broken["quantizer"]["codebook"].at[7].set(jnp.nan)
+    tokens = np.zeros((3, 21), int)
+    tokens[1, 20] = 7
+    with pytest.raises(NonFiniteImages, match="1 of 3 images are not finite: 1"):
+        var_jax.LoadedTokenizer(tokenizer.module, broken).decode(tokens)
+
+
+@pytest.mark.parametrize("seed", [2**32, 2**63, -1, 1.0, True, "1"])
+def test_seeds_that_would_repeat_others_are_refused(loaded, seed):
+    _, model = loaded
+    images, mask, tokens = np.zeros((1, 8, 8, 3)), np.ones((8, 8), bool), np.zeros((1, 21), int)
+    for method, *given in ((model.generate, [1]), (model.inpaint, images, mask), (model.vary, tokens, 1)):
+        with pytest.raises(
+            ValueError, match=f"seed must be a whole number in 0 .. 4294967295, found {seed!r}"
+        ):
+            method(*given, seed=seed)
+
+
+def test_a_run_draws_with_its_own_options(loaded):
+    _, model = loaded
+    own = dataclasses.asdict(model.options)
+    images, tokens = model.sample([1, 2], seed=3, return_tokens=True)
+    np.testing.assert_array_equal(tokens, model.generate([1, 2], seed=3, return_tokens=True, **own)[1])
+    np.testing.assert_array_equal(model.sample([1, 2], seed=3), images)
+    _, cold = model.sample([1, 1], temperature=1e-4, return_tokens=True)
+    np.testing.assert_array_equal(cold[0], cold[1])
+    with pytest.raises(TypeError, match="gidance"):
+        model.sample([1], gidance=1.0)
 
 
 def test_inpainting_keeps_the_tokens_and_on_request_the_pixels_outside_the_mask(loaded):
@@ -92,6 +177,22 @@ def test_inpainting_keeps_the_tokens_and_on_request_the_pixels_outside_the_mask(
             model.inpaint(images, wrong)
     with pytest.raises(ValueError, match="found 3 images and 2 labels"):
         model.inpaint(images, mask, [1, 2])
+    with pytest.raises(ValueError, match="batch must be a whole number of at least 1, found 0"):
+        model.inpaint(images, mask, batch=0)
+
+
+def test_a_mask_of_one_pixel_changes_its_cell_and_an_empty_one_is_refused(loaded):
+    tokenizer, model = loaded
+    images = np.random.default_rng(1).random((30, 8, 8, 3), dtype=np.float32)
+    mask = np.zeros((30, 8, 8), bool)
+    mask[:, 5, 2] = True
+    _, tokens = model.inpaint(images, mask, top_k=0, top_p=0.0, return_tokens=True)
+    changed = tokens != tokenizer.encode(images)
+    cell = 5 + 4 * 2 + 1
+    assert changed[:, cell].mean() > 0.5 and not np.delete(changed, cell, axis=1).any()
+    mask[3] = False
+    with pytest.raises(ValueError, match="in image 3 no token is to be drawn: 0 of its pixels are True"):
+        model.inpaint(images, mask)
 
 
 def test_variation_keeps_the_coarse_maps(loaded):
@@ -104,6 +205,8 @@ def test_variation_keeps_the_coarse_maps(loaded):
     # The seed that the image was drawn with gives it again; two at a time as well.
     _, same = model.vary(tokens, 1, [1, 2, 3], return_tokens=True, batch=2)
     np.testing.assert_array_equal(same, tokens)
+    with pytest.raises(ValueError, match="batch must be a whole number of at least 1, found 0"):
+        model.vary(tokens, 1, batch=0)
 
 
 def test_eight_devices_share_a_batch(loaded):
@@ -138,13 +241,15 @@ def test_wrong_tokens_and_labels(loaded):
     tokens = np.zeros((1, 21), int)
     for wrong, message in (
         (tokens[:, :20], r"tokens must be int \[B, 21\], found int64 \(1, 20\)"),
+        (tokens[:0], r"found int64 \(0, 21\); B must be at least 1"),
         (tokens + 16, r"tokens must be in 0 .. 15, found 16 .. 16"),
         (tokens * 1.0, "found float64"),
     ):
         with pytest.raises(ValueError, match=message):
             tokenizer.decode(wrong)
-    with pytest.raises(ValueError, match=r"upto must be in 1 .. 3, the number of scales; found 4"):
-        tokenizer.decode(tokens, upto=4)
+    for upto in (4, 0, 2.0):
+        with pytest.raises(ValueError, match=f"upto must be a whole number in 1 .. 3, found {upto}"):
+            tokenizer.decode(tokens, upto=upto)
     for labels, message in (
         ([11], r"labels must be in 0 .. 10 \(10 means no class\), found 11 .. 11"),
         ([-1], "found -1"),
@@ -156,7 +261,7 @@ def test_wrong_tokens_and_labels(loaded):
             model.generate(labels)
     with pytest.raises(ValueError, match="2 labels"):
         model.logits(tokens, [0, 1])
-    with pytest.raises(ValueError, match="batch must be at least 1, found 0"):
+    with pytest.raises(ValueError, match="batch must be a whole number of at least 1, found 0"):
         model.generate([0], batch=0)
 
 

@@ -1,6 +1,8 @@
 """Sampling at scale and editing from the command line, as processes of their own."""
 
+import contextlib
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -16,6 +18,55 @@ from tests.test_scripts import command
 
 IMAGE_BYTES = 8 * 8 * 3
 COUNT = 300
+# sample.py on a device that has no room for decoding.
+OUT_OF_MEMORY = """
+import jax, sample
+from absl import app
+
+def decode_steps(self, tokens):
+    print("samples.npz when pictures are drawn:", (sample.out_folder() / "samples.npz").exists())
+    raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.")
+
+sample.var_jax.LoadedTokenizer.decode_steps = decode_steps
+app.run(sample.main)
+"""
+# sample.py with another bias in the last layer of the decoder.
+OTHER_DECODER = """
+import sample
+from absl import app
+
+load = sample.command_line.load
+
+def other():
+    model = load()
+    last = model.tokenizer.params["decoder"]["conv_out"]
+    last["bias"] = last["bias"] + 0.5
+    return model
+
+sample.command_line.load = other
+app.run(sample.main)
+"""
+# What sample.py says of its flags.
+OUT_FOLDER = """
+import sample
+from absl import app, flags
+from absl.testing import flagsaver
+
+for wrong in (
+    ["--labels=1", "--classes=2"],
+    ["--labels=1", "--num_per_class=2"],
+    ["--workdir=gs://bucket/run"],
+    ["--workdir=gs://bucket/run", "--out=gs://bucket/out"],
+    ["--seed=4294967296"],
+    ["--seed=-1"],
+):
+    with flagsaver.flagsaver():
+        try:
+            flags.FLAGS(["sample.py", *wrong])
+            sample.out_folder()
+        except (app.UsageError, flags.IllegalFlagValueError) as error:
+            print(error)
+"""
 
 
 def sampled(run, out, *flags, devices: int = 1) -> tuple[bytes, np.ndarray]:
@@ -24,7 +75,7 @@ def sampled(run, out, *flags, devices: int = 1) -> tuple[bytes, np.ndarray]:
     done = command("sample.py", *flags, xla_flags=f"--xla_force_host_platform_device_count={devices}")
     assert done.returncode == 0, done.stderr[-2000:]
     with np.load(out / "samples.npz") as samples:
-        assert samples["arr_1"].tolist() == np.repeat(np.arange(10), COUNT // 10).tolist()
+        assert samples["arr_1"].tolist() == np.tile(np.arange(10), COUNT // 10).tolist()
         return (out / "samples.npz").read_bytes(), samples["arr_0"].astype(int)
 
 
@@ -59,9 +110,29 @@ def test_killed_three_times_it_makes_the_same_file_byte_for_byte(tiny_run, unbro
         assert max(images, there) <= found < COUNT  # it went on where it was, and was killed on the way
         there = found
         assert not (tmp_path / "samples.npz").exists()
-    file, _ = sampled(tiny_run, tmp_path, "--batch=2")
+    file, images = sampled(tiny_run, tmp_path, "--batch=2", "--pngs")
     assert file == unbroken[0]
     assert not (tmp_path / "samples.partial").exists()
+    # PNGs of what was there before, too.
+    names = sorted(path.name for path in (tmp_path / "images").iterdir())
+    assert names == [f"{i:06d}_class{i % 10:04d}.png" for i in range(COUNT)]
+    np.testing.assert_array_equal(Image.open(tmp_path / "images" / names[3]), images[3])
+
+
+def test_pictures_that_do_not_fit_are_a_warning_and_the_same_command_draws_them(tiny_run, tmp_path):
+    flags = (f"--workdir={tiny_run}", f"--out={tmp_path}", "--num_per_class=2")
+    done = command("-c", OUT_OF_MEMORY, *flags)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert f"warning: {tmp_path}/scales.png could not be drawn: RESOURCE_EXHAUSTED: Out of mem" in done.stderr
+    assert "samples.npz is complete; the same command draws it" in done.stderr
+    assert "samples.npz when pictures are drawn: True" in done.stdout
+    made = (tmp_path / "samples.npz").stat().st_mtime_ns
+    assert (tmp_path / "samples.png").exists() and not (tmp_path / "scales.png").exists()
+    done = command("sample.py", *flags, "--pngs")
+    assert done.returncode == 0 and "samples.npz, tokens.npy, samples.png, scales.png, images/" in done.stdout
+    assert Image.open(tmp_path / "scales.png").size == (3 * 50 + 2, 10 * 50 + 2)
+    assert len(list((tmp_path / "images").iterdir())) == 20
+    assert (tmp_path / "samples.npz").stat().st_mtime_ns == made  # nothing was made again
 
 
 def test_batch_and_devices_do_not_decide_the_images(tiny_run, unbroken, tmp_path):
@@ -73,16 +144,15 @@ def test_batch_and_devices_do_not_decide_the_images(tiny_run, unbroken, tmp_path
         assert np.abs(images - unbroken[1]).max() <= 1
 
 
-def test_two_hosts_share_the_work(tiny_run, unbroken, tmp_path):
-    """Two processes on loopback with two devices each; the first one writes."""
+def two_hosts(run, out, *flags) -> list[subprocess.Popen]:
+    """Two processes on loopback with two devices each; the first one writes, to out/0."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
-    flags = (f"--workdir={tiny_run}", f"--num_per_class={COUNT // 10}", "--batch=8")
-    flags += (f"--coordinator=localhost:{port}", "--num_processes=2")
-    hosts = [
+    flags += (f"--workdir={run}", f"--coordinator=localhost:{port}", "--num_processes=2", "--host_timeout=10")
+    return [
         subprocess.Popen(
-            [sys.executable, "sample.py", *flags, f"--process_id={i}", f"--out={tmp_path}/{i}"],
+            [sys.executable, "sample.py", *flags, f"--process_id={i}", f"--out={out}/{i}"],
             cwd=REPOSITORY,
             env={**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=2"},
             stderr=subprocess.PIPE,
@@ -90,11 +160,44 @@ def test_two_hosts_share_the_work(tiny_run, unbroken, tmp_path):
         )
         for i in (0, 1)
     ]
+
+
+def test_two_hosts_share_the_work(tiny_run, unbroken, tmp_path):
+    hosts = two_hosts(tiny_run, tmp_path, f"--num_per_class={COUNT // 10}", "--batch=8")
     said = [host.communicate(timeout=600)[1] for host in hosts]
     assert [host.returncode for host in hosts] == [0, 0], said[0][-2000:] + said[1][-2000:]
     with np.load(tmp_path / "0" / "samples.npz") as samples:
         assert np.abs(samples["arr_0"].astype(int) - unbroken[1]).max() <= 1
     assert not (tmp_path / "1").exists()
+
+
+@pytest.mark.parametrize("failure", ["other samples", "full disk"])
+def test_when_the_writing_host_fails_both_end_with_its_message(tiny_run, small_disk, failure):
+    """At the start, where unfinished samples of another job are in the way; and in the middle."""
+    message, images = "sample.py: samples could not be written under", 6000
+    if failure == "other samples":
+        message, images = "sample.py: .* holds unfinished samples of another call", 20
+        (small_disk / "0" / "samples.partial").mkdir(parents=True)
+        (small_disk / "0" / "samples.partial" / "job.json").write_text("{}")
+    hosts = two_hosts(tiny_run, small_disk, f"--num_per_class={images // 10}", "--batch=4")
+    try:
+        if failure == "full disk":
+            file, deadline = small_disk / "0" / "samples.partial" / "images.uint8", time.monotonic() + 300
+            while not (file.exists() and file.stat().st_size) and time.monotonic() < deadline:
+                assert hosts[0].poll() is None, hosts[0].communicate()[1][-2000:]
+                time.sleep(0.01)
+            with contextlib.suppress(OSError), open(small_disk / "filler", "wb", buffering=0) as filler:
+                while True:
+                    filler.write(bytes(4096))
+        said = hosts[0].communicate(timeout=400)[1]
+        ended = time.monotonic()
+        hosts[1].communicate(timeout=60)
+        print(f"process 1 ended {time.monotonic() - ended:.1f} s after process 0")
+    finally:
+        for host in hosts:
+            host.kill()
+    assert [host.returncode != 0 for host in hosts] == [True, True]
+    assert re.search(message, said) and "Traceback" not in said, said[-2000:]
 
 
 def test_unfinished_samples_of_another_call_are_not_mixed(tiny_run, tmp_path):
@@ -103,6 +206,9 @@ def test_unfinished_samples_of_another_call_are_not_mixed(tiny_run, tmp_path):
     done = command("sample.py", *flags, "--seed=5")
     assert done.returncode != 0 and "seed: 0 there, 5 now" in done.stderr
     assert "Traceback" not in done.stderr
+    # The same codes with another decoder, as a tokenizer that was trained on has, make other images.
+    done = command("-c", OTHER_DECODER, *flags)
+    assert done.returncode != 0 and "\n  tokenizer: weights " in done.stderr and "seed" not in done.stderr
 
 
 def test_classes_and_controls_reach_the_program(tiny_run, tmp_path):
@@ -111,7 +217,7 @@ def test_classes_and_controls_reach_the_program(tiny_run, tmp_path):
     assert done.returncode == 0, done.stderr[-2000:]
     assert "guidance (0.0, 1.0, 2.0)" in done.stdout and "smooth (True, False, False)" in done.stdout
     with np.load(tmp_path / "samples.npz") as samples:
-        assert samples["arr_1"].tolist() == [2, 2, 3, 3, 10, 10]
+        assert samples["arr_1"].tolist() == [2, 3, 10, 2, 3, 10]
     assert Image.open(tmp_path / "scales.png").size == (2 * 50 + 2, 3 * 50 + 2)  # two maps, three classes
 
 
@@ -131,6 +237,21 @@ def test_wrong_controls_are_named(tiny_run, tmp_path, flags, message):
     done = command("sample.py", f"--workdir={tiny_run}", f"--out={tmp_path}/new", *flags)
     assert done.returncode != 0 and message in done.stderr + done.stdout
     assert not (tmp_path / "new").exists()
+
+
+def test_flags_that_cannot_be_are_refused_before_anything_is_loaded():
+    done = command("-c", OUT_FOLDER)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.splitlines() == [
+        "give either --labels, an image each, or --classes; found both",
+        "give either --labels, an image each, or --num_per_class; found both",
+        "--workdir=gs://bucket/run is remote, but samples are appended to local files while they are made: "
+        "give --out=DIR, a folder on this machine, too",
+        "--out=gs://bucket/out: must be a local path. Copy it to this machine, or mount the bucket (gcsfuse "
+        "for gs://) and give the path of the mount.",
+        "flag --seed=4294967296: 4294967296 is not an integer in the range [0, 4294967295]",
+        "flag --seed=-1: -1 is not an integer in the range [0, 4294967295]",
+    ]
 
 
 def test_editing_files(tiny_run, tmp_path):
@@ -158,7 +279,7 @@ def test_editing_files(tiny_run, tmp_path):
 
 
 def test_variations_of_a_drawn_image(tiny_run, tmp_path):
-    flags = (f"--workdir={tiny_run}", f"--out={tmp_path}", "--label=1,7", "--num=3")
+    flags = (f"--workdir={tiny_run}", f"--out={tmp_path}", "--label=1", "--towards=7", "--num=3")
     done = command("-m", "var_jax.sampling.vary", *flags)
     assert done.returncode == 0, done.stderr[-2000:]
     picture = np.asarray(Image.open(tmp_path / "vary.png")).astype(int)

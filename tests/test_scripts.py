@@ -33,11 +33,18 @@ def test_sample_writes_grid_strips_npz_and_single_pngs(tiny_run, tmp_path):
     with np.load(tmp_path / "samples.npz") as samples:
         images, labels = samples["arr_0"], samples["arr_1"]
     assert images.shape == (30, 8, 8, 3) and images.dtype == np.uint8 and labels.dtype == np.int64
-    assert labels.tolist() == sorted(list(range(10)) * 3)
-    assert Image.open(tmp_path / "samples.png").size == (3 * 50 + 2, 10 * 50 + 2)  # a class a row
-    assert Image.open(tmp_path / "scales.png").size == (3 * 50 + 2, 10 * 50 + 2)  # a map a column
-    single = np.asarray(Image.open(tmp_path / "images" / "000004_class0001.png"))
-    np.testing.assert_array_equal(single, images[4])
+    assert labels.tolist() == list(range(10)) * 3  # every part of ten has all classes
+    grid = Image.open(tmp_path / "samples.png")
+    assert grid.size == (3 * 50 + 2, 10 * 50 + 2)
+    for c, j in ((0, 0), (0, 2), (4, 1), (9, 2)):  # a class a row
+        cell = np.asarray(grid)[2 + 50 * c : 50 + 50 * c : 6, 2 + 50 * j : 50 + 50 * j : 6]
+        np.testing.assert_array_equal(cell, images[labels == c][j])
+    strips = np.asarray(Image.open(tmp_path / "scales.png"))
+    assert strips.shape == (10 * 50 + 2, 3 * 50 + 2, 3)  # a map a column
+    last = strips[2 + 50 * 7 : 50 + 50 * 7 : 6, 102:150:6].astype(int)
+    assert np.abs(last - images[7]).max() <= 1  # of the first image of class 7
+    single = np.asarray(Image.open(tmp_path / "images" / "000014_class0004.png"))
+    np.testing.assert_array_equal(single, images[14])
 
 
 def test_sample_from_published_files(goldens, tmp_path):

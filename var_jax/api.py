@@ -3,7 +3,8 @@
 Images are float32 [B, H, W, 3] in [0, 1] here, and numpy arrays come back.
 """
 
-from collections.abc import Iterator
+import dataclasses
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
@@ -13,14 +14,18 @@ import numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from var_jax.interop import load
-from var_jax.sampling.generate import Given, generate_in_chunks, put, teacher_forced_logits
+from var_jax.sampling.batch_size import codec_batch
+from var_jax.sampling.generate import Given, check_finite, generate_in_chunks, put, teacher_forced_logits
 from var_jax.sampling.keep import anew_from_scale, anew_under_mask
-from var_jax.sampling.options import SamplingOptions
+from var_jax.sampling.options import MAX_SEED, SamplingOptions, check_integer
 from var_jax.sampling.precision import in_compute_dtype
 from var_jax.tokenizer import model as tokenizer_model
 from var_jax.transformer.trunk import Trunk
 
-EDITING = {"guidance": 3.0, "top_p": 0.95}  # the published demonstration's
+# Those of the published demonstration, but for its `more_smooth`: mixed codes are no tokens, and the tokens
+# of an edit are to be those of its image.  smooth=True gives the demonstration's.
+EDITING = {"guidance": 3.0, "top_p": 0.95}
+OUT_OF_RANGE = 1e-3  # by which pixels may leave [0, 1], as they do after a resize or in bfloat16
 
 
 class LoadedTokenizer:
@@ -36,47 +41,71 @@ class LoadedTokenizer:
         self.params = jax.tree.map(jnp.asarray, self.params)  # cast on the host, so that it is held once
         self.scales, self.num_codes = model.config.scales, model.config.num_codes
 
-    def encode(self, images) -> np.ndarray:
-        """Images [B, H, W, 3] in [0, 1] -> tokens int32 [B, L].
+    def encode(self, images, batch: int | None = None) -> np.ndarray:
+        """Images float [B, H, W, 3] in [0, 1] -> tokens int32 [B, L].
+
+        Args:
+          images: float of any width; up to 0.001 outside [0, 1] is clipped.
+          batch: images encoded at once; by default as many as take 2 GiB or less.
 
         Raises:
           ValueError: on images of another size or range; says what would be right.
         """
-        images = np.asarray(images)
-        side = self.module.config.image_size
-        if images.ndim != 4 or images.shape[1:] != (side, side, 3):
-            raise ValueError(f"images must be [B, {side}, {side}, 3], found shape {images.shape}")
-        if not np.issubdtype(images.dtype, np.floating):
-            raise ValueError(f"images must be floats in [0, 1], found {images.dtype}; divide uint8 by 255")
-        if images.size and not (images.min() >= 0 and images.max() <= 1):
-            raise ValueError(f"images must be in [0, 1], found {images.min():.3g} .. {images.max():.3g}")
-        images = jnp.asarray(images, jnp.float32) * 2 - 1
-        return np.asarray(tokenizer_model.encode(self.module, self.params, images))
+        images = self.check_images(images) * 2 - 1
+        return self._in_batches(tokenizer_model.encode, images, batch)
 
-    def decode(self, tokens, upto: int | None = None) -> np.ndarray:
+    def decode(self, tokens, upto: int | None = None, batch: int | None = None) -> np.ndarray:
         """Tokens int [B, L] -> images [B, H, W, 3] in [0, 1]; `upto` = k uses the first k maps only.
+
+        Args:
+          tokens: int [B, L].
+          upto: how many of the maps to use; None for all.
+          batch: images decoded at once; by default as many as take 2 GiB or less.
 
         Raises:
           ValueError: on tokens of another length, codes outside the codebook, or k outside 1 .. K.
+          NonFiniteImages: on weights that make such.
         """
         tokens = self.check_tokens(tokens)
         if upto is not None:
-            if not 1 <= upto <= len(self.scales):
-                raise ValueError(
-                    f"upto must be in 1 .. {len(self.scales)}, the number of scales; found {upto}"
-                )
-            tokens = tokens[:, : self.module.config.schedule.ends[upto - 1]]
-        images = tokenizer_model.decode(self.module, self.params, tokens)
-        return np.asarray(images) / 2 + 0.5
+            maps = check_integer("upto", upto, 1, len(self.scales))
+            tokens = tokens[:, : self.module.config.schedule.ends[maps - 1]]
+        images = self._in_batches(tokenizer_model.decode, tokens, batch) / 2 + 0.5
+        check_finite(np.isfinite(images).all(axis=(1, 2, 3)))
+        return images
 
-    def decode_steps(self, tokens) -> np.ndarray:
-        """Tokens int [B, L], or of the first n maps -> images [B, n, H, W, 3] after 1, 2, ... n maps."""
-        images = tokenizer_model.decode_steps(
-            self.module, self.params, self.check_tokens(tokens, whole=False)
-        )
-        return np.asarray(images) / 2 + 0.5
+    def decode_steps(self, tokens, batch: int | None = None) -> np.ndarray:
+        """Tokens int [B, L], or of the first n maps -> images [B, n, H, W, 3] after 1, 2, ... n maps.
 
-    def check_tokens(self, tokens, whole: bool = True) -> jnp.ndarray:
+        `batch` is as for `decode`; n maps take no more memory than one.
+        """
+        tokens = self.check_tokens(tokens, whole=False)
+        return self._in_batches(tokenizer_model.decode_steps, tokens, batch) / 2 + 0.5
+
+    def _in_batches(self, function: Callable, rows: np.ndarray, batch: int | None) -> np.ndarray:
+        """Apply a program to rows [B, ...], `batch` at once; the last row fills up the last batch."""
+        batch = codec_batch(self.module) if batch is None else check_integer("batch", batch, 1)
+        batch, results = min(batch, len(rows)), []
+        for first in range(0, len(rows), batch):
+            some = rows[np.minimum(np.arange(first, first + batch), len(rows) - 1)]
+            result = function(self.module, self.params, jnp.asarray(some))
+            results.append(np.asarray(result)[: len(rows) - first])
+        return np.concatenate(results)
+
+    def check_images(self, images) -> np.ndarray:
+        """Images as float32 [B, H, W, 3] in [0, 1].  Raises ValueError on another size, type or range."""
+        images, side = np.asarray(images), self.module.config.image_size
+        if images.ndim != 4 or images.shape[1:] != (side, side, 3) or not len(images):
+            found = f"found shape {images.shape}"
+            raise ValueError(f"images must be [B, {side}, {side}, 3], {found}; B must be at least 1")
+        if not jnp.issubdtype(images.dtype, jnp.floating):
+            raise ValueError(f"images must be floats in [0, 1], found {images.dtype}; divide uint8 by 255")
+        images = images.astype(np.float32)
+        if not (images.min() >= -OUT_OF_RANGE and images.max() <= 1 + OUT_OF_RANGE):
+            raise ValueError(f"images must be in [0, 1], found {images.min():.6g} .. {images.max():.6g}")
+        return images.clip(0, 1)
+
+    def check_tokens(self, tokens, whole: bool = True) -> np.ndarray:
         """Tokens as int32 [B, L], or of the first maps where they need not be whole.
 
         Raises:
@@ -84,14 +113,16 @@ class LoadedTokenizer:
         """
         tokens, ends = np.asarray(tokens), self.module.config.schedule.ends
         lengths = ends[-1:] if whole else ends
-        if tokens.ndim != 2 or tokens.shape[1] not in lengths or not np.issubdtype(tokens.dtype, np.integer):
+        fits = tokens.ndim == 2 and tokens.shape[1] in lengths and len(tokens)
+        if not fits or not np.issubdtype(tokens.dtype, np.integer):
             expected = " or ".join(str(length) for length in lengths)
-            raise ValueError(f"tokens must be int [B, {expected}], found {tokens.dtype} {tokens.shape}")
-        if tokens.size and not (tokens.min() >= 0 and tokens.max() < self.num_codes):
+            found = f"found {tokens.dtype} {tokens.shape}"
+            raise ValueError(f"tokens must be int [B, {expected}], {found}; B must be at least 1")
+        if not (tokens.min() >= 0 and tokens.max() < self.num_codes):
             raise ValueError(
                 f"tokens must be in 0 .. {self.num_codes - 1}, found {tokens.min()} .. {tokens.max()}"
             )
-        return jnp.asarray(tokens, jnp.int32)
+        return tokens.astype(np.int32)
 
 
 class LoadedVAR:
@@ -142,9 +173,11 @@ class LoadedVAR:
     ):
         """Draws one image a label; the same seed gives the same images.
 
+        The defaults are the published ones, whatever the model was trained on; `sample` has those of its run.
+
         Args:
           labels: int [B]; num_classes means "no class".
-          seed: image i depends on (seed, i) alone.
+          seed: 0 .. 2^32 - 1; image i depends on (seed, i) alone.
           guidance: strength of classifier-free guidance at the last scale, rising from 0; or one a scale.
           top_k, top_p: draw among the likeliest codes only; 0 for all; one value, or one a scale.
           smooth: mix codes instead of drawing one.
@@ -154,11 +187,30 @@ class LoadedVAR:
 
         Returns:
           Images float32 [B, H, W, 3] in [0, 1], or (images, tokens).
+
+        Raises:
+          ValueError: naming the argument that is out of range or of another type.
+          NonFiniteImages: on weights or options that make such.
         """
         options = SamplingOptions(guidance=guidance, top_k=top_k, top_p=top_p, smooth=smooth, **more)
-        labels = self.check_labels(labels)
-        batch = len(labels) if batch is None else batch
-        images, tokens = _joined(self.generate_batches(labels, seed, batch, options))
+        images, tokens = self._drawn(labels, seed, options, batch)
+        return (images, tokens) if return_tokens else images
+
+    def sample(self, labels, seed: int = 0, return_tokens: bool = False, batch: int | None = None, **options):
+        """Draw one image a label as the model's run does its previews, and as sample.py does by default.
+
+        Args:
+          labels, seed, return_tokens, batch: as for `generate`.
+          **options: fields of `SamplingOptions`; by default those of `self.options`.
+
+        Returns:
+          Images float32 [B, H, W, 3] in [0, 1], or (images, tokens).
+
+        Raises:
+          ValueError, NonFiniteImages: as `generate`.
+        """
+        options = dataclasses.replace(self.options, **options)
+        images, tokens = self._drawn(labels, seed, options, batch)
         return (images, tokens) if return_tokens else images
 
     def inpaint(
@@ -175,33 +227,40 @@ class LoadedVAR:
         """Makes a part of images anew: in- and out-painting, or editing towards a class, without training.
 
         At every scale the tokens outside the mask are those of the given image (Tian et al. 2024, section
-        5.3); 1x1 maps are always kept.
+        5.3); 1x1 maps are always kept.  At the last scale every token is drawn whose cell has a masked pixel.
 
         Args:
           images: float [B, H, W, 3] in [0, 1].
-          mask: bool [B, H, W] or [H, W], True where to make anew.
+          mask: bool [B, H, W] or [H, W], True where to make anew; at least one pixel of each image.
           labels: int [B], the classes to edit towards; None for "no class".
           seed: image i depends on (seed, i) alone.
           paste_back: put the pixels of the input back outside the mask; else they come from the decoder.
           return_tokens: also return the tokens int32 [B, L].
           batch: images made at once; all by default.
-          **options: fields of `SamplingOptions`; by default those of the published demonstration.
+          **options: fields of `SamplingOptions`; by default guidance 3, top-k 900 and top-p 0.95 as in the
+            published demonstration, which also mixes codes (smooth=True).
 
         Returns:
           Images float32 [B, H, W, 3] in [0, 1], or (images, tokens).
 
         Raises:
-          ValueError: on a mask of another size or type than the images.
+          ValueError: on a mask of another size or type than the images, or that marks nothing to draw.
         """
-        tokens = self.tokenizer.encode(images)
-        images, mask = np.asarray(images, np.float32), np.asarray(mask)
+        images, mask = self.tokenizer.check_images(images), np.asarray(mask)
         if mask.dtype != bool or mask.shape not in (images.shape[:3], images.shape[1:3]):
             raise ValueError(
                 f"mask must be bool {images.shape[:3]} like the images, found {mask.dtype} {mask.shape}"
             )
         mask = np.broadcast_to(mask, images.shape[:3])
         anew = anew_under_mask(mask, self.module.config.schedule)
-        made, tokens = self._anew(tokens, anew, labels, seed, batch, {**EDITING, **options})
+        if len(unchanged := np.flatnonzero(~anew.any(axis=1))):
+            raise ValueError(
+                f"mask must mark something to draw in every image; in image {unchanged[0]} no token is to be "
+                f"drawn: {mask[unchanged[0]].sum()} of its pixels are True, and 1x1 maps are always kept"
+            )
+        labels, options = self._labels_of(len(images), labels), SamplingOptions(**{**EDITING, **options})
+        tokens = self.tokenizer.encode(images)
+        made, tokens = self._drawn(labels, seed, options, batch, Given(tokens, anew))
         made = np.where(mask[..., None], made, images) if paste_back else made
         return (made, tokens) if return_tokens else made
 
@@ -226,9 +285,10 @@ class LoadedVAR:
         Returns:
           Images float32 [B, H, W, 3] in [0, 1], or (images, tokens).
         """
-        tokens = np.asarray(self.tokenizer.check_tokens(tokens))
-        anew = anew_from_scale(from_scale, len(tokens), self.module.config.schedule)
-        made, tokens = self._anew(tokens, anew, labels, seed, batch, options)
+        tokens = self.tokenizer.check_tokens(tokens)
+        given = Given(tokens, anew_from_scale(from_scale, len(tokens), self.module.config.schedule))
+        labels = self._labels_of(len(tokens), labels)
+        made, tokens = self._drawn(labels, seed, SamplingOptions(**options), batch, given)
         return (made, tokens) if return_tokens else made
 
     def generate_batches(
@@ -239,21 +299,26 @@ class LoadedVAR:
         Args:
           more: `start`, `given` and `finish` of `generate_in_chunks`.
         """
-        if batch < 1:
-            raise ValueError(f"batch must be at least 1, found {batch}")
+        batch, seed = check_integer("batch", batch, 1), check_integer("seed", seed, 0, MAX_SEED)
         networks = (self.tokenizer.module, self.module, self.tokenizer.params, self.params)
         labels = self.check_labels(labels)
         return generate_in_chunks(*networks, labels, seed, options, batch, sharding=self._sharding, **more)
 
-    def _anew(self, tokens, anew, labels, seed: int, batch: int | None, options: dict):
-        """Draws the tokens `anew` [B, L] again, beside the others."""
-        labels = self.check_labels(np.full(len(tokens), self.num_classes) if labels is None else labels)
-        if len(tokens) != len(labels):
-            raise ValueError(f"found {len(tokens)} images and {len(labels)} labels")
-        given = Given(tokens, anew)
-        return _joined(
-            self.generate_batches(labels, seed, batch or len(labels), SamplingOptions(**options), given=given)
-        )
+    def _drawn(
+        self, labels, seed: int, options: SamplingOptions, batch: int | None, given: Given | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Images and tokens of all labels, `batch` at a time, all at once by default."""
+        labels = self.check_labels(labels)
+        batch = len(labels) if batch is None else batch
+        images, tokens = zip(*self.generate_batches(labels, seed, batch, options, given=given), strict=True)
+        return np.concatenate(images), np.concatenate(tokens)
+
+    def _labels_of(self, count: int, labels) -> np.ndarray:
+        """Labels int32 of so many images that are given; None for "no class"."""
+        labels = self.check_labels(np.full(count, self.num_classes) if labels is None else labels)
+        if len(labels) != count:
+            raise ValueError(f"found {count} images and {len(labels)} labels")
+        return labels
 
     def check_labels(self, labels) -> np.ndarray:
         """Labels as int32 [B].  Raises ValueError on another shape, or numbers that are no class."""
@@ -266,11 +331,6 @@ class LoadedVAR:
                 f"found {labels.min()} .. {labels.max()}"
             )
         return labels.astype(np.int32)
-
-
-def _joined(batches: Iterator[tuple]) -> tuple[np.ndarray, np.ndarray]:
-    images, tokens = zip(*batches, strict=True)
-    return np.concatenate(images), np.concatenate(tokens)
 
 
 def load_tokenizer(path: str | Path, scales=None, step: int | str = "latest") -> LoadedTokenizer:

@@ -14,7 +14,7 @@ from absl import app, flags, logging
 import var_jax
 from var_jax.errors import UserError
 from var_jax.interop.tensor_files import SUFFIXES
-from var_jax.sampling.options import SamplingOptions
+from var_jax.sampling.options import MAX_SEED, SamplingOptions
 
 FLAGS = flags.FLAGS
 NO_CLUSTER = "coordinator_address should be defined"  # what JAX says where it knows no cluster around it
@@ -35,7 +35,7 @@ def define_model_flags() -> None:
 
 def define_sampling_flags() -> None:
     """Flags of `SamplingOptions`; what is not given is as in the run, or as published."""
-    flags.DEFINE_integer("seed", 0, "Image i depends on (seed, i) alone")
+    flags.DEFINE_integer("seed", 0, "Image i depends on (seed, i) alone", 0, MAX_SEED)
     flags.DEFINE_list("guidance", None, "Strength of guidance at the last scale; or one a scale, 0,1,2,...")
     flags.DEFINE_enum("guidance_schedule", None, ["ramp", "constant"], "How one strength is spread")
     flags.DEFINE_integer("guidance_until", None, "No guidance from this scale on (0 is the first): faster")
@@ -90,17 +90,21 @@ def join_hosts() -> None:
 
 @contextlib.contextmanager
 def failing_at_once():
-    """Where there are several hosts, ends a process that fails without the usual ways out, with code 1.
+    """On several hosts, print what went wrong and end a process that fails with `os._exit(1)`.
 
-    On those JAX would wait for the other hosts, for minutes, while they wait for this one.  A SystemExit
-    of all hosts alike (they were told to stop) goes the usual way.  Of a UserError the message is printed.
+    A normal exit would block in JAX's shutdown barrier for minutes, while the other hosts wait for this one;
+    without it they end, too.  sys.exit counts as a failure and prints its message; a subclass of SystemExit
+    (`Preempted`) is raised by all hosts alike and goes the usual way.  Of a UserError the message is printed.
     """
     try:
         yield
-    except Exception as error:
-        if jax.process_count() == 1:
+    except (Exception, SystemExit) as error:
+        stopped = isinstance(error, SystemExit) and (type(error) is not SystemExit or not error.code)
+        if jax.process_count() == 1 or stopped:
             raise
-        if isinstance(error, UserError):
+        if isinstance(error, SystemExit):
+            print(error.code, file=sys.stderr)
+        elif isinstance(error, UserError):
             print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
         else:
             traceback.print_exc()
@@ -192,11 +196,11 @@ def _yes_or_no(word: str) -> bool:
     return word.lower() in ("true", "1")
 
 
-def labels(model: var_jax.LoadedVAR, flag: str) -> np.ndarray:
+def labels(model: var_jax.LoadedVAR, flag: str, most: int | None = None) -> np.ndarray:
     """Classes that a list flag names: numbers, ranges 0-999, and `none` for no class.
 
     Raises:
-      UsageError: naming the flag, on what is no class.
+      UsageError: naming the flag, on what is no class, or more classes than `most`.
     """
     words, found = FLAGS[flag].value, []
     try:
@@ -208,6 +212,8 @@ def labels(model: var_jax.LoadedVAR, flag: str) -> np.ndarray:
                 found += range(int(first), int(last) + 1)
             else:
                 found.append(int(word))
+        if most is not None and len(found) > most:
+            raise ValueError(f"must name {most} class, found {len(found)}")
         return model.check_labels(np.array(found, np.int64))
     except ValueError as error:
         raise app.UsageError(f"--{flag}={','.join(words)}: {error}") from error

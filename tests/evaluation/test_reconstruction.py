@@ -46,6 +46,19 @@ def test_equal_images_use_one_code_of_the_first_map(tiny_tokenizer):
     assert metrics["distinct_0"] == 1 and metrics["perplexity_0"] == 1
 
 
+# A fault in the evaluation itself: no message for users, and never without its traceback.
+FAULTY = """
+import evaluate
+from absl import app
+
+def evaluate_reconstruction(*_):
+    raise ValueError("of another shape")
+
+evaluate.evaluate_reconstruction = evaluate_reconstruction
+app.run(evaluate.main)
+"""
+
+
 def test_the_script_on_a_run(tiny_run, tmp_path):
     flags = (f"--workdir={tiny_run}", f"--out={tmp_path}", f"--data_dir={tmp_path}/data")
     done = command("evaluate.py", *flags)
@@ -54,7 +67,11 @@ def test_the_script_on_a_run(tiny_run, tmp_path):
     metrics = json.loads((tmp_path / "reconstruction.json").read_text())
     assert metrics["most"] == 16 and metrics["psnr"] > 0
     assert Image.open(tmp_path / "reconstruction_extremes.png").size == (8 * 50 + 2, 4 * 50 + 2)
+    done = command("evaluate.py", *flags, "--step=7")
+    assert done.returncode != 0 and "evaluate.py: no checkpoint of step 7 under" in done.stderr
     done = command("evaluate.py", *flags, "--data=nothing")
     assert done.returncode != 0 and "data set 'nothing' is not prepared" in done.stderr
     done = command("evaluate.py")
     assert done.returncode != 0 and "give --workdir of a run, or --tokenizer" in done.stderr + done.stdout
+    done = command("-c", FAULTY, *flags)
+    assert done.returncode != 0 and "Traceback" in done.stderr and "of another shape" in done.stderr

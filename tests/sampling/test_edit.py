@@ -64,6 +64,19 @@ def test_transparent_pixels_are_white_as_in_training_whatever_is_hidden_under_th
     assert (opened[:2] == 255).all() and (opened[2:] == (10, 20, 30)).all()
 
 
+def test_a_thin_mask_survives_the_way_to_a_smaller_model(tmp_path):
+    """A line a pixel wide in a picture fifty times as large as the model's images."""
+    Image.fromarray(np.zeros((400, 600, 3), np.uint8)).save(tmp_path / "large.png")
+    like = open_image(str(tmp_path / "large.png"), "RGB")
+    pixels = np.zeros((400, 600), np.uint8)
+    pixels[123, 110:490] = 255
+    Image.fromarray(pixels).save(tmp_path / "mask.png")
+    want = np.zeros((8, 8), bool)
+    want[2, :8] = True
+    np.testing.assert_array_equal(mask_from_file(str(tmp_path / "mask.png"), like, 8), want)
+    np.testing.assert_array_equal(mask_from_box([110, 123, 490, 124], like, 8), want)
+
+
 def test_masks_that_do_not_fit_are_refused(tmp_path, picture):
     like = open_image(str(picture), "RGB")
     Image.fromarray(np.zeros((8, 8), np.uint8)).save(tmp_path / "mask.png")

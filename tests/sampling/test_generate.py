@@ -120,6 +120,7 @@ def test_keys_depend_on_seed_and_index_alone():
     data = lambda seed, *indices: jax.random.key_data(image_keys(seed, np.array(indices)))  # noqa: E731
     np.testing.assert_array_equal(data(0, 3, 7)[1], data(0, 7)[0])
     assert (data(0, 7) != data(1, 7)).any()
+    assert (data(2**32 - 1, 7) != data(0, 7)).any()  # the largest seed
 
 
 def test_guidance_that_ends_is_guidance_of_strength_zero(tiny_tokenizer, tiny_var):

@@ -1,3 +1,4 @@
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -43,6 +44,13 @@ def test_the_published_top_k_fits_every_codebook_but_no_other_may_be_larger():
         SamplingOptions(top_k=[900, 1, 1, 1]).controls(SCALES, num_codes=64)
 
 
+def test_numbers_of_numpy_and_jax_are_numbers():
+    options = SamplingOptions(
+        guidance=jnp.linspace(0, 3, 4), top_k=np.int64(7), top_p=np.float32(0.5), smooth=np.zeros(4, bool)
+    )
+    assert options == SamplingOptions(guidance=[0, 1, 2, 3], top_k=7, top_p=0.5, smooth=[False] * 4)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -53,8 +61,23 @@ def test_the_published_top_k_fits_every_codebook_but_no_other_may_be_larger():
         ({"temperature": 0.0}, "temperature must be above 0"),
         ({"guidance_schedule": "cosine"}, "must be ramp or constant, found 'cosine'"),
         ({"guidance": [1, 2]}, r"guidance must be one value or one for each of the 4 scales \(1, 2, 3, 4\)"),
-        ({"guidance_until": 5}, r"guidance_until must be in 0 .. 4, found 5"),
-        ({"upto": 0}, r"upto must be in 1 .. 4, found 0"),
+        ({"guidance_until": 5}, r"guidance_until must be a whole number in 0 .. 4, found 5"),
+        ({"upto": 0}, r"upto must be a whole number of at least 1, found 0"),
+        ({"upto": 5}, r"upto must be a whole number in 1 .. 4, found 5"),
+        ({"upto": 2.0}, r"upto must be a whole number of at least 1, found 2.0"),
+        ({"guidance_until": True}, r"guidance_until must be a whole number of at least 0, found True"),
+        ({"guidance": "4"}, "guidance must be a finite number, found '4'"),
+        ({"guidance": [0, 1, True, 1]}, "guidance must be a finite number, found True"),
+        ({"guidance": None}, "guidance must be a finite number, found None"),
+        ({"top_p": None}, r"top_p must be in \[0, 1\], 0 for all codes, found None"),
+        ({"top_p": float("nan")}, r"top_p must be in \[0, 1\], 0 for all codes, found nan"),
+        ({"top_k": None}, "top_k must be a whole number.*found None"),
+        ({"top_k": True}, "top_k must be a whole number.*found True"),
+        ({"temperature": "1"}, "temperature must be above 0, found '1'"),
+        ({"temperature": float("inf")}, "temperature must be above 0, found inf"),
+        ({"smooth": "false"}, "smooth must be True or False, found 'false'"),
+        ({"smooth": [True, 0, True, True]}, "smooth must be True or False, found 0"),
+        ({"smooth": None}, "smooth must be True or False, found None"),
     ],
 )
 def test_impossible_options_are_refused(options, message):

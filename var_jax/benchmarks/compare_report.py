@@ -88,7 +88,8 @@ def draw_samples(systems: dict[str, Path], path: Path, shown: int = 20) -> None:
     rows, names = [], []
     for system, directory in systems.items():
         with np.load(directory / "samples.npz") as samples:
-            images, per_class = samples["arr_0"], len(samples["arr_0"]) // (samples["arr_1"].max() + 1)
+            images = samples["arr_0"][np.argsort(samples["arr_1"], kind="stable")]
+            per_class = len(images) // (samples["arr_1"].max() + 1)
         classes = len(images) // per_class
         each = max(shown // classes, 1)
         some = images.reshape(classes, per_class, *images.shape[1:])[:shown, :each]

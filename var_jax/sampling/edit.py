@@ -6,18 +6,35 @@ Writes one PNG an edit, and `edit.png`: before, mask, after.  This is a script; 
 """
 
 import sys
-from pathlib import Path
 
 import numpy as np
 from absl import app, flags
+from etils import epath
 from PIL import Image
 
 from var_jax import command_line
 from var_jax.api import EDITING
+from var_jax.paths import as_path
 from var_jax.sampling import pictures
 from var_jax.sampling.image_files import UnusableImage, crop_box, fitted, open_image
+from var_jax.tokenizer.resize import area_matrix
 
 FLAGS = flags.FLAGS
+
+
+def fitted_mask(mask: np.ndarray, side: int) -> np.ndarray:
+    """Cut and resize a mask like its image; no masked pixel is lost, however thin the mask is.
+
+    Args:
+      mask: bool [h, w], True where to make anew.
+      side: of the model's images.
+
+    Returns:
+      bool [side, side], True wherever a masked pixel falls.
+    """
+    left, top, right, bottom = crop_box(mask.shape[::-1])
+    matrix = area_matrix(right - left, side)
+    return matrix @ mask[top:bottom, left:right].astype(np.float32) @ matrix.T > 0
 
 
 def mask_from_file(path: str, like: Image.Image, side: int) -> np.ndarray:
@@ -32,9 +49,9 @@ def mask_from_file(path: str, like: Image.Image, side: int) -> np.ndarray:
             f"{path} is {mask.width} x {mask.height}, but the image is {like.width} x {like.height}: a mask "
             "must be as large as its image, white where to make anew"
         )
-    mask = np.asarray(fitted(mask, side, path)) > 127
+    mask = fitted_mask(np.asarray(mask) > 127, side)
     if not mask.any():
-        raise UnusableImage(f"{path} is black all over: nothing to make anew")
+        raise UnusableImage(f"{path} is black all over the square that is cut out: nothing to make anew")
     return mask
 
 
@@ -50,15 +67,15 @@ def mask_from_box(box: list[int], like: Image.Image, side: int) -> np.ndarray:
             f"--box={','.join(map(str, box))}: must be left,top,right,bottom inside the image, "
             f"{like.width} x {like.height}"
         )
-    mask = np.zeros((like.height, like.width), np.uint8)
-    mask[top:bottom, left:right] = 255
-    mask = Image.fromarray(mask).crop(crop_box(like.size)).resize((side, side), Image.Resampling.NEAREST)
-    if not np.asarray(mask).any():
+    mask = np.zeros((like.height, like.width), bool)
+    mask[top:bottom, left:right] = True
+    mask = fitted_mask(mask, side)
+    if not mask.any():
         raise UnusableImage(f"--box={','.join(map(str, box))} is outside the square that is cut out")
-    return np.asarray(mask) > 127
+    return mask
 
 
-def edit(model, out: Path) -> None:
+def edit(model, out: epath.Path) -> None:
     side = model.tokenizer.module.config.image_size
     picture = open_image(FLAGS.image, "RGB")
     if FLAGS.mask:
@@ -67,7 +84,9 @@ def edit(model, out: Path) -> None:
         mask = mask_from_box(command_line.numbers("box", int), picture, side)
     image = np.asarray(fitted(picture, side, FLAGS.image), np.float32) / 255
     images = np.repeat(image[None], FLAGS.num, axis=0)
-    labels = None if FLAGS.label is None else np.repeat(command_line.labels(model, "label"), FLAGS.num)
+    labels = None
+    if FLAGS.label is not None:
+        labels = np.repeat(command_line.labels(model, "label", most=1), FLAGS.num)
     # A published file has no options of its own: then those of the published demonstration.
     defaults = {} if FLAGS.workdir else EDITING
     options = command_line.as_keywords(command_line.options(model, **defaults))
@@ -88,7 +107,7 @@ def main(argv):
     command_line.start()
     model = command_line.load()
     try:
-        edit(model, Path(FLAGS.out or "edit"))
+        edit(model, as_path(FLAGS.out or "edit"))
     except UnusableImage as error:
         sys.exit(f"edit: {error}")
 

@@ -38,6 +38,10 @@ class Given:
     anew: jax.Array
 
 
+class NonFiniteImages(FloatingPointError):
+    """Images are not finite; names them and the likely causes."""
+
+
 @partial(jax.jit, static_argnames="seed")
 def image_keys(seed: int, indices: jax.Array) -> jax.Array:
     """Random keys [B] of images int [B]: image i depends on (seed, i) alone, whatever batch it is made in."""
@@ -76,15 +80,18 @@ def _draw(
 
 
 def _drawn(k, logits, keys, quantizer, controls, fold):
-    """See `_draw`."""
+    """See `_draw`.  Where the logits of an image are not finite, its codes are NaN, and so is the image."""
     logits = logits / controls.temperature[k]
+    finite = jnp.isfinite(logits).all(axis=(1, 2))[:, None, None]
     logits = filter_logits(logits, controls.top_k[k], controls.top_p[k] if controls.nucleus[k] else None)
     noise = _noise(keys, fold, logits.shape[1:])
     if controls.smooth[k]:
         codes = smooth_codes(logits, noise, quantizer.codes, quantizer.scales.progress(k))
-        return quantizer.nearest(codes), codes
-    token_map = jnp.argmax(logits + noise, axis=-1).astype(jnp.int32)
-    return token_map, quantizer.codes[token_map]
+        token_map = quantizer.nearest(codes)
+    else:
+        token_map = jnp.argmax(logits + noise, axis=-1).astype(jnp.int32)
+        codes = quantizer.codes[token_map]
+    return token_map, jnp.where(finite, codes, jnp.nan)
 
 
 @partial(jax.jit, static_argnames=("tokenizer", "model"))
@@ -109,7 +116,8 @@ def generate(
       given: tokens to keep; each map is predicted from what it is to stand beside.  None draws all.
 
     Returns:
-      Images float32 [B, H, W, 3] in [-1, 1], and tokens int32 [B, n] of the maps drawn.
+      Images float32 [B, H, W, 3] in [-1, 1], and tokens int32 [B, n] of the maps drawn.  An image with logits
+      that are not finite is NaN.
     """
     quantizer = Quantizer.create(tokenizer_params["quantizer"], tokenizer.config)
     if controls.guided:  # with and without class side by side, so that both stay on one device
@@ -189,7 +197,11 @@ def put(x: jax.Array | np.ndarray, sharding: NamedSharding) -> jax.Array:
 
 
 def as_pixels(images: jax.Array) -> jax.Array:
-    """Images in [-1, 1] -> uint8, rounded to the nearest."""
+    """Images in [-1, 1] -> uint8, rounded to the nearest.
+
+    The published demonstration truncates, half a grey level darker on average; the script that made the
+    published samples for FID was not released.
+    """
     return ((images / 2 + 0.5) * 255 + 0.5).astype(jnp.uint8)
 
 
@@ -200,8 +212,8 @@ def as_unit_range(images: jax.Array) -> jax.Array:
 
 @partial(jax.jit, static_argnames=("finish", "sharding"))
 def _finished(images: jax.Array, tokens: jax.Array, finish, sharding: NamedSharding | None):
-    """What leaves the devices, whole on every host."""
-    found = finish(images), tokens
+    """What leaves the devices, whole on every host: images, tokens, and whether each image is finite."""
+    found = finish(images), tokens, jnp.isfinite(images).all(axis=(1, 2, 3))
     return found if sharding is None else jax.lax.with_sharding_constraint(found, sharding)
 
 
@@ -235,6 +247,9 @@ def generate_in_chunks(
 
     Yields:
       Images [n, H, W, 3] and tokens int32 [n, L], n = chunk but for the last.
+
+    Raises:
+      NonFiniteImages: naming the first images of a chunk that are not finite.
     """
     controls = options.controls(model.config.schedule, model.config.num_codes)
     labels, whole = np.asarray(labels, np.int32), None
@@ -254,7 +269,7 @@ def generate_in_chunks(
             made = generate(
                 tokenizer, model, tokenizer_params, params, place(labels[rows]), keys, controls, part
             )
-        made = (*_finished(*made, finish, whole), min(chunk, len(labels) - first))
+        made = (*_finished(*made, finish, whole), first, labels[first : first + chunk])
         if waiting is not None:
             yield _to_host(*waiting)
         waiting = made
@@ -262,5 +277,27 @@ def generate_in_chunks(
         yield _to_host(*waiting)
 
 
-def _to_host(images: jax.Array, tokens: jax.Array, count: int) -> tuple[np.ndarray, np.ndarray]:
-    return np.asarray(images)[:count], np.asarray(tokens)[:count]
+def _to_host(
+    images: jax.Array, tokens: jax.Array, finite: jax.Array, first: int, labels: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Images and tokens of a chunk that begins with image `first`, one a label, without what fills it up."""
+    check_finite(np.asarray(finite)[: len(labels)], first, labels)
+    return np.asarray(images)[: len(labels)], np.asarray(tokens)[: len(labels)]
+
+
+def check_finite(finite: np.ndarray, first: int = 0, labels: np.ndarray | None = None) -> None:
+    """Raise NonFiniteImages unless all images are finite.
+
+    Args:
+      finite: bool [n], of the images from number `first` on.
+      labels: int [n], for the message.
+    """
+    bad = np.flatnonzero(~finite)
+    if not len(bad):
+        return
+    named = [f"{first + i}" if labels is None else f"{first + i} (label {labels[i]})" for i in bad[:5]]
+    raise NonFiniteImages(
+        f"{len(bad)} of {len(finite)} images are not finite: {', '.join(named)}{', ...' * (len(bad) > 5)}. "
+        "Either the weights hold NaN or infinities (the run diverged, or a file is damaged), or numbers "
+        "overflow: try a smaller guidance, a temperature nearer to 1, or float32"
+    )

@@ -2,14 +2,16 @@
 
 import numpy as np
 
+from var_jax.sampling.options import check_integer
 from var_jax.scales import Scales
-from var_jax.tokenizer.resize import bilinear_matrix
+from var_jax.tokenizer.resize import area_matrix, bilinear_matrix
 
 
 def anew_under_mask(mask: np.ndarray, scales: Scales) -> np.ndarray:
     """Tokens to draw anew where pixels are masked, as in the published zero-shot editing.
 
-    At each scale the mask of what to keep is resized bilinearly, and what comes out above one half is
+    The mask lives on the grid of the last map: a cell is drawn anew if a masked pixel touches it.  From there
+    the mask of what to keep is resized bilinearly to every other map, and what comes out above one half is
     kept; a 1x1 map is always kept.
 
     Args:
@@ -17,16 +19,18 @@ def anew_under_mask(mask: np.ndarray, scales: Scales) -> np.ndarray:
 
     Returns:
       bool [B, L].
+
+    Source: `get_edit_mask` and `replace_embedding` in demo_zero_shot_edit.ipynb of FoundationVision/VAR,
+    where the mask is given on the grid of the last map.
     """
-    keep = 1 - np.asarray(mask, np.float32)
+    rows, columns = (area_matrix(size, scales.side) for size in mask.shape[1:])
+    touched = np.einsum("th,bhw,uw->btu", rows, mask.astype(np.float32), columns) > 0
+    keep = 1 - touched.astype(np.float32)
     maps = []
     for side in scales.sides:
-        if side == 1:
-            maps.append(np.zeros((len(keep), 1), bool))
-            continue
-        rows, columns = (bilinear_matrix(size, side) for size in keep.shape[1:])
-        small = np.einsum("th,bhw,uw->btu", rows, keep, columns)
-        maps.append(small.reshape(len(keep), -1) <= 0.5)
+        resize = bilinear_matrix(scales.side, side)
+        anew = np.einsum("th,bhw,uw->btu", resize, keep, resize) <= 0.5
+        maps.append(anew.reshape(len(keep), -1) & (side > 1))
     return np.concatenate(maps, axis=1)
 
 
@@ -36,6 +40,5 @@ def anew_from_scale(first: int, batch: int, scales: Scales) -> np.ndarray:
     Raises:
       ValueError: where there is no such map.
     """
-    if not 0 <= first < len(scales):
-        raise ValueError(f"the first scale to draw anew must be in 0 .. {len(scales) - 1}, found {first}")
+    check_integer("from_scale", first, 0, len(scales) - 1)
     return np.broadcast_to(scales.levels >= first, (batch, scales.length))

@@ -1,7 +1,8 @@
 """How to draw, as a person says it, and as the compiled program takes it."""
 
 import dataclasses
-import operator
+import math
+import numbers
 
 import flax.struct
 import jax
@@ -11,6 +12,7 @@ from var_jax.sampling.guidance import strengths
 from var_jax.scales import Scales
 
 PUBLISHED_TOP_K = 900  # the default everywhere; where there are fewer codes it keeps them all
+MAX_SEED = 2**32 - 1  # keys of JAX are seeded with 32 bits; larger seeds would repeat smaller ones
 
 
 @flax.struct.dataclass
@@ -57,7 +59,7 @@ class SamplingOptions:
       upto: draw the first so many maps only, a coarse preview; None for all.
 
     Raises:
-      ValueError: naming the option that is out of range.
+      ValueError: naming the option that is out of range or of another type.
     """
 
     guidance: float | tuple[float, ...] = 1.5
@@ -71,15 +73,22 @@ class SamplingOptions:
 
     def __post_init__(self):
         for name in ("guidance", "top_k", "top_p", "temperature", "smooth"):
-            if isinstance(getattr(self, name), (list, np.ndarray)):
-                object.__setattr__(self, name, tuple(getattr(self, name)))
-        _check("guidance must be a finite number", self.guidance, np.isfinite)
-        whole = lambda k: k >= 0 and int(k) == k  # noqa: E731
+            value = getattr(self, name)
+            if isinstance(value, (np.ndarray, np.generic, jax.Array)):
+                value = np.asarray(value).tolist()
+            object.__setattr__(self, name, tuple(value) if isinstance(value, list) else value)
+        _check("guidance must be a finite number", self.guidance, _is_number)
+        whole = lambda k: _is_integer(k) and k >= 0  # noqa: E731
         _check("top_k must be a whole number, 0 (all codes) or more", self.top_k, whole)
-        _check("top_p must be in [0, 1], 0 for all codes", self.top_p, lambda p: 0 <= p <= 1)
-        _check("temperature must be above 0", self.temperature, lambda t: 0 < t < np.inf)
+        share = lambda p: _is_number(p) and 0 <= p <= 1  # noqa: E731
+        _check("top_p must be in [0, 1], 0 for all codes", self.top_p, share)
+        _check("temperature must be above 0", self.temperature, lambda t: _is_number(t) and t > 0)
+        _check("smooth must be True or False", self.smooth, lambda s: isinstance(s, (bool, np.bool_)))
         if self.guidance_schedule not in ("ramp", "constant"):
             raise ValueError(f"guidance_schedule must be ramp or constant, found {self.guidance_schedule!r}")
+        for name in ("guidance_until", "upto"):  # their upper bounds are known with the scales
+            if (value := getattr(self, name)) is not None:
+                check_integer(name, value, 0 if name == "guidance_until" else 1)
 
     def controls(self, scales: Scales, num_codes: int) -> Controls:
         """These options at every scale of a schedule.
@@ -93,7 +102,7 @@ class SamplingOptions:
             raise ValueError(
                 f"top_k must be at most the {num_codes} codes of the codebook, 0 for all; found {max(top_k)}"
             )
-        until = self._scale("guidance_until", scales, lowest=0)
+        until = self._scale("guidance_until", 0, len(scales))
         if isinstance(self.guidance, tuple):
             strength = np.array(self._each("guidance", scales), np.float32)
         else:
@@ -109,7 +118,7 @@ class SamplingOptions:
             top_k=tuple(0 if k >= num_codes else k for k in top_k),
             nucleus=tuple(bool(p) for p in top_p > 0),
             smooth=tuple(bool(s) for s in self._each("smooth", scales)),
-            scales=self._scale("upto", scales, lowest=1),
+            scales=self._scale("upto", 1, len(scales)),
         )
 
     def _each(self, name: str, scales: Scales) -> tuple:
@@ -124,18 +133,35 @@ class SamplingOptions:
             )
         return value
 
-    def _scale(self, name: str, scales: Scales, lowest: int) -> int:
+    def _scale(self, name: str, lowest: int, highest: int) -> int:
         """The number of scales that an option names; all where it is None."""
         value = getattr(self, name)
-        if value is None:
-            return len(scales)
-        if not lowest <= operator.index(value) <= len(scales):
-            raise ValueError(f"{name} must be in {lowest} .. {len(scales)}, found {value}")
-        return value
+        return highest if value is None else check_integer(name, value, lowest, highest)
+
+
+def check_integer(name: str, value, lowest: int, highest: int | None = None) -> int:
+    """Return an argument as an int.
+
+    Raises:
+      ValueError: naming the argument, if it is no integer (a bool is none) or out of its range.
+    """
+    if not (_is_integer(value) and lowest <= value and (highest is None or value <= highest)):
+        bounds = f"of at least {lowest}" if highest is None else f"in {lowest} .. {highest}"
+        raise ValueError(f"{name} must be a whole number {bounds}, found {value!r}")
+    return int(value)
+
+
+def _is_integer(value) -> bool:
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
+
+
+def _is_number(value) -> bool:
+    """Whether a value is a finite real number; a bool is none."""
+    return isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _check(message: str, value, holds) -> None:
     """Raises ValueError unless a value, or each of a tuple, holds what it must."""
     for one in value if isinstance(value, tuple) else (value,):
         if not holds(one):
-            raise ValueError(f"{message}, found {one}")
+            raise ValueError(f"{message}, found {one!r}")

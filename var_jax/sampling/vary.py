@@ -3,37 +3,41 @@
     python -m var_jax.sampling.vary --workdir=runs/digits --image=digit.png --label=3 --out=vary
 
 Writes `vary.png`: a row for each scale k that is the first to be drawn anew, from k = 0 (nothing is kept) to
-the last; in each row the image as the tokenizer has it, then its variations.  With two labels an image of
-the first class is led to the second.  This is a script; no module imports it.
+the last; in each row the image as the tokenizer has it, then its variations.  With --towards the image is led
+to another class.  This is a script; no module imports it.
 """
 
 import sys
-from pathlib import Path
 
 import numpy as np
 from absl import app, flags
+from etils import epath
 
 from var_jax import command_line
+from var_jax.paths import as_path
 from var_jax.sampling import pictures
 from var_jax.sampling.image_files import UnusableImage, fitted, open_image
+from var_jax.sampling.options import MAX_SEED
 
 FLAGS = flags.FLAGS
 
 
-def vary(model, out: Path) -> None:
+def vary(model, out: epath.Path) -> None:
     """Writes the picture, a row for each first scale that is drawn anew."""
     side, scales = model.tokenizer.module.config.image_size, model.module.config.schedule
     if FLAGS.image:
         image = np.asarray(fitted(open_image(FLAGS.image, "RGB"), side, FLAGS.image), np.float32) / 255
         tokens = model.tokenizer.encode(image[None])
-    label = command_line.labels(model, "label") if FLAGS.label else np.array([model.num_classes])
+    label = command_line.labels(model, "label", most=1) if FLAGS.label else np.array([model.num_classes])
+    towards = command_line.labels(model, "towards", most=1) if FLAGS.towards else label
     options = command_line.as_keywords(command_line.options(model))
     if not FLAGS.image:
-        _, tokens = model.generate(label[:1], FLAGS.seed, return_tokens=True, **options)
+        _, tokens = model.generate(label, FLAGS.seed, return_tokens=True, **options)
     original, rows = model.tokenizer.decode(tokens), []
-    labels, many = np.repeat(label[-1:], FLAGS.num), np.repeat(tokens, FLAGS.num, axis=0)
+    labels, many = np.repeat(towards, FLAGS.num), np.repeat(tokens, FLAGS.num, axis=0)
+    seed = (FLAGS.seed + 1) % (MAX_SEED + 1)  # of other draws than those that made the image
     for k in range(len(scales)):
-        varied = model.vary(many, k, labels, FLAGS.seed + 1, **options)
+        varied = model.vary(many, k, labels, seed, **options)
         rows.append(np.concatenate([original, varied]))
     picture = pictures.grid(np.concatenate(rows), columns=FLAGS.num + 1)
     pictures.save(picture, out / "vary.png")
@@ -46,7 +50,7 @@ def main(argv):
     command_line.start()
     model = command_line.load()
     try:
-        vary(model, Path(FLAGS.out or "vary"))
+        vary(model, as_path(FLAGS.out or "vary"))
     except UnusableImage as error:
         sys.exit(f"vary: {error}")
 
@@ -55,6 +59,7 @@ if __name__ == "__main__":
     command_line.define_model_flags()
     command_line.define_sampling_flags()
     flags.DEFINE_string("image", None, "The image; by default one is drawn")
-    flags.DEFINE_list("label", None, "Its class; two classes lead from the first to the second; default none")
+    flags.DEFINE_list("label", None, "Its class; `none`, the default, for no class")
+    flags.DEFINE_list("towards", None, "Another class to lead it to; by default its own")
     flags.DEFINE_integer("num", 8, "Variations in a row", lower_bound=1)
     app.run(main)

@@ -98,12 +98,6 @@ class Tokenizer(nn.Module):
         """Tokens of all maps, or of the first few, int32 -> images float32 [B, H, W, 3]."""
         return self.decode_features(self.quantizer().partial_sums(tokens)[-1])
 
-    def decode_steps(self, tokens: jax.Array) -> jax.Array:
-        """Tokens of n maps -> images float32 [B, n, H, W, 3] after 1, 2, ... n maps."""
-        sums = jnp.stack(self.quantizer().partial_sums(tokens), axis=1)
-        images = self.decode_features(sums.reshape(-1, *sums.shape[2:]))
-        return images.reshape(*sums.shape[:2], *images.shape[1:])
-
     def _maps_kept(self, batch: int) -> jax.Array:
         """int [B]: all K maps, or for a share `quantizer_dropout` of the images 1 .. K - 1 of them."""
         which, how_many = jax.random.split(self.make_rng("dropout"))
@@ -136,5 +130,11 @@ def decode(tokenizer: Tokenizer, params: dict, tokens: jax.Array) -> jax.Array:
 
 @partial(jax.jit, static_argnums=0)
 def decode_steps(tokenizer: Tokenizer, params: dict, tokens: jax.Array) -> jax.Array:
-    """Tokens of n maps -> images [B, n, H, W, 3] in [-1, 1] after 1, 2, ... n maps, in one program."""
-    return tokenizer.apply({"params": params}, tokens, method="decode_steps")
+    """Tokens of n maps -> images [B, n, H, W, 3] in [-1, 1] after 1, 2, ... n maps.
+
+    One program that decodes B images at a time: the memory of `decode` for any n.
+    """
+    quantizer = Quantizer.create(params["quantizer"], tokenizer.config)
+    decode_sum = partial(tokenizer.apply, {"params": params}, method="decode_features")
+    steps = jax.lax.map(decode_sum, jnp.stack(quantizer.partial_sums(tokens)))
+    return jnp.moveaxis(steps, 0, 1)
