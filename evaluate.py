@@ -41,7 +41,7 @@ def main(argv):
     path, scales = command_line.tokenizer_source()
     command_line.start()
     try:
-        tokenizer = var_jax.load_tokenizer(path, scales=scales)
+        tokenizer = var_jax.load_tokenizer(path, scales=scales, dtype=FLAGS.dtype)
         vgg = load_perceptual(FLAGS.perceptual_weights) if FLAGS.perceptual_weights else None
         source = open_source(FLAGS.data, FLAGS.split, FLAGS.data_dir)
         transform = ToPixels(source.name, tokenizer.module.config.image_size, FLAGS.resize, False)

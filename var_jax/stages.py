@@ -111,6 +111,8 @@ def build_task(
     if stage.data.tokens:
         source.description.check_data(stage.data)
         source.description.check_tokenizer(task.fingerprint, task.config.scales, task.config.num_codes)
+        if notice := source.description.dtype_notice():
+            print(f"{task.name}: {notice}", flush=True)
     return task, steps
 
 
