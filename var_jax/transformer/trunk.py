@@ -90,8 +90,11 @@ def _project_forward(x, kernel):
 
 
 def _project_backward(factors, gradient):
-    _, pull = jax.vjp(_product, *factors)
-    return pull(gradient.astype(factors[0].dtype))
+    x, kernel = factors
+    gradient = gradient.astype(x.dtype)
+    (x_gradient,) = jax.linear_transpose(lambda x: _product(x, kernel), x)(gradient)
+    (kernel_gradient,) = jax.linear_transpose(lambda kernel: _product(x, kernel), kernel)(gradient)
+    return x_gradient, kernel_gradient
 
 
 _project.defvjp(_project_forward, _project_backward)
