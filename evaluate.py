@@ -42,7 +42,7 @@ def main(argv):
     path, scales = command_line.tokenizer_source()
     command_line.start()
     try:
-        tokenizer = var_jax.load_tokenizer(path, scales=scales, step=FLAGS.step)
+        tokenizer = var_jax.load_tokenizer(path, scales=scales, step=FLAGS.step, dtype=FLAGS.dtype)
         vgg = load_perceptual(FLAGS.perceptual_weights) if FLAGS.perceptual_weights else None
         source = open_source(FLAGS.data, FLAGS.split, FLAGS.data_dir)
     except (FileNotFoundError, ValueError) as error:  # the message names the file, or the data set

@@ -18,7 +18,7 @@ from var_jax.sampling.batch_size import codec_batch
 from var_jax.sampling.generate import Given, check_finite, generate_in_chunks, put, teacher_forced_logits
 from var_jax.sampling.keep import anew_from_scale, anew_under_mask
 from var_jax.sampling.options import MAX_SEED, SamplingOptions, check_integer
-from var_jax.sampling.precision import in_compute_dtype
+from var_jax.sampling.precision import in_compute_dtype, tokenizer_in_compute_dtype
 from var_jax.tokenizer import model as tokenizer_model
 from var_jax.transformer.trunk import Trunk
 
@@ -37,7 +37,7 @@ class LoadedTokenizer:
     """
 
     def __init__(self, model: tokenizer_model.Tokenizer, params: dict):
-        self.module, self.params = model, in_compute_dtype(params, model.dtype)
+        self.module, self.params = model, tokenizer_in_compute_dtype(params, model)
         self.params = jax.tree.map(jnp.asarray, self.params)  # cast on the host, so that it is held once
         self.scales, self.num_codes = model.config.scales, model.config.num_codes
 
@@ -333,21 +333,30 @@ class LoadedVAR:
         return labels.astype(np.int32)
 
 
-def load_tokenizer(path: str | Path, scales=None, step: int | str = "latest") -> LoadedTokenizer:
+def load_tokenizer(
+    path: str | Path, scales=None, step: int | str = "latest", dtype: str = "auto"
+) -> LoadedTokenizer:
     """Loads a tokenizer from a run directory or a published `.pth` or `.safetensors` file.
 
     Args:
       path: the --workdir of a run, or a file.
       scales: sides of the token maps, where a file's are not those of 256px.
       step: checkpoint of a run: a step, `latest` or `best`.
+      dtype: `auto` encodes in float32, so that tokens are the same on every platform, and decodes in bfloat16
+        on accelerators and in float32 on CPU; `float32` and `bfloat16` are for both (docs/precision.md).
 
     Raises:
       FileNotFoundError: where there is nothing of the kind.
-      ValueError: where the tensors do not fit, naming them.
+      ValueError: where the tensors do not fit, naming them; on another dtype.
     """
-    return LoadedTokenizer(*load.load_tokenizer(path, scales, step))
+    return LoadedTokenizer(*load.load_tokenizer(path, scales, step, dtype))
 
 
-def load_var(path: str | Path, tokenizer: LoadedTokenizer, step: int | str = "latest") -> LoadedVAR:
-    """Loads a transformer from a run (VAR, else next-token) or a published file; see `load_tokenizer`."""
-    return LoadedVAR(*load.load_transformer(path, tokenizer.module.config, step), tokenizer)
+def load_var(
+    path: str | Path, tokenizer: LoadedTokenizer, step: int | str = "latest", dtype: str = "auto"
+) -> LoadedVAR:
+    """Loads a transformer from a run (VAR, else next-token) or a published file; see `load_tokenizer`.
+
+    Its `dtype` is that of the matrix products: bfloat16 on accelerators and float32 on CPU by default.
+    """
+    return LoadedVAR(*load.load_transformer(path, tokenizer.module.config, step, dtype), tokenizer)

@@ -25,6 +25,13 @@ def define_tokenizer_flags() -> None:
     flags.DEFINE_string("workdir", None, "Directory of a run")
     flags.DEFINE_string("tokenizer", None, "Published tokenizer file or a run; by default that of --workdir")
     flags.DEFINE_list("scales", None, "Sides of the token maps of a published file that is not of 256px")
+    flags.DEFINE_enum(
+        "dtype",
+        "auto",
+        ["auto", "float32", "bfloat16"],
+        "Of the networks; auto: float32 to encode, so that tokens are the same everywhere, and for the rest "
+        "bfloat16 on accelerators, float32 on CPU",
+    )
 
 
 def define_model_flags() -> None:
@@ -143,10 +150,10 @@ def load() -> var_jax.LoadedVAR:
         raise app.UsageError("give --workdir of a run, or --tokenizer and --checkpoint of published files")
     path, scales = tokenizer_source()
     try:
-        tokenizer = var_jax.load_tokenizer(path, scales=scales)
+        tokenizer = var_jax.load_tokenizer(path, scales=scales, dtype=FLAGS.dtype)
         if is_file:
-            return var_jax.load_var(checkpoint, tokenizer=tokenizer)
-        return var_jax.load_var(FLAGS.workdir, tokenizer=tokenizer, step=checkpoint)
+            return var_jax.load_var(checkpoint, tokenizer=tokenizer, dtype=FLAGS.dtype)
+        return var_jax.load_var(FLAGS.workdir, tokenizer=tokenizer, step=checkpoint, dtype=FLAGS.dtype)
     except (FileNotFoundError, ValueError) as error:  # the message names the file and what is wrong with it
         sys.exit(f"{Path(sys.argv[0]).name}: {error}")
 

@@ -131,6 +131,8 @@ def build_task(
         with config_errors():
             source.description.check_data(stage.data)
             source.description.check_tokenizer(task.fingerprint, task.config.scales, task.config.num_codes)
+        if notice := source.description.dtype_notice():
+            print(f"{task.name}: {notice}", flush=True)
     return task, steps
 
 

@@ -39,7 +39,7 @@ class Description:
       tokenizer: fingerprint of the tokenizer.
       scales: sides of the token maps.
       num_codes: V.
-      dtype: that the encoder computed in.
+      dtype: that the encoder computed in; in float32, tokens are the same on every platform.
       crops: of each training image.
       resize, flip, shift: as `ToPixels` takes them.
       seed: of the crops; crop c of image i depends on (seed, i, c) alone.
@@ -113,6 +113,16 @@ class Description:
                 "this run (config.tokenizer); encode anew, into another directory, or name the right one\n  "
                 + "\n  ".join(different)
             )
+
+    def dtype_notice(self) -> str | None:
+        """What is to be said of tokens that are not those of a float32 encoder; None of those that are."""
+        if self.dtype == "float32":
+            return None
+        return (
+            f"the token cache (config.data.tokens) of {self.data} was encoded in {self.dtype}: some of its "
+            "tokens are not those that this tokenizer has in float32, in which images are encoded everywhere "
+            "else (docs/precision.md); encode anew with --dtype=auto, into another directory, for these"
+        )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -34,7 +34,7 @@ from var_jax.data.token_cache import SPLITS, Description, Note
 from var_jax.data.transforms import CorruptImage, ToPixels
 from var_jax.interop.load import load_tokenizer
 from var_jax.paths import is_remote
-from var_jax.sampling.precision import in_compute_dtype
+from var_jax.sampling.precision import tokenizer_in_compute_dtype
 from var_jax.tokenizer.fingerprint import fingerprint
 from var_jax.tokenizer.model import Tokenizer, to_unit_range
 from var_jax.training.sharding import batch_sharding, make_mesh, replicated
@@ -64,7 +64,7 @@ class BatchEncoder:
             raise ValueError(f"--batch={batch} must be a multiple of {mesh.size}, the number of devices")
         self.image_size, self.batch = tokenizer.config.image_size, batch
         self._sharding = batch_sharding(mesh)
-        self._params = jax.device_put(in_compute_dtype(params, tokenizer.dtype), replicated(mesh))
+        self._params = jax.device_put(tokenizer_in_compute_dtype(params, tokenizer), replicated(mesh))
         self._program = jax.jit(
             lambda params, images: tokenizer.apply({"params": params}, to_unit_range(images), method="encode")
         )
@@ -208,7 +208,7 @@ def describe(
         tokenizer=fingerprint(params),
         scales=tokenizer.config.scales,
         num_codes=tokenizer.config.num_codes,
-        dtype=tokenizer.dtype.name,
+        dtype=tokenizer.dtype_of_encoder.name,
         crops=crops,
         seed=seed,
         shard=shard,
@@ -224,7 +224,7 @@ def from_flags() -> tuple[epath.Path, Description, tuple[Source, Source], BatchE
       ValueError: on flags that do not fit, or files that cannot be read.
     """
     out = readable_path(FLAGS.out, "--out")
-    tokenizer, params = load_tokenizer(*command_line.tokenizer_source())
+    tokenizer, params = load_tokenizer(*command_line.tokenizer_source(), dtype=FLAGS.dtype)
     data = {name: FLAGS[name].value for name in ("train_split", "eval_split", "resize", "flip", "shift")}
     data["name"], folder = FLAGS["data.name"].value, FLAGS["data.dir"].value
     sources = tuple(

@@ -35,13 +35,14 @@ def load_tokenizer(
         on a tokenizer from elsewhere leads to that.
       scales: sides of the token maps, where a file's are not those of 256px.
       step: checkpoint of a run: a step, `latest` or `best`.
-      dtype: of the convolutions: auto, float32 or bfloat16.
+      dtype: of the convolutions: float32 or bfloat16; auto is float32 in the encoder, so that tokens are the
+        same on every platform, and in the decoder bfloat16 on accelerators.
 
     Raises:
       FileNotFoundError: where there is nothing of the kind.
       ValueError: where the tensors do not fit, naming them.
     """
-    path, computed = as_path(path), compute_dtype(dtype)
+    path, computed = as_path(path), _tokenizer_dtypes(dtype)
     if not _is_weights(path):
         if not (path / "tokenizer").exists() and (path / _transformer_of(path) / FOLDER).exists():
             stage = load_config(path / _transformer_of(path) / FOLDER)[1]["stage"]
@@ -53,13 +54,19 @@ def load_tokenizer(
             raise ValueError(
                 f"the tokenizer under {path} has scales {config.scales}, asked for {tuple(scales)}"
             )
-        return Tokenizer(config, computed), params
+        return Tokenizer(config, **computed), params
     config, params = _from_file(path, "tokenizer", read_tensors(path, "tokenizer"), scales)
-    return Tokenizer(config, computed), params
+    return Tokenizer(config, **computed), params
+
+
+def _tokenizer_dtypes(name: str) -> dict:
+    """The fields of a `Tokenizer` that an argument `dtype` stands for."""
+    decoder = compute_dtype(name)
+    return {"dtype": decoder, "encoder_dtype": jnp.dtype(jnp.float32) if name == "auto" else decoder}
 
 
 def load_transformer(
-    path: str | Path, tokenizer: TokenizerConfig, step: int | str = "latest"
+    path: str | Path, tokenizer: TokenizerConfig, step: int | str = "latest", dtype: str = "auto"
 ) -> tuple[Trunk, dict, SamplingOptions]:
     """A transformer for a tokenizer, its float32 parameters on the host, and how its run samples.
 
@@ -68,21 +75,22 @@ def load_transformer(
         .pth or .safetensors file.
       tokenizer: what it predicts the tokens of.
       step: checkpoint of a run: a step, `latest` or `best`.
+      dtype: of the matrix products: float32 or bfloat16; auto is bfloat16 on accelerators, float32 on CPU.
 
     Raises:
       FileNotFoundError: where there is nothing of the kind.
       ValueError: where the tensors do not fit each other or the tokenizer, naming them.
     """
-    path, dtype = as_path(path), compute_dtype("auto")
+    path, computed = as_path(path), compute_dtype(dtype)
     if not _is_weights(path):
         kind = _transformer_of(path)
         params, record = load_params(path / kind / FOLDER, step)
         config = CONFIGS[kind](**record["model"])
         _check_fit(path, config, tokenizer)
-        return NETWORKS[kind](config, dtype), params, SamplingOptions(**record["stage"]["sampling"])
+        return NETWORKS[kind](config, computed), params, SamplingOptions(**record["stage"]["sampling"])
     config, params = _from_file(path, "next_scale", read_tensors(path, "next_scale"), tokenizer.scales)
     _check_fit(path, config, tokenizer)
-    return NextScale(config, dtype), params, SamplingOptions()
+    return NextScale(config, computed), params, SamplingOptions()
 
 
 def _transformer_of(run: Path) -> str:

@@ -56,7 +56,8 @@ def _noise(keys: jax.Array, fold: int | jax.Array, shape: tuple[int, ...]) -> ja
 def smooth_codes(logits: jax.Array, noise: jax.Array, codes: jax.Array, progress: float) -> jax.Array:
     """Gumbel-softmax mixtures of codes, sharper from scale to scale -> [B, n, C]."""
     temperature = max(0.27 * (1 - 0.95 * progress), 0.005)
-    return jax.nn.softmax(((1 + progress) * logits + noise) / temperature, axis=-1) @ codes
+    shares = jax.nn.softmax(((1 + progress) * logits + noise) / temperature, axis=-1)
+    return jnp.matmul(shares, codes, precision=jax.lax.Precision.HIGHEST)
 
 
 def _draw(

@@ -13,6 +13,7 @@ with a leading axis.
 import jax
 import jax.numpy as jnp
 
+from var_jax.dtypes import product_precision
 from var_jax.tokenizer.perceptual import SCALE, SHIFT
 from var_jax.tokenizer.resize import bicubic_resize, bilinear_resize
 
@@ -62,7 +63,9 @@ def _embed(params: dict, images: jax.Array, dtype: jnp.dtype) -> jax.Array:
     grid = max(-(-images.shape[1] // patch), SMALLEST_GRID)
     x = (bilinear_resize(images, grid * patch) - SHIFT) / SCALE
     x = x.reshape(-1, grid, patch, grid, patch, 3).astype(dtype)
-    x = jnp.einsum("bhiwjc,ijcd->bhwd", x, kernel.astype(dtype)) + params["patch"]["bias"].astype(dtype)
+    precision = product_precision(dtype)
+    x = jnp.einsum("bhiwjc,ijcd->bhwd", x, kernel.astype(dtype), precision=precision)
+    x = x + params["patch"]["bias"].astype(dtype)
     trained = round((len(positions) - 1) ** 0.5)
     at_patch = bicubic_resize(positions[1:].reshape(1, trained, trained, width), grid)
     x = (x + at_patch.astype(dtype)).reshape(-1, grid * grid, width)
@@ -74,14 +77,17 @@ def _block(x: jax.Array, block: dict) -> tuple[jax.Array, jax.Array]:
     """Tokens [B, T, D] and one block's parameters -> tokens twice: to go on with, and to collect."""
     qkv = _linear(block["qkv"], _norm(block["norm1"], x))
     q, k, v = (part.reshape(*x.shape[:2], -1, HEAD_SIZE) for part in jnp.split(qkv, 3, axis=-1))
-    x = x + _linear(block["proj"], jax.nn.dot_product_attention(q, k, v).reshape(x.shape))
+    with jax.default_matmul_precision(product_precision(x.dtype)):  # it takes no precision as an argument
+        attended = jax.nn.dot_product_attention(q, k, v)
+    x = x + _linear(block["proj"], attended.reshape(x.shape))
     hidden = jax.nn.gelu(_linear(block["fc1"], _norm(block["norm2"], x)), approximate=False)
     x = x + _linear(block["fc2"], hidden)
     return x, x
 
 
 def _linear(layer: dict, x: jax.Array) -> jax.Array:
-    return x @ layer["kernel"].astype(x.dtype) + layer["bias"].astype(x.dtype)
+    y = jnp.matmul(x, layer["kernel"].astype(x.dtype), precision=product_precision(x.dtype))
+    return y + layer["bias"].astype(x.dtype)
 
 
 def _norm(layer: dict, x: jax.Array) -> jax.Array:

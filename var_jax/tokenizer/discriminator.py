@@ -7,6 +7,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from var_jax.dtypes import product_precision
 from var_jax.tokenizer.layers import Conv1x1, Conv3x3, Norm, bias_init, conv_init
 
 SLOPE = 0.2  # of the leaky ReLUs below zero
@@ -56,12 +57,13 @@ class FeatureHeads(nn.Module):
     def __call__(self, features: list[jax.Array]) -> jax.Array:
         """Maps [B, h, w, c] of several layers -> logits of all of them."""
         logits = []
+        how = dict(dtype=self.dtype, precision=product_precision(self.dtype))
         for i, x in enumerate(features):
-            x = Conv1x1(self.channels, dtype=self.dtype, name=f"head{i}_in")(x.astype(self.dtype))
+            x = Conv1x1(self.channels, **how, name=f"head{i}_in")(x.astype(self.dtype))
             x = nn.leaky_relu(Norm(_groups(self.channels), dtype=self.dtype, name=f"head{i}_norm1")(x), SLOPE)
-            y = Conv3x3(self.channels, dtype=self.dtype, name=f"head{i}_conv")(x)
+            y = Conv3x3(self.channels, **how, name=f"head{i}_conv")(x)
             y = nn.leaky_relu(Norm(_groups(self.channels), dtype=self.dtype, name=f"head{i}_norm2")(y), SLOPE)
-            x = Conv1x1(1, dtype=self.dtype, name=f"head{i}_judge")(x + y)
+            x = Conv1x1(1, **how, name=f"head{i}_judge")(x + y)
             logits.append(x.reshape(x.shape[0], -1).astype(jnp.float32))
         return jnp.concatenate(logits, axis=1)
 
@@ -73,6 +75,7 @@ def _conv4x4(features: int, stride: int, dtype, name: str) -> nn.Conv:
         stride,
         padding=((1, 2), (1, 2)) if stride == 1 else ((1, 1), (1, 1)),
         dtype=dtype,
+        precision=product_precision(dtype),
         kernel_init=conv_init,
         bias_init=bias_init,
         name=name,

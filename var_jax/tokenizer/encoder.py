@@ -1,5 +1,7 @@
 """The encoder: pixels to features."""
 
+from functools import partial
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -13,22 +15,30 @@ class Encoder(nn.Module):
 
     config: TokenizerConfig
     dtype: jnp.dtype
+    precision: str
     remat: bool = False
 
     @nn.compact
     def __call__(self, images: jax.Array, train: bool = False) -> jax.Array:
         cfg, last = self.config, len(self.config.ch_mult) - 1
-        x = Conv3x3(cfg.ch, dtype=self.dtype, name="conv_in")(images)
+        conv = partial(Conv3x3, dtype=self.dtype, precision=self.precision)
+        block = partial(
+            residual_block(self.remat),
+            groups=cfg.norm_groups,
+            dropout=cfg.dropout,
+            dtype=self.dtype,
+            precision=self.precision,
+        )
+        attention = partial(AttentionBlock, cfg.norm_groups, self.dtype, self.precision)
+        middle = Middle(cfg.norm_groups, cfg.dropout, self.dtype, self.precision, self.remat, name="middle")
+        x = conv(cfg.ch, name="conv_in")(images)
         for level, mult in enumerate(cfg.ch_mult):
             for i in range(cfg.num_blocks):
-                block = residual_block(self.remat)(
-                    cfg.ch * mult, cfg.norm_groups, cfg.dropout, self.dtype, name=f"level{level}_block{i}"
-                )
-                x = block(x, train)
+                x = block(cfg.ch * mult, name=f"level{level}_block{i}")(x, train)
                 if level == last:
-                    x = AttentionBlock(cfg.norm_groups, self.dtype, name=f"level{level}_attention{i}")(x)
+                    x = attention(name=f"level{level}_attention{i}")(x)
             if level != last:
-                x = Downsample(self.dtype, name=f"level{level}_downsample")(x)
-        x = Middle(cfg.norm_groups, cfg.dropout, self.dtype, self.remat, name="middle")(x, train)
+                x = Downsample(self.dtype, self.precision, name=f"level{level}_downsample")(x)
+        x = middle(x, train)
         x = nn.silu(Norm(cfg.norm_groups, dtype=self.dtype, name="norm_out")(x))
-        return Conv3x3(cfg.code_dim, dtype=self.dtype, name="conv_out")(x)
+        return conv(cfg.code_dim, name="conv_out")(x)

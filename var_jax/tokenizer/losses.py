@@ -10,14 +10,14 @@ from var_jax.tokenizer.perceptual import perceptual_distance
 
 
 def image_terms(
-    images: jax.Array, again: jax.Array, vgg: dict | None = None, dtype: jnp.dtype = jnp.float32
+    images: jax.Array, again: jax.Array, vgg: dict | None = None, precision: str = "highest"
 ) -> dict[str, jax.Array]:
     """What a reconstruction is held to, unweighted.
 
     Args:
       images, again: float32 [B, H, W, 3] in [-1, 1], and their reconstructions.
       vgg: parameters for the perceptual distance; None leaves that term out.
-      dtype: of the convolutions of the perceptual distance.
+      precision: of the convolutions of the perceptual distance.
 
     Returns:
       float32 [B] each: `l2` and `l1`, means over the pixel values; `perceptual`, LPIPS.
@@ -28,7 +28,7 @@ def image_terms(
         "l1": jnp.mean(jnp.abs(error), axis=(1, 2, 3)),
     }
     if vgg is not None:
-        terms["perceptual"] = perceptual_distance(vgg, images, again, dtype)
+        terms["perceptual"] = perceptual_distance(vgg, images, again, precision)
     return terms
 
 

@@ -7,6 +7,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
+from var_jax.dtypes import product_precision
 from var_jax.tokenizer.config import TokenizerConfig
 from var_jax.tokenizer.decoder import Decoder
 from var_jax.tokenizer.encoder import Encoder
@@ -59,20 +60,32 @@ class Tokenizer(nn.Module):
       config: the architecture.
       dtype: of the convolutions; features are quantised, and images returned, in float32.
       remat: keep only the inputs of the residual blocks for the backward pass.
+      encoder_dtype: of the encoder, where it is another: tokens are those of the published code only in
+        float32.
+      encoder_precision: of the encoder's products, where it is not `product_precision` of its dtype.
     """
 
     config: TokenizerConfig
     dtype: jnp.dtype = jnp.float32
     remat: bool = False
+    encoder_dtype: jnp.dtype | None = None
+    encoder_precision: str | None = None
 
     def setup(self):
         self.quantizer = Codebook(self.config)
         if self.config.patch:
             return
-        self.encoder = Encoder(self.config, self.dtype, self.remat)
-        self.quant_conv = Conv3x3(self.config.code_dim, dtype=self.dtype)
-        self.post_quant_conv = Conv3x3(self.config.code_dim, dtype=self.dtype)
-        self.decoder = Decoder(self.config, self.dtype, self.remat)
+        dtype = self.dtype_of_encoder
+        encoding = dict(dtype=dtype, precision=self.encoder_precision or product_precision(dtype))
+        decoding = dict(dtype=self.dtype, precision=product_precision(self.dtype))
+        self.encoder = Encoder(self.config, **encoding, remat=self.remat)
+        self.quant_conv = Conv3x3(self.config.code_dim, **encoding)
+        self.post_quant_conv = Conv3x3(self.config.code_dim, **decoding)
+        self.decoder = Decoder(self.config, **decoding, remat=self.remat)
+
+    @property
+    def dtype_of_encoder(self) -> jnp.dtype:
+        return jnp.dtype(self.dtype if self.encoder_dtype is None else self.encoder_dtype)
 
     def __call__(self, images: jax.Array, train: bool = False) -> Reconstruction:
         """Images -> their reconstructions, with gradients straight through the quantizer."""

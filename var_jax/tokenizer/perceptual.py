@@ -20,49 +20,55 @@ SHIFT = np.array([-0.030, -0.088, -0.188], np.float32)
 SCALE = np.array([0.458, 0.448, 0.450], np.float32)
 
 
-def vgg_features(params: dict, images: jax.Array, dtype: jnp.dtype = jnp.float32) -> list[jax.Array]:
-    """Images [B, H, W, 3] in [-1, 1] -> the last activation of each layer, [B, H / 2^i, W / 2^i, C_i].
+def vgg_features(params: dict, images: jax.Array, precision: str = "highest") -> list[jax.Array]:
+    """Images [B, H, W, 3] in [-1, 1] -> the last activation of each layer, float32 [B, H/2^i, W/2^i, C_i].
+
+    Args:
+      params: of `load_perceptual`.
+      images: at least 16 pixels a side.
+      precision: of the convolutions.
 
     Raises:
       ValueError: on images that the poolings leave nothing of.
     """
     if min(images.shape[1:3]) < 16:
         raise ConfigError(f"the perceptual distance needs at least 16 x 16 pixels, found {images.shape[1:3]}")
-    x, found = ((images - SHIFT) / SCALE).astype(dtype), []
+    x, found = (images - SHIFT) / SCALE, []
     for layer, convolutions in enumerate(LAYERS):
         if layer:
             x = jax.lax.reduce_window(x, -jnp.inf, jax.lax.max, (1, 2, 2, 1), (1, 2, 2, 1), "VALID")
         for i in convolutions:
             conv = params["conv"][str(i)]
             x = jax.lax.conv_general_dilated(
-                x, conv["kernel"].astype(dtype), (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+                x,
+                conv["kernel"],
+                (1, 1),
+                "SAME",
+                dimension_numbers=("NHWC", "HWIO", "NHWC"),
+                precision=precision,
             )
-            x = jax.nn.relu(x + conv["bias"].astype(dtype))
+            x = jax.nn.relu(x + conv["bias"])
         found.append(x)
     return found
 
 
-def perceptual_by_layer(
-    params: dict, x: jax.Array, y: jax.Array, dtype: jnp.dtype = jnp.float32
-) -> jax.Array:
+def perceptual_by_layer(params: dict, x: jax.Array, y: jax.Array, precision: str = "highest") -> jax.Array:
     """Images [B, H, W, 3] in [-1, 1], twice -> float32 [5, B]: the distance at each layer."""
-    both = vgg_features(params, jnp.concatenate([x, y]), dtype)
+    both = vgg_features(params, jnp.concatenate([x, y]), precision)
     distances = []
     for layer, features in enumerate(both):
-        features = features.astype(jnp.float32)
         unit = features / (jnp.sqrt(jnp.sum(features**2, -1, keepdims=True) + 1e-20) + 1e-10)
         a, b = jnp.split(unit, 2)
-        distances.append(((a - b) ** 2 @ params["linear"][str(layer)]).mean((1, 2)))
+        weighted = jnp.matmul((a - b) ** 2, params["linear"][str(layer)], precision=precision)
+        distances.append(weighted.mean((1, 2)))
     return jnp.stack(distances)
 
 
-def perceptual_distance(
-    params: dict, x: jax.Array, y: jax.Array, dtype: jnp.dtype = jnp.float32
-) -> jax.Array:
+def perceptual_distance(params: dict, x: jax.Array, y: jax.Array, precision: str = "highest") -> jax.Array:
     """LPIPS of images [B, H, W, 3] in [-1, 1] -> float32 [B].
 
     Args:
       params: of `load_perceptual`; no gradient flows to them where they are not differentiated.
-      dtype: of the convolutions.
+      precision: of the convolutions; all arrays are float32.
     """
-    return perceptual_by_layer(params, x, y, dtype).sum(0)
+    return perceptual_by_layer(params, x, y, precision).sum(0)

@@ -46,7 +46,10 @@ def _phi_index(k: int, num_scales: int, num_phis: int) -> int:
 
 @flax.struct.dataclass
 class Quantizer:
-    """Codebook [V, C], phi kernels [n, 3, 3, C, C] and biases [n, C] (None: no phi); all float32."""
+    """Codebook [V, C], phi kernels [n, 3, 3, C, C] and biases [n, C] (None: no phi); all float32.
+
+    All products are of precision HIGHEST: a residual rounded by the platform leads to other tokens.
+    """
 
     codebook: jax.Array
     phi_kernel: jax.Array | None
@@ -88,7 +91,12 @@ class Quantizer:
             return h
         i = _phi_index(k, len(self.scales), self.phi_kernel.shape[0])
         conv = jax.lax.conv_general_dilated(
-            h, self.phi_kernel[i], (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+            h,
+            self.phi_kernel[i],
+            (1, 1),
+            "SAME",
+            dimension_numbers=("NHWC", "HWIO", "NHWC"),
+            precision=jax.lax.Precision.HIGHEST,
         )
         return (1 - PHI_SHARE) * h + PHI_SHARE * (conv + self.phi_bias[i])
 

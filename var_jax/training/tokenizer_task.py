@@ -1,5 +1,6 @@
 """Training the multi-scale tokenizer: reconstruction, codebook, adversary, and codes kept alive."""
 
+import dataclasses
 from functools import partial
 
 import flax.linen as nn
@@ -9,6 +10,7 @@ import numpy as np
 import optax
 from ml_collections import ConfigDict
 
+from var_jax.dtypes import product_precision
 from var_jax.errors import ConfigError
 from var_jax.sampling import pictures
 from var_jax.tokenizer.codebook import codebook_use, count_codes
@@ -55,6 +57,8 @@ class TokenizerTask(Task):
             self.best_metric = "perceptual"
         self.config = model_config(TokenizerConfig, stage.model)
         self.model = Tokenizer(self.config, compute_dtype(stage.train.dtype), stage.train.remat)
+        # Held-out images are encoded as they will be once this tokenizer is trained.
+        self.evaluated = dataclasses.replace(self.model, encoder_dtype=jnp.dtype(jnp.float32))
         self.optimizer = make_optimizer(stage.train, steps)
         self.image_size = self.config.image_size
         self.care = CodebookCare(stage.codebook, self.config, steps, stage.train.batch)
@@ -120,7 +124,8 @@ class TokenizerTask(Task):
             return (output.images, self._codebook_terms(params, output.quantized)), output.quantized
 
         def objective(again, codebook_terms):
-            terms = image_terms(images, again, frozen.get("vgg"), self.model.dtype) | codebook_terms
+            precision = product_precision(self.model.dtype)
+            terms = image_terms(images, again, frozen.get("vgg"), precision) | codebook_terms
             terms = {"loss": weighted_sum(terms, self.weights), **terms}
             metrics = jax.tree.map(jnp.mean, terms)
             return metrics["loss"], metrics
@@ -162,9 +167,9 @@ class TokenizerTask(Task):
 
     def eval_step(self, params, frozen, batch):
         images, valid = to_unit_range(batch["image"]), batch["valid"]
-        output = self.model.apply({"params": params}, images)
+        output = self.evaluated.apply({"params": params}, images)
         again = jnp.clip(output.images, -1, 1)
-        terms = image_terms(images, again, frozen.get("vgg"), self.model.dtype)
+        terms = image_terms(images, again, frozen.get("vgg"))
         terms["codebook"] = output.quantized.loss
         # The entropy of a batch is no sum over its images.
         weights = {name: weight for name, weight in self.weights.items() if name != "entropy"}

@@ -1,5 +1,7 @@
 """Training a transformer, next-scale or next-token, on the tokens of a frozen tokenizer."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,7 +9,8 @@ import optax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from var_jax.errors import config_errors
+from var_jax.dtypes import PRECISIONS
+from var_jax.errors import ConfigError, config_errors
 from var_jax.sampling import pictures
 from var_jax.sampling.generate import as_pixels, generate, image_keys
 from var_jax.sampling.options import SamplingOptions
@@ -37,6 +40,20 @@ from var_jax.transformer.trunk import Trunk
 PREVIEW_COLUMNS = 8  # images of a class in a preview
 
 
+def encoder_precision(section: ConfigDict) -> str:
+    """`config.transformer.encoder_precision`; that of configs/common.py in a config from before it.
+
+    Raises:
+      ConfigError: on a value that is none.
+    """
+    precision = section.get("encoder_precision", "high")
+    if precision not in PRECISIONS:
+        raise ConfigError(
+            f"transformer.encoder_precision must be one of {', '.join(PRECISIONS)}; found {precision!r}"
+        )
+    return precision
+
+
 class TransformerTask(Task):
     """See `Task`.  `frozen` holds the parameters of the tokenizer.
 
@@ -44,6 +61,7 @@ class TransformerTask(Task):
       config: the architecture.
       model: the network.
       tokenizer: whose tokens it predicts.
+      training_tokenizer: the same, as it encodes the images of a training step.
     """
 
     architecture: type[TransformerConfig]
@@ -60,7 +78,11 @@ class TransformerTask(Task):
     ):
         """`mesh` is what it will be trained on (None: one device), for what is chosen by the chip."""
         self.stage = stage
-        self.tokenizer = tokenizer
+        # Whatever the rest computes in: tokens are those of a float32 encoder.
+        self.tokenizer = dataclasses.replace(tokenizer, encoder_dtype=jnp.dtype(jnp.float32))
+        self.training_tokenizer = dataclasses.replace(
+            self.tokenizer, encoder_precision=encoder_precision(stage.transformer)
+        )
         self.config = model_config(
             self.architecture,
             stage.model,
@@ -92,19 +114,19 @@ class TransformerTask(Task):
         inputs = jnp.zeros((1, self.config.length - self.config.first, self.config.code_dim))
         return self.model.init(key, jnp.zeros(1, jnp.int32), inputs)["params"], {}
 
-    def _tokens(self, frozen, batch):
+    def _tokens(self, tokenizer, frozen, batch):
         """Targets [B, L], from the batch's own tokens or its images, and teacher-forcing input."""
         params = frozen["tokenizer"]
         if "tokens" in batch:
             tokens = batch["tokens"]
         else:
             images = to_unit_range(batch["image"])
-            tokens = self.tokenizer.apply({"params": params}, images, method="encode")
+            tokens = tokenizer.apply({"params": params}, images, method="encode")
         quantizer = Quantizer.create(params["quantizer"], self.tokenizer.config)
         return teacher_forcing(self.config, quantizer, tokens)
 
     def train_step(self, state, frozen, batch, key):
-        tokens, inputs = self._tokens(frozen, batch)
+        tokens, inputs = self._tokens(self.training_tokenizer, frozen, batch)
         return self.train_on_tokens(state, batch["label"], tokens, inputs, key)
 
     def train_on_tokens(self, state, labels, tokens, inputs, key):
@@ -129,7 +151,7 @@ class TransformerTask(Task):
         return state, {**metrics, "gradient_norm": optax.tree.norm(grads)}
 
     def eval_step(self, params, frozen, batch):
-        tokens, inputs = self._tokens(frozen, batch)
+        tokens, inputs = self._tokens(self.tokenizer, frozen, batch)
         losses, right = self.model.apply({"params": params}, batch["label"], inputs, tokens, method="losses")
         over_images = lambda x: jnp.sum(x * batch["valid"][:, None], axis=0)  # noqa: E731
         return {"images": batch["valid"].sum(), "losses": over_images(losses), "right": over_images(right)}

@@ -5,10 +5,10 @@
 | `einsum` | all scores in memory, masked | the reference; CPU |
 | `grouped` | queries of a group attend to the keys up to its end, so large maps need no mask | anywhere |
 | `cudnn` | as grouped, the groups without a mask by cuDNN's fused kernel | NVIDIA GPUs, bfloat16 |
-| `splash` | Pallas kernel that skips masked blocks (`transformer/splash.py`) | TPU |
+| `splash` | Pallas kernel that skips masked blocks (`transformer/splash.py`) | TPU, bfloat16 |
 | `tokamax` | fused kernel with a last key for each query; needs the extra `tokamax` | NVIDIA GPUs |
 
-`auto` is `splash` on TPU, `cudnn` on GPU in 16 bits, `grouped` on GPU otherwise, `einsum` on CPU.
+`auto` is `splash` on TPU and `cudnn` on GPU in 16 bits, `grouped` on both in float32, `einsum` on CPU.
 """
 
 import itertools
@@ -22,6 +22,7 @@ import numpy as np
 from absl import flags
 from jax.ad_checkpoint import checkpoint_name
 
+from var_jax.dtypes import product_precision
 from var_jax.partition import on_each_device
 from var_jax.transformer.splash import OUTPUT, splash
 
@@ -44,13 +45,17 @@ def choose_attention(
     """
     half, able = jnp.dtype(dtype).itemsize == 2, _able(masks, bias)
     if name == "auto":
-        best = {"tpu": ("splash", "grouped"), "gpu": ("cudnn", "grouped") if half else ("grouped",)}
+        kernel = {"tpu": ("splash",), "gpu": ("cudnn",)} if half else {}
+        best = {on: (*kernel.get(on, ()), "grouped") for on in ("tpu", "gpu")}
         return next((found for found in best.get(platform, ()) if found in able), "einsum")
     if name not in IMPLEMENTATIONS:
         known = ", ".join(("auto", *IMPLEMENTATIONS))
         raise ValueError(f"transformer.attention must be one of {known}; found {name!r}")
-    if name == "splash" and platform != "tpu":
-        raise ValueError(f"transformer.attention=splash runs on TPU, found {platform}; try auto or grouped")
+    if name == "splash" and (platform != "tpu" or not half):
+        raise ValueError(
+            "transformer.attention=splash runs on TPU in bfloat16 (it rounds float32 to that), found "
+            f"{jnp.dtype(dtype).name} on {platform}; try auto or grouped"
+        )
     if name == "cudnn" and (platform != "gpu" or not half):
         raise ValueError(
             "transformer.attention=cudnn runs on an NVIDIA GPU in bfloat16, found "
@@ -128,13 +133,17 @@ def einsum(
     """See `attend`; plain matrix products."""
     # Heads before positions in memory: XLA's CPU matrix products are then two to three times as fast.
     q, k, v = (x.swapaxes(1, 2) for x in (q, k, v))
-    scores = jnp.einsum("bnqh,bnkh->bnqk", q, k, preferred_element_type=jnp.float32) * scale
+    precision = product_precision(q.dtype)
+    scores = (
+        jnp.einsum("bnqh,bnkh->bnqk", q, k, precision=precision, preferred_element_type=jnp.float32) * scale
+    )
     if bias is not None:
         scores = scores + bias
     if mask is not None:
         scores = jnp.where(mask, scores, jnp.finfo(jnp.float32).min)
     shares = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
-    return checkpoint_name(jnp.einsum("bnqk,bnkh->bnqh", shares, v).swapaxes(1, 2), OUTPUT)
+    y = jnp.einsum("bnqk,bnkh->bnqh", shares, v, precision=precision)
+    return checkpoint_name(y.swapaxes(1, 2), OUTPUT)
 
 
 def cudnn(q: jax.Array, k: jax.Array, v: jax.Array, scale: float, mask: None) -> jax.Array:

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
+from var_jax.dtypes import product_precision
 from var_jax.partition import split, tensor_shards
 from var_jax.transformer.attention import attend, normalize_qk
 from var_jax.transformer.cache import KVCache
@@ -42,11 +43,15 @@ def modulate(x: jax.Array, scale: jax.Array, shift: jax.Array) -> jax.Array:
 def dense(
     features: int, axes: tuple[str | None, str], init, dtype, name: str | None, use_bias=True, product=None
 ) -> nn.Dense:
-    """A linear layer whose parameters carry logical axis names; `product` in place of `dot_general`."""
+    """A linear layer whose parameters carry logical axis names; `product` in place of `dot_general`.
+
+    Its product is of `product_precision` of the dtype.
+    """
     return nn.Dense(
         features,
         use_bias=use_bias,
         dtype=dtype,
+        precision=product_precision(dtype),
         kernel_init=nn.with_logical_partitioning(init, axes),
         bias_init=nn.with_logical_partitioning(nn.initializers.zeros_init(), axes[1:]),
         dot_general=product,
@@ -158,8 +163,8 @@ class MLP(nn.Module):
 class Block(nn.Module):
     """x += gamma1 * Attn(adaLN(x)); x += gamma2 * MLP(adaLN(x)).
 
-    Scanned over layers: the residual stream x (float32 [B, n, D], as under autocast in the published
-    code) and the cache are carried; the layer's number, adaLN vectors and drop rate are scanned over; all
+    Scanned over layers: the residual stream x (float32 [B, n, D]; under autocast the published code has it in
+    16 bits) and the cache are carried; the layer's number, adaLN vectors and drop rate are scanned over; all
     layers have the same view.
 
     Attributes:

@@ -4,6 +4,7 @@ Label and positions in, adaLN blocks, logits out, with the published initialisat
 """
 
 from collections.abc import Callable
+from functools import partial
 
 import flax.linen as nn
 import flax.struct
@@ -11,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from var_jax.dtypes import product_precision
 from var_jax.partition import gathered, split
 from var_jax.transformer import positions
 from var_jax.transformer.block import Block, Modulation, View, dense, modulate, normal
@@ -73,12 +75,58 @@ class Blocks(nn.Module):
         return x, cache
 
 
+@jax.custom_vjp
+def _project(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """x [B, n, D] times kernel [D, V] -> float32 [B, n, V], summed up in float32 and not rounded after that.
+
+    In the backward pass the gradient of the logits is rounded to the dtype of x and kernel: a product of
+    float32 and bfloat16 would run in float32.
+    """
+    return _product(x, kernel, preferred_element_type=jnp.float32)
+
+
+def _project_forward(x, kernel):
+    return _project(x, kernel), (x, kernel)
+
+
+def _project_backward(factors, gradient):
+    x, kernel = factors
+    gradient = gradient.astype(x.dtype)
+    (x_gradient,) = jax.linear_transpose(lambda x: _product(x, kernel), x)(gradient)
+    (kernel_gradient,) = jax.linear_transpose(lambda kernel: _product(x, kernel), kernel)(gradient)
+    return x_gradient, kernel_gradient
+
+
+_project.defvjp(_project_forward, _project_backward)
+
+
+def _product(x, kernel, **how):
+    axes = (((x.ndim - 1,), (0,)), ((), ()))
+    return jax.lax.dot_general(x, kernel, axes, precision=product_precision(x.dtype), **how)
+
+
+class Head(nn.Module):
+    """Linear D -> V; the product of operands of `dtype`, the logits float32."""
+
+    num_codes: int
+    kernel_init: Callable
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        kernel_init = nn.with_logical_partitioning(self.kernel_init, ("embed", "codes"))
+        bias_init = nn.with_logical_partitioning(nn.initializers.zeros_init(), ("codes",))
+        kernel = self.param("kernel", kernel_init, (x.shape[-1], self.num_codes))
+        bias = self.param("bias", bias_init, (self.num_codes,))
+        return _project(x.astype(self.dtype), kernel.astype(self.dtype)) + bias
+
+
 class Trunk(nn.Module):
     """Logits of every token given those before it in the order of prediction, and a label.
 
     Attributes:
       config: the architecture.
-      dtype: of the matrix products; norms, residual stream and logits are float32.
+      dtype: of the matrix products; norms, embeddings, residual stream and logits are float32.
       attention: its implementation (see `attend`).
       remat: what a block keeps for its backward pass (see `transformer/remat.py`).
     """
@@ -96,7 +144,7 @@ class Trunk(nn.Module):
         if isinstance(cfg, NextScaleConfig):
             self.level_embedding = self.param("level_embedding", init, (len(cfg.scales), d))
         self._setup_positions(init)
-        self.code_embedding = dense(d, (None, "embed"), normal(d), self.dtype, None)
+        self.code_embedding = dense(d, (None, "embed"), normal(d), jnp.float32, None)  # as published
         if cfg.shared_adaln:
             self.shared_adaln = dense(6 * d, ("embed", "mlp"), normal(d), self.dtype, None)
             offset = lambda key, shape: (  # noqa: E731  (std D^-1/2, gates small, the rest halved)
@@ -114,7 +162,7 @@ class Trunk(nn.Module):
             )(cfg, self.dtype)
         self.blocks = Blocks(cfg, self.dtype, self.attention, self.remat)
         self.head_adaln = dense(2 * d, ("embed", "mlp"), normal(d, 0.5), self.dtype, None)
-        self.head = dense(cfg.num_codes, ("embed", "codes"), normal(d, 0.02), self.dtype, None)
+        self.head = Head(cfg.num_codes, normal(d, 0.02), self.dtype)
 
     def _setup_positions(self, init):
         """The parameters of positions, float32: tables of width D, or a bias of each bucket and head."""
@@ -204,11 +252,10 @@ class Trunk(nn.Module):
         return condition.start[:, None] + self.start_embedding
 
     def _embed(self, inputs: jax.Array) -> jax.Array:
-        return self.code_embedding(inputs).astype(jnp.float32)
+        return self.code_embedding(inputs)
 
     def _logits(self, x: jax.Array, scale_shift: jax.Array) -> jax.Array:
-        x = modulate(x, scale_shift[:, 0], scale_shift[:, 1]).astype(self.dtype)
-        return split(self.head(x), tensor=2).astype(jnp.float32)
+        return split(self.head(modulate(x, scale_shift[:, 0], scale_shift[:, 1])), tensor=2)
 
     def _placed(self, x: jax.Array, take: Callable = _all) -> jax.Array:
         """x [B, n, D] with what tells the places of its positions (and their scales) added.
@@ -223,7 +270,8 @@ class Trunk(nn.Module):
             return x + take(self.position_embedding)
         if cfg.absolute == "learned_2d":
             rows, columns = (take(positions.interpolation(axis, places.side)) for axis in places.query.T)
-            return x + rows @ self.row_embedding + columns @ self.column_embedding
+            product = partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
+            return x + product(rows, self.row_embedding) + product(columns, self.column_embedding)
         return x + take(positions.sinusoids(places, cfg.width)) if cfg.absolute else x
 
     def _view(self, take: Callable = _all, seen: Callable = _all, **more) -> View:
