@@ -37,7 +37,7 @@ def goldens_parts(options: Options) -> list[Part]:
     """Published outputs: asserted of float32 models, stated of the others."""
     folder, transformers = options.goldens, GOLDEN_VARS[:1] if options.tiny else GOLDEN_VARS
     parts = []
-    for dtype in ("float32", "bfloat16") if options.platform == "cpu" else ("float32", "auto", "bfloat16"):
+    for dtype in ("float32", "auto") if options.tiny else ("float32", "auto", "bfloat16"):
         exact = dtype == "float32"
         runs = {"tokenizer": partial(golden_tokenizer, folder, dtype)}
         for name in transformers if exact else () if options.tiny else GOLDEN_VARS[:1]:
@@ -148,7 +148,7 @@ def attention_parts(options: Options) -> list[Part]:
             run = partial(check_attention, name, dtype, options.tiny)
             parts.append(Part(name=f"{name}, {dtype}", run=run, seconds=5))
     dtype = "float32" if options.tiny else "bfloat16"
-    for policy in KEPT:
+    for policy in ("mlp", "full") if options.tiny else KEPT:
         run = partial(check_remat, policy, dtype, options.platform, options.tiny)
         parts.append(Part(name=f"remat {policy}, {dtype}", run=run, seconds=8))
     return parts
@@ -210,8 +210,8 @@ def remat_reference(tiny: bool) -> tuple[dict, tuple[jax.Array, dict]]:
     """Parameters of two blocks, and their loss and gradients by einsum in float32 that keeps everything."""
     config = attention_config(tiny)
     model = NextScale(config, jnp.dtype("float32"), "einsum", "none")
-    labels, tokens, inputs = random_tokens(config, remat_batch(tiny))
-    params = parameters(lambda key: model.init(key, labels[:1], inputs[:1])["params"])
+    labels, _, inputs = random_tokens(config, 1)
+    params = parameters(lambda key: model.init(key, labels, inputs)["params"])
     with jax.default_matmul_precision("highest"):
         return params, loss_and_gradients(model, tiny)(params)
 

@@ -95,8 +95,10 @@ def training_command(options: Options, workdir: Path) -> list[str]:
     fields |= {"train.batch": 16} if options.tiny else {}
     flags = [f"--config.{stage}.{name}={value}" for stage in STAGES for name, value in fields.items()]
     if options.tiny:  # patches of pixels for a tokenizer: they compile at once
-        flags += ["--config.tokenizer.model.patch=2", "--config.tokenizer.model.num_phis=0"]
-        flags += ["--config.next_scale.model.depth=2", "--config.next_scale.model.width=32"]
+        model = {"tokenizer.model.patch": 2, "tokenizer.model.num_phis": 0}
+        model |= {"tokenizer.model.scales": (1, 2, 4), "tokenizer.model.num_codes": 32}
+        model |= {"next_scale.model.depth": 1, "next_scale.model.width": 32}
+        flags += [f"--config.{name}={value}" for name, value in model.items()]
     return [sys.executable, "train.py", "--config=configs/digits.py", f"--workdir={workdir}", *flags]
 
 
