@@ -10,10 +10,12 @@ from pathlib import Path
 import jax
 import numpy as np
 from absl import app, flags, logging
+from etils import epath
 
 import var_jax
 from var_jax.errors import UserError
 from var_jax.interop.tensor_files import SUFFIXES
+from var_jax.paths import local_path
 from var_jax.sampling.options import MAX_SEED, SamplingOptions
 
 FLAGS = flags.FLAGS
@@ -195,6 +197,14 @@ def numbers(flag: str, kind) -> list:
         return [kind(value) for value in FLAGS[flag].value]
     except ValueError as error:
         raise app.UsageError(f"--{flag}={','.join(FLAGS[flag].value)}: {error}") from error
+
+
+def local_folder(flag: str) -> epath.Path:
+    """Directory on this machine that a flag names.  Raises UsageError on a URL."""
+    try:
+        return local_path(FLAGS[flag].value, f"--{flag}")
+    except ValueError as error:
+        raise app.UsageError(str(error)) from error
 
 
 def _yes_or_no(word: str) -> bool:

@@ -7,7 +7,14 @@ from PIL import Image
 
 import var_jax
 from tests.test_scripts import command
-from var_jax.benchmarks.locality import GROUPS, distances, finest_tokens, information, summary
+from var_jax.benchmarks.locality import (
+    GROUPS,
+    check_map,
+    distances,
+    finest_tokens,
+    information,
+    summary,
+)
 from var_jax.data.loader import batch_indices
 from var_jax.data.sources import open_source
 from var_jax.data.transforms import decode
@@ -67,7 +74,7 @@ def test_tokens_are_those_of_the_last_map_of_images_drawn_at_random(tiny_run, di
     np.testing.assert_array_equal(found[[0, 5]], tokenizer.encode(images / np.float32(255))[:, 5:])
     assert found.shape == (70, 16)
     with pytest.raises(ValueError, match=r"last map of scales \(1, 1\) has one token"):
-        finest_tokens(SimpleNamespace(scales=(1, 1)), source, 70)
+        check_map(SimpleNamespace(scales=(1, 1)))
 
 
 def test_tokens_that_spread_from_their_neighbours_tell_about_near_ones_most(tiny_run):

@@ -22,7 +22,7 @@ from ml_collections import ConfigDict
 from configs import digits, tokenizer
 from var_jax import command_line, stages
 from var_jax.benchmarks.tables import markdown
-from var_jax.data.sources import DataSetMissing
+from var_jax.errors import UserError
 from var_jax.training.logging import read_metrics
 
 FLAGS = flags.FLAGS
@@ -151,7 +151,7 @@ def main(argv):
     variants = FLAGS.variants or known
     if unknown := sorted(set(variants) - set(known)):
         raise app.UsageError(f"--variants must be among {', '.join(known)}; found {', '.join(unknown)}")
-    seeds, out = command_line.numbers("seeds", int), Path(FLAGS.out)
+    seeds, out = command_line.numbers("seeds", int), command_line.local_folder("out")
     command_line.start()
     try:
         for seed in seeds:
@@ -159,7 +159,7 @@ def main(argv):
                 print(f"--- {variant}, seed {seed}", flush=True)
                 config = experiment(variant, FLAGS.data, FLAGS.data_dir, seed, FLAGS.steps)
                 stages.run(config, out / variant / str(seed))
-    except DataSetMissing as error:
+    except UserError as error:
         sys.exit(f"codebook: {error}")
     model = experiment(variants[0], FLAGS.data, FLAGS.data_dir, seeds[0], FLAGS.steps).model
     runs = results(out, known)  # of earlier calls too

@@ -34,6 +34,7 @@ from var_jax.benchmarks import compare_report
 from var_jax.benchmarks.prepared import prepare
 from var_jax.data.sources import open_source
 from var_jax.data.transforms import ToPixels
+from var_jax.errors import ConfigError, UserError
 from var_jax.evaluation.classifier import Jury
 from var_jax.orders import ORDERS
 from var_jax.sampling.generate import as_pixels
@@ -85,10 +86,10 @@ def bases_of(config: ConfigDict, out: Path) -> dict[str, ConfigDict]:
     Their tokenizers are trained and their data is encoded, under OUT/tokenizers; what is there is taken.
 
     Raises:
-      ValueError: on a config without the stages tokenizer and next_scale.
+      ConfigError: on a config without the stages tokenizer and next_scale.
     """
     if "stages" not in config or not {"tokenizer", "next_scale"} <= set(config.stages):
-        raise ValueError("--config must have the stages tokenizer and next_scale, as configs/digits.py has")
+        raise ConfigError("--config must have the stages tokenizer and next_scale, as configs/digits.py has")
     flat = next_token.flattened(config)
     bases = {"next_scale": config.next_scale, "next_token": flat.next_token}
     for task, trains in (("next_scale", config.tokenizer), ("next_token", flat.tokenizer)):
@@ -186,11 +187,11 @@ def main(argv):
     if len(argv) > 1:
         raise app.UsageError(f"unknown arguments {argv[1:]}")
     systems, seeds = named(FLAGS.systems, SYSTEMS), command_line.numbers("seeds", int)
-    out = Path(FLAGS.out)
+    out = command_line.local_folder("out")
     command_line.start()
     try:
         found = compared(bases_of(FLAGS.config, out), systems, seeds, out, FLAGS.steps, FLAGS.per_class)
-    except (FileNotFoundError, ValueError) as error:  # the message names what is missing or differs
+    except UserError as error:
         sys.exit(f"compare: {error}")
     (out / "compare.json").write_text(json.dumps(found, indent=1))
     (out / "compare.md").write_text(compare_report.table(found) + "\n")

@@ -29,7 +29,6 @@ import math
 import platform
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import NamedTuple
 
 import flax.linen as nn
@@ -209,7 +208,7 @@ def main(argv):
     except ValueError as error:  # a width that its heads do not divide
         raise app.UsageError(f"--width={FLAGS.width}: {error}") from error
     command_line.start()
-    out = Path(FLAGS.out)
+    out = command_line.local_folder("out")
     out.mkdir(parents=True, exist_ok=True)
     say = lambda line: print(line, flush=True)  # noqa: E731
     points = list(measure(sides, FLAGS.width, FLAGS.depth, FLAGS.most_seconds, say))

@@ -33,6 +33,7 @@ from ml_collections import ConfigDict, config_flags
 import var_jax
 from var_jax import command_line, stages
 from var_jax.benchmarks import compare, generality_report, known_part
+from var_jax.errors import UserError
 from var_jax.evaluation.classifier import Classifier
 from var_jax.orders import ORDERS
 from var_jax.sampling.pictures import to_uint8
@@ -205,12 +206,12 @@ def main(argv):
     if len(argv) > 1:
         raise app.UsageError(f"unknown arguments {argv[1:]}")
     systems, seeds = compare.named(FLAGS.systems, SYSTEMS), command_line.numbers("seeds", int)
-    out = Path(FLAGS.out)
+    out = command_line.local_folder("out")
     command_line.start()
     try:
         bases = compare.bases_of(FLAGS.config, out)
         found, pictures = compared(bases, systems, seeds, out, FLAGS.steps, FLAGS.draws)
-    except (FileNotFoundError, ValueError) as error:  # the message names what is missing or differs
+    except UserError as error:
         sys.exit(f"generality: {error}")
     (out / "generality.json").write_text(json.dumps(found, indent=1))
     (out / "generality.md").write_text(generality_report.tables(found) + "\n")

@@ -33,6 +33,7 @@ from var_jax.data.transforms import ToPixels, decode, resize_short_side
 from var_jax.tokenizer import model as tokenizer_model
 from var_jax.tokenizer.model import Tokenizer
 from var_jax.training.chips import CHIPS as DATA_SHEETS
+from var_jax.training.task import program_flops
 from var_jax.transformer.config import NextScaleConfig
 from var_jax.transformer.flops import training_flops
 
@@ -117,11 +118,11 @@ def stage_times(source: Source, transform: ToPixels) -> dict[str, float]:
 
 
 def encoder_flops(tokenizer: Tokenizer) -> float:
-    """Of turning one image into tokens; it has no loops, so that XLA counts rightly."""
+    """FLOPs of turning one image into tokens."""
     side = tokenizer.config.image_size
     image = jax.ShapeDtypeStruct((1, side, side, 3), jnp.float32)
     params = jax.eval_shape(tokenizer.init, jax.random.key(0), image)["params"]
-    return jax.jit(partial(tokenizer_model.encode, tokenizer)).lower(params, image).cost_analysis()["flops"]
+    return program_flops(partial(tokenizer_model.encode, tokenizer), params, image)
 
 
 def cores_needed(flops: float, per_core: float, at_best: float) -> dict[str, dict]:
@@ -143,8 +144,27 @@ def cores_needed(flops: float, per_core: float, at_best: float) -> dict[str, dic
     }
 
 
-def input_rate(args: argparse.Namespace, tokenizer: Tokenizer, config: NextScaleConfig) -> dict:
+def open_data(args: argparse.Namespace) -> Source | None:
+    """Open the data set that --data names; None if a data set is to be made.
+
+    Raises:
+      DataSetMissing: if it is not prepared.
+      ValueError: if it has fewer images than a batch.
+    """
+    source = open_source(args.data, args.split, args.data_dir) if args.data else None
+    name, count = (f"data set {source.name}", len(source)) if source else ("the data set made", args.images)
+    if count < args.batch:
+        raise ValueError(f"{name} has {count} images, fewer than one batch of {args.batch}")
+    return source
+
+
+def input_rate(
+    args: argparse.Namespace, tokenizer: Tokenizer, config: NextScaleConfig, source: Source | None
+) -> dict:
     """Measures reading, decoding, resizing and cropping for training the given networks.
+
+    Args:
+      source: of `open_data`; None makes photographs.
 
     Returns:
       A dict for one line of JSON, in it:
@@ -154,16 +174,10 @@ def input_rate(args: argparse.Namespace, tokenizer: Tokenizer, config: NextScale
         images_per_s_at_best: of one core, by these times.  Where it is far above images_per_s_per_core, other
           work was going on, or threads were in each other's way.
         needed: what machines need that train at ASSUMED_MFU, encoder included.
-
-    Raises:
-      DataSetMissing, ValueError: from `open_source` and `train_batches`.
     """
     transform = ToPixels(args.data or "photographs", args.size, RESIZE, True)
     with tempfile.TemporaryDirectory() as folder:
-        if args.data:
-            source = open_source(args.data, args.split, args.data_dir)
-        else:
-            source = make_photographs(Path(folder), args.images)
+        source = source or make_photographs(Path(folder), args.images)
         stages = stage_times(source, transform)
         rate = loader_rate(source, transform, args)
         sizes = [len(source[i]["image"]) for i in range(min(STAGED, len(source)))]

@@ -33,7 +33,7 @@ import var_jax
 from var_jax import command_line
 from var_jax.benchmarks.tables import markdown
 from var_jax.data.loader import train_batches
-from var_jax.data.sources import DataSetMissing, Source, open_source
+from var_jax.data.sources import Source, open_source
 from var_jax.data.transforms import CorruptImage, ToPixels
 from var_jax.evaluation.locality import (
     by_image_distance,
@@ -79,15 +79,18 @@ def summary(values: np.ndarray) -> dict[str, float]:
     return {"mean": float(values.mean()), "p95": int(p95), "max": int(values.max())}
 
 
+def check_map(tokenizer: var_jax.LoadedTokenizer) -> None:
+    """Raises ValueError where the last map has but one token."""
+    if tokenizer.scales[-1] < 2:
+        raise ValueError(f"the last map of scales {tokenizer.scales} has one token: it has no neighbours")
+
+
 def finest_tokens(tokenizer: var_jax.LoadedTokenizer, source: Source, images: int) -> np.ndarray:
     """Tokens int32 [N, n * n] of the last map, of so many images of a data set, or of all it has.
 
     Raises:
-      ValueError: where the last map has but one token.
       CorruptImage: naming a record that is no image.
     """
-    if tokenizer.scales[-1] < 2:
-        raise ValueError(f"the last map of scales {tokenizer.scales} has one token: it has no neighbours")
     count = min(images, source.num_images)
     pixels = ToPixels(source.name, tokenizer.module.config.image_size, resize=1.0, flip=False)
     batches = train_batches(source, pixels, min(BATCH, count), seed=0, threads=2)
@@ -212,6 +215,7 @@ def _by_doubling(axis: Axes, most: int) -> None:
 def main(argv):
     if len(argv) > 1:
         raise app.UsageError(f"unknown arguments {argv[1:]}")
+    out = command_line.local_folder("out")
     command_line.start()
     found, side = None, FLAGS.side or SIDE
     if FLAGS.workdir or FLAGS.tokenizer:
@@ -219,11 +223,15 @@ def main(argv):
         try:
             tokenizer = var_jax.load_tokenizer(path, scales=scales)
             source = open_source(FLAGS.data, FLAGS.split, FLAGS.data_dir)
+            check_map(tokenizer)
+        except (FileNotFoundError, ValueError) as error:  # the message names the flag or file
+            sys.exit(f"locality: {error}")
+        try:
             found = information(tokenizer, finest_tokens(tokenizer, source, FLAGS.images))
-        except (FileNotFoundError, ValueError, DataSetMissing, CorruptImage) as error:
+        except CorruptImage as error:
             sys.exit(f"locality: {error}")
         found, side = {"data": source.name, **found}, FLAGS.side or found["side"]
-    apart, out = distances(side), Path(FLAGS.out)
+    apart = distances(side)
     out.mkdir(parents=True, exist_ok=True)
     tables = distance_table(side, apart) + (f"\n\n{information_table(found)}" if found else "")
     spread = {

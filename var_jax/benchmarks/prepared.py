@@ -10,6 +10,7 @@ from ml_collections import ConfigDict
 from var_jax import stages
 from var_jax.data.sources import open_source
 from var_jax.data.tokenize import BatchEncoder, describe, write_cache
+from var_jax.errors import ConfigError, config_errors
 from var_jax.interop.load import load_tokenizer
 
 ENCODED_AT_ONCE = 64  # images, by each device
@@ -25,12 +26,12 @@ def prepare(stage: ConfigDict, trains: ConfigDict | None, out: Path, crops: int 
       crops: of each training image.
 
     Raises:
-      ValueError: where there is neither a tokenizer nor a stage that trains one, or several processes
+      ConfigError: where there is neither a tokenizer nor a stage that trains one, or several processes
         would have to encode.
     """
     if not stage.tokenizer:
         if trains is None:
-            raise ValueError("config.tokenizer names none, and no stage of the config trains one")
+            raise ConfigError("config.tokenizer names none, and no stage of the config trains one")
         print("--- tokenizer", flush=True)
         stages.run(trains, out / "tokenizer")
         stage.tokenizer = str((out / "tokenizer").absolute())
@@ -38,12 +39,16 @@ def prepare(stage: ConfigDict, trains: ConfigDict | None, out: Path, crops: int 
     if data.tokens:
         return
     if jax.process_count() > 1:
-        raise ValueError(
+        raise ConfigError(
             "config.data.tokens is empty: on several hosts, encode first with python -m var_jax.data.tokenize"
         )
     print(f"--- tokens, {crops} crops of each image", flush=True)
-    tokenizer, params = load_tokenizer(stage.tokenizer, tuple(stage.scales) or None, dtype=stage.train.dtype)
-    sources = tuple(open_source(data.name, split, data.dir) for split in (data.train_split, data.eval_split))
+    splits = (data.train_split, data.eval_split)
+    with config_errors():
+        tokenizer, params = load_tokenizer(
+            stage.tokenizer, tuple(stage.scales) or None, dtype=stage.train.dtype
+        )
+        sources = tuple(open_source(data.name, split, data.dir) for split in splits)
     encode = BatchEncoder(tokenizer, params, ENCODED_AT_ONCE * jax.device_count())
     holds = describe(tokenizer, params, sources, data, crops, stage.seed)
     write_cache(out / "tokens", holds, sources, encode, data.threads, shlex.join(["python", *sys.argv]))

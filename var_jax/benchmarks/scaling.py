@@ -33,6 +33,7 @@ from ml_collections import config_flags
 from var_jax import command_line
 from var_jax.benchmarks.scaling_report import MODES, draw, merge, table, with_efficiency, with_rates
 from var_jax.benchmarks.subject import CLASSES, STEPS, make_task, next_scale_stage, tokenizer_shapes
+from var_jax.paths import local_path
 from var_jax.training.chips import peak_flops
 from var_jax.training.sharding import batch_sharding, check_batch, make_mesh, replicated
 from var_jax.training.state import count_parameters, create_state
@@ -186,11 +187,13 @@ def main(argv):
         raise app.UsageError(f"unknown arguments {argv[1:]}")
     if bool(FLAGS.config) == bool(FLAGS.merge):
         raise app.UsageError("give --config of what to measure, or --merge of what was")
+    out = command_line.local_folder("out")
     command_line.start()
     command_line.join_hosts()
     try:
         if FLAGS.merge:
-            run = merge([json.loads((Path(folder) / "scaling.json").read_text()) for folder in FLAGS.merge])
+            folders = [local_path(folder, "--merge") for folder in FLAGS.merge]
+            run = merge([json.loads((folder / "scaling.json").read_text()) for folder in folders])
         else:
             job = asked()
     except (FileNotFoundError, ValueError) as error:  # the message names the flag, field or file
@@ -199,7 +202,7 @@ def main(argv):
         with command_line.failing_at_once():
             run = measured(*job)
     if jax.process_index() == 0:
-        report(run, Path(FLAGS.out))
+        report(run, out)
 
 
 def report(run: dict, out: Path) -> None:

@@ -29,6 +29,7 @@ from ml_collections import ConfigDict, config_flags
 from var_jax import command_line, stages
 from var_jax.benchmarks import prepared, scaling_law_report
 from var_jax.benchmarks.subject import next_scale_stage
+from var_jax.errors import UserError, config_errors
 from var_jax.training.checkpoint import FOLDER, load_config
 from var_jax.training.logging import read_metrics
 from var_jax.transformer.config import NextScaleConfig
@@ -44,10 +45,11 @@ def prepare(config: ConfigDict, out: Path, crops: int) -> ConfigDict:
     """The stage next_scale, with its tokenizer trained and its data encoded; what is there is taken as it is.
 
     Raises:
-      ValueError: where there is no such stage, neither a tokenizer nor a stage that trains one, or several
+      ConfigError: where there is no such stage, neither a tokenizer nor a stage that trains one, or several
         processes would have to encode.
     """
-    stage = next_scale_stage(config)
+    with config_errors():
+        stage = next_scale_stage(config)
     trains = {found.task: found for found in stages.stages_of(config)}.get("tokenizer")
     if trains is not None and not stage.data.tokens:  # cut out as for the tokenizer
         stage.data.update({name: trains.data[name] for name in ("resize", "flip", "shift")})
@@ -130,7 +132,7 @@ def main(argv):
         depths, seeds = sizes(FLAGS.depths), sorted(set(command_line.numbers("seeds", int)))
     except ValueError as error:
         raise app.UsageError(str(error)) from error
-    out = Path(FLAGS.out).expanduser().absolute()
+    out = command_line.local_folder("out")
     command_line.start()
     command_line.join_hosts()
     asked = [(depth, seed) for seed in seeds for depth in depths]
@@ -142,7 +144,7 @@ def main(argv):
                 print(f"--- run {i} of {len(asked)}: depth {depth}, seed {seed}", flush=True)
                 how = (FLAGS.width_per_depth, FLAGS.rate_by_width, seed, FLAGS.evaluations)
                 stages.run(experiment(stage, depth, *how), workdir)
-    except (FileNotFoundError, ValueError) as error:  # the message names the flag, field or file
+    except UserError as error:
         sys.exit(f"scaling_law: {error}")
     if jax.process_index() > 0:
         return

@@ -12,10 +12,12 @@ yardstick knows neither encoder nor decoder, so the ratio is of what it does: sa
 training from tokens.  `--with_encoder` adds a training step from images and how much longer it takes: what a
 token cache saves on the device.  `tokenizer` is a training step of the tokenizer, with LPIPS and
 discriminator.  `input` measures the host instead: see input_rate.py.
+`--tiny` measures networks of a few channels on 8x8 images: to try the command, not the machine.
 """
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import time
@@ -30,7 +32,7 @@ from ml_collections import ConfigDict
 
 from configs import tokenizer as tokenizer_config
 from configs import var
-from var_jax.benchmarks.input_rate import add_arguments, input_rate
+from var_jax.benchmarks.input_rate import add_arguments, input_rate, open_data
 from var_jax.sampling.generate import generate, image_keys
 from var_jax.sampling.options import SamplingOptions
 from var_jax.sampling.precision import in_compute_dtype
@@ -42,12 +44,14 @@ from var_jax.tokenizer.perceptual import CHANNELS, LAYERS
 from var_jax.training.chips import peak_flops
 from var_jax.training.sharding import make_mesh
 from var_jax.training.state import TrainState, count_parameters, create_state
-from var_jax.training.task import compute_dtype
+from var_jax.training.task import compute_dtype, program_flops
 from var_jax.training.tokenizer_task import TokenizerTask
 from var_jax.training.transformer_task import NextScaleTask
+from var_jax.transformer.config import NextScaleConfig
 from var_jax.transformer.flops import generation_flops, training_flops
 
 CLASSES = 1000
+TINY = dict(scales=(1, 2, 4), num_codes=16, code_dim=4, ch=8, ch_mult=(1, 1), num_blocks=1, norm_groups=4)
 
 
 def arguments() -> argparse.Namespace:
@@ -64,6 +68,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--with_encoder", action="store_true", help="train: also from images, and the ratio")
     parser.add_argument("--against", help="path of the PyTorch yardstick")
     parser.add_argument("--compile", action="store_true", help="the yardstick under torch.compile")
+    parser.add_argument("--tiny", action="store_true", help="networks of a few channels on 8x8 images")
     add_arguments(parser)
     return parser.parse_args()
 
@@ -72,11 +77,39 @@ def yardstick(args: argparse.Namespace) -> dict:
     """The line that the PyTorch yardstick prints; runs while JAX holds no device yet."""
     ask = f"from var_jax.training.task import compute_dtype; print(compute_dtype({args.dtype!r}))"
     dtype = subprocess.run([sys.executable, "-c", ask], capture_output=True, text=True).stdout.strip()
-    command = [sys.executable, args.against, args.what, f"--depth={args.depth}", f"--batch={args.batch}"]
-    command += [f"--size={args.size}", f"--repeats={args.repeats}", f"--dtype={dtype}"]
-    done = subprocess.run(command + ["--compile"] * args.compile, capture_output=True, text=True)
+    flags = [f"--{name}={getattr(args, name)}" for name in ("depth", "batch", "size", "repeats")]
+    try:
+        return run_yardstick(args.against, [args.what, *flags], dtype, args.compile)
+    except RuntimeError as error:
+        sys.exit(str(error))
+
+
+def run_yardstick(
+    path: str, arguments: list[str], dtype: str, compiled: bool, timeout: float | None = None
+) -> dict:
+    """Run the PyTorch yardstick in a process of its own; JAX must hold no device meanwhile.
+
+    Args:
+      path: of its script.
+      arguments: what to measure, and the flags that it shares with this command.
+      dtype: float32 or bfloat16.
+      compiled: under torch.compile.
+      timeout: seconds.
+
+    Returns:
+      The JSON line that it prints.
+
+    Raises:
+      RuntimeError: if it fails.
+      subprocess.TimeoutExpired: if it takes longer than `timeout`.
+    """
+    command = [sys.executable, path, *arguments, f"--dtype={dtype}", *["--compile"] * compiled]
+    # A float32 model is float32 here on every platform; the yardstick alone would multiply in TF32.
+    environment = {**os.environ, **({"NVIDIA_TF32_OVERRIDE": "0"} if dtype == "float32" else {})}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=timeout)
     if done.returncode:
-        sys.exit(f"the yardstick failed (it needs pip install -e '.[torch]'):\n{done.stderr[-2000:]}")
+        advice = "it needs pip install -e '.[torch]'"
+        raise RuntimeError(f"the yardstick failed ({advice}):\n{done.stderr[-2000:]}")
     return json.loads(done.stdout.strip().splitlines()[-1])
 
 
@@ -88,7 +121,7 @@ def measure(function: Callable, *inputs, repeats: int, carry: bool = False) -> d
       carry: its first output is its first input of the next call (and is donated).
 
     Returns:
-      compile_s, the median of `seconds`, and peak_gib: as the device tells, else as the compiler does.
+      compile_s, the median of `seconds`, and peak_gib (`peak_bytes`).
     """
     start = time.perf_counter()
     compiled = function.lower(*inputs).compile()
@@ -99,21 +132,31 @@ def measure(function: Callable, *inputs, repeats: int, carry: bool = False) -> d
         times.append(time.perf_counter() - start)
         if carry:
             inputs[0] = found[0]
-    memory, stats = compiled.memory_analysis(), jax.devices()[0].memory_stats() or {}
-    parts = ("argument_size_in_bytes", "output_size_in_bytes", "temp_size_in_bytes")
-    needed = sum(getattr(memory, part) for part in parts) - memory.alias_size_in_bytes
     return {
         "seconds": round(float(np.median(times[2:])), 5),
         "compile_s": round(compile_s, 1),
-        "peak_gib": round(stats.get("peak_bytes_in_use", needed) / 2**30, 2),
+        "peak_gib": round(peak_bytes(compiled) / 2**30, 2),
     }
+
+
+def peak_bytes(compiled: jax.stages.Compiled) -> int:
+    """Peak memory of the first device so far; by the compiler's plan of one program if it does not tell."""
+    try:
+        stats = jax.local_devices()[0].memory_stats() or {}
+    except jax.errors.JaxRuntimeError:  # not every platform keeps count
+        stats = {}
+    if "peak_bytes_in_use" in stats:
+        return stats["peak_bytes_in_use"]
+    memory = compiled.memory_analysis()
+    parts = ("argument_size_in_bytes", "output_size_in_bytes", "temp_size_in_bytes")
+    return sum(getattr(memory, part) for part in parts) - memory.alias_size_in_bytes
 
 
 def make_networks(args: argparse.Namespace) -> tuple[Tokenizer, NextScaleTask]:
     """The published architectures; d36 and 512 pixels share adaLN as published."""
     dtype = compute_dtype(args.dtype)
-    scales = SCALES_256 if args.size == 256 else SCALES_512
-    tokenizer = Tokenizer(TokenizerConfig(scales=scales), dtype)
+    shape = TINY if args.tiny else {"scales": SCALES_256 if args.size == 256 else SCALES_512}
+    tokenizer = Tokenizer(TokenizerConfig(**shape), dtype)
     stage = ConfigDict(var.get_config("d16" if args.size == 256 else "d36"))
     stage.model.update(depth=args.depth, width=64 * args.depth, num_heads=args.depth)
     stage.train.update(batch=args.batch, dtype=dtype.name)
@@ -152,25 +195,35 @@ def sample(args: argparse.Namespace, tokenizer: Tokenizer, task: NextScaleTask) 
     return found | {"tflops": flops / seconds / 1e12, "parameters": count_parameters(params)}
 
 
-def train(args: argparse.Namespace, tokenizer: Tokenizer, task: NextScaleTask) -> dict:
-    def start() -> TrainState:
-        params = parameters(lambda key: task.init(key)[0])
-        return TrainState(jnp.zeros((), jnp.int32), params, None, jax.jit(task.optimizer.init)(params), {})
+def initial_state(task: NextScaleTask) -> TrainState:
+    """State before the first training step, on one device."""
+    params = parameters(lambda key: task.init(key)[0])
+    return TrainState(jnp.zeros((), jnp.int32), params, None, jax.jit(task.optimizer.init)(params), {})
 
+
+def random_tokens(config: NextScaleConfig, batch: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Labels [B], tokens [B, L] and teacher-forcing inputs [B, L - first, C] of a training step."""
+    rng, length = np.random.default_rng(0), config.length
+    labels = jnp.asarray(rng.integers(0, config.num_classes, batch), jnp.int32)
+    tokens = jnp.asarray(rng.integers(0, config.num_codes, (batch, length)), jnp.int32)
+    inputs = rng.standard_normal((batch, length - config.first, config.code_dim))
+    return labels, tokens, jnp.asarray(inputs, jnp.float32)
+
+
+def train(args: argparse.Namespace, tokenizer: Tokenizer, task: NextScaleTask) -> dict:
     run = partial(measure, repeats=args.repeats, carry=True)
-    rng, length, side = np.random.default_rng(0), task.config.schedule.length, task.image_size
-    tokens = jnp.asarray(rng.integers(0, task.config.num_codes, (args.batch, length)), jnp.int32)
-    inputs = jnp.asarray(rng.standard_normal((args.batch, length - 1, task.config.code_dim)), jnp.float32)
-    labels = jnp.asarray(rng.integers(0, CLASSES, args.batch), jnp.int32)
-    key, count = jax.random.key(0), count_parameters(jax.eval_shape(start).params)
-    found = run(jax.jit(task.train_on_tokens, donate_argnums=0), start(), labels, tokens, inputs, key)
+    labels, tokens, inputs = random_tokens(task.config, args.batch)
+    key, count = jax.random.key(0), count_parameters(jax.eval_shape(lambda: initial_state(task)).params)
+    step = jax.jit(task.train_on_tokens, donate_argnums=0)
+    found = run(step, initial_state(task), labels, tokens, inputs, key)
     flops = training_flops(task.config) * args.batch
     found |= {"tflops": flops / found["seconds"] / 1e12, "parameters": count}
     if args.with_encoder:
+        rng, side = np.random.default_rng(0), task.image_size
         images = jnp.asarray(rng.integers(0, 256, (args.batch, side, side, 3)), jnp.uint8)
         frozen = {"tokenizer": tokenizer_parameters(tokenizer)}
         batch = {"image": images, "label": labels}
-        whole = run(jax.jit(task.train_step, donate_argnums=0), start(), frozen, batch, key)
+        whole = run(jax.jit(task.train_step, donate_argnums=0), initial_state(task), frozen, batch, key)
         whole |= {"images_per_s": round(args.batch / whole["seconds"], 3)}
         found["with_encoder"] = whole | {"ratio": round(whole["seconds"] / found["seconds"], 3)}
     return found
@@ -183,6 +236,11 @@ def train_tokenizer(args: argparse.Namespace, tokenizer: Tokenizer, task: NextSc
     stage.adversarial.start = 0.0
     stage.codebook.kmeans_steps = 0
     stage.train.update(batch=args.batch, dtype=tokenizer.dtype.name)
+    if (
+        args.tiny
+    ):  # 16 pixels, the fewest that a discriminator of three layers takes; VGG takes long to compile
+        stage.model.update({**TINY, "ch_mult": (1, 1, 1)})
+        stage.loss.perceptual, stage.adversarial.channels = 0.0, 8
     judges = {"vgg": random_vgg()} if stage.loss.perceptual else {}
     own, rng = TokenizerTask(stage, 1000, judges), np.random.default_rng(0)
     one = make_mesh(devices=jax.devices()[:1])
@@ -218,7 +276,7 @@ def through_tokenizer(args: argparse.Namespace, tokenizer: Tokenizer, task: Next
         inputs = jnp.zeros((args.batch, tokenizer.config.schedule.length), jnp.int32)
     function = jax.jit(partial(getattr(tokenizer_model, args.what), tokenizer))
     found = measure(function, params, inputs, repeats=args.repeats)
-    flops = function.lower(params, inputs).cost_analysis()["flops"]  # no loops: XLA counts rightly
+    flops = program_flops(function, params, inputs)
     return found | {"tflops": flops / found["seconds"] / 1e12, "parameters": count_parameters(params)}
 
 
@@ -232,13 +290,14 @@ def main():
     tokenizer, task = make_networks(args)
     if args.what == "input":
         try:
-            return print(json.dumps(input_rate(args, tokenizer, task.config)))
+            source = open_data(args)
         except (FileNotFoundError, ValueError) as error:  # no such data set, or too small a one
             sys.exit(f"throughput: {error}")
+        return print(json.dumps(input_rate(args, tokenizer, task.config, source)))
     steps = {"sample": sample, "train": train, "tokenizer": train_tokenizer}
     run = steps.get(args.what, through_tokenizer)
     found = run(args, tokenizer, task)
-    line = {"what": args.what, "depth": args.depth, "batch": args.batch, "size": args.size}
+    line = {"what": args.what, "depth": args.depth, "batch": args.batch, "size": tokenizer.config.image_size}
     line |= {"device": jax.devices()[0].device_kind, "dtype": jnp.dtype(tokenizer.dtype).name, **found}
     line |= {"images_per_s": round(args.batch / found["seconds"], 3), "tflops": round(found["tflops"], 3)}
     if peak := peak_flops(jax.devices()[0]):
