@@ -28,4 +28,5 @@ def remat_that_fits(stage: ConfigDict, cfg: TransformerConfig, mesh: Mesh, atten
     logits = 3 * 4 * min(MOST_LOGITS, cfg.schedule.length) * cfg.num_codes / tensor
     block = kept_bytes(cfg, "none", itemsize, scores) / cfg.depth / tensor  # being worked out again
     room = SHARE * memory_bytes(mesh.devices.flat[0]) - state - images * (logits + block)
-    return choose_remat(cfg, stage.transformer.remat, images / tensor, room, itemsize, scores)
+    platform = mesh.devices.flat[0].platform
+    return choose_remat(cfg, stage.transformer.remat, images / tensor, room, itemsize, scores, platform)

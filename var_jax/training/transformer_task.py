@@ -63,7 +63,9 @@ class TransformerTask(Task):
         dtype = compute_dtype(stage.train.dtype)
         platform = mesh.devices.flat[0].platform
         bias = self.config.relative == "relative_2d"
-        attention = choose_attention(stage.transformer.attention, platform, dtype, self.config.masks, bias)
+        attention = choose_attention(
+            stage.transformer.attention, platform, dtype, self.config.head_dim, self.config.masks, bias
+        )
         remat = remat_that_fits(stage, self.config, mesh, attention, dtype)
         self.model = self.network(self.config, dtype, attention, remat)
         self.optimizer = make_optimizer(stage.train, steps)
