@@ -16,26 +16,13 @@ from ml_collections import config_flags
 
 from var_jax import stages
 from var_jax.command_line import define_host_flags, failing_at_once, join_hosts, keep_compiled_programs
-from var_jax.data.sources import DataSetMissing
-from var_jax.data.transforms import CorruptImage
-from var_jax.training.checkpoint import CheckpointMissing
-from var_jax.training.disk import CheckpointNotWritten
-from var_jax.training.manifest import CheckpointDamaged
+from var_jax.errors import UserError
 from var_jax.training.profile import parse_steps
-from var_jax.training.watch import TrainingDiverged
 
 CONFIG = config_flags.DEFINE_config_file("config", help_string="What to train, e.g. configs/digits.py")
 WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run: checkpoints, logs, pictures")
 PROFILE = flags.DEFINE_string("profile", None, "START:STOP, steps to trace into WORKDIR/<stage>/profile")
 define_host_flags()
-EXPLAINED = (
-    DataSetMissing,
-    CheckpointMissing,
-    CheckpointDamaged,
-    CheckpointNotWritten,
-    CorruptImage,
-    TrainingDiverged,
-)
 
 
 def main(argv):
@@ -52,8 +39,8 @@ def main(argv):
     try:
         with failing_at_once():
             stages.run(CONFIG.value, WORKDIR.value, profile)
-    except EXPLAINED as error:
-        sys.exit(f"train.py: {error}")  # what to do about it stands in the message
+    except UserError as error:
+        sys.exit(f"train.py: {error}")
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from absl import app, flags, logging
 from jax._src import clusters
 
 import var_jax
+from var_jax.errors import UserError
 from var_jax.interop.tensor_files import SUFFIXES
 from var_jax.sampling.options import SamplingOptions
 
@@ -92,14 +93,17 @@ def failing_at_once():
     """Where there are several hosts, ends a process that fails without the usual ways out, with code 1.
 
     On those JAX would wait for the other hosts, for minutes, while they wait for this one.  A SystemExit
-    of all hosts alike (they were told to stop) goes the usual way.
+    of all hosts alike (they were told to stop) goes the usual way.  Of a UserError the message is printed.
     """
     try:
         yield
-    except Exception:
+    except Exception as error:
         if jax.process_count() == 1:
             raise
-        traceback.print_exc()
+        if isinstance(error, UserError):
+            print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
+        else:
+            traceback.print_exc()
         sys.stderr.flush()
         os._exit(1)
 

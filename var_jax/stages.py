@@ -4,13 +4,16 @@ from pathlib import Path
 
 import flax.linen as nn
 import jax
+from etils import epath
 from ml_collections import ConfigDict
 
 from var_jax.data.sources import Source, open_source
 from var_jax.data.token_cache import open_token_cache
+from var_jax.errors import ConfigError, config_errors
 from var_jax.interop.dino import load_dino
 from var_jax.interop.load import load_tokenizer, read_network, with_path
 from var_jax.interop.perceptual import load_perceptual
+from var_jax.paths import as_path
 from var_jax.tokenizer.model import Tokenizer
 from var_jax.training.checkpoint import FOLDER, CheckpointMissing, has_checkpoint, load_config
 from var_jax.training.fine_tune import Given, fit
@@ -26,7 +29,7 @@ def stages_of(config: ConfigDict) -> list[ConfigDict]:
     """The stages of a config, in order: itself (it has a `task`), or those that `stages` names.
 
     Raises:
-      ValueError: on a stage that the config does not have.
+      ConfigError: on a stage that the config does not have.
     """
     if "stages" not in config:
         return [config]
@@ -35,7 +38,7 @@ def stages_of(config: ConfigDict) -> list[ConfigDict]:
         names = (names,)
     known = [name for name, value in config.items() if isinstance(value, ConfigDict)]
     if not names or set(names) - set(known):
-        raise ValueError(f"config.stages must name some of {known}, found {tuple(names)}")
+        raise ConfigError(f"config.stages must name some of {known}, found {tuple(names)}")
     return [config[name] for name in names]
 
 
@@ -43,7 +46,7 @@ def num_steps(train_config: ConfigDict, num_images: int) -> int:
     """Optimiser steps of a run: `steps`, or else as many as the epochs take."""
     steps = train_config.steps or train_config.epochs * num_images // train_config.batch
     if steps < 1:
-        raise ValueError(
+        raise ConfigError(
             f"train.steps={train_config.steps} and train.epochs={train_config.epochs} make no step"
         )
     return steps
@@ -54,21 +57,29 @@ def open_sources(stage: ConfigDict) -> tuple[Source, Source]:
 
     Raises:
       DataSetMissing: where they are not there, or a cache is not complete; says how to prepare them.
-      ValueError: on tokens for a tokenizer, which is trained on images.
+      ConfigError: on tokens for a tokenizer, which is trained on images.
     """
     data = stage.data
     if not data.tokens:
-        train, held_out = (open_source(data.name, s, data.dir) for s in (data.train_split, data.eval_split))
+        with config_errors("config.data: "):
+            train, held_out = (
+                open_source(data.name, split, data.dir) for split in (data.train_split, data.eval_split)
+            )
+        if len(train) < stage.train.batch:
+            raise ConfigError(
+                f"data set {train.name} has {len(train)} images, fewer than one batch of {stage.train.batch}"
+            )
         return train, held_out
     if stage.task == "tokenizer":
-        raise ValueError(
+        raise ConfigError(
             f"config.data.tokens={data.tokens!r}: the stage tokenizer is trained on images; leave it empty"
         )
-    return open_token_cache(data.tokens)
+    with config_errors("config.data.tokens: "):
+        return open_token_cache(data.tokens)
 
 
 def build_task(
-    stage: ConfigDict, workdir: Path, source: Source, coming: Tokenizer | None = None
+    stage: ConfigDict, workdir: epath.Path, source: Source, coming: Tokenizer | None = None
 ) -> tuple[Task, int]:
     """The task of a stage and its number of steps.
 
@@ -79,7 +90,7 @@ def build_task(
       coming: the tokenizer of an earlier stage that is not trained yet, to check a later stage against.
 
     Raises:
-      ValueError: on a task or a model that does not exist, or tokens of another tokenizer.
+      ConfigError: on a task or a model that does not exist, or tokens of another tokenizer.
       CheckpointMissing: where a transformer has no tokenizer to stand on; says how to get one.
     """
     steps = num_steps(stage.train, source.num_images)
@@ -87,30 +98,32 @@ def build_task(
         return TokenizerTask(stage, steps, judges(stage)), steps
     if stage.task not in TRANSFORMERS:
         known = ", ".join(("tokenizer", *TRANSFORMERS))
-        raise ValueError(f"config.task must be one of {known}; found {stage.task!r}")
+        raise ConfigError(f"config.task must be one of {known}; found {stage.task!r}")
     make = TRANSFORMERS[stage.task]
     mesh = make_mesh(**stage.train.mesh)
     if coming is not None and not stage.tokenizer:
         if stage.data.tokens:
-            raise ValueError(
+            raise ConfigError(
                 f"config.data.tokens={stage.data.tokens!r} needs a trained tokenizer, but that stage "
                 f"comes first here: once it is done, run {stage.task} alone, by --config.stages={stage.task}"
             )
         return make(stage, steps, coming, {}, source.num_classes, mesh), steps
-    path = Path(stage.tokenizer or workdir)
-    try:
-        tokenizer, params = load_tokenizer(path, tuple(stage.scales) or None, dtype=stage.train.dtype)
-    except FileNotFoundError as error:
-        raise CheckpointMissing(
-            f"no tokenizer at {path} (config.tokenizer): {error}\n"
-            "  Give a published file (--config.tokenizer=vae_ch160v4096z32.pth) or the directory of a run,\n"
-            f"  or train one first: python train.py --config=configs/tokenizer.py --workdir={workdir}\n"
-            "  To see everything work without any of that: python train.py --config=configs/digits.py"
-        ) from error
+    path = stage.tokenizer or workdir
+    with config_errors("config.tokenizer: "):
+        try:
+            tokenizer, params = load_tokenizer(path, tuple(stage.scales) or None, dtype=stage.train.dtype)
+        except FileNotFoundError as error:
+            raise CheckpointMissing(
+                f"no tokenizer at {path} (config.tokenizer): {error}\n"
+                "  Give a published file (--config.tokenizer=vae_ch160v4096z32.pth) or the directory of a run,\n"
+                f"  or train one first: python train.py --config=configs/tokenizer.py --workdir={workdir}\n"
+                "  To see everything work without any of that: python train.py --config=configs/digits.py"
+            ) from error
     task = make(stage, steps, tokenizer, params, source.num_classes, mesh)
     if stage.data.tokens:
-        source.description.check_data(stage.data)
-        source.description.check_tokenizer(task.fingerprint, task.config.scales, task.config.num_codes)
+        with config_errors():
+            source.description.check_data(stage.data)
+            source.description.check_tokenizer(task.fingerprint, task.config.scales, task.config.num_codes)
     return task, steps
 
 
@@ -118,38 +131,41 @@ def judges(stage: ConfigDict) -> dict:
     """Parameters of the frozen networks that a tokenizer's losses need; a notice where a file is not given.
 
     Raises:
-      ValueError: where the discriminator stands on DINO and no file is given, or a file does not fit.
-      FileNotFoundError: where a file is missing.
+      ConfigError: where the discriminator stands on DINO and no file is given, or a file is missing or does
+        not fit.
     """
     found = {}
     if stage.loss.get("perceptual"):
         if stage.perceptual_weights:
-            found["vgg"] = load_perceptual(stage.perceptual_weights.split(","))
+            with config_errors("config.perceptual_weights: "):
+                found["vgg"] = load_perceptual(stage.perceptual_weights.split(","))
         else:
             print("tokenizer: no perceptual loss, since config.perceptual_weights names no file", flush=True)
     if stage.adversarial.weight and stage.adversarial.network == "dino":
         if not stage.adversarial.dino_weights:
-            raise ValueError("config.adversarial.network=dino needs a file: config.adversarial.dino_weights")
-        found["dino"] = load_dino(stage.adversarial.dino_weights)
+            raise ConfigError("config.adversarial.network=dino needs a file: config.adversarial.dino_weights")
+        with config_errors("config.adversarial.dino_weights: "):
+            found["dino"] = load_dino(stage.adversarial.dino_weights)
     return found
 
 
-def given_params(stage: ConfigDict, task: Task, workdir: Path) -> dict[str, Given]:
+def given_params(stage: ConfigDict, task: Task, workdir: epath.Path) -> dict[str, Given]:
     """Parameters by path that a stage starts from (`init_from`); none where it goes on from a checkpoint.
 
     Raises:
       CheckpointMissing: where there is nothing at `init_from`.
-      ValueError: where it is another network; names what to change.
+      ConfigError: where it is another network; names what to change.
     """
     path = stage.get("init_from")
     if not path or has_checkpoint(workdir / task.name / FOLDER):
         return {}
-    try:
-        config, params = read_network(path, task.name)
-    except FileNotFoundError as error:
-        raise CheckpointMissing(f"no {task.name} at config.init_from={path}: {error}") from error
     shapes = nn.meta.unbox(jax.eval_shape(task.init, jax.random.key(0))[0])
-    given, notes = with_path(Path(path), fit, params, config, shapes, task.config)
+    with config_errors("config.init_from: "):
+        try:
+            config, params = read_network(path, task.name)
+        except FileNotFoundError as error:
+            raise CheckpointMissing(f"no {task.name} at config.init_from={path}: {error}") from error
+        given, notes = with_path(Path(path), fit, params, config, shapes, task.config)
     notes += _other_tokenizer(path, task)
     print("\n  ".join([f"{task.name}: starts from {path}", *notes]), flush=True)
     return given
@@ -169,17 +185,21 @@ def _other_tokenizer(path: str, task: Task) -> list[str]:
     ]
 
 
-def run(config: ConfigDict, workdir: Path, profile: Steps | None = None) -> None:
+def run(config: ConfigDict, workdir: epath.PathLike, profile: Steps | None = None) -> None:
     """Trains every stage of a config under `workdir`; what is done already is not done again.
 
     `profile` names steps of every stage to trace.
+
+    Raises:
+      UserError: where a stage cannot be trained, before the first one starts; and see `train`.
     """
-    workdir = Path(workdir).expanduser().absolute()
+    workdir = as_path(workdir)
     ready, coming = [], None
+    config = config.copy_and_resolve_references()  # paths become absolute in the run's own copy
     for stage in stages_of(config):  # whatever can be wrong with any stage, before the first one starts
         for field in ("tokenizer", "init_from"):
             if stage.get(field):
-                stage[field] = str(Path(stage[field]).expanduser().absolute())
+                stage[field] = str(as_path(stage[field]))
         sources = open_sources(stage)
         check_training(stage.train)
         task, steps = build_task(stage, workdir, sources[0], coming)

@@ -52,7 +52,10 @@ class Toy(Task):
     def summarize(self, sums):
         return {"loss": float(sums["images"])}
 
-    def preview(self, params, frozen, images):
+    def preview_programs(self, mesh, params, frozen):
+        return {}
+
+    def preview(self, programs, params, frozen, images):
         return {}
 
     def flops_per_image(self):

@@ -9,9 +9,10 @@ import numpy as np
 import tensorflow_datasets as tfds
 
 from var_jax.data.digits import Digits
+from var_jax.errors import UserError
 
 
-class DataSetMissing(FileNotFoundError):
+class DataSetMissing(UserError, FileNotFoundError):
     """A data set is not where the config says; the message tells how to prepare it."""
 
 

@@ -5,8 +5,10 @@ import io
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from var_jax.errors import UserError
 
-class CorruptImage(ValueError):
+
+class CorruptImage(UserError, ValueError):
     """An image of a data set cannot be decoded; names the record."""
 
 

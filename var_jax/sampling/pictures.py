@@ -1,5 +1,6 @@
 """Pictures for people: grids, reconstructions beside their originals, coarse-to-fine strips."""
 
+import io
 import math
 from pathlib import Path
 
@@ -50,6 +51,12 @@ def strips(steps: np.ndarray) -> Image.Image:
 def save(image: Image.Image, path: Path) -> Path:
     """Writes a PNG, making its folder; a half-written file never takes the name."""
     path.parent.mkdir(parents=True, exist_ok=True)
+    content = io.BytesIO()
+    image.save(content, "PNG")
     partial = path.with_name(path.name + ".partial")
-    image.save(partial, "PNG")
-    return partial.replace(path)
+    try:
+        partial.write_bytes(content.getvalue())
+        return partial.replace(path)
+    except OSError:
+        partial.unlink(missing_ok=True)
+        raise

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 import jax
 import jax.numpy as jnp
 
+from var_jax.errors import ConfigError
 from var_jax.tokenizer.perceptual import perceptual_distance
 
 
@@ -59,5 +60,5 @@ def weighted_sum(terms: Mapping[str, jax.Array], weights: Mapping[str, float]) -
       ValueError: on a weight for a term that does not exist.
     """
     if unknown := sorted(name for name, weight in weights.items() if weight and name not in terms):
-        raise ValueError(f"config.loss weighs unknown terms {unknown}; there are {sorted(terms)}")
+        raise ConfigError(f"config.loss weighs unknown terms {unknown}; there are {sorted(terms)}")
     return sum(weight * terms[name] for name, weight in weights.items() if weight)

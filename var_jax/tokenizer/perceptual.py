@@ -9,6 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from var_jax.errors import ConfigError
+
 # Convolutions of each of the five layers that are compared; layers are separated by max pooling.
 LAYERS = ((0, 2), (5, 7), (10, 12, 14), (17, 19, 21), (24, 26, 28))
 CHANNELS = (64, 128, 256, 512, 512)
@@ -25,7 +27,7 @@ def vgg_features(params: dict, images: jax.Array, dtype: jnp.dtype = jnp.float32
       ValueError: on images that the poolings leave nothing of.
     """
     if min(images.shape[1:3]) < 16:
-        raise ValueError(f"the perceptual distance needs at least 16 x 16 pixels, found {images.shape[1:3]}")
+        raise ConfigError(f"the perceptual distance needs at least 16 x 16 pixels, found {images.shape[1:3]}")
     x, found = ((images - SHIFT) / SCALE).astype(dtype), []
     for layer, convolutions in enumerate(LAYERS):
         if layer:

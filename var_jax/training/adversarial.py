@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import optax
 from ml_collections import ConfigDict
 
+from var_jax.errors import ConfigError
 from var_jax.tokenizer.diff_augment import diff_augment
 from var_jax.tokenizer.dino import dino_features
 from var_jax.tokenizer.discriminator import FeatureHeads, PatchDiscriminator, hinge, lecam
@@ -23,17 +24,17 @@ class Adversary:
     """Discriminator and its part of the step."""
 
     def __init__(self, cfg: ConfigDict, train: ConfigDict, steps: int, image_size: int, dtype: jnp.dtype):
-        """Raises ValueError on a field that cannot be."""
+        """Raises ConfigError on a field that cannot be."""
         if cfg.network not in NETWORKS:
-            raise ValueError(f"config.adversarial.network must be one of {NETWORKS}, found {cfg.network!r}")
+            raise ConfigError(f"config.adversarial.network must be one of {NETWORKS}, found {cfg.network!r}")
         for name in ("start", "warmup"):
             if not 0 <= cfg[name] < 1:
-                raise ValueError(f"config.adversarial.{name} must be a share in [0, 1), found {cfg[name]}")
+                raise ConfigError(f"config.adversarial.{name} must be a share in [0, 1), found {cfg[name]}")
         for name in ("weight", "r1", "lecam", "min_ratio"):
             if cfg[name] < 0:
-                raise ValueError(f"config.adversarial.{name} must be 0 or more, found {cfg[name]}")
+                raise ConfigError(f"config.adversarial.{name} must be 0 or more, found {cfg[name]}")
         if cfg.network == "patch" and image_size < 2 ** (cfg.layers + 1):
-            raise ValueError(
+            raise ConfigError(
                 f"config.adversarial.layers={cfg.layers} leaves nothing of images of {image_size} pixels: "
                 "fewer layers, or adversarial.weight=0"
             )

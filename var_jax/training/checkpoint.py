@@ -5,6 +5,7 @@ there is one); `state`, everything else that training goes on from; `config`, wh
 position of the data is the step.
 """
 
+import json
 import shutil
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -15,10 +16,14 @@ import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging
 from flax.traverse_util import flatten_dict, unflatten_dict
+from jax.experimental import multihost_utils
 from jax.sharding import SingleDeviceSharding
 from orbax.checkpoint import checkpoint_managers
+from orbax.checkpoint.checkpoint_manager import METRIC_ITEM_NAME
 from orbax.checkpoint.path import atomicity
 
+from var_jax.errors import UserError
+from var_jax.paths import as_path
 from var_jax.training.disk import CheckpointNotWritten, explained
 from var_jax.training.manifest import SealedPath, check_whole, readable, set_damaged_aside, steps_under
 from var_jax.training.state import TrainState
@@ -40,7 +45,7 @@ def _score(metrics: dict) -> float:
     return metrics["score"]
 
 
-class CheckpointMissing(FileNotFoundError):
+class CheckpointMissing(UserError, FileNotFoundError):
     """There is no complete checkpoint where one is needed."""
 
 
@@ -62,6 +67,7 @@ class Checkpoints:
         """
         self.directory = Path(directory).absolute()
         self._pending, self._failed = False, 0  # a save not yet waited for; how many failed in a row
+        self._scores: dict[int, float] = {}  # of checkpoints that may still be being written
         set_damaged_aside(self.directory)
         best = checkpoint_managers.BestN(
             get_metric_fn=_score, reverse=True, n=1, keep_checkpoints_without_metrics=False
@@ -84,7 +90,7 @@ class Checkpoints:
         """Step of the newest complete checkpoint."""
         return self._manager.latest_step()
 
-    def save(self, step: int, state: TrainState, config: dict, score: float | None):
+    def save(self, step: int, state: TrainState, config: dict, score: float | None = None):
         """Starts writing; returns as soon as the arrays are copied.  Less is better in `score`.
 
         Raises:
@@ -99,6 +105,36 @@ class Checkpoints:
         )
         metrics = None if score is None else {"score": score}
         self._pending = self._attempt(lambda: self._manager.save(step, args=items, metrics=metrics))
+
+    def score(self, step: int) -> float | None:
+        """The score of a checkpoint, as it was saved with it or set afterwards; None without one."""
+        metrics = self._manager.metrics(step)
+        return None if metrics is None else _score(metrics)
+
+    def set_score(self, step: int, score: float) -> None:
+        """Gives a checkpoint that was saved already its score; one that is not finite is never the best.
+
+        It is written, where Orbax has it, once the checkpoint is: at the latest by the next `save` or `wait`.
+        """
+        if np.isfinite(score):
+            self._scores[step] = float(score)
+
+    def _write_scores(self) -> None:
+        """Writes the scores of checkpoints that are complete, and lets Orbax read them."""
+        scores, self._scores = self._scores, {}
+        scores = {step: score for step, score in scores.items() if step in self._manager.all_steps()}
+        if not scores:
+            return
+        for step, score in scores.items():
+            if jax.process_index() == 0:
+                path = as_path(self.directory) / str(step) / METRIC_ITEM_NAME / METRIC_ITEM_NAME
+                path.parent.mkdir(exist_ok=True)
+                partial = path.with_name(f"{path.name}.partial")
+                partial.write_text(json.dumps({"score": score}))
+                partial.replace(path)
+        if jax.process_count() > 1:
+            multihost_utils.sync_global_devices("scores of checkpoints written")
+        self._manager.reload()
 
     def restore(self, step: int, abstract: TrainState) -> TrainState:
         """The state at a step, sharded as the abstract state says."""
@@ -144,6 +180,8 @@ class Checkpoints:
             self._pending = False
             if self._attempt(self._manager.wait_until_finished):
                 self._failed = 0
+        if self._scores:
+            self._write_scores()
 
     def _attempt(self, write: Callable[[], object]) -> bool:
         """Whether writing succeeded, in so far as it is done when the call returns."""

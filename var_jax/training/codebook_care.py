@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
+from var_jax.errors import ConfigError
 from var_jax.tokenizer.codebook import codebook_use, count_codes, dead_codes, kmeans, moving_mean, restart
 from var_jax.tokenizer.config import TokenizerConfig
 from var_jax.tokenizer.quantizer import Quantized, Quantizer
@@ -21,7 +22,7 @@ class CodebookCare:
     """
 
     def __init__(self, cfg: ConfigDict, model: TokenizerConfig, steps: int, batch: int):
-        """Raises ValueError on a field that cannot be.
+        """Raises ConfigError on a field that cannot be.
 
         Args:
           cfg: section `codebook` of the stage.
@@ -31,10 +32,10 @@ class CodebookCare:
         """
         for name in ("ema", "hits_decay"):
             if not 0 <= cfg[name] < 1:
-                raise ValueError(f"config.codebook.{name} must be in [0, 1), found {cfg[name]}")
+                raise ConfigError(f"config.codebook.{name} must be in [0, 1), found {cfg[name]}")
         for name, least in (("kmeans_steps", 0), ("restart_every", 0), ("window", 1)):
             if cfg[name] < least:
-                raise ValueError(f"config.codebook.{name} must be {least} or more, found {cfg[name]}")
+                raise ConfigError(f"config.codebook.{name} must be {least} or more, found {cfg[name]}")
         self.cfg, self.model, self.steps, self.batch = cfg, model, steps, batch
         self.half_window = max(1, cfg.window // (2 * batch))  # steps
 

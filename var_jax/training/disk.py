@@ -7,10 +7,11 @@ from pathlib import Path
 
 import jax
 
+from var_jax.errors import UserError
 from var_jax.training.state import TrainState
 
 
-class CheckpointNotWritten(OSError):
+class CheckpointNotWritten(UserError, OSError):
     """A checkpoint could not be written; earlier ones are untouched."""
 
 

@@ -14,12 +14,14 @@ from absl import logging
 from jax.experimental import multihost_utils
 from orbax.checkpoint.path import atomicity
 
+from var_jax.errors import UserError
+
 FILE = "manifest.json"
 NOTES = "_CHECKPOINT_METADATA"  # Orbax's own, JSON too
 NOT_LISTED = (FILE, NOTES, atomicity.COMMIT_SUCCESS_FILE)  # written last of all
 
 
-class CheckpointDamaged(ValueError):
+class CheckpointDamaged(UserError, ValueError):
     """A checkpoint is there, but not whole; names its directory."""
 
 

@@ -1,32 +1,88 @@
-"""What of a chip's memory a training step of the transformer leaves for activations."""
+"""What of a chip's memory a training step of the transformer leaves for activations, and for previews."""
 
+import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+from var_jax.errors import ConfigError, config_errors
 from var_jax.partition import TENSOR
+from var_jax.sampling.batch_size import bytes_per_image
+from var_jax.sampling.options import Controls
+from var_jax.tokenizer.model import Tokenizer
 from var_jax.training.chips import memory_bytes
 from var_jax.transformer.config import TransformerConfig
 from var_jax.transformer.flops import matrix_parameters
 from var_jax.transformer.remat import WITH_SCORES, choose_remat, kept_bytes
-from var_jax.transformer.trunk import MOST_LOGITS
+from var_jax.transformer.trunk import MOST_LOGITS, Trunk
 
 SHARE = 0.9  # of the memory that is planned with: compilers and allocators need some
+MAX_PREVIEW = 8  # images a device generates at once for a preview
+
+
+def smallest_memory(mesh: Mesh) -> float | None:
+    """Memory in bytes of the smallest device of a mesh, the same value on all its processes.
+
+    A process can ask its own devices only, so the processes gather what each knows.  None where one of them
+    does not know.
+    """
+    own = [device for device in mesh.devices.flat if device.process_index == jax.process_index()]
+    known = [memory_bytes(device) for device in own]
+    smallest = min(known) if known and None not in known else 0.0
+    if jax.process_count() > 1 and len(own) < mesh.size:
+        mebibytes = np.int32(smallest / 2**20)  # arrays of JAX have 32 bits
+        smallest = float(multihost_utils.process_allgather(mebibytes).min()) * 2**20
+    return smallest or None
+
+
+def state_bytes(stage: ConfigDict, cfg: TransformerConfig, mesh: Mesh) -> float:
+    """Bytes of the training state and the gradients on one device: matrices alone, all float32."""
+    # Parameters, two moments, gradients and their sum; and what the products read.
+    copies = 4 + (stage.train.ema > 0) + (stage.train.accumulate > 1)
+    return 4 * copies * matrix_parameters(cfg) / (mesh.shape["fsdp"] * mesh.shape.get(TENSOR, 1))
+
+
+def preview_images(
+    stage: ConfigDict,
+    tokenizer: Tokenizer,
+    model: Trunk,
+    controls: Controls,
+    memory: float | None,
+    mesh: Mesh,
+) -> int:
+    """Images that one device generates at once for a preview, beside the training state: 1 to MAX_PREVIEW.
+
+    `memory` of a device is that of `smallest_memory`; None, not known, makes one image at a time.
+    """
+    room = SHARE * (memory or 0.0) - state_bytes(stage, model.config, mesh)
+    fits = int(room / 2 // bytes_per_image(tokenizer, model, controls))
+    return max(1, min(fits, MAX_PREVIEW))
 
 
 def remat_that_fits(stage: ConfigDict, cfg: TransformerConfig, mesh: Mesh, attention: str, dtype) -> str:
     """The policy of `config.transformer.remat` on a mesh; `auto`: the fastest that the chip's memory holds.
 
     An estimate from above; `var_jax.benchmarks.plan` asks the compiler.
+
+    Raises:
+      ConfigError: on a policy that does not exist; for `auto` where the memory is not known.
     """
+    memory = smallest_memory(
+        mesh
+    )  # gathered whatever the policy, so that hosts with different ones do not hang
+    if memory is None:
+        if stage.transformer.remat == "auto":
+            kinds = ", ".join(sorted({device.device_kind for device in mesh.devices.flat}))
+            raise ConfigError(f"the memory of {kinds} is not known; set config.transformer.remat")
+        memory = 0.0
     itemsize, scores = jnp.dtype(dtype).itemsize, attention in WITH_SCORES
     tensor = mesh.shape.get(TENSOR, 1)
     images = stage.train.batch / stage.train.accumulate / (mesh.size / tensor)
-    # Parameters, two moments, gradients and their sum, all float32; and what the products read.
-    copies = 4 + (stage.train.ema > 0) + (stage.train.accumulate > 1)
-    state = 4 * copies * matrix_parameters(cfg) / (mesh.shape["fsdp"] * tensor)
     logits = 3 * 4 * min(MOST_LOGITS, cfg.schedule.length) * cfg.num_codes / tensor
     block = kept_bytes(cfg, "none", itemsize, scores) / cfg.depth / tensor  # being worked out again
-    room = SHARE * memory_bytes(mesh.devices.flat[0]) - state - images * (logits + block)
+    room = SHARE * memory - state_bytes(stage, cfg, mesh) - images * (logits + block)
     platform = mesh.devices.flat[0].platform
-    return choose_remat(cfg, stage.transformer.remat, images / tensor, room, itemsize, scores, platform)
+    with config_errors():
+        return choose_remat(cfg, stage.transformer.remat, images / tensor, room, itemsize, scores, platform)

@@ -8,6 +8,8 @@ from pathlib import Path
 import jax
 from jax import profiler
 
+from var_jax.errors import ConfigError
+
 FOLDER = "profile"
 EVENT = "train"  # name of a step's event in the trace; its number is the argument step_num
 
@@ -20,9 +22,9 @@ class Steps:
     last: int
 
     def check(self, stage: str, steps: int) -> None:
-        """Raises ValueError where a stage has no such step."""
+        """Raises ConfigError where a stage has no such step."""
         if self.last > steps:
-            raise ValueError(
+            raise ConfigError(
                 f"--profile={self.first}:{self.last}: the stage {stage} ends with step {steps}; give steps "
                 "that it has, or train the other stages alone (--config.stages)"
             )
@@ -32,11 +34,11 @@ def parse_steps(text: str) -> Steps:
     """START:STOP -> those steps.
 
     Raises:
-      ValueError: on something else.
+      ConfigError: on something else.
     """
     found = re.fullmatch(r"(\d+):(\d+)", text)
     if not found or not 1 <= int(found[1]) <= int(found[2]):
-        raise ValueError(
+        raise ConfigError(
             f"--profile={text}: must be START:STOP, the first and the last step to trace, e.g. 10:12; steps "
             "are numbered from 1"
         )

@@ -13,6 +13,7 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from var_jax.errors import ConfigError
 from var_jax.partition import TENSOR
 
 BATCH_AXES = ("data", "fsdp")
@@ -36,7 +37,7 @@ def make_mesh(data: int = 1, fsdp: int = -1, tensor: int = 1, devices=None) -> M
     """A mesh of all devices; one of the sizes may be -1: what is left.
 
     Raises:
-      ValueError: where the sizes do not multiply to the number of devices.
+      ConfigError: where the sizes do not multiply to the number of devices.
     """
     devices = list(jax.devices() if devices is None else devices)
     sizes = [data, fsdp, tensor]
@@ -45,7 +46,7 @@ def make_mesh(data: int = 1, fsdp: int = -1, tensor: int = 1, devices=None) -> M
         sizes[sizes.index(-1)] = len(devices) // known
     if min(sizes) < 1 or np.prod(sizes) != len(devices):
         asked = dict(zip(MESH_AXES, (data, fsdp, tensor), strict=True))
-        raise ValueError(
+        raise ConfigError(
             f"mesh {asked} does not fit {len(devices)} devices: the product must be {len(devices)}, "
             "and at most one size may be -1"
         )
@@ -53,10 +54,10 @@ def make_mesh(data: int = 1, fsdp: int = -1, tensor: int = 1, devices=None) -> M
 
 
 def check_batch(batch: int, mesh: Mesh, accumulate: int = 1) -> None:
-    """Raises ValueError unless every device gets equally many images of every microbatch."""
+    """Raises ConfigError unless every device gets equally many images of every microbatch."""
     shards = int(np.prod([mesh.shape[axis] for axis in BATCH_AXES]))
     if accumulate < 1 or batch % (shards * accumulate):
-        raise ValueError(
+        raise ConfigError(
             f"train.batch={batch} must be a multiple of {shards * accumulate}: {shards} devices share a "
             f"batch (mesh axes {' and '.join(BATCH_AXES)}) and train.accumulate={accumulate} splits it"
         )

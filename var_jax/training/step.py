@@ -11,7 +11,7 @@ from var_jax.training.optimizer import schedules
 from var_jax.training.sharding import on_mesh, replicated
 from var_jax.training.state import TrainState
 from var_jax.training.task import Task
-from var_jax.training.watch import skip_if_not_finite
+from var_jax.training.watch import check_metrics, skip_if_not_finite
 
 
 def train_program(task: Task, cfg: ConfigDict, steps: int, mesh: Mesh, abstract: TrainState) -> Callable:
@@ -31,10 +31,16 @@ def train_program(task: Task, cfg: ConfigDict, steps: int, mesh: Mesh, abstract:
         taken = state.step - state.skipped  # as the optimiser counts them
         now = {"learning_rate": rate(taken), "weight_decay": decay(taken)}
         new, metrics = step(state, frozen, batch, jax.random.fold_in(step_key, state.step))
+        check_metrics(metrics)
         state, metrics = skip_if_not_finite(state, new, metrics)
         return state, metrics | now
 
     return train_step
+
+
+def eval_batch_size(cfg: ConfigDict) -> int:
+    """Images of an evaluation batch: as many as training has in memory at once, since it may accumulate."""
+    return cfg.batch // cfg.accumulate
 
 
 def eval_program(task: Task, mesh: Mesh) -> Callable:

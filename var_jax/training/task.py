@@ -7,9 +7,11 @@ from collections.abc import Callable, Collection
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 from PIL import Image
 
+from var_jax.errors import ConfigError, config_errors
 from var_jax.training.flops import count_flops
 from var_jax.training.state import TrainState
 
@@ -18,12 +20,12 @@ def compute_dtype(name: str) -> jnp.dtype:
     """`auto` is bfloat16 on accelerators and float32 on CPU.
 
     Raises:
-      ValueError: on another name than auto, float32, bfloat16.
+      ConfigError: on another name than auto, float32, bfloat16.
     """
     if name == "auto":
         return jnp.dtype(jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16)
     if name not in ("float32", "bfloat16"):
-        raise ValueError(f"train.dtype must be auto, float32 or bfloat16, found {name!r}")
+        raise ConfigError(f"train.dtype must be auto, float32 or bfloat16, found {name!r}")
     return jnp.dtype(name)
 
 
@@ -31,12 +33,15 @@ def model_config(cls, fields: ConfigDict, **fixed):
     """A model's dataclass from the config's `model` section and what other parts of the run fix.
 
     Raises:
-      ValueError: on a field that the model does not have, naming those it has.
+      ConfigError: on a field that the model does not have, naming those it has, or a value that makes none.
     """
     known = {field.name for field in dataclasses.fields(cls)}
     if unknown := sorted(set(fields) - known):
-        raise ValueError(f"config.model has no field {', '.join(unknown)}; it has {', '.join(sorted(known))}")
-    return cls(**{**fields.to_dict(), **fixed})
+        raise ConfigError(
+            f"config.model has no field {', '.join(unknown)}; it has {', '.join(sorted(known))}"
+        )
+    with config_errors():
+        return cls(**{**fields.to_dict(), **fixed})
 
 
 def program_flops(function: Callable, *inputs) -> float:
@@ -78,7 +83,12 @@ class Task(abc.ABC):
     def train_step(
         self, state: TrainState, frozen: dict, batch: dict, key: jax.Array
     ) -> tuple[TrainState, dict]:
-        """One optimiser step on a global batch -> new state, scalar metrics."""
+        """One optimiser step on a global batch -> new state, scalar metrics.
+
+        The metrics must have `loss`, which the log watches for spikes, and `gradient_norm`.  A step is
+        skipped where one of these is not finite: `discriminator`, and all whose names start with `loss` or end
+        with `gradient_norm`.  Other metrics are only logged.
+        """
 
     @abc.abstractmethod
     def eval_step(self, params: dict, frozen: dict, batch: dict) -> dict:
@@ -86,15 +96,53 @@ class Task(abc.ABC):
 
     @abc.abstractmethod
     def summarize(self, sums: dict[str, np.ndarray]) -> dict[str, float]:
-        """Sums over the whole held-out set -> metrics."""
+        """Sums over the whole held-out set -> metrics, `best_metric` among them."""
 
     @abc.abstractmethod
-    def preview(self, params: dict, frozen: dict, images: np.ndarray | None) -> dict[str, Image.Image]:
-        """Pictures by name; may show some held-out images uint8 [N, H, W, 3] (None in a run on tokens)."""
+    def preview_programs(self, mesh: Mesh, params: dict, frozen: dict) -> dict[str, tuple[Callable, tuple]]:
+        """Return the programs that `preview` runs, so that they can be compiled ahead of it.
+
+        Args:
+          mesh: of the run.
+          params: parameters to sample with, arrays or their shapes and shardings, as the state has them.
+          frozen: likewise.
+
+        Returns:
+          Jitted functions by name, with their arguments: `params` and `frozen` as given, then the shapes and
+          shardings of one batch of rows.
+        """
+
+    @abc.abstractmethod
+    def preview(
+        self,
+        programs: dict[str, tuple[Callable, tuple]],
+        params: dict,
+        frozen: dict,
+        images: np.ndarray | None,
+    ) -> dict[str, Image.Image]:
+        """Draw pictures, computed on the mesh by all processes alike.
+
+        Args:
+          programs: of `preview_programs`, compiled or not.
+          params: parameters to sample with.
+          frozen: `Task.frozen` on the mesh.
+          images: uint8 [N, H, W, 3], some held-out ones; None in a run on tokens.
+
+        Returns:
+          Pictures by name, the same on every process.
+        """
 
     @abc.abstractmethod
     def flops_per_image(self) -> float:
         """Matrix FLOPs of a training step for one image."""
+
+    def choices(self) -> dict[str, str]:
+        """Settings that `auto` stands for on this platform, equal on all hosts; `dtype` is one of them."""
+        return {}
+
+    def frozen_fingerprints(self) -> dict[str, str]:
+        """Fingerprints of the frozen networks that the losses use."""
+        return {}
 
     def model_defaults(self) -> dict:
         """What the fields of the architecture are where nothing is said of them."""

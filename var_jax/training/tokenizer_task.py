@@ -9,21 +9,31 @@ import numpy as np
 import optax
 from ml_collections import ConfigDict
 
+from var_jax.errors import ConfigError
 from var_jax.sampling import pictures
 from var_jax.tokenizer.codebook import codebook_use, count_codes
 from var_jax.tokenizer.config import TokenizerConfig
+from var_jax.tokenizer.fingerprint import fingerprint
 from var_jax.tokenizer.losses import entropy_penalty, image_terms, weighted_sum
-from var_jax.tokenizer.model import Tokenizer, decode_steps, encode, to_unit_range
+from var_jax.tokenizer.model import Tokenizer, to_unit_range
 from var_jax.tokenizer.perceptual import vgg_features
 from var_jax.tokenizer.quantizer import Quantizer
 from var_jax.training.adversarial import Adversary
 from var_jax.training.codebook_care import CodebookCare
 from var_jax.training.optimizer import accumulated_gradients, make_optimizer
+from var_jax.training.preview import (
+    chunk_size,
+    decode_step_by_step,
+    preview_program,
+    row_shapes,
+    run_in_chunks,
+)
 from var_jax.training.state import apply_gradients
 from var_jax.training.task import Task, compute_dtype, model_config, program_flops
 
 LAST_LAYER = ("decoder", "conv_out", "kernel")  # where the adversary's weight is weighed
 RATIO_MOST = 1e4
+PREVIEW_IMAGES = 32
 
 
 class TokenizerTask(Task):
@@ -51,7 +61,7 @@ class TokenizerTask(Task):
         self.adversary = None
         if stage.adversarial.weight:
             if self.config.patch:
-                raise ValueError(
+                raise ConfigError(
                     "config.adversarial.weight must be 0 with config.model.patch, which leaves no network "
                     f"for an adversary to train; found {stage.adversarial.weight}"
                 )
@@ -175,15 +185,32 @@ class TokenizerTask(Task):
             name: float(value) for name, value in use.items()
         }
 
-    def preview(self, params, frozen, images):
-        images = to_unit_range(jnp.asarray(images))
-        tokens = encode(self.model, params, images)
-        steps = jnp.concatenate([decode_steps(self.model, params, tokens), images[:, None]], axis=1)
-        steps = np.asarray(steps) / 2 + 0.5
+    def preview_programs(self, mesh, params, frozen):
+        cfg = self.stage.train
+        each = max(1, cfg.batch // cfg.accumulate // mesh.size)  # training takes as many, and a backward pass
+
+        def reconstructions(params, frozen, images):
+            tokens = self.model.apply({"params": params}, to_unit_range(images), method="encode")
+            return decode_step_by_step(self.model, params, tokens)
+
+        size = chunk_size(PREVIEW_IMAGES, each, mesh)
+        images = row_shapes(size, (self.image_size, self.image_size, 3), jnp.uint8, mesh)
+        return {"reconstructions": (preview_program(reconstructions, mesh), (params, frozen, images))}
+
+    def preview(self, programs, params, frozen, images):
+        images = images[:PREVIEW_IMAGES]
+        (steps,) = run_in_chunks(programs["reconstructions"], params, frozen, images)
+        strips = np.concatenate([steps, images[:, None]], axis=1)
         return {
-            "reconstructions": pictures.side_by_side(steps[:32, -1], steps[:32, -2]),
-            "reconstruction_scales": pictures.strips(steps[:10]),
+            "reconstructions": pictures.side_by_side(images, steps[:, -1]),
+            "reconstruction_scales": pictures.strips(strips[:10]),
         }
+
+    def choices(self):
+        return {"dtype": self.model.dtype.name}
+
+    def frozen_fingerprints(self):
+        return {name: fingerprint(params) for name, params in self.frozen.items()}
 
     def flops_per_image(self):
         """Of the networks that a step runs through, forward and backward, the discriminator among them.

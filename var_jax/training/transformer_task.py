@@ -7,15 +7,23 @@ import optax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+from var_jax.errors import config_errors
 from var_jax.sampling import pictures
-from var_jax.sampling.generate import generate_in_chunks
+from var_jax.sampling.generate import as_pixels, generate, image_keys
 from var_jax.sampling.options import SamplingOptions
 from var_jax.sampling.teacher import teacher_forcing
 from var_jax.tokenizer.fingerprint import fingerprint
-from var_jax.tokenizer.model import Tokenizer, decode_steps, to_unit_range
+from var_jax.tokenizer.model import Tokenizer, to_unit_range
 from var_jax.tokenizer.quantizer import Quantizer
-from var_jax.training.memory import remat_that_fits
+from var_jax.training.memory import preview_images, remat_that_fits, smallest_memory
 from var_jax.training.optimizer import accumulated_gradients, make_optimizer
+from var_jax.training.preview import (
+    chunk_size,
+    decode_step_by_step,
+    preview_program,
+    row_shapes,
+    run_in_chunks,
+)
 from var_jax.training.sharding import make_mesh
 from var_jax.training.state import apply_gradients
 from var_jax.training.task import Task, compute_dtype, model_config
@@ -25,6 +33,8 @@ from var_jax.transformer.flops import training_flops
 from var_jax.transformer.next_scale import NextScale
 from var_jax.transformer.next_token import NextToken
 from var_jax.transformer.trunk import Trunk
+
+PREVIEW_COLUMNS = 8  # images of a class in a preview
 
 
 class TransformerTask(Task):
@@ -59,13 +69,14 @@ class TransformerTask(Task):
             code_dim=tokenizer.config.code_dim,
             scales=tokenizer.config.scales,
         )
-        mesh = make_mesh(devices=jax.devices()[:1]) if mesh is None else mesh
+        mesh = make_mesh(devices=jax.local_devices()[:1]) if mesh is None else mesh
         dtype = compute_dtype(stage.train.dtype)
         platform = mesh.devices.flat[0].platform
         bias = self.config.relative == "relative_2d"
-        attention = choose_attention(
-            stage.transformer.attention, platform, dtype, self.config.head_dim, self.config.masks, bias
-        )
+        with config_errors():
+            attention = choose_attention(
+                stage.transformer.attention, platform, dtype, self.config.head_dim, self.config.masks, bias
+            )
         remat = remat_that_fits(stage, self.config, mesh, attention, dtype)
         self.model = self.network(self.config, dtype, attention, remat)
         self.optimizer = make_optimizer(stage.train, steps)
@@ -73,7 +84,9 @@ class TransformerTask(Task):
         self.frozen = {"tokenizer": tokenizer_params}
         if tokenizer_params:
             self.fingerprint = fingerprint(tokenizer_params)
-        self.options = SamplingOptions(**stage.sampling)
+        with config_errors("config.sampling: "):
+            self.options = SamplingOptions(**stage.sampling)
+            self.options.controls(self.config.schedule, self.config.num_codes)
 
     def init(self, key, given=()):
         inputs = jnp.zeros((1, self.config.length - self.config.first, self.config.code_dim))
@@ -134,26 +147,52 @@ class TransformerTask(Task):
         metrics["bits_per_pixel"] = metrics["loss"] * scales.length / np.log(2) / self.image_size**2
         return metrics
 
-    def preview(self, params, frozen, images):
+    @property
+    def preview_labels(self) -> np.ndarray:
+        """int32 [N]: up to ten classes, PREVIEW_COLUMNS images each."""
         rows = min(10, self.config.num_classes)
-        labels = np.repeat(np.linspace(0, self.config.num_classes - 1, rows).astype(np.int32), 8)
-        frozen = frozen["tokenizer"]
-        chunks = generate_in_chunks(
-            self.tokenizer,
-            self.model,
-            frozen,
-            params,
-            labels,
-            self.stage.seed,
-            self.options,
-            chunk=len(labels),
-        )
-        images, tokens = next(chunks)
-        found = {"samples": pictures.grid(images, columns=8)}
+        classes = np.linspace(0, self.config.num_classes - 1, rows).astype(np.int32)
+        return np.repeat(classes, PREVIEW_COLUMNS)
+
+    def preview_programs(self, mesh, params, frozen):
+        controls = self.options.controls(self.config.schedule, self.config.num_codes)
+        memory = smallest_memory(mesh)
+        each = preview_images(self.stage, self.tokenizer, self.model, controls, memory, mesh)
+        num_samples = len(self.preview_labels)
+
+        def samples(params, frozen, labels, key_data):
+            keys = jax.random.wrap_key_data(key_data)
+            networks = (self.tokenizer, self.model, frozen["tokenizer"], params)
+            images, tokens = generate(*networks, labels, keys, controls)
+            return as_pixels(images), tokens
+
+        def scales(params, frozen, tokens):
+            return decode_step_by_step(self.tokenizer, frozen["tokenizer"], tokens)
+
+        size = chunk_size(num_samples, each, mesh)
+        key_data = jax.eval_shape(lambda: jax.random.key_data(image_keys(0, jnp.arange(1))))
+        labels = row_shapes(size, (), jnp.int32, mesh)
+        keys = row_shapes(size, key_data.shape[1:], key_data.dtype, mesh)
+        programs = {"samples": (preview_program(samples, mesh), (params, frozen, labels, keys))}
         if len(self.config.scales) > 1:
-            steps = np.asarray(decode_steps(self.tokenizer, frozen, tokens[::8])) / 2 + 0.5
-            found["scales"] = pictures.strips(steps)
-        return found
+            size = chunk_size(num_samples // PREVIEW_COLUMNS, each, mesh)
+            length = self.config.schedule.ends[controls.scales - 1]
+            tokens = row_shapes(size, (length,), jnp.int32, mesh)
+            programs["scales"] = (preview_program(scales, mesh), (params, frozen, tokens))
+        return programs
+
+    def preview(self, programs, params, frozen, images):
+        labels = self.preview_labels
+        keys = np.asarray(jax.random.key_data(image_keys(self.stage.seed, jnp.arange(len(labels)))))
+        images, tokens = run_in_chunks(programs["samples"], params, frozen, labels, keys)
+        previews = {"samples": pictures.grid(images, columns=PREVIEW_COLUMNS)}
+        if "scales" in programs:
+            (steps,) = run_in_chunks(programs["scales"], params, frozen, tokens[::PREVIEW_COLUMNS])
+            previews["scales"] = pictures.strips(steps)
+        return previews
+
+    def choices(self):
+        return {"dtype": self.model.dtype.name, "attention": self.model.attention, "remat": self.model.remat}
 
     def flops_per_image(self):
         return training_flops(self.config)

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from var_jax.errors import UserError
 from var_jax.training.logging import Log
 from var_jax.training.state import TrainState
 
@@ -14,7 +15,7 @@ WINDOW, FEWEST = 200, 20  # losses that a spike is told from, at most and at lea
 SPIKE = 6.0  # standard deviations above the median
 
 
-class TrainingDiverged(RuntimeError):
+class TrainingDiverged(UserError, RuntimeError):
     """Too many steps in a row were not finite."""
 
 
@@ -35,7 +36,20 @@ def skip_if_not_finite(
     return state.replace(step=new.step, **counts), metrics | counts
 
 
+def check_metrics(metrics: dict[str, jax.Array]) -> None:
+    """Check the metrics of a training step against the contract of `Task.train_step`.
+
+    Raises:
+      TypeError: where `loss` or `gradient_norm` is missing, or a metric is no scalar.
+    """
+    if missing := {"loss", "gradient_norm"} - metrics.keys():
+        raise TypeError(f"a task's train_step must return the metrics {', '.join(sorted(missing))}")
+    if other := {name: jnp.shape(value) for name, value in metrics.items() if jnp.shape(value)}:
+        raise TypeError(f"metrics of a task's train_step must be scalars, found shapes {other}")
+
+
 def _must_be_finite(name: str) -> bool:
+    """Whether a step is skipped where this metric is not finite; see `Task.train_step`."""
     return name == "discriminator" or name.startswith("loss") or name.endswith("gradient_norm")
 
 

@@ -1,0 +1,159 @@
+"""Previews on the mesh; and everything that a run compiles, lowered for TPU without one."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from configs import var
+from tests.training.tiny import tiny_config
+from var_jax.benchmarks.subject import make_task, tokenizer_shapes
+from var_jax.sampling.generate import as_pixels, generate_in_chunks, image_keys
+from var_jax.tokenizer.model import decode_steps, encode, to_unit_range
+from var_jax.training.preview import run_in_chunks
+from var_jax.training.sharding import batch_sharding, make_mesh, replicated
+from var_jax.training.state import create_state
+from var_jax.training.step import eval_program, train_program
+from var_jax.training.tokenizer_task import TokenizerTask
+from var_jax.training.transformer_task import NextScaleTask
+
+
+def abstract(tree, mesh):
+    """The shapes of a tree, on every device."""
+    return jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=replicated(mesh)), tree
+    )
+
+
+def programs_of(task, mesh) -> dict:
+    """Every program that `train.py` compiles for a task, with its abstract arguments."""
+    cfg, side = task.stage.train, task.image_size
+    _, state = create_state(task.init, task.optimizer, cfg.ema > 0, jax.random.key(0), mesh)
+    frozen = task.frozen
+    if "tokenizer" in frozen:
+        frozen = {"tokenizer": nn.meta.unbox(tokenizer_shapes(task.tokenizer))}
+    frozen = abstract(frozen, mesh)
+    shapes = {"image": ((side, side, 3), jnp.uint8), "label": ((), jnp.int32), "valid": ((), jnp.float32)}
+    batch = {
+        name: jax.ShapeDtypeStruct((cfg.batch, *shape), dtype, sharding=batch_sharding(mesh))
+        for name, (shape, dtype) in shapes.items()
+    }
+    key = abstract(jax.eval_shape(lambda: jax.random.key(0)), mesh)
+    return {
+        "step": (train_program(task, cfg, 1000, mesh, state), (state, frozen, batch, key)),
+        "evaluation": (eval_program(task, mesh), (state.sampling_params, frozen, batch)),
+        **task.preview_programs(mesh, state.sampling_params, frozen),
+    }
+
+
+def as_on_tpu(task):
+    """A transformer's task with the kernel and the dtype that TPUs have, on the fake devices."""
+    task.model = task.model.clone(attention="splash", dtype=jnp.bfloat16)
+    return task
+
+
+def tiny_transformer(mesh):
+    return make_task(tiny_config("unused"), mesh)
+
+
+def published(name):
+    def make(mesh):
+        config = var.get_config(name)
+        config.train.dtype = "bfloat16"
+        config.transformer.attention = "einsum"  # replaced below
+        return make_task(config, mesh)
+
+    return make
+
+
+@pytest.mark.parametrize(
+    ("make", "sizes", "with_kernel"),
+    [
+        (tiny_transformer, {"fsdp": 2, "tensor": 2}, {"step", "evaluation"}),  # no map of 64 positions
+        (published("d16"), {"fsdp": 4}, {"step", "evaluation", "samples"}),
+        (published("d36"), {"data": 2, "fsdp": 2}, {"step", "evaluation", "samples"}),
+    ],
+)
+def test_all_that_a_pod_runs_lowers_for_tpu(make, sizes, with_kernel):
+    """Mosaic kernels are refused where the compiler would have to partition them by itself."""
+    mesh = make_mesh(**sizes, devices=jax.devices()[:4])
+    programs = programs_of(as_on_tpu(make(mesh)), mesh)
+    assert set(programs) == {"step", "evaluation", "samples", "scales"}
+    lowered = {
+        name: program.trace(*args).lower(lowering_platforms=("tpu",)).as_text()
+        for name, (program, args) in programs.items()
+    }
+    assert {name for name, text in lowered.items() if "tpu_custom_call" in text} == with_kernel
+
+
+def state_of(task, mesh):
+    make_state, abstract_state = create_state(task.init, task.optimizer, False, jax.random.key(0), mesh)
+    return make_state(), abstract_state, jax.device_put(task.frozen, replicated(mesh))
+
+
+@pytest.fixture(scope="module")
+def tiny_task(tiny_tokenizer):
+    """The transformer's, with a tokenizer of random weights."""
+    tokenizer, params = tiny_tokenizer
+    stage = tiny_config("unused").next_scale
+    return NextScaleTask(stage, 6, tokenizer, params, 10, make_mesh())
+
+
+def test_samples_of_a_preview_are_those_of_the_generator(tiny_task):
+    """Drawn by parts on the mesh from sharded parameters, without gathering these on one device."""
+    mesh = make_mesh(data=2, fsdp=2, tensor=2)
+    state, shapes, frozen = state_of(tiny_task, mesh)
+    programs = tiny_task.preview_programs(mesh, shapes.params, frozen)
+    labels = tiny_task.preview_labels
+    assert programs["samples"][1][2].shape == (32,)  # 8 a device, so that 80 take three calls
+    keys = np.asarray(jax.random.key_data(image_keys(tiny_task.stage.seed, np.arange(len(labels)))))
+    pixels, tokens = run_in_chunks(programs["samples"], state.params, frozen, labels, keys)
+    networks = (
+        tiny_task.tokenizer,
+        tiny_task.model,
+        tiny_task.frozen["tokenizer"],
+        jax.device_get(state.params),
+    )
+    parts = generate_in_chunks(
+        *networks, labels, tiny_task.stage.seed, tiny_task.options, len(labels), finish=as_pixels
+    )
+    ((want_pixels, want_tokens),) = parts
+    assert np.mean(tokens == want_tokens) > 0.99  # sums in another order turn some ties
+    same = (tokens == want_tokens).all(1)
+    np.testing.assert_allclose(pixels[same].astype(int), want_pixels[same], atol=1)
+
+
+def test_reconstructions_of_a_preview_are_those_of_the_tokenizer(digits_dir):
+    """A few images a device at a time; a number of them that is no multiple of the devices."""
+    mesh = make_mesh(data=4, fsdp=2)
+    task = TokenizerTask(tiny_config(digits_dir).tokenizer, 6)
+    state, shapes, frozen = state_of(task, mesh)
+    programs = task.preview_programs(mesh, shapes.params, frozen)
+    assert programs["reconstructions"][1][2].shape == (16, 8, 8, 3)
+    images = np.random.default_rng(0).integers(0, 256, (19, 8, 8, 3), np.uint8)
+    (steps,) = run_in_chunks(programs["reconstructions"], state.params, frozen, images)
+    params = jax.device_get(state.params)
+    tokens = encode(task.model, params, to_unit_range(jnp.asarray(images)))
+    want = as_pixels(decode_steps(task.model, params, tokens))
+    assert steps.shape == want.shape == (19, 3, 8, 8, 3)
+    close = np.abs(steps.astype(int) - np.asarray(want)) <= 1
+    assert close.mean() > 0.99  # sums in another order turn some ties between codes
+    pictures = task.preview(programs, state.params, frozen, images)
+    assert {name: picture.size for name, picture in pictures.items()} == {
+        "reconstructions": (802, 152),
+        "reconstruction_scales": (202, 502),
+    }
+
+
+def test_memory_of_a_preview_is_shared_by_the_devices(tiny_task):
+    """Temporaries of the program on each device, for the same number of images."""
+    sizes = {}
+    for devices in (1, 4):
+        mesh = make_mesh(devices=jax.devices()[:devices])
+        _, shapes, frozen = state_of(tiny_task, mesh)
+        program, (*args, tokens) = tiny_task.preview_programs(mesh, shapes.params, frozen)["scales"]
+        tokens = jax.ShapeDtypeStruct((40, *tokens.shape[1:]), tokens.dtype, sharding=tokens.sharding)
+        memory = program.lower(*args, tokens).compile().memory_analysis()
+        sizes[devices] = memory.temp_size_in_bytes
+    assert sizes[4] < 0.3 * sizes[1], sizes

@@ -1,0 +1,76 @@
+"""Preview programs: images split over the mesh of a run, a few rows at a time, results on every host."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from var_jax.partition import split
+from var_jax.sampling.generate import as_pixels, put
+from var_jax.tokenizer.model import Tokenizer
+from var_jax.tokenizer.quantizer import Quantizer
+from var_jax.training.sharding import BATCH_AXES, batch_sharding, on_mesh, replicated
+
+
+def preview_program(function: Callable, mesh: Mesh) -> Callable:
+    """Jit a function of (parameters, frozen, *rows) on a mesh; its results are replicated."""
+    return jax.jit(on_mesh(function, mesh), out_shardings=replicated(mesh))
+
+
+def chunk_size(num_rows: int, max_each: int, mesh: Mesh) -> int:
+    """Rows to compute at once: at most `max_each` a device, equally many on all that share a batch."""
+    devices = int(np.prod([mesh.shape[axis] for axis in BATCH_AXES]))
+    return min(max_each, -(-num_rows // devices)) * devices
+
+
+def row_shapes(rows: int, shape: tuple[int, ...], dtype, mesh: Mesh) -> jax.ShapeDtypeStruct:
+    """Shape and sharding of a batch of rows, an argument of a preview program."""
+    return jax.ShapeDtypeStruct((rows, *shape), dtype, sharding=batch_sharding(mesh))
+
+
+def run_in_chunks(
+    program: tuple[Callable, tuple], params: dict, frozen: dict, *rows: np.ndarray
+) -> tuple[np.ndarray, ...]:
+    """Run a preview program on any number of rows.
+
+    The last chunk is filled up with copies of the last row, so that every call has the shapes of the program.
+
+    Args:
+      program: an entry of `Task.preview_programs`, the function compiled or not.
+      params, frozen: arrays on the mesh.
+      rows: [N, ...] on the host, equal on all processes.
+
+    Returns:
+      The leaves of the results, [N, ...] each, on the host.
+    """
+    function, (_, _, *shapes) = program
+    count, size = len(rows[0]), shapes[0].shape[0]
+    chunks = []
+    for start in range(0, count, size):
+        indices = np.minimum(np.arange(start, start + size), count - 1)
+        batch = (put(x[indices], shape.sharding) for x, shape in zip(rows, shapes, strict=True))
+        results = jax.tree.leaves(function(params, frozen, *batch))
+        chunks.append([np.asarray(leaf)[: count - start] for leaf in results])
+    return tuple(np.concatenate(parts) for parts in zip(*chunks, strict=True))
+
+
+def decode_step_by_step(tokenizer: Tokenizer, params: dict, tokens: jax.Array) -> jax.Array:
+    """Decode the sum of the first 1, 2, ... n maps; the images of one sum at a time, to save memory.
+
+    Args:
+      tokenizer: the network.
+      params: its parameters.
+      tokens: int32 [B, L] of n maps.
+
+    Returns:
+      uint8 [B, n, H, W, 3].
+    """
+
+    def decode(f_hat):
+        images = tokenizer.apply({"params": params}, split(f_hat), method="decode_features")
+        return as_pixels(images)
+
+    sums = jnp.stack(Quantizer.create(params["quantizer"], tokenizer.config).partial_sums(tokens))
+    return jnp.moveaxis(jax.lax.map(decode, sums), 0, 1)
