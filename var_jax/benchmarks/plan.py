@@ -90,7 +90,7 @@ def plan_train(task: Task, mesh: Mesh, from_tokens: bool, names: list[str]) -> t
         "parameters_gib": gib(state.params),
         "optimiser_gib": gib((state.opt_state, state.extra)) + (gib(state.ema) if state.ema else 0.0),
         "frozen_gib": gib(frozen),
-        **_fit(results, memory_bytes(mesh.devices.flat[0])),
+        **fit_fields(results, memory_bytes(mesh.devices.flat[0])),
     }
     bounds = _tokenizer_bound if isinstance(task, TokenizerTask) else _transformer_bound
     return row | bounds(task, mesh, from_tokens), results
@@ -159,7 +159,7 @@ def plan_sample(task: NextScaleTask, mesh: Mesh, batch: int) -> tuple[dict, dict
         "attention": task.model.attention,
         "parameters_gib": gib(params),
         "frozen_gib": gib(tokenizer),
-        **_fit(results, memory_bytes(mesh.devices.flat[0])),
+        **fit_fields(results, memory_bytes(mesh.devices.flat[0])),
         "compute_s": compute_s,
         "memory_s": weights_s,
         "step_s": step_s,
@@ -169,7 +169,7 @@ def plan_sample(task: NextScaleTask, mesh: Mesh, batch: int) -> tuple[dict, dict
     return row, results
 
 
-def _fit(results: dict[str, Compiled], memory: float) -> dict:
+def fit_fields(results: dict[str, Compiled], memory: float) -> dict:
     """Fields of a row: whether all programs fit into so many bytes, and the largest of them."""
     programs = {
         name: {
