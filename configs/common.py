@@ -60,7 +60,7 @@ def transformer() -> ConfigDict:
     """How the transformer is computed; what it computes is in `model`."""
     return ConfigDict(
         dict(
-            attention="auto",  # einsum, grouped, cudnn, splash or tokamax: var_jax/transformer/attention.py
+            attention="auto",  # einsum, grouped, cudnn or splash: var_jax/transformer/attention.py
             remat="auto",  # none, mlp, flat_qkv or full, by memory: var_jax/transformer/remat.py
             # Of the float32 encoder, where a step encodes its images itself: high is TF32 on a GPU, three
             # bfloat16 passes on a TPU; highest is float32, default one pass on a TPU: docs/precision.md.

@@ -1,17 +1,30 @@
-"""Programs compiled for TPU slices with no TPU: what fits, and what moves between the chips."""
+"""Programs compiled for chips that are not there: what fits, and what moves between the chips."""
 
 import json
 import os
 import re
 import subprocess
 import sys
+from functools import partial
+from types import SimpleNamespace
 
+import jax
+import jax.numpy as jnp
 import pytest
 
-from configs import var
+from configs import next_token, var
 from tests.conftest import REPOSITORY
+from tests.training.tiny import tiny_config
+from var_jax.benchmarks.cloud import launch_command
+from var_jax.benchmarks.compile_ahead import Compiled, topology_devices
+from var_jax.benchmarks.gpus import GPUS
+from var_jax.benchmarks.plan import fit_fields, planned_task
+from var_jax.benchmarks.programs import training_programs
 from var_jax.benchmarks.roofline import Step, best_mesh, bound, link_bytes
-from var_jax.training.chips import CHIPS
+from var_jax.benchmarks.subject import make_task, make_tokenizer_task, vgg_shapes
+from var_jax.tokenizer.perceptual import perceptual_distance
+from var_jax.training.chips import CHIPS, memory_bytes
+from var_jax.training.sharding import make_mesh
 from var_jax.transformer.config import NextScaleConfig
 from var_jax.transformer.flops import matrix_parameters, training_flops
 
@@ -19,6 +32,7 @@ D16 = NextScaleConfig()
 STEP = Step(768, 1, 1, 16, 1, remat="none", itemsize=2, ema=False, other_flops=0.0)
 # Width 256 over 8 chips, from tokens; batch, width and codes are unlike, so that shapes tell what is moved.
 SMALL = ["--config=configs/var.py:d16", "--from_tokens", "--topology=v5e:2x4", "--config.train.batch=96"]
+SMALL += ["--programs=step"]  # networks of the tokenizer, of which the others are made, take long to compile
 SMALL += ["--config.model.depth=2", "--config.model.width=256", "--config.model.num_heads=4"]
 
 
@@ -31,7 +45,7 @@ def plan(tmp_path, *flags: str) -> tuple[dict, str]:
     done = subprocess.run(command, cwd=REPOSITORY, env=env, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-3000:]
     (row,) = json.loads(done.stdout.splitlines()[-1])["rows"]
-    return row, (tmp_path / "v5e_2x4.txt").read_text()
+    return row, (tmp_path / "v5e_2x4_step.txt").read_text()
 
 
 def moved(text: str) -> dict[str, set[str]]:
@@ -59,11 +73,16 @@ def test_fsdp_gathers_and_scatters_parameters_alone(tmp_path):
     assert 0 < row["parameters_gib"] * 8 < 0.05 and row["optimiser_gib"] == pytest.approx(
         2 * row["parameters_gib"], rel=0.01
     )
-    assert row["gib"] == pytest.approx(
-        sum(row[f"{p}_gib"] for p in ("arguments", "unread", "outputs", "temporaries", "program"))
+    step = row["programs"]["step"]
+    assert (
+        row["gib"]
+        == step["gib"]
+        == pytest.approx(
+            sum(step[f"{p}_gib"] for p in ("arguments", "unread", "outputs", "temporaries", "program"))
+        )
     )
-    assert row["outputs_gib"] < 1e-4  # the state is donated
-    assert row["unread_gib"] > 0.3  # encoder and decoder, in a step from tokens
+    assert step["outputs_gib"] < 1e-4  # the state is donated
+    assert step["unread_gib"] > 0.3  # encoder and decoder, in a step from tokens
     found = moved(text)
     # In 16 bits, those of one block of the scan at a time: qkv, projection, MLP.
     assert {f"bf16[1,{n}]" for n in ("256,768", "256,256", "256,1024", "1024,256")} <= found["all-gather"]
@@ -81,10 +100,84 @@ def test_data_parallel_sums_gradients_alone(tmp_path):
     assert not [s for shapes in found.values() for s in shapes if is_of_images(s)]
 
 
+def test_a_run_fits_if_its_largest_program_does():
+    """A preview that is too large ends a run as a step does, only later."""
+    result = partial(Compiled, compile_s=1.0, program="compiled")
+    step = result(gib=10.0, parts={"temporaries": 4.0})
+    preview = result(gib=17.0, parts={"temporaries": 11.0})
+    row = fit_fields({"step": step}, 16 * 2**30)
+    assert row["fits"] and row["largest"] == "step" and row["room_gib"] == 6
+    row = fit_fields({"step": step, "preview samples": preview}, 16 * 2**30)
+    assert not row["fits"] and row["largest"] == "preview samples" and row["room_gib"] == -1
+    assert row["programs"]["step"]["fits"] and row["programs"]["step"]["temporaries_gib"] == 4
+    refused = result(gib=30.0, parts={}, program=None)
+    assert not fit_fields({"step": step, "evaluation": refused}, 40 * 2**30)["fits"]
+
+
+@pytest.mark.parametrize("which", ["transformer", "tokenizer"])
+def test_programs_of_a_run_share_its_state(which):
+    """Each is planned with the state and the frozen networks on the chip, counted once."""
+    mesh, config = make_mesh(devices=jax.devices()[:2]), tiny_config("unused")
+    task = make_task(config, mesh) if which == "transformer" else make_tokenizer_task(config.tokenizer)
+    programs, state, frozen = training_programs(task, mesh, from_tokens=False)
+    previews = {"transformer": ["samples", "scales"], "tokenizer": ["reconstructions"]}[which]
+    assert list(programs) == ["step", "evaluation", *(f"preview {name}" for name in previews)]
+    resident = {id(leaf) for leaf in jax.tree.leaves((state, frozen))}
+    for name, (_, inputs) in programs.items():
+        own = [leaf.size for leaf in jax.tree.leaves(inputs) if id(leaf) not in resident]
+        assert sum(own) < 4 * 16 * 8**2 * 3, name  # a batch of 16 images of 8 pixels, and no parameters
+
+
+def test_shapes_of_vgg_are_those_that_its_features_take():
+    images = jax.ShapeDtypeStruct((2, 32, 32, 3), jnp.float32)
+    assert jax.eval_shape(perceptual_distance, vgg_shapes(), images, images).shape == (2,)
+
+
+@pytest.mark.parametrize("gpu", GPUS)
+def test_gpus_are_known_by_name_and_data_sheet(gpu):
+    spec = GPUS[gpu]
+    sheet = next(sheet for name, sheet in CHIPS.items() if name in spec.name)
+    assert spec.memory == pytest.approx(sheet.memory, rel=0.08)
+    assert spec.bandwidth == pytest.approx(sheet.bandwidth, rel=0.01)
+    flops = 2 * 4 * spec.cores * 512 * spec.clock_ghz * 1e9  # four tensor cores of Hopper; half on Ampere
+    assert flops / (1 if gpu.startswith("h") else 2) == pytest.approx(sheet.flops, rel=0.09)
+    assert f'name: "{spec.name}"' in spec.target_config
+
+
+def test_gpu_nodes_are_asked_for_from_slurm():
+    command = launch_command("h100:2x8", 16)
+    assert command == "sbatch --nodes=2 --ntasks-per-node=8 --gpus-per-node=8 launch/slurm.sh"
+    assert launch_command("v5e:4x4", 16).startswith("ACCELERATOR=v5litepod-16 ")
+
+
+@pytest.mark.parametrize("name", ["v5e:3x7", "h100:0x8", "h100"])
+def test_a_topology_that_there_is_not_is_refused(name):
+    with pytest.raises(ValueError, match=rf"{name}: cannot be compiled for .* h100:1x8, h200:1x8, a100:1x8"):
+        topology_devices(name)
+
+
+def test_only_stages_with_a_bound_are_planned():
+    with pytest.raises(ValueError, match="must end with a stage tokenizer or next_scale, found next_token"):
+        planned_task(next_token.get_config("d16"), make_mesh())
+
+
 def test_what_cannot_be_planned_is_said():
-    command = [sys.executable, "-m", "var_jax.benchmarks.plan", "--config=configs/var.py:d16"]
-    done = subprocess.run([*command, "--topology=v5e:3x7"], cwd=REPOSITORY, capture_output=True, text=True)
-    assert done.returncode == 1 and "--topology=v5e:3x7: cannot be compiled for" in done.stderr
+    command = [sys.executable, "-m", "var_jax.benchmarks.plan", "--config=configs/tokenizer.py"]
+    done = subprocess.run([*command, "--from_tokens"], cwd=REPOSITORY, capture_output=True, text=True)
+    assert done.returncode == 1 and done.stderr.startswith("plan: --from_tokens: a tokenizer is trained on")
+
+
+def test_a_gpu_has_the_memory_that_jax_takes_of_it(monkeypatch):
+    """Its allocator says so where there is one; where not, and `memory_stats` raises, the plan must too."""
+    gpu = SimpleNamespace(platform="gpu", device_kind="NVIDIA H100 80GB HBM3", memory_stats=no_memory_stats)
+    monkeypatch.delenv("XLA_PYTHON_CLIENT_MEM_FRACTION", raising=False)
+    assert memory_bytes(gpu) == 60e9
+    monkeypatch.setenv("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.9")
+    assert memory_bytes(gpu) == pytest.approx(72e9)
+
+
+def no_memory_stats():
+    raise jax.errors.JaxRuntimeError("MemoryStats is only supported for addressable PjRt devices.")
 
 
 def test_bounds_of_d16_on_paper():

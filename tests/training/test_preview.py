@@ -1,90 +1,18 @@
-"""Previews on the mesh; and everything that a run compiles, lowered for TPU without one."""
+"""Previews on the mesh."""
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from configs import var
 from tests.training.tiny import tiny_config
-from var_jax.benchmarks.subject import make_task, tokenizer_shapes
 from var_jax.sampling.generate import as_pixels, generate_in_chunks, image_keys
 from var_jax.tokenizer.model import decode_steps, encode, to_unit_range
 from var_jax.training.preview import run_in_chunks
-from var_jax.training.sharding import batch_sharding, make_mesh, replicated
+from var_jax.training.sharding import make_mesh, replicated
 from var_jax.training.state import create_state
-from var_jax.training.step import eval_program, train_program
 from var_jax.training.tokenizer_task import TokenizerTask
 from var_jax.training.transformer_task import NextScaleTask
-
-
-def abstract(tree, mesh):
-    """The shapes of a tree, on every device."""
-    return jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=replicated(mesh)), tree
-    )
-
-
-def programs_of(task, mesh) -> dict:
-    """Every program that `train.py` compiles for a task, with its abstract arguments."""
-    cfg, side = task.stage.train, task.image_size
-    _, state = create_state(task.init, task.optimizer, cfg.ema > 0, jax.random.key(0), mesh)
-    frozen = task.frozen
-    if "tokenizer" in frozen:
-        frozen = {"tokenizer": nn.meta.unbox(tokenizer_shapes(task.tokenizer))}
-    frozen = abstract(frozen, mesh)
-    shapes = {"image": ((side, side, 3), jnp.uint8), "label": ((), jnp.int32), "valid": ((), jnp.float32)}
-    batch = {
-        name: jax.ShapeDtypeStruct((cfg.batch, *shape), dtype, sharding=batch_sharding(mesh))
-        for name, (shape, dtype) in shapes.items()
-    }
-    key = abstract(jax.eval_shape(lambda: jax.random.key(0)), mesh)
-    return {
-        "step": (train_program(task, cfg, 1000, mesh, state), (state, frozen, batch, key)),
-        "evaluation": (eval_program(task, mesh), (state.sampling_params, frozen, batch)),
-        **task.preview_programs(mesh, state.sampling_params, frozen),
-    }
-
-
-def as_on_tpu(task):
-    """A transformer's task with the kernel and the dtype that TPUs have, on the fake devices."""
-    task.model = task.model.clone(attention="splash", dtype=jnp.bfloat16)
-    return task
-
-
-def tiny_transformer(mesh):
-    return make_task(tiny_config("unused"), mesh)
-
-
-def published(name):
-    def make(mesh):
-        config = var.get_config(name)
-        config.train.dtype = "bfloat16"
-        config.transformer.attention = "einsum"  # replaced below
-        return make_task(config, mesh)
-
-    return make
-
-
-@pytest.mark.parametrize(
-    ("make", "sizes", "with_kernel"),
-    [
-        (tiny_transformer, {"fsdp": 2, "tensor": 2}, {"step", "evaluation"}),  # no map of 64 positions
-        (published("d16"), {"fsdp": 4}, {"step", "evaluation", "samples"}),
-        (published("d36"), {"data": 2, "fsdp": 2}, {"step", "evaluation", "samples"}),
-    ],
-)
-def test_all_that_a_pod_runs_lowers_for_tpu(make, sizes, with_kernel):
-    """Mosaic kernels are refused where the compiler would have to partition them by itself."""
-    mesh = make_mesh(**sizes, devices=jax.devices()[:4])
-    programs = programs_of(as_on_tpu(make(mesh)), mesh)
-    assert set(programs) == {"step", "evaluation", "samples", "scales"}
-    lowered = {
-        name: program.trace(*args).lower(lowering_platforms=("tpu",)).as_text()
-        for name, (program, args) in programs.items()
-    }
-    assert {name for name, text in lowered.items() if "tpu_custom_call" in text} == with_kernel
 
 
 def state_of(task, mesh):

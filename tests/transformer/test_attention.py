@@ -1,16 +1,13 @@
-import re
 from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax._src.cudnn import fused_attention_stablehlo
 
 from tests.conftest import close
 from var_jax.scales import SCALES_256, SCALES_512, Scales
 from var_jax.training.sharding import make_mesh, on_mesh
-from var_jax.transformer import attention
 from var_jax.transformer.attention import attend, choose_attention, einsum, groups, key_ends
 from var_jax.transformer.splash import splash
 
@@ -61,18 +58,6 @@ def test_splash_of_new_positions_to_a_cache_equals_einsum():
     close(splash(q, k, v, 0.3, None, interpret=True), einsum(q, k, v, 0.3, None), 2e-6)
 
 
-@pytest.mark.parametrize("size", MASKS)
-@pytest.mark.parametrize("kernel", ["xla", "xla_chunked"])
-def test_tokamax_by_key_ends_equals_einsum(kernel, size):
-    pytest.importorskip("tokamax", reason="the extra tokamax is not installed")
-    mask = MASKS[size]
-    same(
-        partial(attention.tokamax, scale=0.3, mask=mask, kernel=kernel),
-        partial(einsum, scale=0.3, mask=mask),
-        *inputs(len(mask)),
-    )
-
-
 def test_groups_cover_all_queries_and_large_maps_need_no_mask():
     ends = key_ends(MASKS["256"])
     found = groups(ends)
@@ -89,41 +74,42 @@ def test_grouped_products_are_fewer_than_all():
     assert count("grouped") < 0.75 * count("einsum")
 
 
-def test_cudnn_sees_groups_of_even_lengths_without_a_mask_and_equals_einsum(monkeypatch):
-    """The kernel needs a GPU; what it is asked for is seen here, and worked out by XLA."""
-    asked, attention = [], jax.nn.dot_product_attention
+@pytest.fixture
+def cudnn_calls(monkeypatch) -> list[tuple]:
+    """Shapes of queries and keys that cuDNN is asked for; XLA computes in its place.
 
-    def kernel(q, k, v, *, implementation, **how):
-        asked.append((q.shape[1], k.shape[1], implementation))
-        return attention(q, k, v, implementation="xla", **how)
+    The kernel itself is compiled by `var_jax.benchmarks.check_gpu`.
+    """
+    calls, attention = [], jax.nn.dot_product_attention
+
+    def kernel(q, k, v, *, implementation, **options):
+        assert implementation == "cudnn" and q.shape[1] % 2 == k.shape[1] % 2 == 0  # else no gradient
+        calls.append((q.shape, k.shape))
+        return attention(q, k, v, implementation="xla", **options)
 
     monkeypatch.setattr(jax.nn, "dot_product_attention", kernel)
+    return calls
+
+
+def test_cudnn_sees_groups_of_even_lengths_without_a_mask_and_equals_einsum(cudnn_calls):
     mask = MASKS["256"]
     same(*(lambda q, k, v, n=n: attend(q, k, v, 0.3, mask, n) for n in ("cudnn", "einsum")), *inputs(680))
-    assert asked == [(n, end, "cudnn") for n, end in ((64, 156), (100, 256), (170, 424), (256, 680))]
-
-
-def half(size: int):
-    """Queries, keys and values as a training step on a GPU has them."""
-    return (jax.ShapeDtypeStruct((8, size, 2, 64), jnp.bfloat16),) * 3
+    lengths = [(q[1], k[1]) for q, k in cudnn_calls]
+    assert lengths == [(64, 156), (100, 256), (170, 424), (256, 680)]
 
 
 @pytest.mark.parametrize("size", ["256", "512"])
 @pytest.mark.parametrize("sizes", [{"devices": 1}, {"data": 2, "fsdp": 2, "tensor": 2}])
-def test_gradients_through_cudnn_are_lowered_for_a_gpu(monkeypatch, size, sizes):
-    """JAX's own conditions are met, by every device's part, and the kernels are called; not run here."""
-    monkeypatch.setattr(fused_attention_stablehlo, "check_cudnn_version", lambda: 91500)
+def test_cudnn_is_asked_for_the_part_of_each_device(cudnn_calls, size, sizes):
     mask, devices = MASKS[size], jax.devices()[: sizes.get("devices")]
     mesh = make_mesh(**{name: n for name, n in sizes.items() if name != "devices"}, devices=devices)
     loss = on_mesh(lambda q, k, v: attend(q, k, v, 0.3, mask, "cudnn").astype(jnp.float32).sum(), mesh)
-    program = jax.jit(jax.grad(loss, argnums=(0, 1, 2))).trace(*half(len(mask)))
-    text = program.lower(lowering_platforms=("cuda",)).as_text()
-    kernels = sum(stop - start >= 64 for start, stop in groups(key_ends(mask))[1:])
-    calls = re.findall(r"custom_call @(__cudnn\$fmha\w+)", text)
-    assert [sum(name.endswith(kind) for name in calls) for kind in ("Softmax", "Backward")] == [kernels] * 2
+    half = (jax.ShapeDtypeStruct((8, len(mask), 2, 64), jnp.bfloat16),) * 3
+    jax.jit(jax.grad(loss, argnums=(0, 1, 2))).trace(*half)
     images, heads = (8, 2) if mesh.size == 1 else (2, 1)  # over data and fsdp; over tensor
-    last = len(mask) - groups(key_ends(mask))[-1][0]
-    assert f"tensor<{images}x{last}x{heads}x64xbf16>" in text
+    assert all((q[0], q[2:]) == (images, (heads, 64)) for q, _ in cudnn_calls)
+    large = [stop - start for start, stop in groups(key_ends(mask))[1:]]
+    assert [q[1] for q, _ in cudnn_calls] == [n + n % 2 for n in large]
 
 
 @pytest.mark.parametrize("mask", [MASKS["odd"], None])
@@ -136,23 +122,31 @@ def test_splash_on_a_mesh_equals_einsum(mask):
 
 def test_auto_goes_by_platform():
     bf16, f32 = jnp.bfloat16, jnp.float32
-    found = [
-        choose_attention("auto", *on) for on in (("cpu", f32), ("tpu", bf16), ("gpu", bf16), ("gpu", f32))
-    ]
-    assert found == ["einsum", "splash", "cudnn", "grouped"]
+    platforms = (("cpu", f32), ("tpu", bf16), ("gpu", bf16), ("gpu", f32))
+    names = [choose_attention("auto", *platform, 64) for platform in platforms]
+    assert names == ["einsum", "splash", "cudnn", "grouped"]
+
+
+@pytest.mark.parametrize("head_dim", [12, 20, 136, 256])
+def test_auto_on_a_gpu_leaves_heads_that_cudnn_refuses_to_grouped(head_dim):
+    """JAX demands a multiple of 8, and at most 128 before Hopper."""
+    assert choose_attention("auto", "gpu", jnp.bfloat16, head_dim) == "grouped"
+    with pytest.raises(ValueError, match=f"multiple of 8 channels, at most 128, found {head_dim}"):
+        choose_attention("cudnn", "gpu", jnp.bfloat16, head_dim)
+    assert choose_attention("auto", "gpu", jnp.bfloat16, 8 * (head_dim // 16)) == "cudnn"
 
 
 @pytest.mark.parametrize(
     ("name", "platform", "says"),
     [
-        ("flash", "tpu", "one of auto, einsum, grouped, cudnn, splash, tokamax; found 'flash'"),
+        ("flash", "tpu", "one of auto, einsum, grouped, cudnn, splash; found 'flash'"),
         ("splash", "gpu", "splash runs on TPU, found gpu"),
         ("cudnn", "tpu", "cudnn runs on an NVIDIA GPU in bfloat16, found bfloat16 on tpu"),
     ],
 )
 def test_what_cannot_run_is_refused(name, platform, says):
     with pytest.raises(ValueError, match=says):
-        choose_attention(name, platform, jnp.bfloat16)
+        choose_attention(name, platform, jnp.bfloat16, 64)
 
 
 def test_a_mask_that_is_no_key_end_is_refused():

@@ -100,17 +100,17 @@ def test_attention_is_chosen_by_what_it_must_know():
     axial = NextTokenConfig(2, 32, 4, scales=(4,), mask="axial").masks
     causal = NextTokenConfig(2, 32, 4, scales=(4,)).masks
     half = jnp.bfloat16
-    assert choose_attention("auto", "tpu", half, causal) == "splash"
-    assert choose_attention("auto", "tpu", half, row) == "splash"
-    assert choose_attention("auto", "tpu", half, axial) == "einsum"
-    assert choose_attention("auto", "tpu", half, causal, bias=True) == "grouped"
-    assert choose_attention("auto", "gpu", half, causal) == "grouped"  # cuDNN has no group without a mask
-    assert choose_attention("auto", "gpu", half, (Scales((1, 4, 16)).mask,)) == "cudnn"
-    assert choose_attention("auto", "gpu", half, row) == "einsum"
-    assert choose_attention("auto", "gpu", half, causal, bias=True) == "grouped"
-    assert choose_attention("auto", "cpu", jnp.float32, axial, bias=True) == "einsum"
+    assert choose_attention("auto", "tpu", half, 64, causal) == "splash"
+    assert choose_attention("auto", "tpu", half, 64, row) == "splash"
+    assert choose_attention("auto", "tpu", half, 64, axial) == "einsum"
+    assert choose_attention("auto", "tpu", half, 64, causal, bias=True) == "grouped"
+    assert choose_attention("auto", "gpu", half, 64, causal) == "grouped"  # cuDNN has no group without a mask
+    assert choose_attention("auto", "gpu", half, 64, (Scales((1, 4, 16)).mask,)) == "cudnn"
+    assert choose_attention("auto", "gpu", half, 64, row) == "einsum"
+    assert choose_attention("auto", "gpu", half, 64, causal, bias=True) == "grouped"
+    assert choose_attention("auto", "cpu", jnp.float32, 64, axial, bias=True) == "einsum"
     with pytest.raises(ValueError, match="grouped does not know the mask .* use einsum or splash"):
-        choose_attention("grouped", "cpu", half, row)
+        choose_attention("grouped", "cpu", half, 64, row)
 
 
 def test_a_mask_known_only_when_the_program_runs_is_for_einsum():

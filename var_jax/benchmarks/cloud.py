@@ -1,4 +1,6 @@
-"""How Cloud TPU names the slices that JAX knows by their topology."""
+"""Commands that ask for the chips that JAX knows by their topology."""
+
+from var_jax.benchmarks.gpus import GPUS
 
 # Generation -> how Cloud TPU names a slice of {chips} or {cores}, and its software (see launch/tpu_vm.sh).
 CLOUD_NAMES = {
@@ -10,7 +12,11 @@ CLOUD_NAMES = {
 
 
 def launch_command(topology: str, chips: int) -> str:
-    """How to get such a slice; empty for a generation that launch/tpu_vm.sh does not know."""
-    name, runtime = CLOUD_NAMES.get(topology.split(":")[0], ("", ""))
+    """How to get such a slice, or such GPUs; empty for a generation that launch/tpu_vm.sh does not know."""
+    kind, shape = topology.split(":")
+    if kind in GPUS:
+        hosts, gpus = shape.split("x")
+        return f"sbatch --nodes={hosts} --ntasks-per-node={gpus} --gpus-per-node={gpus} launch/slurm.sh"
+    name, runtime = CLOUD_NAMES.get(kind, ("", ""))
     accelerator = name.format(chips=chips, cores=2 * chips)
     return f"ACCELERATOR={accelerator} RUNTIME={runtime} launch/tpu_vm.sh create" if name else ""

@@ -1,64 +1,82 @@
-"""Compiling for TPU slices with no TPU at hand, by the compiler in libtpu (`pip install -e '.[plan]'`).
+"""Compilation for TPU slices and GPUs that are not there.
 
-Import it before anything else starts JAX.
+The TPU's compiler is in libtpu (`pip install -e '.[plan]'`), the GPU's in JAX's CUDA plugin
+(`pip install -e '.[plan_gpu]'`).  Import this module before anything else starts JAX.
 """
 
 import os
 
-# Before JAX is there: libtpu must look for no TPU, and JAX must not start one.
+# Before JAX starts: libtpu must look for no TPU.
 os.environ.update(
     TPU_SKIP_MDS_QUERY="1",
     ALLOW_MULTIPLE_LIBTPU_LOAD="true",
     TPU_WORKER_HOSTNAMES="localhost",
     TPU_MIN_LOG_LEVEL="3",
 )
-os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # the CUDA plugin warns that there is no driver
 
 import dataclasses
 import math
 import re
 import time
+from collections.abc import Callable
 
-import flax.linen as nn
 import jax
-import jax.numpy as jnp
 from jax.experimental import topologies
-from jax.sharding import Mesh
 
-from var_jax.benchmarks.subject import tokenizer_shapes
-from var_jax.training.sharding import batch_sharding, replicated
-from var_jax.training.state import create_state
-from var_jax.training.transformer_task import NextScaleTask
+from var_jax.benchmarks.gpus import GPUS
 
-# What the compiler says of a program that does not fit, in its two ways.
+if not os.environ.get("JAX_PLATFORMS"):
+    jax.config.update("jax_platforms", "cpu")  # no TPU is started, and no driver of a GPU is asked for
+
+# What the TPU's compiler says of a program that does not fit, in its two ways.
 OVER = (re.compile(r"Used ([\d.]+)G of [\d.]+G hbm"), re.compile(r"temporaries \(([\d.]+)G\) exceeds"))
+# Triton's products are tuned on the card; cuBLAS's take as much memory, and compile in a third of the time.
+GPU_OPTIONS = {"xla_gpu_enable_triton_gemm": False}
+GPU_TOPOLOGY = re.compile(rf"({'|'.join(GPUS)}):([1-9]\d*)x([1-9]\d*)")
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Compiled:
-    """What came of compiling: seconds, whether it fits, GiB a chip in all and by kind, the program."""
+    """A program compiled for a chip.
+
+    Attributes:
+      compile_s: seconds.
+      gib: GiB on a device in all, what lies there unread included; the total that the compiler names where
+        it refuses the program.
+      parts: GiB by kind; none where it refuses the program.
+      program: None where it refuses the program.
+    """
 
     compile_s: float
-    fits: bool
     gib: float
     parts: dict[str, float]
     program: jax.stages.Compiled | None = None
 
 
-def slice_of(name: str) -> list[jax.Device]:
-    """The chips of a slice such as v5e:4x4.
+def topology_devices(name: str) -> list[jax.Device]:
+    """Devices of a TPU slice such as v5e:4x4, or of GPU nodes such as h100:1x8 (hosts x GPUs).
 
     Raises:
-      ValueError: where there is no such slice, or no compiler for it.
+      ValueError: where there is no such topology, or no compiler for it.
     """
+    gpus = GPU_TOPOLOGY.fullmatch(name)
     try:
-        return list(topologies.get_topology_desc(name, platform="tpu").devices)
-    except Exception as error:  # of whatever kind libtpu, or its absence, makes it
+        if gpus:
+            config = GPUS[gpus[1]].target_config
+            shape = f"1x{gpus[2]}x{gpus[3]}"  # slices x hosts x GPUs
+            desc = topologies.get_topology_desc(platform="cuda", topology=shape, target_config=config)
+        else:
+            desc = topologies.get_topology_desc(name, platform="tpu")
+    except (
+        RuntimeError
+    ) as error:  # of JAX where a compiler is missing, of the compiler where the name is wrong
         raise ValueError(
             f"--topology={name}: cannot be compiled for ({str(error).splitlines()[0]}). "
-            "Slices are named like v5e:4x4, v5p:4x4x4, v6e:8x8; the compiler comes with "
-            "pip install -e '.[plan]'"
+            "Slices are named like v5e:4x4, v5p:4x4x4, v6e:8x8, and need pip install -e '.[plan]'; GPUs, as "
+            f"hosts x GPUs, {', '.join(f'{gpu}:1x8' for gpu in GPUS)}, and need pip install -e '.[plan_gpu]'"
         ) from error
+    return list(desc.devices)
 
 
 def gib(tree) -> float:
@@ -67,24 +85,29 @@ def gib(tree) -> float:
     return sum(n * leaf.dtype.itemsize for n, leaf in zip(sizes, jax.tree.leaves(tree), strict=True)) / 2**30
 
 
-def whole(tree, mesh: Mesh):
-    """The shapes of a tree, on every device."""
-    return jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=replicated(mesh)), tree
-    )
+def compiled(function: Callable, *inputs, resident=()) -> Compiled:
+    """Compile a jitted function of abstract arrays with shardings.
 
+    Args:
+      function: jitted.
+      inputs: its arguments.
+      resident: what lies on the devices besides while it runs; leaves that are inputs too count once.
 
-def compiled(program, *inputs, **static) -> Compiled:
-    """Compiles; a program that does not fit the chip's memory is told apart from one that is wrong."""
-    lowered, start = program.lower(*inputs, **static), time.perf_counter()
+    Raises:
+      jax.errors.JaxRuntimeError: where the program is wrong, other than too large for the chip.
+    """
+    distinct = {id(leaf): leaf for leaf in jax.tree.leaves((inputs, resident))}.values()
+    on_device = gib(list(distinct))
+    platform = next(iter(distinct)).sharding.mesh.devices.flat[0].platform
+    lowered, start = function.lower(*inputs), time.perf_counter()
     try:
-        done = lowered.compile()
+        program = lowered.compile(compiler_options=GPU_OPTIONS if platform == "gpu" else None)
     except jax.errors.JaxRuntimeError as error:
-        used = [float(found[1]) for pattern in OVER if (found := pattern.search(str(error)))]
+        used = [float(match[1]) for pattern in OVER if (match := pattern.search(str(error)))]
         if not used:
             raise
-        return Compiled(time.perf_counter() - start, False, used[0], {})
-    memory, seconds = done.memory_analysis(), time.perf_counter() - start
+        return Compiled(compile_s=time.perf_counter() - start, gib=used[0], parts={})
+    memory, seconds = program.memory_analysis(), time.perf_counter() - start
     parts = {
         "arguments": memory.argument_size_in_bytes,
         "outputs": memory.output_size_in_bytes - memory.alias_size_in_bytes,
@@ -92,18 +115,6 @@ def compiled(program, *inputs, **static) -> Compiled:
         "program": memory.generated_code_size_in_bytes,
     }
     parts = {name: size / 2**30 for name, size in parts.items()}
-    # Inputs that this program does not look at lie there all the same, as the decoder does in training.
-    parts["unread"] = max(gib(inputs) - parts["arguments"], 0.0)
-    return Compiled(seconds, True, sum(parts.values()), parts, done)
-
-
-def train_inputs(task: NextScaleTask, mesh: Mesh, from_tokens: bool) -> tuple:
-    """State, frozen, batch and key of a training step, as shapes with shardings."""
-    cfg, side = task.stage.train, task.image_size
-    _, state = create_state(task.init, task.optimizer, cfg.ema > 0, jax.random.key(0), mesh)
-    row = ((task.config.schedule.length,), jnp.int32) if from_tokens else ((side, side, 3), jnp.uint8)
-    put = lambda shape, dtype: jax.ShapeDtypeStruct((cfg.batch, *shape), dtype, sharding=batch_sharding(mesh))  # noqa: E731
-    batch = {"tokens" if from_tokens else "image": put(*row), "label": put((), jnp.int32)}
-    frozen = {"tokenizer": nn.meta.unbox(tokenizer_shapes(task.tokenizer))}
-    key = jax.eval_shape(lambda: jax.random.key(0))
-    return state, whole(frozen, mesh), batch, whole(key, mesh)
+    # What this program does not look at lies there all the same, as the decoder does in training.
+    parts["unread"] = max(on_device - parts["arguments"], 0.0)
+    return Compiled(compile_s=seconds, gib=sum(parts.values()), parts=parts, program=program)

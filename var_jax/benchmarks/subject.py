@@ -1,4 +1,4 @@
-"""What is measured: the next_scale stage of a config, beside a tokenizer of random weights."""
+"""What is measured: a stage of a config, with random weights or shapes for what it builds on."""
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +8,9 @@ from ml_collections import ConfigDict
 from var_jax.stages import stages_of
 from var_jax.tokenizer.config import TokenizerConfig
 from var_jax.tokenizer.model import Tokenizer
+from var_jax.tokenizer.perceptual import CHANNELS, LAYERS
 from var_jax.training.task import compute_dtype, model_config
+from var_jax.training.tokenizer_task import TokenizerTask
 from var_jax.training.transformer_task import NextScaleTask
 
 CLASSES = 1000
@@ -49,3 +51,30 @@ def tokenizer_shapes(tokenizer: Tokenizer):
     return jax.eval_shape(
         lambda key: tokenizer.init(key, jnp.zeros((1, side, side, 3)))["params"], jax.random.key(0)
     )
+
+
+def make_tokenizer_task(stage: ConfigDict) -> TokenizerTask:
+    """The task of a tokenizer stage; the networks of the perceptual loss are shapes.
+
+    Raises:
+      ValueError: where the discriminator uses DINO, whose shapes only its file has.
+    """
+    stage = stage.copy_and_resolve_references()
+    if stage.adversarial.weight and stage.adversarial.network == "dino":
+        raise ValueError("config.adversarial.network=dino cannot be planned without its file; use patch")
+    return TokenizerTask(stage, STEPS, {"vgg": vgg_shapes()} if stage.loss.get("perceptual") else {})
+
+
+def vgg_shapes() -> dict:
+    """Shapes of the parameters that `vgg_features` and `perceptual_distance` read."""
+    channels, conv = 3, {}
+    for layer, convolutions in enumerate(LAYERS):
+        for i in convolutions:
+            kernel, bias = (3, 3, channels, CHANNELS[layer]), (CHANNELS[layer],)
+            conv[str(i)] = {"kernel": _float32(kernel), "bias": _float32(bias)}
+            channels = CHANNELS[layer]
+    return {"conv": conv, "linear": {str(i): _float32((c,)) for i, c in enumerate(CHANNELS)}}
+
+
+def _float32(shape: tuple[int, ...]) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape, jnp.float32)

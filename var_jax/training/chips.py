@@ -57,7 +57,14 @@ def memory_bytes(device: jax.Device) -> float | None:
     if "bytes_limit" in (stats := _stats(device)):
         return stats["bytes_limit"]
     known = chip(device)
-    return known.memory if known else None
+    if known is None:
+        return None
+    return known.memory * (gpu_allocator_share() if device.platform == "gpu" else 1.0)
+
+
+def gpu_allocator_share() -> float:
+    """Share of a GPU's memory that JAX takes at the start, and never more."""
+    return float(os.environ.get("XLA_PYTHON_CLIENT_MEM_FRACTION", 0.75))
 
 
 def _stats(device: jax.Device) -> dict:

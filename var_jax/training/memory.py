@@ -83,5 +83,6 @@ def remat_that_fits(stage: ConfigDict, cfg: TransformerConfig, mesh: Mesh, atten
     logits = 3 * 4 * min(MOST_LOGITS, cfg.schedule.length) * cfg.num_codes / tensor
     block = kept_bytes(cfg, "none", itemsize, scores) / cfg.depth / tensor  # being worked out again
     room = SHARE * memory - state_bytes(stage, cfg, mesh) - images * (logits + block)
+    platform = mesh.devices.flat[0].platform
     with config_errors():
-        return choose_remat(cfg, stage.transformer.remat, images / tensor, room, itemsize, scores)
+        return choose_remat(cfg, stage.transformer.remat, images / tensor, room, itemsize, scores, platform)

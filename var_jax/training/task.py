@@ -12,6 +12,7 @@ from ml_collections import ConfigDict
 from PIL import Image
 
 from var_jax.errors import ConfigError, config_errors
+from var_jax.training.flops import count_flops
 from var_jax.training.state import TrainState
 
 
@@ -44,8 +45,12 @@ def model_config(cls, fields: ConfigDict, **fixed):
 
 
 def program_flops(function: Callable, *inputs) -> float:
-    """FLOPs of a function without loops, as XLA counts them."""
-    return jax.jit(function).lower(*inputs).cost_analysis()["flops"]
+    """Count the matrix FLOPs of a function of arrays or their shapes, without compiling it.
+
+    Raises:
+      ValueError: on a while loop or a Pallas kernel, see `count_flops`.
+    """
+    return count_flops(jax.make_jaxpr(function)(*inputs).jaxpr)
 
 
 class Task(abc.ABC):

@@ -97,7 +97,7 @@ class TransformerTask(Task):
         bias = self.config.relative == "relative_2d"
         with config_errors():
             attention = choose_attention(
-                stage.transformer.attention, platform, dtype, self.config.masks, bias
+                stage.transformer.attention, platform, dtype, self.config.head_dim, self.config.masks, bias
             )
         remat = remat_that_fits(stage, self.config, mesh, attention, dtype)
         self.model = self.network(self.config, dtype, attention, remat)

@@ -6,47 +6,53 @@
 | `grouped` | queries of a group attend to the keys up to its end, so large maps need no mask | anywhere |
 | `cudnn` | as grouped, the groups without a mask by cuDNN's fused kernel | NVIDIA GPUs, bfloat16 |
 | `splash` | Pallas kernel that skips masked blocks (`transformer/splash.py`) | TPU, bfloat16 |
-| `tokamax` | fused kernel with a last key for each query; needs the extra `tokamax` | NVIDIA GPUs |
 
-`auto` is `splash` on TPU and `cudnn` on GPU in 16 bits, `grouped` on both in float32, `einsum` on CPU.
+`auto` is `splash` on TPU and `cudnn` on GPU in 16 bits (the latter where the head size allows), `grouped` on both
+otherwise, `einsum` on CPU.
 """
 
 import itertools
 import math
 from collections.abc import Callable, Sequence
-from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import flags
 from jax.ad_checkpoint import checkpoint_name
 
 from var_jax.dtypes import product_precision
 from var_jax.partition import on_each_device
 from var_jax.transformer.splash import OUTPUT, splash
 
-IMPLEMENTATIONS = ("einsum", "grouped", "cudnn", "splash", "tokamax")
+IMPLEMENTATIONS = ("einsum", "grouped", "cudnn", "splash")
+CUDNN_HEAD_MULTIPLE, CUDNN_HEAD_MAX = 8, 128  # channels of a head; from Hopper on cuDNN takes 256
 LEAST_ROWS = 64  # queries that are worth a kernel, or a group of their own
 MAX_LOG_TEMPERATURE = math.log(100)
 
 
 def choose_attention(
-    name: str, platform: str, dtype: jnp.dtype, masks: Sequence[np.ndarray] = (), bias: bool = False
+    name: str,
+    platform: str,
+    dtype: jnp.dtype,
+    head_dim: int,
+    masks: Sequence[np.ndarray] = (),
+    bias: bool = False,
 ) -> str:
     """What `auto` stands for on a platform ("cpu", "gpu", "tpu"); other names are checked against it.
 
     Args:
+      head_dim: channels of a head.
       masks: of the blocks, in turn; bool [L, L].
       bias: whether something is added to the scores.
 
     Raises:
       ValueError: on a name that is none, or an implementation that cannot run there, or cannot do that.
     """
-    half, able = jnp.dtype(dtype).itemsize == 2, _able(masks, bias)
+    able, half = _able(masks, bias), jnp.dtype(dtype).itemsize == 2
+    fits_cudnn = head_dim % CUDNN_HEAD_MULTIPLE == 0 and head_dim <= CUDNN_HEAD_MAX
     if name == "auto":
-        kernel = {"tpu": ("splash",), "gpu": ("cudnn",)} if half else {}
-        best = {on: (*kernel.get(on, ()), "grouped") for on in ("tpu", "gpu")}
+        kernels = {"tpu": ("splash",) if half else (), "gpu": ("cudnn",) if half and fits_cudnn else ()}
+        best = {on: (*kernels[on], "grouped") for on in kernels}
         return next((found for found in best.get(platform, ()) if found in able), "einsum")
     if name not in IMPLEMENTATIONS:
         known = ", ".join(("auto", *IMPLEMENTATIONS))
@@ -60,6 +66,11 @@ def choose_attention(
         raise ValueError(
             "transformer.attention=cudnn runs on an NVIDIA GPU in bfloat16, found "
             f"{jnp.dtype(dtype).name} on {platform}; try auto or grouped"
+        )
+    if name == "cudnn" and not fits_cudnn:
+        raise ValueError(
+            f"transformer.attention=cudnn needs heads of a multiple of {CUDNN_HEAD_MULTIPLE} channels, "
+            f"at most {CUDNN_HEAD_MAX}, found {head_dim} (model.width / model.num_heads); try auto or grouped"
         )
     if name not in able:
         raise ValueError(
@@ -76,7 +87,7 @@ def _able(masks: Sequence[np.ndarray], bias: bool) -> list[str]:
     if len(masks) < 2 and ends:
         able.append("grouped")
     if len(masks) < 2 and not bias:
-        able += ["splash", "tokamax"] if ends else ["splash"]
+        able.append("splash")
         if ends and all(any(_is_free(mask, group) for group in groups(mask.sum(1))) for mask in masks):
             able.append("cudnn")
     return able
@@ -117,13 +128,11 @@ def attend(
     traced = isinstance(mask, jax.Array)
     if name == "auto":
         known = () if mask is None or traced else (mask,)
-        name = choose_attention(name, jax.default_backend(), q.dtype, known, bias is not None)
+        name = choose_attention(name, jax.default_backend(), q.dtype, q.shape[-1], known, bias is not None)
     if name == "einsum" or traced or (mask is None and q.shape[1] < LEAST_ROWS):
         return einsum(q, k, v, scale, mask, bias)
     if name == "splash":
         return splash(q, k, v, scale, mask)
-    if name == "tokamax":
-        return on_each_device(partial(tokamax, scale=scale, mask=mask), q, k, v, tensor=2)
     return grouped(q, k, v, scale, mask, cudnn if name == "cudnn" else einsum, bias)
 
 
@@ -162,32 +171,6 @@ def cudnn(q: jax.Array, k: jax.Array, v: jax.Array, scale: float, mask: None) ->
         return out[:, : q.shape[1]]
 
     return on_each_device(local, q, k, v, tensor=2)  # XLA would not split the lengths with the images
-
-
-def tokamax(
-    q: jax.Array, k: jax.Array, v: jax.Array, scale: float, mask: np.ndarray | None, kernel: str | None = None
-) -> jax.Array:
-    """See `attend`; `kernel` is one of tokamax's implementations, None for the best that runs here.
-
-    Its public interface has a window around the diagonal: here from the first key to the end of each query's.
-
-    Raises:
-      ValueError: where the extra is not installed, or a query sees other keys than those up to some end.
-    """
-    try:
-        from tokamax import dot_product_attention  # an extra, and slow to import
-    except ImportError as error:
-        raise ValueError(
-            "transformer.attention=tokamax needs an extra: pip install -e '.[tokamax]'"
-        ) from error
-    if not flags.FLAGS.is_parsed():  # else tokamax parses the command line, whose flags are others
-        flags.FLAGS.mark_as_parsed()
-    window = None
-    if mask is not None:
-        here = np.arange(len(mask))
-        window = (jnp.asarray(here), jnp.asarray(key_ends(mask) - 1 - here))
-    out = dot_product_attention(q, k, v, scale=scale, local_window_size=window, implementation=kernel)
-    return checkpoint_name(out, OUTPUT)
 
 
 def key_ends(mask: np.ndarray) -> np.ndarray:

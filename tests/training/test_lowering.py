@@ -1,0 +1,67 @@
+"""Everything that a run compiles, lowered for TPU without one: Mosaic says there what it refuses."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from configs import tokenizer, var
+from tests.training.tiny import tiny_config
+from var_jax.benchmarks.programs import sampling_program, training_programs
+from var_jax.benchmarks.subject import make_task, make_tokenizer_task
+from var_jax.training.sharding import make_mesh
+
+SCALES_WITH_KERNEL = {"step", "evaluation", "preview samples", "sampling"}
+
+
+def as_on_tpu(task):
+    """A transformer's task with the kernel and the dtype that TPUs have, on the fake devices."""
+    task.model = task.model.clone(attention="splash", dtype=jnp.bfloat16)
+    return task
+
+
+def tiny_transformer(mesh):
+    return as_on_tpu(make_task(tiny_config("unused"), mesh))
+
+
+def published(name):
+    def make(mesh):
+        config = var.get_config(name)
+        config.train.dtype = "bfloat16"
+        config.transformer.attention = "einsum"  # replaced by `as_on_tpu`
+        return as_on_tpu(make_task(config, mesh))
+
+    return make
+
+
+def published_tokenizer(mesh):
+    stage = tokenizer.get_config()
+    stage.train.dtype = "bfloat16"
+    return make_tokenizer_task(stage)
+
+
+@pytest.mark.parametrize(
+    ("make", "sizes", "with_kernel"),
+    [
+        (tiny_transformer, {"fsdp": 2, "tensor": 2}, {"step", "evaluation"}),  # no map of 64 positions
+        (published("d16"), {"fsdp": 4}, SCALES_WITH_KERNEL),
+        (published("d36"), {"data": 2, "fsdp": 2}, SCALES_WITH_KERNEL),
+        (published_tokenizer, {"fsdp": 4}, set()),
+    ],
+    ids=["tiny", "d16", "d36", "tokenizer"],
+)
+def test_all_that_a_pod_runs_lowers_for_tpu(make, sizes, with_kernel):
+    """Mosaic kernels are refused where the compiler would have to partition them by itself."""
+    mesh = make_mesh(**sizes, devices=jax.devices()[:4])
+    task = make(mesh)
+    programs, _, _ = training_programs(task, mesh, from_tokens=False)
+    names = {"step", "evaluation", "preview reconstructions"}
+    if task.name == "next_scale":
+        controls = task.options.controls(task.config.schedule, task.config.num_codes)
+        programs |= sampling_program(task, mesh, 8, controls)
+        names = {"step", "evaluation", "preview samples", "preview scales", "sampling"}
+    assert set(programs) == names
+    lowered = {
+        name: program.trace(*args).lower(lowering_platforms=("tpu",)).as_text()
+        for name, (program, args) in programs.items()
+    }
+    assert {name for name, text in lowered.items() if "tpu_custom_call" in text} == with_kernel
