@@ -7,8 +7,8 @@
 | `cudnn` | as grouped, the groups without a mask by cuDNN's fused kernel | NVIDIA GPUs, bfloat16 |
 | `splash` | Pallas kernel that skips masked blocks (`transformer/splash.py`) | TPU, bfloat16 |
 
-`auto` is `splash` on TPU and `cudnn` on GPU in 16 bits (the latter where the head size allows), `grouped` on both
-otherwise, `einsum` on CPU.
+`auto`, in 16 bits, is `splash` on TPU and, where its head size allows, `cudnn` on GPU; `grouped` on both
+otherwise; `einsum` on CPU.
 """
 
 import itertools
