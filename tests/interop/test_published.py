@@ -190,6 +190,7 @@ def test_names_and_shapes_cannot_cost_memory(tmp_path, changes, message):
         ({"encoder.down.0.block.0.conv1.weight": None}, "no tensor encoder.down.0.block.0.conv1.weight"),
         ({"encoder.down.0.block.0.conv1.weight": np.zeros((33, 1, 1, 1))}, "no multiples of the first 32"),
         ({"encoder.conv_in.weight": np.zeros((0, 1, 1, 1))}, "no multiples of the first 0"),
+        ({"encoder.conv_in.weight": np.zeros((1, 1, 1, 1))}, r"norm_groups=32 must divide .* ch \* 1 = 1"),
         ({"encoder.conv_in.weight": np.zeros(3)}, "expected 4 dimensions"),
         ({"quantize.ema_vocab_hit_SV": np.zeros(3)}, "expected .K, V., K at most 64"),
         ({"quantize.ema_vocab_hit_SV": np.zeros((10**6, 1), np.float16)}, "expected .K, V., K at most 64"),

@@ -71,7 +71,7 @@ class TokenizerConfig:
                 raise ValueError(f"tokenizer {name} must be in [0, 1), found {getattr(self, name)}")
         if not self.ch_mult or min(self.ch_mult) < 1:
             raise ValueError(f"tokenizer ch_mult must be multipliers of at least 1, found {self.ch_mult}")
-        for mult in self.ch_mult:
+        for mult in (1, *self.ch_mult):  # the first level starts from `ch`
             if self.ch * mult % self.norm_groups:
                 raise ValueError(
                     f"tokenizer norm_groups={self.norm_groups} must divide the channels of every level, "
