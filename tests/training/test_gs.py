@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tensorstore as ts
 from PIL import Image
 
 from tests.conftest import REPOSITORY
@@ -198,6 +199,16 @@ def test_a_damaged_checkpoint_is_set_aside_and_stays_there(run, two_steps, caplo
         saved.close()
     assert caplog.text.count("is damaged: ") == 1 and f"{run / '2'} is damaged" in caplog.text
     assert (run / "2.damaged" / damaged.relative_to(run / "2")).read_bytes() == content[:-1]
+
+
+def test_a_listing_is_never_an_old_one(run):
+    """TensorStore and other processes write files that gcsfs does not know of, and it keeps its listings."""
+    (run / "first").write_text("")
+    assert [path.name for path in run.iterdir()] == ["first"]
+    bucket, _, name = str(run).removeprefix("gs://").partition("/")
+    store = ts.KvStore.open({"driver": "gcs", "bucket": bucket, "path": f"{name}/"}).result()
+    store.write("second", b"").result()
+    assert sorted(path.name for path in run.iterdir()) == ["first", "second"]
 
 
 def test_logs_pictures_and_traces(run):
