@@ -258,24 +258,28 @@ class _Server(ThreadingHTTPServer):
 class _Upload(io.BytesIO):
     """A file being written: the object appears, whole, when it is closed."""
 
-    def __init__(self, bucket: Bucket, name: str):
+    def __init__(self, bucket: Bucket, name: str, listings: dict):
         super().__init__()
-        self.bucket, self.name = bucket, name
+        self.bucket, self.name, self.listings = bucket, name, listings
 
     def close(self) -> None:
         if not self.closed:
             self.bucket.put(self.name, self.getvalue())
+            self.listings.clear()
         super().close()
 
 
 class FakeGcs(fsspec.AbstractFileSystem):
-    """fsspec's view of the buckets, as gcsfs gives it for a bucket without a hierarchical namespace."""
+    """fsspec's view of the buckets, as gcsfs gives it for a bucket without a hierarchical namespace.
+
+    As gcsfs does, it keeps listings until it writes itself, unless told not to.
+    """
 
     protocol = ("gs", "gcs")
-    cachable = False
 
-    def __init__(self, finalize_on_close: bool = False, **kwargs):
-        super().__init__(**kwargs)
+    def __init__(self, finalize_on_close: bool = False, use_listings_cache: bool = True, **kwargs):
+        super().__init__(use_listings_cache=use_listings_cache, **kwargs)
+        self.keeps_listings, self.listings = use_listings_cache, {}
 
     @classmethod
     def _strip_protocol(cls, path):
@@ -286,6 +290,12 @@ class FakeGcs(fsspec.AbstractFileSystem):
         return Bucket(Path(os.environ[FOLDER]) / bucket), name
 
     def ls(self, path, detail=True, **_):
+        entries = self.listings.get(self._strip_protocol(path)) or self._list(path)
+        if self.keeps_listings:
+            self.listings[self._strip_protocol(path)] = entries
+        return list(entries.values()) if detail else sorted(entries)
+
+    def _list(self, path) -> dict[str, dict]:
         bucket, name = self._split(path)
         root = self._strip_protocol(path).partition("/")[0]
         entries = {}
@@ -301,7 +311,7 @@ class FakeGcs(fsspec.AbstractFileSystem):
                 raise FileNotFoundError(path)
             full = self._strip_protocol(path)
             entries[full] = {"name": full, "size": len(bucket.get(name)), "type": "file"}
-        return list(entries.values()) if detail else sorted(entries)
+        return entries
 
     def info(self, path, **_):
         bucket, name = self._split(path)
@@ -333,7 +343,7 @@ class FakeGcs(fsspec.AbstractFileSystem):
         if "a" in mode:
             raise NotImplementedError("objects cannot be appended to")
         if "w" in mode:
-            file = _Upload(bucket, name)
+            file = _Upload(bucket, name, self.listings)
         elif bucket.generation(name):
             file = io.BytesIO(bucket.get(name))
         else:
@@ -341,6 +351,7 @@ class FakeGcs(fsspec.AbstractFileSystem):
         return file if "b" in mode else io.TextIOWrapper(file, encoding="utf-8")
 
     def rm(self, path, recursive=False, **_):
+        self.listings.clear()
         bucket, name = self._split(path)
         names = [name] if bucket.generation(name) else list(bucket.list(f"{name}/")) if recursive else []
         if not names:
@@ -351,6 +362,7 @@ class FakeGcs(fsspec.AbstractFileSystem):
 
     def mv(self, path, target, recursive=False, **_):
         """Object by object."""
+        self.listings.clear()
         (bucket, name), (_, to) = self._split(path), self._split(target)
         names = [name] if bucket.generation(name) else list(bucket.list(f"{name}/"))
         for found in names:

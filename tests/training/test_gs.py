@@ -1,20 +1,34 @@
 """Runs under gs://: Orbax and TensorStore write to the store of tests/fake_gs.py by their own protocols."""
 
+import os
+import socket
+import subprocess
 import sys
 
 import chex
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
+import tensorstore as ts
 from PIL import Image
 
+from tests.conftest import REPOSITORY
 from tests.training.test_profile import loop
+from tests.training.tiny import tiny_config
 from tests.training.toy import Toy, toy_stage
+from var_jax import stages
 from var_jax.data.sources import open_source
 from var_jax.paths import as_path
 from var_jax.sampling import pictures
 from var_jax.training.append_file import AppendFile
-from var_jax.training.checkpoint import CheckpointMissing, Checkpoints, check_storage, load_params
+from var_jax.training.checkpoint import (
+    CheckpointMissing,
+    Checkpoints,
+    check_storage,
+    load_config,
+    load_params,
+)
 from var_jax.training.logging import Log, draw_curves, read_metrics
 from var_jax.training.loop import train
 from var_jax.training.manifest import CheckpointDamaged, steps_under
@@ -79,6 +93,81 @@ def test_a_run_that_is_interrupted_ends_in_the_numbers_of_a_local_one(run, digit
     assert len(list((run / "toy" / "tensorboard").iterdir())) == 2
 
 
+HOST = """
+from absl import app, flags
+from tests import fake_gs
+fake_gs.install()
+from tests.training.toy import Toy, toy_stage
+from var_jax.command_line import define_host_flags, failing_at_once, join_hosts
+from var_jax.data.sources import open_source
+from var_jax.paths import as_path
+from var_jax.training.loop import train
+for name in ("workdir", "data_dir"):
+    flags.DEFINE_string(name, None, "")
+define_host_flags()
+
+def main(_):
+    join_hosts()
+    data = flags.FLAGS.data_dir
+    sources = tuple(open_source("digits", split, data) for split in ("train", "test"))
+    with failing_at_once():
+        train(Toy(), toy_stage(data, every=4), 8, as_path(flags.FLAGS.workdir), sources)
+
+app.run(main)
+"""
+
+
+def on_two_hosts(run, digits_dir) -> list[str]:
+    """Trains 8 steps on two processes with four devices each; what they said on stderr."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    several = (
+        f"--coordinator=localhost:{port}",
+        "--num_processes=2",
+        f"--workdir={run}",
+        f"--data_dir={digits_dir}",
+    )
+    environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
+    hosts = [
+        subprocess.Popen(
+            [sys.executable, "-c", HOST, *several, f"--process_id={i}"],
+            cwd=REPOSITORY,
+            env=environment,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for i in range(2)
+    ]
+    try:
+        said = [host.communicate(timeout=300)[1] for host in hosts]
+    finally:
+        for host in hosts:
+            host.kill()
+    assert [host.returncode for host in hosts] == [0, 0], said[0][-2000:] + said[1][-2000:]
+    return said
+
+
+def test_two_hosts_write_one_checkpoint_and_agree_on_a_damaged_one(run, digits_dir, tmp_path):
+    sources = tuple(open_source("digits", split, digits_dir) for split in ("train", "test"))
+    train(Toy(), toy_stage(digits_dir, every=4), 8, tmp_path, sources)
+    want, _ = load_params(tmp_path / "toy" / "checkpoints")
+    folder = run / "toy" / "checkpoints"
+    on_two_hosts(run, digits_dir)
+    assert steps_under(folder) == [4, 8]
+    assert {path.name for path in (folder / "8" / "params").iterdir()} >= {
+        "ocdbt.process_0",
+        "ocdbt.process_1",
+    }
+    np.testing.assert_allclose(load_params(folder)[0]["w"], want["w"], rtol=1e-5)
+    (folder / "8" / "params" / "ocdbt.process_1" / "manifest.ocdbt").unlink()
+    said = on_two_hosts(run, digits_dir)
+    assert "8 is damaged: params/ocdbt.process_1/manifest.ocdbt is missing" in said[0]
+    assert "is damaged: " not in said[1]  # process 0 alone looks
+    assert steps_under(folder) == [4, 8] and (folder / "8.damaged").exists()
+    np.testing.assert_allclose(load_params(folder)[0]["w"], want["w"], rtol=1e-5)
+
+
 def test_a_checkpoint_that_was_not_finished_does_not_count_and_is_removed(run, two_steps):
     folder, _, abstract = two_steps
     copied(folder, run)
@@ -110,6 +199,16 @@ def test_a_damaged_checkpoint_is_set_aside_and_stays_there(run, two_steps, caplo
         saved.close()
     assert caplog.text.count("is damaged: ") == 1 and f"{run / '2'} is damaged" in caplog.text
     assert (run / "2.damaged" / damaged.relative_to(run / "2")).read_bytes() == content[:-1]
+
+
+def test_a_listing_is_never_an_old_one(run):
+    """TensorStore and other processes write files that gcsfs does not know of, and it keeps its listings."""
+    (run / "first").write_text("")
+    assert [path.name for path in run.iterdir()] == ["first"]
+    bucket, _, name = str(run).removeprefix("gs://").partition("/")
+    store = ts.KvStore.open({"driver": "gcs", "bucket": bucket, "path": f"{name}/"}).result()
+    store.write("second", b"").result()
+    assert sorted(path.name for path in run.iterdir()) == ["first", "second"]
 
 
 def test_logs_pictures_and_traces(run):
@@ -159,3 +258,13 @@ def test_a_missing_package_is_named(bucket, monkeypatch):
     monkeypatch.setitem(sys.modules, "google.cloud.storage", None)
     with pytest.raises(ValueError, match="--workdir=gs://bucket/run: gs:// needs gcsfs"):
         check_storage("gs://bucket/run", "--workdir")
+
+
+def test_train_py_and_its_stages_write_to_a_bucket(run, digits_dir):
+    """A tokenizer with all its pictures, by the programs of the tiny run."""
+    config = tiny_config(digits_dir, steps=2)
+    config.stages = ("tokenizer",)
+    stages.run(config, run)
+    assert (run / "reconstructions.png").read_bytes().startswith(b"\x89PNG")
+    assert [path.name for path in (run / "tokenizer" / "previews").iterdir()] != []
+    assert load_config(run / "tokenizer" / "checkpoints")[0] == 2

@@ -422,11 +422,11 @@ def _read(directory: os.PathLike, step: int | str, restore: Callable[[ocp.Checkp
             manager, number = _open(directory, step)
             with manager, readable(directory / str(number)):
                 return restore(manager, number)
-        except CheckpointDamaged as error:
-            damaged = error
+        except (CheckpointDamaged, OSError) as error:
+            failure = error
             if steps_under(directory) == steps:
                 break
-    raise damaged
+    raise failure
 
 
 def _open(directory: epath.Path, step: int | str) -> tuple[ocp.CheckpointManager, int]:
@@ -437,8 +437,9 @@ def _open(directory: epath.Path, step: int | str) -> tuple[ocp.CheckpointManager
         read_only=True, create=False, save_interval_steps=0, best_fn=_score, best_mode="min"
     )
     try:
-        manager = ocp.CheckpointManager(directory, options=options, item_handlers=_item_handlers())
-    except (OSError, ValueError):  # it reads a little of every checkpoint, and does not say of which
+        with readable(directory):
+            manager = ocp.CheckpointManager(directory, options=options, item_handlers=_item_handlers())
+    except CheckpointDamaged:  # it reads a little of every checkpoint, and does not say of which
         for number in steps_under(directory):
             check_whole(directory / str(number))
         raise
