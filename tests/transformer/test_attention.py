@@ -136,17 +136,18 @@ def test_splash_on_a_mesh_equals_einsum(mask):
 
 def test_auto_goes_by_platform():
     bf16, f32 = jnp.bfloat16, jnp.float32
-    found = [
-        choose_attention("auto", *on) for on in (("cpu", f32), ("tpu", bf16), ("gpu", bf16), ("gpu", f32))
-    ]
-    assert found == ["einsum", "splash", "cudnn", "grouped"]
+    on = (("cpu", f32), ("tpu", bf16), ("gpu", bf16), ("tpu", f32), ("gpu", f32))
+    found = [choose_attention("auto", *platform) for platform in on]
+    assert found == ["einsum", "splash", "cudnn", "grouped", "grouped"]
+    with pytest.raises(ValueError, match=r"splash runs on TPU in bfloat16 \(.*found float32 on tpu"):
+        choose_attention("splash", "tpu", f32)
 
 
 @pytest.mark.parametrize(
     ("name", "platform", "says"),
     [
         ("flash", "tpu", "one of auto, einsum, grouped, cudnn, splash, tokamax; found 'flash'"),
-        ("splash", "gpu", "splash runs on TPU, found gpu"),
+        ("splash", "gpu", "splash runs on TPU in bfloat16 .*, found bfloat16 on gpu"),
         ("cudnn", "tpu", "cudnn runs on an NVIDIA GPU in bfloat16, found bfloat16 on tpu"),
     ],
 )
