@@ -81,19 +81,21 @@ def _apply(eqn, inputs: list, ways: dict) -> list:
 
 
 def _scan(eqn, inputs: list, ways: dict) -> list:
-    closed, consts, carries = (eqn.params[name] for name in ("jaxpr", "num_consts", "num_carry"))
+    (jaxpr,) = _inner(eqn)
+    whole = lambda ours, theirs: sum(  # noqa: E731  (those that are not taken apart by the loop)
+        a.aval.shape == b.aval.shape for a, b in zip(ours, theirs, strict=True)
+    )
+    carries = whole(eqn.outvars, jaxpr.outvars)
+    stop = whole(eqn.invars, jaxpr.invars)
+    consts = stop - carries
+    own = getattr(eqn.params["jaxpr"], "consts", ())
 
     def body(carry, xs):
-        outputs = _evaluate(closed.jaxpr, closed.consts, ways, *inputs[:consts], *carry, *xs)
+        outputs = _evaluate(jaxpr, own, ways, *inputs[:consts], *carry, *xs)
         return outputs[:carries], outputs[carries:]
 
-    carry, stacked = jax.lax.scan(
-        body,
-        inputs[consts : consts + carries],
-        inputs[consts + carries :],
-        eqn.params["length"],
-        eqn.params["reverse"],
-    )
+    length, reverse = eqn.params["length"], eqn.params["reverse"]
+    carry, stacked = jax.lax.scan(body, inputs[consts:stop], inputs[stop:], length, reverse)
     return [*carry, *stacked]
 
 

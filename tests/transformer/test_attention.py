@@ -122,9 +122,11 @@ def test_splash_on_a_mesh_equals_einsum(mask):
 
 def test_auto_goes_by_platform():
     bf16, f32 = jnp.bfloat16, jnp.float32
-    platforms = (("cpu", f32), ("tpu", bf16), ("gpu", bf16), ("gpu", f32))
+    platforms = (("cpu", f32), ("tpu", bf16), ("gpu", bf16), ("tpu", f32), ("gpu", f32))
     names = [choose_attention("auto", *platform, 64) for platform in platforms]
-    assert names == ["einsum", "splash", "cudnn", "grouped"]
+    assert names == ["einsum", "splash", "cudnn", "grouped", "grouped"]
+    with pytest.raises(ValueError, match=r"splash runs on TPU in bfloat16 \(.*found float32 on tpu"):
+        choose_attention("splash", "tpu", f32, 64)
 
 
 @pytest.mark.parametrize("head_dim", [12, 20, 136, 256])
@@ -140,7 +142,7 @@ def test_auto_on_a_gpu_leaves_heads_that_cudnn_refuses_to_grouped(head_dim):
     ("name", "platform", "says"),
     [
         ("flash", "tpu", "one of auto, einsum, grouped, cudnn, splash; found 'flash'"),
-        ("splash", "gpu", "splash runs on TPU, found gpu"),
+        ("splash", "gpu", "splash runs on TPU in bfloat16 .*, found bfloat16 on gpu"),
         ("cudnn", "tpu", "cudnn runs on an NVIDIA GPU in bfloat16, found bfloat16 on tpu"),
     ],
 )
