@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 
 from tests.test_scripts import command
-from var_jax.benchmarks import device_check, device_numerics
-from var_jax.benchmarks.device_parts import Options, Part, relative_error, run_parts
+from var_jax.benchmarks import device_check, device_numerics, device_runs
+from var_jax.benchmarks.device_parts import CommandFailed, Options, Part, relative_error, run_parts
 from var_jax.transformer.attention import IMPLEMENTATIONS
 
 YARDSTICK = "import json; print(json.dumps({'images_per_s': 2.0, 'seconds': 1.0}))"
@@ -202,6 +202,25 @@ def test_parts_go_on_after_one_that_raises_and_leave_out_what_takes_too_long(tmp
     assert sound["ms"] == 1.0 and not device_check.part_failed(sound)
     assert stopped["not_run"].startswith("stopped") and device_check.part_failed(stopped)
     assert long["not_run"] == "no time left" and not device_check.part_failed(long)
+
+
+def test_the_batch_is_halved_while_the_memory_is_too_small(monkeypatch, tmp_path):
+    batches = []
+
+    def run(options, arguments):
+        batches.append(int(arguments[-1].removeprefix("--batch=")))
+        if batches[-1] > 16:
+            raise CommandFailed(arguments, 1, "RESOURCE_EXHAUSTED: out of memory" + 5000 * " allocation")
+        return json.dumps({"seconds": 0.5, "images_per_s": 32, "tflops": 1, "peak_gib": 9, "compile_s": 3})
+
+    monkeypatch.setattr(device_runs, "run_command", run)
+    rates = {}
+    values = device_runs.measure(options(tmp_path), "train", 16, rates)
+    assert batches == [64, 32, 16] and values["batch"] == 16 and values["ms"] == 500
+    assert rates == {("train", 16): (16, 32)}
+    monkeypatch.setattr(device_runs, "SMALLEST_BATCH", 32)
+    with pytest.raises(CommandFailed, match="ended with code 1"):
+        device_runs.measure(options(tmp_path), "train", 16, rates)
 
 
 def test_errors_are_relative_to_the_largest_magnitude_and_nan_holds_no_check():
