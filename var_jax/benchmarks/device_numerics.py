@@ -31,7 +31,8 @@ RUNS_ON = {"einsum": PLATFORMS, "grouped": PLATFORMS, "cudnn": ("gpu",), "splash
 HALF_PRECISION_ONLY = ("cudnn",)
 # Errors are relative to the largest magnitude of the reference.
 GOLDEN_TOLERANCE = {"output": 1e-4, "gradient": 1e-3}  # of float32 models, as goldens/README.md has it
-TOLERANCE = {"float32": 1e-4, "bfloat16": 4e-2}  # of a kernel or a policy, forward and backward
+TOLERANCE = {"float32": 1e-4, "bfloat16": 4e-2}  # of a kernel, forward and backward
+REMAT_TOLERANCE = {"float32": 1e-4, "bfloat16": 0.1}  # of each gradient's norm through two blocks
 
 
 # --- goldens --------------------------------------------------------------------------------------
@@ -242,7 +243,7 @@ def check_remat(policy: str, dtype: str, tiny: bool) -> dict:
     values = {
         "forward_error": relative_error(own_loss, loss),
         "backward_error": max(errors),
-        "tolerance": TOLERANCE[dtype],
+        "tolerance": REMAT_TOLERANCE[dtype],
         "forward_backward_ms": milliseconds(step, params),
         "temp_gib": round(step.memory_analysis().temp_size_in_bytes / 2**30, 3),
     }
