@@ -80,17 +80,25 @@ def milliseconds(function: Callable, *inputs) -> float:
     return float(1e3 * np.median(times[2:]))
 
 
+class CommandFailed(RuntimeError):
+    """A command of this repository ended with another code than 0; `output` is all that it printed."""
+
+    def __init__(self, command: list[str], code: int, output: str):
+        super().__init__(f"{' '.join(command[1:4])} ended with code {code}:\n{output[-3000:]}")
+        self.output = output
+
+
 def run_command(options: Options, command: list[str]) -> str:
     """Output of a command of this repository.
 
     Raises:
-      RuntimeError: if it fails, with the end of what it printed.
+      CommandFailed: if it fails.
+      subprocess.TimeoutExpired: if the time of the stage is over.
     """
     limit = max(options.seconds_left, 1)
     done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=limit)
     if done.returncode:
-        output = (done.stdout + done.stderr)[-3000:]
-        raise RuntimeError(f"{' '.join(command[1:3])} ended with code {done.returncode}:\n{output}")
+        raise CommandFailed(command, done.returncode, done.stdout + done.stderr)
     return done.stdout
 
 

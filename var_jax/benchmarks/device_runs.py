@@ -21,7 +21,15 @@ import numpy as np
 from jax import profiler
 
 from var_jax.benchmarks import kernel_table, throughput
-from var_jax.benchmarks.device_parts import REPOSITORY, TIMED, Options, Part, relative_error, run_command
+from var_jax.benchmarks.device_parts import (
+    REPOSITORY,
+    TIMED,
+    CommandFailed,
+    Options,
+    Part,
+    relative_error,
+    run_command,
+)
 from var_jax.training.checkpoint import FOLDER, has_checkpoint, load_params
 from var_jax.training.logging import read_metrics
 from var_jax.training.profile import EVENT
@@ -219,8 +227,8 @@ def measure(options: Options, what: str, depth: int, rates: dict) -> dict:
         try:
             output = run_command(options, [*command, f"--batch={batch}"])
             break
-        except RuntimeError as error:
-            if "RESOURCE_EXHAUSTED" not in str(error) or batch <= SMALLEST_BATCH:
+        except CommandFailed as error:
+            if "RESOURCE_EXHAUSTED" not in error.output or batch <= SMALLEST_BATCH:
                 raise
             batch //= 2
     line = json.loads(output.strip().splitlines()[-1])
