@@ -83,6 +83,7 @@ def check_transformer(topology: str, config: ConfigDict, mesh: Mesh) -> None:
     task = make_task(config, mesh)
     assert task.model.attention == "cudnn", f"auto is {task.model.attention} on {topology}"
     results = check_task(topology, "next_scale", task, mesh)
+    check_tokens(results["evaluation"])
     # Gathers and scatters of `fsdp`, or nothing to move.
     is_split = mesh.size > 1
     text = results["step"].program.as_text()
@@ -94,6 +95,13 @@ def check_transformer(topology: str, config: ConfigDict, mesh: Mesh) -> None:
         result = compiled(function, *inputs)
         report(topology, name, result)
         assert count(FORWARD, result) == 1
+
+
+def check_tokens(evaluation: Compiled) -> None:
+    """Check that tokens come from a float32 encoder: in bfloat16 they are not the published ones."""
+    lines = evaluation.program.as_text().splitlines()
+    convolutions = [line for line in lines if 'custom_call_target="__cudnn$conv' in line]
+    assert convolutions and not any("bf16[" in line for line in convolutions), "tokens in bfloat16"
 
 
 def check_remat(topology: str, config: ConfigDict, mesh: Mesh) -> None:
