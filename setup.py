@@ -25,7 +25,7 @@ setup(
         "numpy",
         "optax>=0.2.6",
         "orbax-checkpoint>=0.12,<0.13",
-        "Pillow",
+        "Pillow>=10.1",
         "safetensors",
         "scipy",
         "scikit-learn",  # bundles the digits that the embedded default trains on
@@ -39,6 +39,7 @@ setup(
         # The same for NVIDIA GPUs (2.1 GB), and `make check-gpu`.
         "plan-gpu": ["jax-cuda12-plugin", "jax-cuda12-pjrt", "nvidia-cudnn-cu12", "nvidia-cuda-nvcc-cu12"],
         "torch": ["torch==2.13.0"],  # writing .pth files and the PyTorch yardstick
+        "gcs": ["gcsfs"],  # gs:// paths
         "tpu": ["jax[tpu]"],
         "cuda": ["jax[cuda12]"],
     },
