@@ -85,3 +85,13 @@ def test_memory_of_a_preview_is_shared_by_the_devices(tiny_task):
         memory = program.lower(*args, tokens).compile().memory_analysis()
         sizes[devices] = memory.temp_size_in_bytes
     assert sizes[4] < 0.3 * sizes[1], sizes
+
+
+def test_a_state_has_the_types_that_a_step_returns(digits_dir, tiny_task):
+    """A weakly typed number would have the step compiled again at the second call."""
+    for task in (TokenizerTask(tiny_config(digits_dir).tokenizer, 6), tiny_task):
+        shapes = jax.eval_shape(lambda task=task: task.init(jax.random.key(0)))
+        weak = [
+            jax.tree_util.keystr(path) for path, leaf in jax.tree.leaves_with_path(shapes) if leaf.weak_type
+        ]
+        assert not weak, weak

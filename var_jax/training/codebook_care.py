@@ -49,7 +49,7 @@ class CodebookCare:
         }
         if self.cfg.ema:  # given codes weigh as much as if they had long been used evenly
             even = self.batch * self.model.schedule.length / codes / (1 - self.cfg.ema)
-            extra["code_uses"] = jnp.full(codes, even if given else 0.0)
+            extra["code_uses"] = jnp.full(codes, even if given else 0.0, jnp.float32)
         return extra
 
     def before_step(self, state: TrainState, features: Callable, key: jax.Array) -> TrainState:
