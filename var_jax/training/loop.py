@@ -83,6 +83,8 @@ def check_training(cfg: ConfigDict) -> Mesh:
     for name in ("batch", "log_every", "eval_every", "preview_every", "checkpoint_every", "keep"):
         if cfg[name] < 1:
             raise ConfigError(f"train.{name} must be at least 1, found {cfg[name]}")
+    if cfg.get("max_skipped", 0) < 0:
+        raise ConfigError(f"train.max_skipped must be at least 0, found {cfg.max_skipped}")
     if not 0 <= cfg.ema < 1:
         raise ConfigError(f"train.ema must be in [0, 1), 0 for no moving average, found {cfg.ema}")
     mesh = make_mesh(**cfg.mesh)
