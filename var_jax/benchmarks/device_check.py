@@ -256,4 +256,6 @@ def main():
 
 
 if __name__ == "__main__":
+    # So that the stage that runs, a process group of its own, ends too and leaves the device.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("device_check: stopped by SIGTERM"))
     main()
