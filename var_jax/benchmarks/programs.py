@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec as P
 from var_jax.benchmarks.subject import STEPS, tokenizer_shapes
 from var_jax.sampling.generate import generate, image_keys
 from var_jax.sampling.options import Controls
-from var_jax.sampling.precision import in_compute_dtype
+from var_jax.sampling.precision import in_compute_dtype, tokenizer_in_compute_dtype
 from var_jax.training.sharding import batch_sharding, on_mesh, replicated
 from var_jax.training.state import TrainState, create_state
 from var_jax.training.step import eval_batch_size, eval_program, train_program
@@ -73,9 +73,10 @@ def training_programs(task: Task, mesh: Mesh, from_tokens: bool) -> tuple[Progra
 
 def sampling_program(task: TransformerTask, mesh: Mesh, batch: int, controls: Controls) -> Programs:
     """What `sample.py` compiles: images split over all devices, every device with all parameters."""
-    cast = partial(in_compute_dtype, dtype=task.model.dtype)
-    params = jax.eval_shape(lambda: cast(nn.meta.unbox(task.init(jax.random.key(0))[0])))
-    tokenizer = jax.eval_shape(cast, nn.meta.unbox(tokenizer_shapes(task.tokenizer)))
+    params = jax.eval_shape(lambda: nn.meta.unbox(task.init(jax.random.key(0))[0]))
+    params = jax.eval_shape(partial(in_compute_dtype, dtype=task.model.dtype), params)
+    tokenizer = nn.meta.unbox(tokenizer_shapes(task.tokenizer))
+    tokenizer = jax.eval_shape(partial(tokenizer_in_compute_dtype, tokenizer=task.tokenizer), tokenizer)
     split = NamedSharding(mesh, P(mesh.axis_names))
     keys = jax.eval_shape(lambda: image_keys(0, jnp.arange(batch)))
     inputs = (

@@ -35,7 +35,7 @@ from configs import var
 from var_jax.benchmarks.input_rate import add_arguments, input_rate, open_data
 from var_jax.sampling.generate import generate, image_keys
 from var_jax.sampling.options import SamplingOptions
-from var_jax.sampling.precision import in_compute_dtype
+from var_jax.sampling.precision import in_compute_dtype, tokenizer_in_compute_dtype
 from var_jax.scales import SCALES_256, SCALES_512
 from var_jax.tokenizer import model as tokenizer_model
 from var_jax.tokenizer.config import TokenizerConfig
@@ -156,7 +156,8 @@ def make_networks(args: argparse.Namespace) -> tuple[Tokenizer, NextScaleTask]:
     """The published architectures; d36 and 512 pixels share adaLN as published."""
     dtype = compute_dtype(args.dtype)
     shape = TINY if args.tiny else {"scales": SCALES_256 if args.size == 256 else SCALES_512}
-    tokenizer = Tokenizer(TokenizerConfig(**shape), dtype)
+    encoder_dtype = jnp.dtype(jnp.float32) if args.dtype == "auto" else dtype  # as the API loads it
+    tokenizer = Tokenizer(TokenizerConfig(**shape), dtype, encoder_dtype=encoder_dtype)
     stage = ConfigDict(var.get_config("d16" if args.size == 256 else "d36"))
     stage.model.update(depth=args.depth, width=64 * args.depth, num_heads=args.depth)
     stage.train.update(batch=args.batch, dtype=dtype.name)
@@ -171,7 +172,7 @@ def parameters(init: Callable) -> dict:
 def tokenizer_parameters(tokenizer: Tokenizer) -> dict:
     side = tokenizer.config.image_size
     params = parameters(lambda key: tokenizer.init(key, jnp.zeros((1, side, side, 3)))["params"])
-    return in_compute_dtype(params, tokenizer.dtype)
+    return tokenizer_in_compute_dtype(params, tokenizer)
 
 
 def sample(args: argparse.Namespace, tokenizer: Tokenizer, task: NextScaleTask) -> dict:
