@@ -303,18 +303,19 @@ def test_a_checkpoint_that_is_removed_while_it_is_read_is_followed_by_the_next(t
     training = Checkpoints(tmp_path, keep=1)
     training.save(1, state, {"step": 1}, 5.0)
     training.wait()
-    restore, saves = type(training._manager).restore, iter((2, 3))
+    # Two saves at a time: a score counts from the next one on, so that only then the best of before goes.
+    restore, saves = type(training._manager).restore, iter(((2, 3), (4, 5)))
 
-    def restore_after_a_save(manager, step, *args, **kwargs):
-        if (number := next(saves, None)) is not None:
+    def restore_after_saves(manager, step, *args, **kwargs):
+        for number in next(saves, ()):
             training.save(number, state, {"step": number}, 5.0 - number)
             training.wait()
         return restore(manager, step, *args, **kwargs)
 
-    monkeypatch.setattr(type(training._manager), "restore", restore_after_a_save)
-    assert load_params(tmp_path, which)[1]["step"] == 3
-    assert load_config(tmp_path, which) == (3, {"step": 3})
-    with pytest.raises(CheckpointMissing, match=r"no checkpoint of step 1 under .*there are \[3\]"):
+    monkeypatch.setattr(type(training._manager), "restore", restore_after_saves)
+    assert load_params(tmp_path, which)[1]["step"] == 5
+    assert load_config(tmp_path, which) == (5, {"step": 5})
+    with pytest.raises(CheckpointMissing, match=r"no checkpoint of step 1 under .*there are \[4, 5\]"):
         load_params(tmp_path, 1)
     training.close()
 

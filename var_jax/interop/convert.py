@@ -62,12 +62,14 @@ def to_run(source: Path, run: Path, scales: tuple[int, ...] | None = None) -> li
       FileExistsError: where the run has that stage already.
     """
     networks = []
-    with config_errors():  # whatever can be wrong, before anything is written
+    try:  # whatever can be wrong, before anything is written
         for kind, tensors in read_networks(source).items():
             kind = kind or ("tokenizer" if "quantize.embedding.weight" in tensors else "next_scale")
             check_is_new(run / kind / FOLDER)
             read = published_tokenizer if kind == "tokenizer" else published_next_scale
             networks.append((kind, tensors, *read(source, tensors, scales)))
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
     is_new = networks[0][0] == "tokenizer"  # it comes first
     tokenizer = "" if is_new else _fingerprint_in(run)
     lines = []

@@ -62,7 +62,7 @@ class Quantizer:
     def create(cls, params: dict, config: TokenizerConfig) -> "Quantizer":
         """From the parameters `params["quantizer"]` of a tokenizer of this configuration."""
         return cls(
-            params["codebook"],
+            jnp.asarray(params["codebook"]),  # a numpy array could not be indexed by traced tokens
             params.get("phi_kernel"),
             params.get("phi_bias"),
             config.schedule,
