@@ -1,7 +1,6 @@
 import numpy as np
 import pytest
 
-from var_jax.paths import as_path
 from var_jax.sampling import pictures
 from var_jax.sampling.generate import as_pixels
 
@@ -23,23 +22,6 @@ def test_rounding_is_to_the_nearest_on_the_device_as_on_the_host():
     exact = (images.astype(np.float64) / 2 + 0.5) * 255
     assert np.abs(pixels - exact).max() <= 0.5001 and abs((pixels - exact).mean()) < 1e-3
     np.testing.assert_array_equal(pixels, pictures.to_uint8(images / 2 + 0.5))
-
-
-def test_a_picture_goes_to_a_bucket_as_to_a_folder(tmp_path):
-    """At once: an object cannot be renamed, and takes its name when it is whole."""
-    objects = {}
-
-    class InBucket(type(as_path("gs://bucket/run"))):
-        def mkdir(self, **_):
-            pass
-
-        def write_bytes(self, data):
-            objects[str(self)] = data
-
-    picture = pictures.grid(np.random.default_rng(0).random((1, 8, 8, 3)), 1)
-    pictures.save(picture, InBucket("gs://bucket/run/x.png"))
-    local = pictures.save(picture, as_path(tmp_path / "x.png"))
-    assert objects == {"gs://bucket/run/x.png": local.read_bytes()}
 
 
 def test_pairs_and_strips():

@@ -9,6 +9,7 @@ from safetensors.numpy import save_file
 from tests.conftest import close
 from tests.interop.pickles import save_legacy
 from tests.training.tiny import tiny_config
+from var_jax.errors import ConfigError
 from var_jax.interop.perceptual import load_perceptual
 from var_jax.stages import judges
 from var_jax.tokenizer.perceptual import (
@@ -103,7 +104,7 @@ def test_without_a_file_it_is_off_with_a_notice(capsys):
     assert judges(config) == {}
     assert "no perceptual loss, since config.perceptual_weights names no file" in capsys.readouterr().out
     config.perceptual_weights = "nowhere.pth"
-    with pytest.raises(FileNotFoundError, match="no such file: .*nowhere.pth"):
+    with pytest.raises(ConfigError, match="config.perceptual_weights: no such file: .*nowhere.pth"):
         judges(config)
 
 
