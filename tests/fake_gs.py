@@ -1,12 +1,12 @@
 """Object store on this machine in place of Google Cloud Storage, for gs:// paths in tests.
 
-Three clients reach a bucket from a training run, and all three see the objects of one local folder:
-TensorStore, which speaks HTTP from C++, through a server on loopback; `etils.epath`, through a file system of
-fsspec; Orbax's look at the kind of bucket, through a module in the place of google.cloud.storage.  As in the
-real store there is no append, no rename and no directory: an object appears when its upload ends, and a
-folder is the prefix of some object.
+Four clients reach a bucket from a training run, and all see the objects of one local folder: TensorStore and
+array_record's reader, which speak HTTP from C++, through a server on loopback; `etils.epath`, through a file
+system of fsspec; Orbax's look at the kind of bucket, through a module in the place of google.cloud.storage.
+As in the real store there is no append, no rename and no directory: an object appears when its upload ends,
+and a folder is the prefix of some object.
 
-With VAR_JAX_GCSFS=1 the last two are the real gcsfs and google-cloud-storage, talking to the server.
+With VAR_JAX_GCSFS=1 the Python ones are the real gcsfs and google-cloud-storage, talking to the server.
 
     python -m tests.fake_gs train.py --workdir=gs://...
 
@@ -31,7 +31,8 @@ from urllib.parse import parse_qs, quote, unquote, urlsplit
 import fsspec
 
 REAL_CLIENTS = "VAR_JAX_GCSFS"
-FOLDER, SERVER = "VAR_JAX_FAKE_GS", "TENSORSTORE_GCS_HTTP_URL"
+FOLDER = "VAR_JAX_FAKE_GS"
+SERVERS = ("TENSORSTORE_GCS_HTTP_URL", "CLOUD_STORAGE_EMULATOR_ENDPOINT")  # TensorStore's, array_record's
 
 
 class Bucket:
@@ -392,7 +393,7 @@ def serving(folder: Path) -> Iterator[dict[str, str]]:
     server = _Server(folder)
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
-    environment = {FOLDER: str(folder), SERVER: server.url}
+    environment = {FOLDER: str(folder), **dict.fromkeys(SERVERS, server.url)}
     if os.environ.get(REAL_CLIENTS):
         environment["STORAGE_EMULATOR_HOST"] = server.url
     try:
