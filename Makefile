@@ -27,7 +27,7 @@ lint: $(VENV)/test-$(VERSION)
 	@$(VENV)/bin/ruff check --quiet .
 	@$(VENV)/bin/ruff format --check --quiet .
 
-check-gpu: $(GPU_VENV)/plan_gpu-$(VERSION)
+check-gpu: $(GPU_VENV)/plan-gpu-$(VERSION)
 	$(GPU_VENV)/bin/python -m var_jax.benchmarks.check_gpu
 
 $(VENV)/base-$(VERSION): setup.py
@@ -36,8 +36,8 @@ $(VENV)/base-$(VERSION): setup.py
 $(VENV)/test-$(VERSION): setup.py
 	@$(call install,$(VENV),.[test],$@)
 
-$(GPU_VENV)/plan_gpu-$(VERSION): setup.py
-	@$(call install,$(GPU_VENV),.[plan_gpu],$@)
+$(GPU_VENV)/plan-gpu-$(VERSION): setup.py
+	@$(call install,$(GPU_VENV),.[plan-gpu],$@)
 
 clean:
 	rm -rf $(VENV) $(GPU_VENV)

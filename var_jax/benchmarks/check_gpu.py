@@ -3,7 +3,7 @@
     python -m var_jax.benchmarks.check_gpu --topology=h100:1x1,h100:1x8
 
 Small networks, both stages, in bfloat16; on one GPU and on the eight of a node.  It needs the CUDA plugin and
-cuDNN of the extra `plan_gpu`, no driver and no GPU.  Nothing runs: speed, cuDNN's own verdict on a shape and
+cuDNN of the extra `plan-gpu`, no driver and no GPU.  Nothing runs: speed, cuDNN's own verdict on a shape and
 what autotuning chooses are not seen (docs/scaling.md).
 
 Prints a line per program, and ends with code 1 and a traceback at the first that cannot be compiled.
