@@ -6,9 +6,11 @@ Small networks, both stages, in bfloat16; on one GPU and on the eight of a node.
 cuDNN of the extra `plan-gpu`, no driver and no GPU.  Nothing runs: speed, cuDNN's own verdict on a shape and
 what autotuning chooses are not seen (docs/scaling.md).
 
-Prints a line per program, and ends with code 1 and a traceback at the first that cannot be compiled.
+Prints a line per program, and ends with code 1 and a traceback where one cannot be compiled.
 """
 
+import concurrent.futures
+import multiprocessing
 import re
 import time
 from collections.abc import Callable
@@ -32,6 +34,7 @@ from var_jax.transformer.attention import IMPLEMENTATIONS, attend, choose_attent
 
 TOPOLOGY = flags.DEFINE_list("topology", ["h100:1x1", "h100:1x8"], "GPUs, as in var_jax.benchmarks.plan")
 NOT_FOR_GPUS = ("splash",)
+SPAWN = multiprocessing.get_context("spawn")
 FORWARD, BACKWARD = r"__cudnn\$fmhaSoftmax\b", r"__cudnn\$fmhaSoftmaxBackward\b"
 
 
@@ -106,7 +109,7 @@ def check_tokens(evaluation: Compiled) -> None:
 
 def check_remat(topology: str, config: ConfigDict, mesh: Mesh) -> None:
     """Compile a step that keeps nothing: only there does cuDNN's forward kernel run twice."""
-    config = ConfigDict(config)
+    config = config.copy_and_resolve_references()
     config.next_scale.transformer.remat = "full"
     programs, state, frozen = training_programs(make_task(config, mesh), mesh, from_tokens=True)
     function, inputs = programs["step"]
@@ -140,6 +143,7 @@ def _total(attention: Callable) -> Callable:
 
 def check(topology: str) -> None:
     """Compile everything for one topology."""
+    logging.set_verbosity(logging.ERROR)
     mesh, config = make_mesh(devices=topology_devices(topology)), small_config()
     if mesh.size == 1:  # kernels and losses are the same on many GPUs
         check_attention(topology, mesh)
@@ -154,10 +158,10 @@ def check(topology: str) -> None:
 def main(argv):
     if len(argv) > 1:
         raise app.UsageError(f"unknown arguments {argv[1:]}")
-    logging.set_verbosity(logging.ERROR)
     start = time.perf_counter()
-    for topology in TOPOLOGY.value:
-        check(topology)
+    # A process each: the compiler keeps one core busy.
+    with concurrent.futures.ProcessPoolExecutor(len(TOPOLOGY.value), SPAWN) as pool:
+        list(pool.map(check, TOPOLOGY.value))
     print(f"check_gpu: all compiled in {time.perf_counter() - start:.0f} s (jax {jax.__version__})")
 
 
