@@ -10,7 +10,9 @@ Prints a line per program, and ends with code 1 and a traceback where one cannot
 """
 
 import concurrent.futures
+import itertools
 import multiprocessing
+import os
 import re
 import time
 from collections.abc import Callable
@@ -141,17 +143,21 @@ def _total(attention: Callable) -> Callable:
     return lambda q, k, v: attention(q, k, v).astype(jnp.float32).sum()
 
 
-def check(topology: str) -> None:
-    """Compile everything for one topology."""
+def check(stage: str, topology: str) -> None:
+    """Compile everything that a stage runs on one topology.
+
+    Each in a process of its own: the compiler keeps one core busy.
+    """
     logging.set_verbosity(logging.ERROR)
     mesh, config = make_mesh(devices=topology_devices(topology)), small_config()
-    if mesh.size == 1:  # kernels and losses are the same on many GPUs
+    is_alone = mesh.size == 1  # kernels and losses are the same on many GPUs
+    if stage == "tokenizer":
+        own = with_all_losses(config.tokenizer) if is_alone else config.tokenizer
+        check_task(topology, f"tokenizer{', all losses' * is_alone}", make_tokenizer_task(own), mesh)
+        return
+    if is_alone:
         check_attention(topology, mesh)
-        task = make_tokenizer_task(with_all_losses(config.tokenizer))
-        check_task(topology, "tokenizer, all losses", task, mesh)
         check_remat(topology, config, mesh)
-    else:
-        check_task(topology, "tokenizer", make_tokenizer_task(config.tokenizer), mesh)
     check_transformer(topology, config, mesh)
 
 
@@ -159,9 +165,9 @@ def main(argv):
     if len(argv) > 1:
         raise app.UsageError(f"unknown arguments {argv[1:]}")
     start = time.perf_counter()
-    # A process each: the compiler keeps one core busy.
-    with concurrent.futures.ProcessPoolExecutor(len(TOPOLOGY.value), SPAWN) as pool:
-        list(pool.map(check, TOPOLOGY.value))
+    parts = zip(*itertools.product(("tokenizer", "next_scale"), TOPOLOGY.value), strict=True)
+    with concurrent.futures.ProcessPoolExecutor(os.cpu_count(), SPAWN) as pool:
+        list(pool.map(check, *parts))  # raises what a part has raised
     print(f"check_gpu: all compiled in {time.perf_counter() - start:.0f} s (jax {jax.__version__})")
 
 
