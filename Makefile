@@ -21,7 +21,7 @@ demo: $(VENV)/base-$(VERSION)
 	@echo "Look at runs/digits: samples.png, scales.png, reconstructions.png, curves_*.png"
 
 test: $(VENV)/test-$(VERSION) lint
-	$(VENV)/bin/python -m pytest -n 2 --dist loadfile $(TESTS)
+	$(VENV)/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(TESTS)
 
 lint: $(VENV)/test-$(VERSION)
 	@$(VENV)/bin/ruff check --quiet .
