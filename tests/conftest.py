@@ -40,13 +40,26 @@ TRANSFORMERS = ("var", "var_shared_adaln", "var_plain_attention")
 
 
 # Files that take a minute or more, the slowest first.
-SLOW = (
-    "training/test_hosts.py training/test_sharding.py training/test_resume.py benchmarks/test_device_check.py "
-    "test_sampling_commands.py training/test_adversarial.py training/test_fine_tune.py "
-    "benchmarks/test_scaling_law.py benchmarks/test_scaling.py benchmarks/test_plan.py "
-    "benchmarks/test_generality.py benchmarks/test_throughput.py training/test_lowering.py "
-    "training/test_checkpoint.py training/test_gs.py benchmarks/test_compare.py test_own_images.py test_precision.py"
-).split()
+SLOW = [
+    "training/test_hosts.py",
+    "training/test_sharding.py",
+    "training/test_resume.py",
+    "benchmarks/test_device_check.py",
+    "test_sampling_commands.py",
+    "training/test_adversarial.py",
+    "training/test_fine_tune.py",
+    "benchmarks/test_scaling_law.py",
+    "benchmarks/test_scaling.py",
+    "benchmarks/test_plan.py",
+    "benchmarks/test_generality.py",
+    "benchmarks/test_throughput.py",
+    "training/test_lowering.py",
+    "training/test_checkpoint.py",
+    "training/test_gs.py",
+    "benchmarks/test_compare.py",
+    "test_own_images.py",
+    "test_precision.py",
+]
 
 
 def pytest_collection_modifyitems(items):
