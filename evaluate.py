@@ -42,6 +42,7 @@ def main(argv):
     path, scales = command_line.tokenizer_source()
     command_line.start()
     try:
+        out = as_path(FLAGS.out or FLAGS.workdir or ".")
         tokenizer = var_jax.load_tokenizer(path, scales=scales, step=FLAGS.step, dtype=FLAGS.dtype)
         vgg = load_perceptual(FLAGS.perceptual_weights) if FLAGS.perceptual_weights else None
         source = open_source(FLAGS.data, FLAGS.split, FLAGS.data_dir)
@@ -55,7 +56,6 @@ def main(argv):
         )
     except CorruptImage as error:
         sys.exit(f"evaluate.py: {error}")
-    out = as_path(FLAGS.out or FLAGS.workdir or ".")
     rows = [np.concatenate([side.images, side.again]) for side in (worst, best)]
     grid = pictures.grid(np.concatenate(rows), columns=len(worst.images))
     path = pictures.save(grid, out / "reconstruction_extremes.png")

@@ -25,12 +25,13 @@ from tqdm import tqdm
 
 import var_jax
 from var_jax import command_line
+from var_jax.errors import UserError
 from var_jax.paths import is_remote, local_path
 from var_jax.sampling import pictures
 from var_jax.sampling.batch_size import largest_batch
-from var_jax.sampling.generate import NonFiniteImages, as_pixels
+from var_jax.sampling.generate import as_pixels
 from var_jax.sampling.options import SamplingOptions
-from var_jax.sampling.store import OtherSamples, SamplesNotWritten, SampleStore, explained
+from var_jax.sampling.store import SampleStore, explained
 from var_jax.tokenizer.fingerprint import fingerprint
 
 FLAGS = flags.FLAGS
@@ -235,7 +236,7 @@ def main(argv):
         tokenizer, model = model.tokenizer, model.spread()  # lets go of the copy on one device
         try:
             sample(model, tokenizer, what, labels, options, out)
-        except (OtherSamples, SamplesNotWritten, NonFiniteImages) as error:
+        except UserError as error:
             sys.exit(f"sample.py: {error}")
 
 

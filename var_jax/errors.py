@@ -15,8 +15,8 @@ class ConfigError(UserError, ValueError):
 def config_errors(prefix: str = ""):
     """Turn the ValueError or FileNotFoundError of a check into a ConfigError.
 
-    Only around checks of what the user gave, never around work: there a ValueError is a bug, whose traceback
-    is needed.
+    Only around checks, and the reading, of what the user gave, never around work: there a ValueError is a
+    bug, whose traceback is needed.
 
     Args:
       prefix: of the message; names the field or flag where the message does not.

@@ -6,6 +6,7 @@ Whatever can live in object storage (runs, data sets, token caches) goes through
 
 import os
 import re
+import sys
 
 import fsspec.config
 from etils import epath
@@ -53,6 +54,19 @@ def local_path(path: str | os.PathLike, name: str) -> epath.Path:
             "(gcsfuse for gs://) and give the path of the mount."
         )
     return as_path(path)
+
+
+def storage_errors() -> tuple[type[Exception], ...]:
+    """Errors with which files, local or in a bucket, fail; what reaches a bucket raises some of its own.
+
+    For `except storage_errors()`, which asks when an error is there: by then its module is loaded.
+    """
+    own = (
+        ("gcsfs.retry", "HttpError"),
+        ("aiohttp", "ClientError"),
+        ("google.auth.exceptions", "GoogleAuthError"),
+    )
+    return (OSError, *(getattr(sys.modules[module], name) for module, name in own if module in sys.modules))
 
 
 def write_whole(path: os.PathLike, content: bytes) -> epath.Path:

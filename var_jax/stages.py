@@ -1,7 +1,5 @@
 """From a config to trained stages: opens the data, builds the task, runs the loop."""
 
-from pathlib import Path
-
 import flax.linen as nn
 import jax
 from etils import epath
@@ -174,7 +172,7 @@ def given_params(stage: ConfigDict, task: Task, workdir: epath.Path) -> dict[str
             config, params = read_network(path, task.name)
         except FileNotFoundError as error:
             raise CheckpointMissing(f"no {task.name} at config.init_from={path}: {error}") from error
-        given, notes = with_path(Path(path), fit, params, config, shapes, task.config)
+        given, notes = with_path(as_path(path), fit, params, config, shapes, task.config)
     notes += _other_tokenizer(path, task)
     print("\n  ".join([f"{task.name}: starts from {path}", *notes]), flush=True)
     return given
@@ -182,9 +180,9 @@ def given_params(stage: ConfigDict, task: Task, workdir: epath.Path) -> dict[str
 
 def _other_tokenizer(path: str, task: Task) -> list[str]:
     """A warning where a transformer learned the codes of another tokenizer, as far as its run tells."""
-    if not isinstance(task, TransformerTask) or Path(path).is_file():
+    if not isinstance(task, TransformerTask) or as_path(path).is_file():
         return []
-    learned = load_config(Path(path) / task.name / FOLDER)[1].get("tokenizer", "")
+    learned = load_config(as_path(path) / task.name / FOLDER)[1].get("tokenizer", "")
     if learned in ("", task.fingerprint):  # "": it was converted from a file, without its tokenizer
         return []
     return [
@@ -209,7 +207,8 @@ def run(config: ConfigDict, workdir: epath.PathLike, profile: Steps | None = Non
     for stage in stages_of(config):  # whatever can be wrong with any stage, before the first one starts
         for field in ("tokenizer", "init_from"):
             if stage.get(field):
-                stage[field] = str(as_path(stage[field]))
+                with config_errors(f"config.{field}: "):
+                    stage[field] = str(as_path(stage[field]))
         sources = open_sources(stage)
         check_training(stage.train)
         task, steps = build_task(stage, workdir, sources[0], coming)

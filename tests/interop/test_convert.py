@@ -12,7 +12,8 @@ from tests.conftest import GOLDEN_SCALES, TRANSFORMERS
 from tests.interop import pickles
 from tests.interop.test_published import assert_identical
 from tests.training.tiny import tiny_config
-from var_jax.interop.convert import convert, to_file, to_run
+from var_jax.errors import ConfigError
+from var_jax.interop.convert import convert, path_of, to_file, to_run
 from var_jax.interop.load import load_tokenizer, load_transformer, read_network
 from var_jax.interop.tensor_files import read_networks, read_tensors, write_safetensors
 from var_jax.sampling.options import SamplingOptions
@@ -190,6 +191,20 @@ def test_files_and_runs_are_told_apart(goldens, tiny_run, tmp_path):
         convert(tmp_path / "nothing.pth", tmp_path / "run", None, None, "latest")
     with pytest.raises(FileNotFoundError, match="is no run: it has neither tokenizer nor next_scale"):
         convert(tmp_path, tmp_path / "x.pth", None, None, "latest")
+
+
+def test_a_url_is_no_local_folder():
+    """It was: `gs:/bucket/run` under the working directory, lost with the machine."""
+    for url, message in (
+        (
+            "s3://bucket/run",
+            "DST=s3://bucket/run: Orbax keeps checkpoints in local folders and under gs:// alone",
+        ),
+        ("gs://bucket/vae.pth", "DST=gs://bucket/vae.pth: must be a local path"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            path_of(url, "DST")
+    assert path_of("run", "DST") == Path.cwd() / "run"
 
 
 def test_truncated_and_foreign_files_leave_no_run(goldens, tmp_path):

@@ -314,6 +314,20 @@ def test_a_call_cannot_copy_one_list_many_times(tmp_path):
     assert "instructions" in bounded(write_zip(tmp_path / "evil.pth", PROTOCOL + evil + STOP), 1 << 26)
 
 
+def test_a_call_cannot_copy_one_text_many_times(tmp_path):
+    """A name of 16,000 wide characters, and a device of it for every eight bytes: 64 kB each."""
+    name = b"X\x00\xfa\x00\x00" + "\U0001f600".encode() * 16_000 + b"q\x00"
+    evil = b"(" + name + global_("torch", "device") + b"q\x01" + b"h\x01h\x00K\x01\x86R" * 3000 + b"t"
+    assert "device with other arguments" in bounded(write_zip(tmp_path / "evil.pth", PROTOCOL + evil + STOP))
+
+
+@pytest.mark.parametrize("name", ["quantize.ema_vocab_hit_SV", "class_emb.weight"])
+def test_a_tensor_without_elements_has_no_other_size_that_is_huge(tmp_path, name):
+    empty = dict_of({name: tensor(storage("0", 0), 0, (1 << 32, 0), (0, 1))})
+    path = write_zip(tmp_path / "evil.pth", PROTOCOL + empty + STOP, {"0": b""})
+    assert "an empty tensor of shape" in bounded(path)
+
+
 def test_tensors_together_are_not_many_times_the_file(tmp_path):
     """A hundred names for one storage of a megabyte: a network of them would take a hundred megabytes."""
     view = tensor(storage("0", 1 << 18), 0, (1 << 18,), (1,))

@@ -26,6 +26,7 @@ import argparse
 import contextlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -50,6 +51,7 @@ STAGES = {
 }
 MEASURING = ("throughput", "kernels")  # stages that take what time the others leave
 HOST_STAGES = ("train", "throughput")  # stages whose own process leaves the device to those that it starts
+MADE = {"train": ("digits", "digits_killed", "samples"), "kernels": ("trace",)}  # folders of a stage
 KERNEL_SECONDS = 60.0  # kept for the stage kernels
 GRACE = 5.0  # a stage ends by itself so many seconds before it would be stopped
 # Without these a trace names no operation of a CPU, and on a GPU the CUDA graph for the HLO instruction.
@@ -73,6 +75,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--deadline", type=float, help=argparse.SUPPRESS)
     args = parser.parse_args()
     args.stages = args.stages.split(",")
+    args.goldens = os.path.abspath(args.goldens)  # stages run in the repository
+    args.against = args.against and os.path.abspath(args.against)
     if unknown := sorted(set(args.stages) - set(STAGES)):
         parser.error(f"--stages={','.join(unknown)}: must be some of {','.join(STAGES)}")
     if not args.minutes > 0:
@@ -136,6 +140,8 @@ def run_stage(stage: str, args: argparse.Namespace, platform: str, limit: float)
     command += ["--tiny"] * args.tiny
     results, log = args.out / f"{stage}.jsonl", args.out / f"{stage}.log"
     results.unlink(missing_ok=True)
+    for folder in MADE.get(stage, ()):  # by an earlier call
+        shutil.rmtree(args.out / folder, ignore_errors=True)
     start = time.monotonic()
     failure = watch_process(command, environment, log, limit)
     parts = [json.loads(line) for line in results.read_text().splitlines()] if results.exists() else []

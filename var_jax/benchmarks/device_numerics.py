@@ -14,10 +14,8 @@ import optax
 import var_jax
 from var_jax.benchmarks.device_parts import Options, Part, milliseconds, relative_error, share_equal
 from var_jax.benchmarks.throughput import parameters, random_tokens
-from var_jax.interop import load
 from var_jax.interop.published import next_scale_table, to_published
 from var_jax.scales import SCALES_256
-from var_jax.training.task import compute_dtype
 from var_jax.transformer.attention import attend
 from var_jax.transformer.config import NextScaleConfig
 from var_jax.transformer.next_scale import NextScale
@@ -66,15 +64,12 @@ def golden_tokens(arrays: dict, prefix: str = "tokens") -> np.ndarray:
 
 
 def load_golden_tokenizer(folder: Path, dtype: str) -> var_jax.LoadedTokenizer:
-    # Seam: var_jax.load_tokenizer(path, scales=, dtype=) once that argument exists.
-    return var_jax.LoadedTokenizer(*load.load_tokenizer(folder / "vae.pth", GOLDEN_SCALES, dtype=dtype))
+    return var_jax.load_tokenizer(folder / "vae.pth", scales=GOLDEN_SCALES, dtype=dtype)
 
 
 def load_golden_var(folder: Path, name: str, dtype: str) -> var_jax.LoadedVAR:
-    # Seam: var_jax.load_var(path, tokenizer=, dtype=) once that argument exists.
     tokenizer = load_golden_tokenizer(folder, dtype)
-    network, params, options = load.load_transformer(folder / f"{name}.pth", tokenizer.module.config)
-    return var_jax.LoadedVAR(network.clone(dtype=compute_dtype(dtype)), params, options, tokenizer)
+    return var_jax.load_var(folder / f"{name}.pth", tokenizer=tokenizer, dtype=dtype)
 
 
 def golden_tokenizer(folder: Path, dtype: str) -> dict:

@@ -38,6 +38,7 @@ from var_jax.benchmarks.programs import (
 )
 from var_jax.benchmarks.roofline import Step, best_mesh, bound
 from var_jax.benchmarks.subject import make_task, make_tokenizer_task
+from var_jax.paths import local_path
 from var_jax.stages import stages_of
 from var_jax.training.chips import chip, memory_bytes
 from var_jax.training.memory import SHARE, remat_that_fits
@@ -262,6 +263,7 @@ def main(argv):
         raise app.UsageError(f"unknown arguments {argv[1:]}")
     logging.set_verbosity(logging.ERROR)
     try:
+        out = FLAGS.out and local_path(FLAGS.out, "--out")
         plans = planned(FLAGS.config, FLAGS.topology)
     except ValueError as error:  # the message names the flag or field
         sys.exit(f"plan: {error}")
@@ -280,8 +282,8 @@ def main(argv):
         print(table(rows[-1:]), flush=True)
     name = config_flags.get_config_filename(FLAGS["config"])
     print(json.dumps({"what": "plan", "config": name, "rows": rows}))
-    if FLAGS.out:
-        Path(FLAGS.out).write_text(json.dumps({"config": name, "rows": rows}, indent=1) + "\n")
+    if out:
+        out.write_text(json.dumps({"config": name, "rows": rows}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -45,9 +45,7 @@ def prepare(stage: ConfigDict, trains: ConfigDict | None, out: Path, crops: int 
     print(f"--- tokens, {crops} crops of each image", flush=True)
     splits = (data.train_split, data.eval_split)
     with config_errors():
-        tokenizer, params = load_tokenizer(
-            stage.tokenizer, tuple(stage.scales) or None, dtype=stage.train.dtype
-        )
+        tokenizer, params = load_tokenizer(stage.tokenizer, tuple(stage.scales) or None)
         sources = tuple(open_source(data.name, split, data.dir) for split in splits)
     encode = BatchEncoder(tokenizer, params, ENCODED_AT_ONCE * jax.device_count())
     holds = describe(tokenizer, params, sources, data, crops, stage.seed)

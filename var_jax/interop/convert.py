@@ -17,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 from absl import app, flags, logging
+from etils import epath
 
 from var_jax.errors import ConfigError, UserError, config_errors
 from var_jax.interop import published
@@ -27,6 +28,7 @@ from var_jax.interop.load import (
     tokenizer_shapes,
 )
 from var_jax.interop.tensor_files import SUFFIXES, read_networks, write_pth, write_safetensors
+from var_jax.paths import local_path
 from var_jax.sampling.options import SamplingOptions
 from var_jax.tokenizer.config import TokenizerConfig
 from var_jax.tokenizer.fingerprint import fingerprint
@@ -35,6 +37,7 @@ from var_jax.training.checkpoint import (
     CheckpointMissing,
     SavedArrays,
     check_is_new,
+    check_storage,
     load_config,
     load_params,
     save_params,
@@ -174,12 +177,18 @@ def convert(source: Path, target: Path, stage: str | None, scales, step: int | s
     return to_run(source, target, scales)
 
 
+def path_of(path: str, name: str) -> epath.Path:
+    """A file of weights on this machine, or a run, which may be in a bucket; ConfigError on other URLs."""
+    with config_errors():
+        return local_path(path, name) if path.endswith(SUFFIXES) else check_storage(path, name)
+
+
 def main(argv):
     if len(argv) != 3:
         raise app.UsageError("give SRC and DST: a published file and a run directory, or the other way round")
     logging.set_verbosity(logging.ERROR)  # Orbax warns of every item that is left unread
-    source, target = (Path(path).expanduser() for path in argv[1:])
     try:
+        source, target = (path_of(*named) for named in zip(argv[1:], ("SRC", "DST"), strict=True))
         with config_errors("--scales: "):
             scales = None if FLAGS.scales is None else tuple(int(side) for side in FLAGS.scales)
         print("\n".join(convert(source, target, FLAGS.stage, scales, FLAGS.step)))

@@ -121,7 +121,7 @@ def read_network(path: str | Path, kind: str) -> tuple[TokenizerConfig | Transfo
             raise ValueError(f"{path}: a published file holds no next-token transformer; give a run")
         tensors = read_tensors(path, kind)
         hits = tensors.get("quantize.ema_vocab_hit_SV")
-        known = hits is not None and hits.ndim == 2
+        known = hits is not None and hits.ndim == 2 and len(hits) <= published.MAX_SCALES
         return _from_file(path, kind, tensors, (1,) * len(hits) if known else None)
     folder = path / kind / FOLDER
     step, record = load_config(folder)

@@ -39,7 +39,7 @@ DTYPES = {
 _LEGACY_MAGIC, _LEGACY_PROTOCOL = 0x1950A86A20F9469CFC6C, 1001
 _REWRITE = "With PyTorch installed, write the file again: torch.save(torch.load(old, weights_only=True), new)"
 _MAX_DEPTH = 32
-_MAX_EMPTY = 1 << 32  # product of the other sizes of a tensor that has a size of 0
+_MAX_EMPTY = 1 << 20  # product of the other sizes of a tensor that has a size of 0
 _MAX_SHARING = 8  # bytes of all tensors over bytes of the file: several tensors may be views of one storage
 
 

@@ -25,7 +25,7 @@ MAX_DEPTH = 256  # blocks of a transformer
 _MAX_LEVELS = 7  # of a tokenizer: images of 64 times the side of the features
 _MAX_BLOCKS = 8  # of a level
 _MAX_PHIS = 64
-_MAX_SCALES = 64
+MAX_SCALES = 64
 _MAX_LENGTH = 10_000  # tokens of an image; the maps of 1024px have 9451
 _MAX_PROBLEMS = 20  # of one kind, that a message lists
 
@@ -157,9 +157,9 @@ def tokenizer_config(tensors: Tensors, scales=None) -> TokenizerConfig:
     if not ch or any(out % ch for out in outs):
         raise ValueError(f"the levels of the encoder have {outs} channels, no multiples of the first {ch}")
     hits = tensors.get("quantize.ema_vocab_hit_SV")
-    if hits is not None and (hits.ndim != 2 or len(hits) > _MAX_SCALES):
+    if hits is not None and (hits.ndim != 2 or len(hits) > MAX_SCALES):
         raise ValueError(
-            f"quantize.ema_vocab_hit_SV has shape {hits.shape}, expected (K, V), K at most {_MAX_SCALES}"
+            f"quantize.ema_vocab_hit_SV has shape {hits.shape}, expected (K, V), K at most {MAX_SCALES}"
         )
     if scales is None:
         if hits is not None and len(hits) != len(SCALES_256):
@@ -283,8 +283,8 @@ def _scales_of(tensors: Tensors) -> tuple[int, ...]:
             raise ValueError(f"lvl_1L is {levels.dtype} {levels.shape}, expected ints (1, {length})")
         _, counts = np.unique(levels[0], return_counts=True)
         sides = tuple(math.isqrt(count) for count in counts)
-        if len(sides) > _MAX_SCALES or sum(side * side for side in sides) != length:
-            raise ValueError(f"lvl_1L has {len(sides)} levels that are not up to {_MAX_SCALES} square maps")
+        if len(sides) > MAX_SCALES or sum(side * side for side in sides) != length:
+            raise ValueError(f"lvl_1L has {len(sides)} levels that are not up to {MAX_SCALES} square maps")
         return sides
     known = {Scales(sides).length: sides for sides in (SCALES_256, SCALES_512)}
     if (scales := known.get(length)) is None:

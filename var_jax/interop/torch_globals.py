@@ -12,6 +12,7 @@ from var_jax.interop.byte_reader import InvalidFile
 
 _MAX_COUNT = 1 << 48
 _MAX_DIMENSIONS = 16
+_MAX_DEVICE = 32  # characters of its name: text is not counted as work
 _MAX_KEY = 1 << 53  # larger ints can be chosen to have equal hashes
 
 
@@ -108,7 +109,9 @@ def call(function: Constructor, arguments: tuple):
             return set(map(as_key, items))
         case Constructor.SIZE, (tuple(sizes),) if len(sizes) <= _MAX_DIMENSIONS and _are_counts(*sizes):
             return sizes
-        case Constructor.DEVICE, (str(kind), *index) if _are_counts(*index):
+        case Constructor.DEVICE, (str(kind), *index) if (
+            len(kind) <= _MAX_DEVICE and len(index) < 2 and _are_counts(*index)
+        ):
             return ":".join(map(str, (kind, *index)))
         case Constructor.PARAMETER, (Tensor() as tensor, _, _):
             return tensor

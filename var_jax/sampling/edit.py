@@ -14,6 +14,7 @@ from PIL import Image
 
 from var_jax import command_line
 from var_jax.api import EDITING
+from var_jax.errors import UserError
 from var_jax.paths import as_path
 from var_jax.sampling import pictures
 from var_jax.sampling.image_files import UnusableImage, crop_box, fitted, open_image
@@ -108,7 +109,7 @@ def main(argv):
     model = command_line.load()
     try:
         edit(model, as_path(FLAGS.out or "edit"))
-    except UnusableImage as error:
+    except UserError as error:
         sys.exit(f"edit: {error}")
 
 

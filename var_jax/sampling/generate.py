@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
+from var_jax.errors import UserError
 from var_jax.sampling.filters import filter_logits
 from var_jax.sampling.guidance import guide
 from var_jax.sampling.options import Controls, SamplingOptions
@@ -38,7 +39,7 @@ class Given:
     anew: jax.Array
 
 
-class NonFiniteImages(FloatingPointError):
+class NonFiniteImages(UserError, FloatingPointError):
     """Images are not finite; names them and the likely causes."""
 
 

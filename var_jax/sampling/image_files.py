@@ -3,10 +3,11 @@
 from PIL import Image
 
 from var_jax.decoding import BLACK, WHITE, DecodeError, decode
+from var_jax.errors import UserError
 from var_jax.paths import as_path
 
 
-class UnusableImage(ValueError):
+class UnusableImage(UserError, ValueError):
     """A file is no image, or does not fit what it is used for."""
 
 

@@ -17,14 +17,16 @@ from pathlib import Path
 
 import numpy as np
 
+from var_jax.errors import UserError
+
 PIECE = 2**24  # bytes copied at once
 
 
-class SamplesNotWritten(OSError):
+class SamplesNotWritten(UserError, OSError):
     """Samples could not be written; what was complete before is untouched."""
 
 
-class OtherSamples(ValueError):
+class OtherSamples(UserError, ValueError):
     """The folder holds unfinished samples of another kind."""
 
 
@@ -184,9 +186,10 @@ def _origin(path: Path) -> dict:
     """What the comment of a samples.npz says of it; empty where there is no such file, or it says nothing."""
     try:
         with zipfile.ZipFile(path) as archive:
-            return json.loads(archive.comment or b"{}")
-    except (FileNotFoundError, zipfile.BadZipFile, json.JSONDecodeError):
+            origin = json.loads(archive.comment or b"{}")
+    except (FileNotFoundError, zipfile.BadZipFile, ValueError):
         return {}
+    return origin if isinstance(origin, dict) else {}
 
 
 def _mapped_member(path: Path, name: str) -> np.ndarray:
@@ -225,10 +228,13 @@ def _checksum(array: np.ndarray) -> str:
 def _replaced(path: Path):
     """A file to write that takes its name once it is whole and on the disk, its name too."""
     partial = path.with_name(path.name + ".partial")
-    with open(partial, "wb") as file:
-        yield file
-        _sync(file)
-    partial.replace(path)
+    try:
+        with open(partial, "wb") as file:
+            yield file
+            _sync(file)
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)  # of one that failed: it would fill the disk
     folder = os.open(path.parent, os.O_RDONLY)
     try:
         os.fsync(folder)

@@ -14,9 +14,10 @@ from absl import app, flags
 from etils import epath
 
 from var_jax import command_line
+from var_jax.errors import UserError
 from var_jax.paths import as_path
 from var_jax.sampling import pictures
-from var_jax.sampling.image_files import UnusableImage, fitted, open_image
+from var_jax.sampling.image_files import fitted, open_image
 from var_jax.sampling.options import MAX_SEED
 
 FLAGS = flags.FLAGS
@@ -51,7 +52,7 @@ def main(argv):
     model = command_line.load()
     try:
         vary(model, as_path(FLAGS.out or "vary"))
-    except UnusableImage as error:
+    except UserError as error:
         sys.exit(f"vary: {error}")
 
 

@@ -24,7 +24,7 @@ from orbax.checkpoint.checkpoint_manager import METRIC_ITEM_NAME
 from orbax.checkpoint.path import atomicity
 
 from var_jax.errors import UserError
-from var_jax.paths import as_path, is_remote
+from var_jax.paths import as_path, is_remote, storage_errors
 from var_jax.training.disk import CheckpointNotWritten, explained
 from var_jax.training.manifest import (
     CheckpointDamaged,
@@ -71,8 +71,8 @@ def check_storage(path: os.PathLike, name: str) -> epath.Path:
       name: the flag or config field that it was given by, for the message.
 
     Raises:
-      ValueError: on another URL, or on gs:// without the packages that reach it.
-      OSError: on a bucket that cannot be reached.
+      ValueError: on another URL, on gs:// without the packages that reach it, or on a bucket that cannot be
+        reached.
     """
     if not is_remote(path):
         return as_path(path)
@@ -87,6 +87,8 @@ def check_storage(path: os.PathLike, name: str) -> epath.Path:
         path.exists()
     except ImportError as error:
         raise ValueError(f"{name}={path}: gs:// needs gcsfs (pip install gcsfs): {error}") from error
+    except storage_errors() as error:
+        raise ValueError(f"{name}={path} cannot be reached: {error}") from error
     return path
 
 
@@ -169,7 +171,7 @@ class Checkpoints:
             name = f"{METRIC_ITEM_NAME}/{METRIC_ITEM_NAME}"
             try:
                 add_sealed(as_path(self.directory) / str(step), name, json.dumps({"score": score}))
-            except OSError as error:
+            except storage_errors() as error:
                 logging.warning("the score %g of step %d could not be written: %s", score, step, error)
         if jax.process_count() > 1:
             multihost_utils.sync_global_devices("scores of checkpoints written")

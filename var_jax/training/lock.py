@@ -18,7 +18,7 @@ from absl import logging
 from etils import epath
 
 from var_jax.errors import UserError
-from var_jax.paths import is_remote
+from var_jax.paths import is_remote, storage_errors
 
 FILE = "run.lock"
 BEAT = 10.0  # seconds between two signs of life
@@ -47,13 +47,16 @@ class RunLock:
     def __enter__(self) -> "RunLock":
         if self._active:
             self._acquire()
-            threading.Thread(target=self._beat, daemon=True).start()
+            self._beating = threading.Thread(target=self._beat, daemon=True)
+            self._beating.start()
         return self
 
     def __exit__(self, *_) -> None:
         self._done.set()
-        if self._active and self._is_own():
-            self.path.unlink(missing_ok=True)
+        if self._active:
+            self._beating.join(BEAT)  # a sign of life that is still being written would bring the lock back
+            if self._is_own():
+                self.path.unlink(missing_ok=True)
 
     def check(self) -> None:
         """Raise RunLocked if another process has taken the lock over, e.g. while this one was suspended."""
@@ -103,6 +106,9 @@ class RunLock:
                     file.write(content)
             except FileExistsError:
                 return False
+            except OSError as error:  # a full disk: an empty lock would hold the next start up
+                self.path.unlink(missing_ok=True)
+                raise RunLocked(f"{self.path} cannot be written: {error.strerror}") from error
         else:
             partial = self.path.with_name(f"{FILE}.{self._own['nonce']}")
             partial.write_text(content)
@@ -120,7 +126,7 @@ class RunLock:
                     self.path.write_text(json.dumps(self._own | {"beat": time.time()}))
                 else:
                     os.utime(self.path)
-            except OSError as error:
+            except storage_errors() as error:
                 logging.warning("%s could not be touched: %s", self.path, error)
 
     def _is_own(self) -> bool:

@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 from tensorboardX.record_writer import register_writer_factory
 from tqdm import tqdm
 
-from var_jax.paths import as_path, write_whole
+from var_jax.paths import as_path, storage_errors, write_whole
 from var_jax.training.append_file import AppendFile
 from var_jax.training.chips import peak_flops
 
@@ -135,7 +135,7 @@ class Log:
         try:
             self._lines.flush(now)
             self._events.flush(now)
-        except OSError as error:
+        except storage_errors() as error:
             if self._writable:
                 absl.logging.warning(
                     "The log under %s cannot be written: %s\n  It is kept, and written once it can be.",

@@ -18,11 +18,12 @@ from etils import epath
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+from var_jax.data import transforms
 from var_jax.data.loader import batch_indices, eval_batches, local_rows, train_batches
 from var_jax.data.sources import Source
 from var_jax.data.transforms import ToPixels
 from var_jax.errors import ConfigError, config_errors
-from var_jax.paths import as_path
+from var_jax.paths import as_path, storage_errors
 from var_jax.sampling import pictures
 from var_jax.training import checkpoint
 from var_jax.training.disk import check_space
@@ -60,7 +61,8 @@ FREE_TO_MOVE = (
     "stage.train.mesh",
     "stage.train.remat",
     "stage.train.dtype",  # what it stands for is compared
-    "stage.transformer",
+    "stage.transformer.attention",
+    "stage.transformer.remat",
     "stage.data.dir",
     "stage.data.tokens",
     "stage.data.threads",
@@ -101,7 +103,8 @@ def check_same_run(saved: dict, now: dict, where: Path, defaults: dict | None = 
       defaults: of the model's fields, for those that are newer than the run.
 
     Returns:
-      A notice where `dtype=auto` stands for another type on this platform; else "".
+      A notice where images are decoded otherwise by now, or `dtype=auto` stands for another type on this
+      platform; else "".
 
     Raises:
       ConfigError: naming each field that differs.
@@ -111,10 +114,17 @@ def check_same_run(saved: dict, now: dict, where: Path, defaults: dict | None = 
     for name, value in _flat(defaults or {}).items():
         for field in {f"model.{name}", f"stage.model.{name}"} & now.keys():
             saved.setdefault(field, value)
+    if "stage.transformer.encoder_precision" in now:  # newer than the run, perhaps
+        saved.setdefault("stage.transformer.encoder_precision", "high")
     notice = ""
+    if saved.pop("transform", 0) != now.pop("transform", 0):
+        notice = (
+            "this version decodes or crops some images (transparent, turned, of 16 bits, not square) in "
+            "another way than the one that began the run"
+        )
     same_choice = saved.get("stage.train.dtype") == now.get("stage.train.dtype")
     if "dtype" in now and saved["dtype"] != now["dtype"] and same_choice:
-        notice = (
+        notice += "\n  " * bool(notice) + (
             f"the run began with matrix products in {saved['dtype']}; train.dtype=auto is {now['dtype']} "
             f"on this platform (--config.train.dtype={saved['dtype']} keeps it)"
         )
@@ -221,6 +231,7 @@ def _train(task, stage, steps, workdir, data, given, profile, mesh, lock) -> Non
     record = {"task": task.name, "model": task.model_fields(), "stage": stage.to_dict(), "steps": steps}
     record["tokenizer"] = task.fingerprint
     record["weights"] = task.frozen_fingerprints()
+    record["transform"] = 0 if look.tokens else transforms.VERSION
     record["dtype"] = choices.get("dtype", "")
     record["cache"] = dataclasses.asdict(source.description) if look.tokens else {}
     start, notice = saved.latest() or 0, ""
@@ -280,6 +291,7 @@ def _train(task, stage, steps, workdir, data, given, profile, mesh, lock) -> Non
         if sums is not None:
             metrics = task.summarize(sums)
             log.evaluation(step, metrics)
+            log.sync()  # before the score: a checkpoint that has one is not evaluated again
             saved.set_score(step, metrics[task.best_metric])
 
     def draw(step: int, state: TrainState) -> None:
@@ -292,18 +304,25 @@ def _train(task, stage, steps, workdir, data, given, profile, mesh, lock) -> Non
             if log.active:
                 _save_pictures(drawn, workdir, directory, task.name, step)
 
-    def save(step: int, state: TrainState, at_once: bool) -> None:
+    def save(step: int, state: TrainState, at_once: bool) -> bool:
+        """Saves, unless the step was skipped and there is no need; returns whether it did."""
         with log.pause(state.step):
             watch.read()
             if not finite(state):
                 raise TrainingDiverged(f"{task.name}: the state after step {step} is not finite")
             if watch.skipping and not at_once:  # checkpoints of before push each other out
                 log.say(f"{task.name}: no checkpoint of step {step}, which was skipped")
-            else:
-                saved.save(step, state, record)
+                return False
+            saved.save(step, state, record)
+            return True
 
     # ------------------------------------------------------------------ the loop
-    with Profile(profile, directory) as traced, _last_checkpoint_named(saved), _termination() as stop:
+    with (
+        _closing(log),
+        Profile(profile, directory) as traced,
+        _last_checkpoint_named(saved),
+        _termination() as stop,
+    ):
         step = start
         if owed.evaluation:
             evaluate(start, state, stop)
@@ -328,22 +347,21 @@ def _train(task, stage, steps, workdir, data, given, profile, mesh, lock) -> Non
                 saved.poll()
                 log.training(step, metrics)
             stopping = stop.is_set() or saved.preempted(step)
-            saving = step % cfg.checkpoint_every == 0 or last or stopping
-            if saving:
-                save(step, state, at_once=last or stopping)
+            is_saved = False
+            if step % cfg.checkpoint_every == 0 or last or stopping:
+                is_saved = save(step, state, at_once=last or stopping)
             if not stopping and (step % cfg.eval_every == 0 or last):
                 evaluate(step, state, stop)
             if not (stopping or stop.is_set()) and (step % cfg.preview_every == 0 or last):
                 draw(step, state)
             if stop.is_set() and not stopping:  # while it evaluated or drew
                 stopping = True
-                if not saving:
+                if not is_saved:
                     save(step, state, at_once=True)
             if stopping:
                 break
-    saved.wait()
+        saved.wait()  # within: a second SIGTERM must not end this process while it writes
     saved.close()
-    log.close()
     if stopping:
         raise Preempted(f"{task.name}: stopped at step {step}, saved; run the same command again to go on")
 
@@ -422,7 +440,7 @@ def _save_pictures(drawn: dict, workdir: epath.Path, directory: epath.Path, name
             pictures.save(picture, directory / "previews" / f"{title}_{step:07d}.png")
             pictures.save(picture, workdir / f"{title}.png")
         draw_curves(directory, workdir / f"curves_{name}.png", name)
-    except OSError as error:
+    except storage_errors() as error:
         logging.warning(
             "%s: the pictures of step %d could not be written; training goes on. %s", name, step, error
         )
@@ -440,6 +458,17 @@ def _examples(source: Source, transform: ToPixels | None, count: int = 32) -> np
     if transform is None:
         return None
     return np.stack([transform(source[i])["image"] for i in range(min(count, source.num_records))])
+
+
+@contextlib.contextmanager
+def _closing(log: Log):
+    """Closes the log; where training fails, what was logged so far is written, if it can be."""
+    try:
+        yield
+    except BaseException:
+        log.sync()
+        raise
+    log.close()
 
 
 @contextlib.contextmanager

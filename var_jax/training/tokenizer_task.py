@@ -195,7 +195,7 @@ class TokenizerTask(Task):
         each = max(1, cfg.batch // cfg.accumulate // mesh.size)  # training takes as many, and a backward pass
 
         def reconstructions(params, frozen, images):
-            tokens = self.model.apply({"params": params}, to_unit_range(images), method="encode")
+            tokens = self.evaluated.apply({"params": params}, to_unit_range(images), method="encode")
             return decode_step_by_step(self.model, params, tokens)
 
         size = chunk_size(PREVIEW_IMAGES, each, mesh)
