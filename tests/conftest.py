@@ -6,14 +6,20 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 # Programs that several tests and the processes they start have in common are compiled once.
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", os.path.join(os.getcwd(), ".pytest_cache", "xla"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
-# Fake devices on few cores hang in collectives unless all keep to one order; tests compile more than they
-# compute.
+QUICK = "--xla_backend_optimization_level=1"  # tests compile more than they compute
+
+
+def fake_devices(count: int) -> str:
+    """XLA_FLAGS of a process with so many CPU devices."""
+    return f"{QUICK} --xla_force_host_platform_device_count={count}"
+
+
+# Fake devices on few cores hang in collectives unless all keep to one order.
 os.environ["XLA_FLAGS"] = " ".join(
     (
         os.environ.get("XLA_FLAGS", ""),
-        "--xla_force_host_platform_device_count=8",
+        fake_devices(8),
         "--xla_cpu_scheduler_type=CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED",
-        "--xla_backend_optimization_level=1",
     )
 )
 

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.conftest import REPOSITORY
+from tests.conftest import QUICK, REPOSITORY, fake_devices
 from tests.test_scripts import command
 
 IMAGE_BYTES = 8 * 8 * 3
@@ -72,7 +72,7 @@ for wrong in (
 def sampled(run, out, *flags, devices: int = 1) -> tuple[bytes, np.ndarray]:
     """Samples of the tiny run: the file and its images."""
     flags = (f"--workdir={run}", f"--out={out}", f"--num_per_class={COUNT // 10}", *flags)
-    done = command("sample.py", *flags, xla_flags=f"--xla_force_host_platform_device_count={devices}")
+    done = command("sample.py", *flags, xla_flags=fake_devices(devices))
     assert done.returncode == 0, done.stderr[-2000:]
     with np.load(out / "samples.npz") as samples:
         assert samples["arr_1"].tolist() == np.tile(np.arange(10), COUNT // 10).tolist()
@@ -90,7 +90,7 @@ def killed_after(run, out, images: int) -> int:
     process = subprocess.Popen(
         [sys.executable, "sample.py", *flags],
         cwd=REPOSITORY,
-        env={**os.environ, "XLA_FLAGS": ""},
+        env={**os.environ, "XLA_FLAGS": QUICK},
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )
@@ -154,7 +154,7 @@ def two_hosts(run, out, *flags) -> list[subprocess.Popen]:
         subprocess.Popen(
             [sys.executable, "sample.py", *flags, f"--process_id={i}", f"--out={out}/{i}"],
             cwd=REPOSITORY,
-            env={**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=2"},
+            env={**os.environ, "XLA_FLAGS": fake_devices(2)},
             stderr=subprocess.PIPE,
             text=True,
         )

@@ -9,9 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.conftest import REPOSITORY
-
-QUICK = "--xla_backend_optimization_level=1"  # to compile
+from tests.conftest import QUICK, REPOSITORY
 
 
 def python(*arguments, xla_flags: str = QUICK) -> dict:

@@ -1,5 +1,6 @@
 """Programs compiled for chips that are not there: what fits, and what moves between the chips."""
 
+import importlib.metadata
 import json
 import os
 import re
@@ -64,6 +65,13 @@ def is_of_images(shape: str) -> bool:
     """Whether it is led by all images or those of a chip, and has more axes."""
     sizes = re.findall(r"\d+", shape.split("[")[1])
     return len(sizes) > 1 and sizes[0] in ("96", "12")
+
+
+def test_libtpu_is_the_one_that_jax_asks_for():
+    """With a newer one, JAX's profiler ends the process in which it was loaded (signal 11)."""
+    (asked,) = [line for line in importlib.metadata.requires("jax") if line.startswith("libtpu")]
+    release = re.match(r"libtpu==([\d.]+)\.\*", asked)[1]
+    assert importlib.metadata.version("libtpu").startswith(f"{release}.")
 
 
 @pytest.mark.compiles_for_tpu

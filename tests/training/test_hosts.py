@@ -13,7 +13,7 @@ import zlib
 import numpy as np
 import pytest
 
-from tests.conftest import REPOSITORY
+from tests.conftest import REPOSITORY, fake_devices
 from tests.training.tiny import tiny_config
 from var_jax import command_line
 from var_jax.data.loader import batch_indices
@@ -29,14 +29,9 @@ CLOSE = 1e-5  # sums over devices in another order
 
 
 @pytest.fixture(scope="module")
-def start(tmp_path_factory):
-    """Starts the processes of a run; compiled programs are shared."""
-    environment = {
-        **os.environ,
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
-        "JAX_COMPILATION_CACHE_DIR": str(tmp_path_factory.mktemp("compiled")),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-    }
+def start():
+    """Starts the processes of a run."""
+    environment = {**os.environ, "XLA_FLAGS": fake_devices(2)}
 
     def run(processes: int, workdir, *command, own=lambda i: ()) -> list[subprocess.Popen]:
         """`own` are further flags of each process."""

@@ -13,7 +13,7 @@ import chex
 import orbax.checkpoint as ocp
 import pytest
 
-from tests.conftest import REPOSITORY
+from tests.conftest import QUICK, REPOSITORY
 
 STEPS = 12
 TINY = REPOSITORY / "tests" / "training" / "tiny.py"
@@ -21,19 +21,13 @@ TINY = REPOSITORY / "tests" / "training" / "tiny.py"
 
 @pytest.fixture(scope="module")
 def launch(digits_dir, tmp_path_factory):
-    """Starts train.py on the tiny config in a process with one device; compiled programs are shared."""
+    """Starts train.py on the tiny config in a process with one device."""
     config = tmp_path_factory.mktemp("config") / "config.py"
     config.write_text(
         "from tests.training.tiny import tiny_config\n"
         f"def get_config(): return tiny_config({str(digits_dir)!r}, steps={STEPS}, every=3)\n"
     )
-    environment = {
-        **os.environ,
-        "XLA_FLAGS": "",
-        "PYTHONPATH": str(REPOSITORY),
-        "JAX_COMPILATION_CACHE_DIR": str(tmp_path_factory.mktemp("compiled")),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-    }
+    environment = {**os.environ, "XLA_FLAGS": QUICK, "PYTHONPATH": str(REPOSITORY)}
 
     def start(workdir, *flags) -> subprocess.Popen:
         command = [sys.executable, "train.py", f"--config={config}", f"--workdir={workdir}", *flags]

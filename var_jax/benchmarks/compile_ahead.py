@@ -1,6 +1,6 @@
 """Compilation for TPU slices and GPUs that are not there.
 
-The TPU's compiler is in libtpu (`pip install -e '.[plan]'`), the GPU's in JAX's CUDA plugin
+The TPU's compiler is in libtpu (`pip install -e '.[tpu]'`), the GPU's in JAX's CUDA plugin
 (`pip install -e '.[plan-gpu]'`).  Import this module before anything else starts JAX.
 """
 
@@ -73,7 +73,7 @@ def topology_devices(name: str) -> list[jax.Device]:
     ) as error:  # of JAX where a compiler is missing, of the compiler where the name is wrong
         raise ValueError(
             f"--topology={name}: cannot be compiled for ({str(error).splitlines()[0]}). "
-            "Slices are named like v5e:4x4, v5p:4x4x4, v6e:8x8, and need pip install -e '.[plan]'; GPUs, as "
+            "Slices are named like v5e:4x4, v5p:4x4x4, v6e:8x8, and need pip install -e '.[tpu]'; GPUs, as "
             f"hosts x GPUs, {', '.join(f'{gpu}:1x8' for gpu in GPUS)}, and need pip install -e '.[plan-gpu]'"
         ) from error
     return list(desc.devices)

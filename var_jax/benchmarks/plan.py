@@ -8,7 +8,7 @@
 
 Compiles what `train.py` runs for the last stage of the config: the training step (from images, or from tokens
 with --from_tokens), the evaluation and the previews; or the program that `sample.py` runs.  A TPU slice takes
-its compiler from `pip install -e '.[plan]'`, GPUs (hosts x GPUs) from `pip install -e '.[plan-gpu]'`.
+its compiler from `pip install -e '.[tpu]'`, GPUs (hosts x GPUs) from `pip install -e '.[plan-gpu]'`.
 
 Memory is the compiler's count, with the training state and the frozen networks on the chip whatever program
 runs; a row fits if its largest program does.  Parts of the memory, FLOPs, bytes between chips and the bounds
