@@ -38,7 +38,7 @@ setup(
         "plan-gpu": ["jax[cuda12-local]", "nvidia-cudnn-cu12", "nvidia-cuda-nvcc-cu12"],
         "torch": ["torch==2.13.0"],  # writing .pth files and the PyTorch yardstick
         "gcs": ["gcsfs"],  # gs:// paths
-        # Cloud TPU, and compiling for one where there is none (var_jax/benchmarks/plan.py). With another libtpu
+        # Cloud TPU, and compiling for one where there is none (var_jax/benchmarks/plan.py). With a libtpu other
         # than this extra's, JAX's profiler crashes.
         "tpu": ["jax[tpu]"],
         "cuda": ["jax[cuda12]"],

@@ -2,18 +2,12 @@
 
 import os
 
+from tests.xla_flags import fake_devices
+
 os.environ["JAX_PLATFORMS"] = "cpu"
 # Programs that several tests and the processes they start have in common are compiled once.
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", os.path.join(os.getcwd(), ".pytest_cache", "xla"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
-QUICK = "--xla_backend_optimization_level=1"  # tests compile more than they compute
-
-
-def fake_devices(count: int) -> str:
-    """XLA_FLAGS of a process with so many CPU devices."""
-    return f"{QUICK} --xla_force_host_platform_device_count={count}"
-
-
 # Fake devices on few cores hang in collectives unless all keep to one order.
 os.environ["XLA_FLAGS"] = " ".join(
     (

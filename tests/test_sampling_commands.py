@@ -13,8 +13,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.conftest import QUICK, REPOSITORY, fake_devices
+from tests.conftest import REPOSITORY
 from tests.test_scripts import command
+from tests.xla_flags import QUICK, fake_devices
 
 IMAGE_BYTES = 8 * 8 * 3
 COUNT = 300

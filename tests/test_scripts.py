@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.conftest import QUICK, REPOSITORY
+from tests.conftest import REPOSITORY
+from tests.xla_flags import QUICK
 
 
 def python(*arguments, xla_flags: str = QUICK) -> dict:

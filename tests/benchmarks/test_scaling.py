@@ -9,8 +9,9 @@ import sys
 import pytest
 from PIL import Image
 
-from tests.conftest import REPOSITORY, fake_devices
+from tests.conftest import REPOSITORY
 from tests.test_scripts import command
+from tests.xla_flags import fake_devices
 from var_jax.benchmarks.scaling import Point, default_counts, plan
 from var_jax.benchmarks.scaling_report import draw, merge, table, with_efficiency, with_rates
 

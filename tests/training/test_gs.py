@@ -13,10 +13,11 @@ import pytest
 import tensorstore as ts
 from PIL import Image
 
-from tests.conftest import REPOSITORY, fake_devices
+from tests.conftest import REPOSITORY
 from tests.training.test_profile import loop
 from tests.training.tiny import tiny_config
 from tests.training.toy import Toy, toy_stage
+from tests.xla_flags import fake_devices
 from var_jax import stages
 from var_jax.data.sources import open_source
 from var_jax.paths import as_path

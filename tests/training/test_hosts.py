@@ -13,8 +13,9 @@ import zlib
 import numpy as np
 import pytest
 
-from tests.conftest import REPOSITORY, fake_devices
+from tests.conftest import REPOSITORY
 from tests.training.tiny import tiny_config
+from tests.xla_flags import fake_devices
 from var_jax import command_line
 from var_jax.data.loader import batch_indices
 from var_jax.data.sources import open_source

@@ -13,7 +13,8 @@ import chex
 import orbax.checkpoint as ocp
 import pytest
 
-from tests.conftest import QUICK, REPOSITORY
+from tests.conftest import REPOSITORY
+from tests.xla_flags import QUICK
 
 STEPS = 12
 TINY = REPOSITORY / "tests" / "training" / "tiny.py"
