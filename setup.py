@@ -38,8 +38,8 @@ setup(
         "plan-gpu": ["jax[cuda12-local]", "nvidia-cudnn-cu12", "nvidia-cuda-nvcc-cu12"],
         "torch": ["torch==2.13.0"],  # writing .pth files and the PyTorch yardstick
         "gcs": ["gcsfs"],  # gs:// paths
-        # Cloud TPU, and compiling for one where there is none (var_jax/benchmarks/plan.py). With a libtpu other
-        # than this extra's, JAX's profiler crashes.
+        # Cloud TPU, and compiling for one where there is none (var_jax/benchmarks/plan.py). JAX's profiler
+        # crashes beside another libtpu than the one of this extra.
         "tpu": ["jax[tpu]"],
         "cuda": ["jax[cuda12]"],
     },
