@@ -143,7 +143,7 @@ def test_goldens_that_are_not_there_are_skipped_with_a_notice(monkeypatch, tmp_p
     [
         ("--stages=versions,speed", "--stages=speed: must be some of versions,goldens,train"),
         ("--minutes=0", "--minutes=0.0: must be more than 0"),
-        ("--against=nowhere.py", "--against=nowhere.py: there is no such file"),
+        ("--against=nowhere.py", "/nowhere.py: there is no such file"),
         ("--out=gs://bucket/check", "--out=gs://bucket/check: must be a local path"),
     ],
 )
