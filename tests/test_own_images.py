@@ -10,9 +10,7 @@ TINY_TOKENIZER = [
     "--config.tokenizer.model.ch_mult=(1, 2)",
     "--config.tokenizer.model.ch=8",
     "--config.tokenizer.model.num_codes=16",
-    "--config.tokenizer.adversarial.weight=0.4",
-    "--config.tokenizer.adversarial.layers=2",
-    "--config.tokenizer.adversarial.channels=8",
+    "--config.tokenizer.adversarial.weight=0.0",
 ]
 TINY_VAR = ["depth=1", "width=32", "num_heads=2"]
 TRAIN = ["batch=16", "steps=3", "log_every=1", "eval_every=3", "preview_every=3", "checkpoint_every=3"]

@@ -32,7 +32,7 @@ from var_jax.transformer.flops import matrix_parameters, training_flops
 D16 = NextScaleConfig()
 STEP = Step(768, 1, 1, 16, 1, remat="none", itemsize=2, ema=False, other_flops=0.0)
 # Width 256 over 8 chips, from tokens; batch, width and codes are unlike, so that shapes tell what is moved.
-SMALL = ["--config=configs/var.py:d16", "--from_tokens", "--topology=v5e:2x4", "--config.train.batch=96"]
+SMALL = ["--config=configs/var.py:d16", "--from_tokens", "--topology=v5e:2x4", "--config.train.batch=40"]
 SMALL += ["--programs=step"]  # networks of the tokenizer, of which the others are made, take long to compile
 SMALL += ["--config.model.depth=2", "--config.model.width=256", "--config.model.num_heads=4"]
 
@@ -64,7 +64,7 @@ def moved(text: str) -> dict[str, set[str]]:
 def is_of_images(shape: str) -> bool:
     """Whether it is led by all images or those of a chip, and has more axes."""
     sizes = re.findall(r"\d+", shape.split("[")[1])
-    return len(sizes) > 1 and sizes[0] in ("96", "12")
+    return len(sizes) > 1 and sizes[0] in ("40", "5")
 
 
 def test_libtpu_is_the_one_that_jax_asks_for():

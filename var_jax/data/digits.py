@@ -9,7 +9,6 @@ import io
 import numpy as np
 import tensorflow_datasets as tfds
 from PIL import Image
-from sklearn.datasets import load_digits
 
 TEST_EVERY = 5  # every fifth digit of each class is held out
 
@@ -45,6 +44,8 @@ class Digits(tfds.core.GeneratorBasedBuilder):
         return {"train": self._generate_examples(False), "test": self._generate_examples(True)}
 
     def _generate_examples(self, test: bool = False):
+        from sklearn.datasets import load_digits  # takes a second to import, and only the first run comes here
+
         digits = load_digits()
         for i in np.flatnonzero(held_out(digits.target) == test):
             image, label = digits.images[i], digits.target[i]

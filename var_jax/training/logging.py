@@ -14,7 +14,6 @@ import jax
 import numpy as np
 import tensorboardX
 from etils import epath
-from matplotlib.figure import Figure
 from tensorboardX.record_writer import register_writer_factory
 from tqdm import tqdm
 
@@ -267,6 +266,8 @@ def draw_curves(directory: os.PathLike, path: os.PathLike, title: str) -> None:
     ]
     if not names:  # a picture before the first line
         return
+    from matplotlib.figure import Figure  # half a second, which a start need not wait for
+
     figure = Figure(figsize=(4.5 * len(names), 3.2))
     axes = figure.subplots(1, len(names), squeeze=False)
     for axis, name in zip(axes[0], names, strict=True):
