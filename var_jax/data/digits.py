@@ -44,7 +44,7 @@ class Digits(tfds.core.GeneratorBasedBuilder):
         return {"train": self._generate_examples(False), "test": self._generate_examples(True)}
 
     def _generate_examples(self, test: bool = False):
-        from sklearn.datasets import load_digits  # takes a second to import, and only the first run comes here
+        from sklearn.datasets import load_digits  # a second to import, for the first run alone
 
         digits = load_digits()
         for i in np.flatnonzero(held_out(digits.target) == test):
