@@ -48,7 +48,7 @@ def train() -> ConfigDict:
             mesh=dict(data=1, fsdp=-1, tensor=1),  # -1: all devices that are left
             log_every=50,
             eval_every=5000,
-            preview_every=5000,
+            preview_every=5000,  # pictures; 0 for none, at the end neither
             checkpoint_every=5000,
             max_skipped=20,  # steps in a row whose loss or gradient is not finite, before training stops
             keep=2,  # latest checkpoints kept, beside the best

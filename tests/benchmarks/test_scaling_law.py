@@ -183,6 +183,7 @@ def test_the_command_trains_fits_and_is_not_done_twice(tiny_run, digits_dir, tmp
         assert all(0 < loss < 10 for loss in run["loss"]) and all(0 < error <= 1 for error in run["error"])
     assert Image.open(out / "scaling_law.png").size[0] > 800
     assert (out / "scaling_law.md").read_text() in done.stdout
+    assert not list(out.rglob("previews"))  # nobody looks at them
     files = [*out.rglob("*.array_record"), *out.rglob("metrics.jsonl")]
     written = {path: path.stat().st_mtime_ns for path in files}
     (out / "scaling_law.json").unlink()

@@ -109,7 +109,7 @@ def experiment(bases: dict[str, ConfigDict], system: str, seed: int, budget: flo
     stage.model.update(fields)
     stage.seed = seed
     steps = max(round(budget / task_of(stage).flops_per_image()), 1)
-    stage.train.update(dict(steps=steps, eval_every=-(-steps // EVALUATIONS), preview_every=steps))
+    stage.train.update(dict(steps=steps, eval_every=-(-steps // EVALUATIONS), preview_every=0))
     stage.train.update(dict(checkpoint_every=max(steps // 2, 1), log_every=max(steps // 20, 1)))
     return stage
 

@@ -67,7 +67,7 @@ def training_programs(task: Task, mesh: Mesh, from_tokens: bool) -> tuple[Progra
         "step": (train_program(task, cfg, STEPS, mesh, state), (state, frozen, batch, key)),
         "evaluation": (eval_program(task, mesh), (params, frozen, held_out)),
     }
-    previews = task.preview_programs(mesh, params, frozen)
+    previews = task.preview_programs(mesh, params, frozen) if cfg.preview_every else {}
     return programs | {f"preview {name}": program for name, program in previews.items()}, state, frozen
 
 

@@ -79,7 +79,7 @@ def experiment(
     if rate_by_width:
         stage.train.learning_rate *= own / width
     every = max(steps // evaluations, 1)
-    stage.train.update(dict(steps=steps, schedule="constant", ema=EMA, eval_every=every, preview_every=steps))
+    stage.train.update(dict(steps=steps, schedule="constant", ema=EMA, eval_every=every, preview_every=0))
     return stage
 
 

@@ -82,11 +82,10 @@ def check_training(cfg: ConfigDict) -> Mesh:
     Raises:
       ConfigError: naming the field that makes no run, or does not fit the devices.
     """
-    for name in ("batch", "log_every", "eval_every", "preview_every", "checkpoint_every", "keep"):
-        if cfg[name] < 1:
-            raise ConfigError(f"train.{name} must be at least 1, found {cfg[name]}")
-    if cfg.get("max_skipped", 0) < 0:
-        raise ConfigError(f"train.max_skipped must be at least 0, found {cfg.max_skipped}")
+    least = dict.fromkeys(("batch", "log_every", "eval_every", "checkpoint_every", "keep"), 1)
+    for name, bound in (least | {"preview_every": 0, "max_skipped": 0}).items():
+        if cfg.get(name, bound) < bound:
+            raise ConfigError(f"train.{name} must be at least {bound}, found {cfg[name]}")
     if not 0 <= cfg.ema < 1:
         raise ConfigError(f"train.ema must be in [0, 1), 0 for no moving average, found {cfg.ema}")
     mesh = make_mesh(**cfg.mesh)
@@ -211,7 +210,7 @@ def _train(task, stage, steps, workdir, data, given, profile, mesh, lock) -> Non
 
     train_step, eval_step = train_program(task, cfg, steps, mesh, abstract), eval_program(task, mesh)
     finite = jax.jit(is_finite, out_shardings=replicated(mesh))
-    previews = task.preview_programs(mesh, abstract.sampling_params, frozen)
+    previews = task.preview_programs(mesh, abstract.sampling_params, frozen) if cfg.preview_every else {}
 
     # ------------------------------------------------------------------ input
     source, held_out = data
@@ -350,9 +349,9 @@ def _train(task, stage, steps, workdir, data, given, profile, mesh, lock) -> Non
             is_saved = False
             if step % cfg.checkpoint_every == 0 or last or stopping:
                 is_saved = save(step, state, at_once=last or stopping)
-            if not stopping and (step % cfg.eval_every == 0 or last):
+            if not stopping and _is_due(cfg.eval_every, step, steps):
                 evaluate(step, state, stop)
-            if not (stopping or stop.is_set()) and (step % cfg.preview_every == 0 or last):
+            if not (stopping or stop.is_set()) and _is_due(cfg.preview_every, step, steps):
                 draw(step, state)
             if stop.is_set() and not stopping:  # while it evaluated or drew
                 stopping = True
@@ -364,6 +363,11 @@ def _train(task, stage, steps, workdir, data, given, profile, mesh, lock) -> Non
     saved.close()
     if stopping:
         raise Preempted(f"{task.name}: stopped at step {step}, saved; run the same command again to go on")
+
+
+def _is_due(every: int, step: int, steps: int) -> bool:
+    """Whether something is done after a step: every so many and after the last; never where `every` is 0."""
+    return every > 0 and (step % every == 0 or step == steps)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -391,15 +395,13 @@ def _owed(
     """What a run owes the checkpoint that it goes on from, the same on all processes."""
     owed = np.array([0, np.nan, 0], np.float32)
     if step and jax.process_index() == 0:
-        due = lambda every: step % every == 0 or step == steps  # noqa: E731
         lines = [
             x for x in read_metrics(directory / "metrics.jsonl") if (x["step"], x["kind"]) == (step, "eval")
         ]
-        if due(cfg.eval_every) and saved.score(step) is None:
+        if _is_due(cfg.eval_every, step, steps) and saved.score(step) is None:
             owed[:2] = (0, lines[-1][metric]) if lines else (1, np.nan)
-        owed[2] = (
-            draws and due(cfg.preview_every) and not list((directory / "previews").glob(f"*_{step:07d}.png"))
-        )
+        if draws and _is_due(cfg.preview_every, step, steps):
+            owed[2] = not list((directory / "previews").glob(f"*_{step:07d}.png"))
     evaluation, score, pictures = from_primary(owed)
     return Owed(bool(evaluation), float(score), bool(pictures))
 
