@@ -76,13 +76,13 @@ def test_a_run_that_is_interrupted_ends_in_the_numbers_of_a_local_one(run, digit
     train(Toy(), stage, 12, tmp_path, sources)
 
     def interrupt(log, step):
-        if step == 10:
+        if step == 9:  # while step 8 is being written
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(Log, "advance", interrupt)
         train(Toy(), stage, 12, run, sources)
-    assert steps_under(run / "toy" / "checkpoints")[-1] in (4, 8)
+    assert steps_under(run / "toy" / "checkpoints") == [8]
     train(Toy(), stage, 12, run, sources)
     assert steps_under(run / "toy" / "checkpoints") == [12]
     (got, _), (want, _) = (load_params(folder / "toy" / "checkpoints") for folder in (run, tmp_path))

@@ -137,7 +137,7 @@ class Checkpoints:
         Raises:
           CheckpointNotWritten: if this and the one before it could not be written.
         """
-        self._settle()
+        self.settle()
         params, rest = _split(state)
         items = ocp.args.Composite(
             params=ocp.args.StandardSave(params),
@@ -215,19 +215,19 @@ class Checkpoints:
         Raises:
           CheckpointNotWritten: if it could not be written.
         """
-        self._settle()
+        self.settle()
         if self._failed:
             raise self._not_written
 
     def poll(self) -> None:
         """Warns of a save that has failed meanwhile, without waiting for one that goes on."""
         if jax.process_count() == 1 and not self._manager.is_saving_in_progress():
-            self._settle()
+            self.settle()
 
     def close(self) -> None:
         self._manager.close()
 
-    def _settle(self) -> None:
+    def settle(self) -> None:
         """Waits for the save before, and says if it failed."""
         if self._pending:
             self._pending = False

@@ -319,7 +319,7 @@ def _train(task, stage, steps, workdir, data, given, profile, mesh, lock) -> Non
     with (
         _closing(log),
         Profile(profile, directory) as traced,
-        _last_checkpoint_named(saved),
+        _checkpoints_settled(saved),
         _termination() as stop,
     ):
         step = start
@@ -474,8 +474,8 @@ def _closing(log: Log):
 
 
 @contextlib.contextmanager
-def _last_checkpoint_named(saved: checkpoint.Checkpoints):
-    """Adds to the news that training diverged what there is to go back to."""
+def _checkpoints_settled(saved: checkpoint.Checkpoints):
+    """Where training fails, wait for the save in progress; append the last checkpoint to TrainingDiverged."""
     try:
         yield
     except TrainingDiverged as error:
@@ -486,6 +486,10 @@ def _last_checkpoint_named(saved: checkpoint.Checkpoints):
             "  Run the same command again to go on from it.  If that ends like this, look at the records\n"
             "  named above, or start another run from it (config.init_from) with a lower learning rate."
         ) from error
+    except BaseException:
+        if jax.process_count() == 1:  # one of several must not wait for the others
+            saved.settle()  # or the next call in this process would read what this one is deleting
+        raise
 
 
 class _termination:
