@@ -212,6 +212,16 @@ def test_a_mesh_that_leaves_room_for_activations_goes_before_one_with_less_traff
     assert found == ({"data": 2, "fsdp": 8, "tensor": 1}, "flat_qkv")
 
 
+def test_a_mesh_that_the_torus_does_not_have_is_named_and_not_suggested():
+    chips = topology_devices("v5p:4x4x4")
+    with pytest.raises(ValueError, match="'data': 2, .* does not fit the slice: a size must be a product"):
+        make_mesh(data=2, fsdp=32, devices=chips)
+    step = Step(**{**vars(STEP), "fsdp": 64})
+    on_chips = lambda sizes: "mlp" if make_mesh(**sizes, devices=chips) else ""  # noqa: E731
+    found = best_mesh(D16, step, CHIPS["TPU v5p"], 16 * matrix_parameters(D16) / 2, on_chips)
+    assert found == ({"data": 16, "fsdp": 4, "tensor": 1}, "mlp")  # fsdp 2 would do
+
+
 def test_a_width_that_the_chips_do_not_divide_is_split_over_fewer():
     many = Step(**{**vars(STEP), "fsdp": 256})
     sizes, _ = best_mesh(NextScaleConfig(depth=30), many, CHIPS["TPU v5e"], 0, lambda _: "full")

@@ -3,6 +3,7 @@
 A bound, not a forecast: nothing reaches all of it.  The same formulas choose a mesh.
 """
 
+import contextlib
 import dataclasses
 from collections.abc import Callable
 
@@ -10,6 +11,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+from var_jax.errors import ConfigError
 from var_jax.partition import TENSOR
 from var_jax.training.chips import Chip
 from var_jax.transformer.config import NextScaleConfig
@@ -128,15 +130,18 @@ def best_mesh(
       step: its batch; mesh and policy are not looked at.
       chip: the device.
       state_room: bytes that the state may take; where it takes more on every mesh, the largest `fsdp` counts.
-      remat_on: sizes of a mesh -> policy there.
+      remat_on: sizes of a mesh -> policy there; ConfigError where the devices do not form such a mesh.
     """
     choices = []
     splits = [n for n in range(1, step.devices + 1) if step.devices % n == 0 and cfg.width % n == 0]
+    possible = {}
     for fsdp in splits:
+        sizes = {"data": step.devices // fsdp, "fsdp": fsdp, "tensor": 1}
+        with contextlib.suppress(ConfigError):  # sizes that the torus of the slice does not have
+            possible[fsdp] = sizes, remat_on(sizes)
+    for fsdp, (sizes, remat) in possible.items():
         state = 4 * (4 + step.ema) * matrix_parameters(cfg) / fsdp
-        if state <= state_room or fsdp == splits[-1]:
-            sizes = {"data": step.devices // fsdp, "fsdp": fsdp, "tensor": 1}
-            remat = remat_on(sizes)
+        if state <= state_room or fsdp == max(possible):
             found = bound(cfg, dataclasses.replace(step, **sizes, remat=remat), chip)
             choices.append((found["step_s"], found["link_gb"], fsdp, sizes, remat))
     return min(choices, key=lambda choice: choice[:3])[3:]

@@ -37,20 +37,26 @@ def make_mesh(data: int = 1, fsdp: int = -1, tensor: int = 1, devices=None) -> M
     """A mesh of all devices; one of the sizes may be -1: what is left.
 
     Raises:
-      ConfigError: where the sizes do not multiply to the number of devices.
+      ConfigError: where the sizes do not multiply to the number of devices, or the torus of a TPU slice does
+        not have them.
     """
     devices = list(jax.devices() if devices is None else devices)
     sizes = [data, fsdp, tensor]
     known = int(np.prod([size for size in sizes if size != -1]))
     if sizes.count(-1) == 1 and known > 0:
         sizes[sizes.index(-1)] = len(devices) // known
+    asked = dict(zip(MESH_AXES, (data, fsdp, tensor), strict=True))
     if min(sizes) < 1 or np.prod(sizes) != len(devices):
-        asked = dict(zip(MESH_AXES, (data, fsdp, tensor), strict=True))
         raise ConfigError(
             f"mesh {asked} does not fit {len(devices)} devices: the product must be {len(devices)}, "
             "and at most one size may be -1"
         )
-    return jax.make_mesh(tuple(sizes), MESH_AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+    try:
+        return jax.make_mesh(tuple(sizes), MESH_AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+    except NotImplementedError as error:
+        raise ConfigError(
+            f"mesh {asked} does not fit the slice: a size must be a product of sides of its torus ({error})"
+        ) from error
 
 
 def check_batch(batch: int, mesh: Mesh, accumulate: int = 1) -> None:
