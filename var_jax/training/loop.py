@@ -366,7 +366,7 @@ def _train(task, stage, steps, workdir, data, given, profile, mesh, lock) -> Non
 
 
 def _is_due(every: int, step: int, steps: int) -> bool:
-    """Whether something is done after a step: every so many and after the last; never where `every` is 0."""
+    """True after every `every` steps and after the last one; never where `every` is 0."""
     return every > 0 and (step % every == 0 or step == steps)
 
 
@@ -475,7 +475,7 @@ def _closing(log: Log):
 
 @contextlib.contextmanager
 def _checkpoints_settled(saved: checkpoint.Checkpoints):
-    """Where training fails, wait for the save in progress; append the last checkpoint to TrainingDiverged."""
+    """Wait for the save in progress where training fails; append the last checkpoint to TrainingDiverged."""
     try:
         yield
     except TrainingDiverged as error:
