@@ -147,7 +147,7 @@ def test_a_disk_that_stays_full_ends_training_and_loses_nothing(train_on, small_
     ):
         train_on(full=range(6, 13))
     folder = small_disk / "toy" / "checkpoints"
-    assert sorted(path.name for path in folder.iterdir()) == ["2", "4"]
+    assert steps_under(folder) == [2, 4]  # a late write may leave a temporary folder
     train_on(full=range(0))
     assert sorted(path.name for path in folder.iterdir()) == ["10", "12"]
 
