@@ -47,7 +47,7 @@ define install
 	echo "Installing into $(1) (a few minutes the first time)"; \
 	have=$$($(1)/bin/python -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2> /dev/null); \
 	test "$$have" = "$(VERSION)" || { rm -rf $(1) && $(PYTHON) -m venv $(1); } || exit 1; \
-	$(1)/bin/python -m pip install --disable-pip-version-check --quiet -e '$(2)' > $(1)/install.log 2>&1 \
+	$(1)/bin/python -m pip install --disable-pip-version-check --quiet --no-compile -e '$(2)' > $(1)/install.log 2>&1 \
 	  || { cat $(1)/install.log; exit 1; }; \
 	touch $(3)
 endef
