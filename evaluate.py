@@ -21,7 +21,7 @@ from var_jax.data.transforms import CorruptImage, ToPixels
 from var_jax.evaluation.reconstruction import evaluate_reconstruction
 from var_jax.interop.perceptual import load_perceptual
 from var_jax.paths import as_path
-from var_jax.sampling import pictures
+from var_jax.sampling.pictures import image_grid, save_png
 
 FLAGS = flags.FLAGS
 flags.DEFINE_enum("what", "reconstruction", ["reconstruction"], "What to evaluate")
@@ -57,8 +57,8 @@ def main(argv):
     except CorruptImage as error:
         sys.exit(f"evaluate.py: {error}")
     rows = [np.concatenate([side.images, side.again]) for side in (worst, best)]
-    grid = pictures.grid(np.concatenate(rows), columns=len(worst.images))
-    path = pictures.save(grid, out / "reconstruction_extremes.png")
+    grid = image_grid(np.concatenate(rows), columns=len(worst.images))
+    path = save_png(grid, out / "reconstruction_extremes.png")
     (out / "reconstruction.json").write_text(json.dumps(metrics, indent=1))
     print(f"{source.num_records} images of {source.name}")
     for name in ("psnr", "ssim", "lpips", "rfid", "l2", "bits_per_pixel", "bits_per_pixel_coded"):

@@ -27,10 +27,9 @@ import var_jax
 from var_jax import command_line
 from var_jax.errors import UserError
 from var_jax.paths import is_remote, local_path
-from var_jax.sampling import pictures
 from var_jax.sampling.batch_size import largest_batch
-from var_jax.sampling.generate import as_pixels
 from var_jax.sampling.options import SamplingOptions
+from var_jax.sampling.pictures import denormalize_to_uint8, image_grid, image_strips, save_png
 from var_jax.sampling.store import SampleStore, explained
 from var_jax.tokenizer.fingerprint import fingerprint
 
@@ -136,13 +135,13 @@ def draw_pictures(tokenizer: var_jax.LoadedTokenizer, store: SampleStore, out: P
     """
     in_grid, in_strips, columns = shown_images(len(store.images()))
     draw = {
-        "samples.png": lambda: pictures.grid(store.images()[in_grid], columns),
-        "scales.png": lambda: pictures.strips(tokenizer.decode_steps(store.tokens()[in_strips])),
+        "samples.png": lambda: image_grid(store.images()[in_grid], columns),
+        "scales.png": lambda: image_strips(tokenizer.decode_steps(store.tokens()[in_strips])),
     }
     drawn = []
     for name, picture in draw.items():
         try:
-            pictures.save(picture(), out / name)
+            save_png(picture(), out / name)
         except (OSError, jax.errors.JaxRuntimeError) as error:
             if not isinstance(error, OSError) and "RESOURCE_EXHAUSTED" not in str(error):
                 raise
@@ -165,7 +164,7 @@ def write_pngs(images: np.ndarray, labels: np.ndarray, folder: Path) -> None:
     """
 
     def write(i: int) -> None:
-        pictures.save(Image.fromarray(images[i]), folder / f"{i:06d}_class{labels[i]:04d}.png")
+        save_png(Image.fromarray(images[i]), folder / f"{i:06d}_class{labels[i]:04d}.png")
 
     with explained(folder), ThreadPoolExecutor(PNG_WRITERS) as pool:
         for first in range(0, len(images), 1000):  # so that a full disk is noticed before the last one
@@ -203,7 +202,7 @@ def sample(
         start = store.resume(chunk)
     if several:
         start, chunk = (int(n) for n in multihost_utils.broadcast_one_to_all(np.array([start, chunk])))
-    batches = model.generate_batches(labels, FLAGS.seed, chunk, options, start=start, finish=as_pixels)
+    batches = model.generate_batches(labels, FLAGS.seed, chunk, options, start=start, finish=denormalize_to_uint8)
     bar = tqdm(
         total=len(labels), initial=start, unit="image", desc="sampling", mininterval=1, disable=not writes
     )

@@ -10,8 +10,9 @@ import pytest
 import var_jax
 from var_jax import api
 from var_jax.sampling.batch_size import codec_batch
-from var_jax.sampling.generate import NonFiniteImages, as_pixels
+from var_jax.sampling.generate import NonFiniteImages
 from var_jax.sampling.keep import anew_under_mask
+from var_jax.sampling.pictures import denormalize_to_uint8
 from var_jax.sampling.precision import in_compute_dtype
 from var_jax.scales import SCALES_256
 from var_jax.tokenizer import model as tokenizer_model
@@ -120,7 +121,7 @@ def test_weights_that_are_not_finite_are_an_error_that_names_the_images(loaded):
     for smooth in (False, True):
         with pytest.raises(NonFiniteImages, match=message):
             broken.sample([3, 0, 3], smooth=smooth)
-    batches = broken.generate_batches([0, 1, 2, 3], 0, 3, model.options, finish=as_pixels)
+    batches = broken.generate_batches([0, 1, 2, 3], 0, 3, model.options, finish=denormalize_to_uint8)
     next(batches)  # images 0 .. 2 are sound
     with pytest.raises(NonFiniteImages, match=r"1 of 1 images are not finite: 3 \(label 3\)"):
         next(batches)

@@ -14,8 +14,9 @@ from var_jax.data.tokenize import BatchEncoder, write_cache
 from var_jax.data.transforms import ToPixels
 from var_jax.interop.load import load_tokenizer
 from var_jax.paths import as_path
+from var_jax.sampling.pictures import normalize
 from var_jax.tokenizer.fingerprint import fingerprint
-from var_jax.tokenizer.model import encode, to_unit_range
+from var_jax.tokenizer.model import encode
 
 
 def test_tokens_are_those_of_the_crops_that_seed_image_and_crop_decide(token_cache, tiny_run, digits_dir):
@@ -29,7 +30,7 @@ def test_tokens_are_those_of_the_crops_that_seed_image_and_crop_decide(token_cac
     assert (pixels[0]["image"] != pixels[1]["image"]).any()
     found = [train[crop * 1442 + i] for i, crop in which] + [held_out[i] for i in (0, 354)]
     batch = np.stack([item["image"] for item in pixels + centred])
-    want = encode(tokenizer, params, to_unit_range(batch))
+    want = encode(tokenizer, params, normalize(batch))
     np.testing.assert_array_equal(np.stack([item["tokens"] for item in found]), want)
     assert [item["label"] for item in found] == [item["label"] for item in pixels + centred]
     assert len(np.unique(want)) > 4

@@ -8,7 +8,6 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from tests.conftest import all_tokens, close
 from var_jax.sampling.generate import (
     Given,
-    as_pixels,
     generate,
     generate_in_chunks,
     image_keys,
@@ -16,6 +15,7 @@ from var_jax.sampling.generate import (
 )
 from var_jax.sampling.guidance import guide, strengths
 from var_jax.sampling.options import SamplingOptions
+from var_jax.sampling.pictures import denormalize_to_uint8
 from var_jax.scales import Scales
 from var_jax.tokenizer.config import TokenizerConfig
 from var_jax.tokenizer.model import Tokenizer
@@ -197,7 +197,7 @@ def test_eight_devices_draw_what_one_does(tiny_tokenizer, tiny_var):
     whole = NamedSharding(mesh, PartitionSpec())
     spread = [(module, jax.device_put(params, whole)) for module, params in (tiny_tokenizer, tiny_var)]
     sharding = NamedSharding(mesh, PartitionSpec("data"))
-    split, split_tokens = draw(*spread, labels, chunk=5, sharding=sharding, finish=as_pixels)
+    split, split_tokens = draw(*spread, labels, chunk=5, sharding=sharding, finish=denormalize_to_uint8)
     np.testing.assert_array_equal(split_tokens, tokens)
     assert split.dtype == np.uint8 and np.abs(split - images * 255).max() <= 0.51
 

@@ -9,8 +9,8 @@ from jax.flatten_util import ravel_pytree
 
 from tests.conftest import close
 from tests.training.tiny import tiny_config
+from var_jax.sampling.pictures import normalize
 from var_jax.tokenizer.discriminator import hinge
-from var_jax.tokenizer.model import to_unit_range
 from var_jax.training.sharding import make_mesh
 from var_jax.training.state import create_state
 from var_jax.training.tokenizer_task import LAST_LAYER, TokenizerTask
@@ -66,7 +66,7 @@ def test_each_loss_reaches_its_own_parameters_alone(with_adversary, plain):
     running = at(state, 12)
     after, metrics = step(running)
     # The discriminator learns from its hinge on these images and their reconstructions, which are given.
-    real = to_unit_range(BATCH["image"])
+    real = normalize(BATCH["image"])
     fake = jax.jit(task.model.apply)({"params": state.params}, real).images
     judge = lambda params: hinge(*(task.adversary.logits(params, {}, x, KEY) for x in (real, fake)))  # noqa: E731
     loss, grads = jax.jit(jax.value_and_grad(judge))(state.extra["adversary"]["params"])
@@ -87,7 +87,7 @@ def _kernel(state):
 def test_the_weight_is_the_ratio_of_gradients_at_the_last_layer(with_adversary):
     """By hand: two backward passes to the last kernel; then the gradients of the weighted sum."""
     task, state, _ = with_adversary
-    images, params, adversary = to_unit_range(BATCH["image"]), state.params, state.extra["adversary"]
+    images, params, adversary = normalize(BATCH["image"]), state.params, state.extra["adversary"]
     output = lambda params: task.model.apply({"params": params}, images, train=True)  # noqa: E731
 
     def rebuild(params):
@@ -176,7 +176,7 @@ def random_dino(depth=4, width=64) -> dict:
 
 def test_heads_on_dino_learn():
     task, state = make(network="dino", frozen={"dino": random_dino()}, train=dict(learning_rate=0.05))
-    adversary, real = state.extra["adversary"], to_unit_range(BATCH["image"])
+    adversary, real = state.extra["adversary"], normalize(BATCH["image"])
     step = jax.jit(lambda adversary: task.adversary.train_step(adversary, task.frozen, real, -real, KEY, 12))
     first = step(adversary)[1]
     for _ in range(5):

@@ -21,7 +21,7 @@ from tests.xla_flags import fake_devices
 from var_jax import stages
 from var_jax.data.sources import open_source
 from var_jax.paths import as_path
-from var_jax.sampling import pictures
+from var_jax.sampling.pictures import save_png
 from var_jax.training.append_file import AppendFile
 from var_jax.training.checkpoint import (
     CheckpointMissing,
@@ -220,7 +220,7 @@ def test_logs_pictures_and_traces(run):
     assert [line["step"] for line in read_metrics(run / "metrics.jsonl")] == [1, 2, 3]
     log.close()
     draw_curves(run, run / "curves.png", "toy")
-    pictures.save(Image.new("RGB", (8, 8)), run / "previews" / "black.png")
+    save_png(Image.new("RGB", (8, 8)), run / "previews" / "black.png")
     for name in ("curves.png", "previews/black.png"):
         assert (run / name).read_bytes().startswith(b"\x89PNG")
     loop(Profile(Steps(2, 3), run), 1, 4)

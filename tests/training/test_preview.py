@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 
 from tests.training.tiny import tiny_config
-from var_jax.sampling.generate import as_pixels, generate_in_chunks, image_keys
-from var_jax.tokenizer.model import decode_steps, encode, to_unit_range
+from var_jax.sampling.generate import generate_in_chunks, image_keys
+from var_jax.sampling.pictures import denormalize_to_uint8, normalize
+from var_jax.tokenizer.model import decode_steps, encode
 from var_jax.training.preview import run_in_chunks
 from var_jax.training.sharding import make_mesh, replicated
 from var_jax.training.state import create_state
@@ -44,7 +45,7 @@ def test_samples_of_a_preview_are_those_of_the_generator(tiny_task):
         jax.device_get(state.params),
     )
     parts = generate_in_chunks(
-        *networks, labels, tiny_task.stage.seed, tiny_task.options, len(labels), finish=as_pixels
+        *networks, labels, tiny_task.stage.seed, tiny_task.options, len(labels), finish=denormalize_to_uint8
     )
     ((want_pixels, want_tokens),) = parts
     assert np.mean(tokens == want_tokens) > 0.99  # sums in another order turn some ties
@@ -62,8 +63,8 @@ def test_reconstructions_of_a_preview_are_those_of_the_tokenizer(digits_dir):
     images = np.random.default_rng(0).integers(0, 256, (19, 8, 8, 3), np.uint8)
     (steps,) = run_in_chunks(programs["reconstructions"], state.params, frozen, images)
     params = jax.device_get(state.params)
-    tokens = encode(task.model, params, to_unit_range(jnp.asarray(images)))
-    want = as_pixels(decode_steps(task.model, params, tokens))
+    tokens = encode(task.model, params, normalize(jnp.asarray(images)))
+    want = denormalize_to_uint8(decode_steps(task.model, params, tokens))
     assert steps.shape == want.shape == (19, 3, 8, 8, 3)
     close = np.abs(steps.astype(int) - np.asarray(want)) <= 1
     assert close.mean() > 0.99  # sums in another order turn some ties between codes

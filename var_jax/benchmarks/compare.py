@@ -37,8 +37,7 @@ from var_jax.data.transforms import ToPixels
 from var_jax.errors import ConfigError, UserError
 from var_jax.evaluation.classifier import Jury
 from var_jax.orders import ORDERS
-from var_jax.sampling.generate import as_pixels
-from var_jax.sampling.pictures import to_uint8
+from var_jax.sampling.pictures import denormalize_to_uint8, to_uint8
 from var_jax.training.logging import read_metrics
 from var_jax.training.state import count_parameters
 from var_jax.training.transformer_task import NextTokenTask, TransformerTask
@@ -133,7 +132,7 @@ def drawn(workdir: Path, stage: ConfigDict, labels: np.ndarray) -> tuple[np.ndar
             if np.array_equal(saved["arr_1"], labels):
                 return saved["arr_0"], float(saved["seconds"])
     model = var_jax.load_var(workdir, tokenizer=var_jax.load_tokenizer(stage.tokenizer))
-    make = partial(model.generate_batches, seed=stage.seed, options=model.options, finish=as_pixels)
+    make = partial(model.generate_batches, seed=stage.seed, options=model.options, finish=denormalize_to_uint8)
     list(make(labels[:batch], batch=batch))  # compiles
     start = time.perf_counter()
     images = np.concatenate([images for images, _ in make(labels, batch=batch)])

@@ -6,7 +6,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from var_jax.benchmarks.tables import markdown, over_seeds
-from var_jax.sampling import pictures
+from var_jax.sampling.pictures import image_grid
 
 # Heading, key, format, factor.
 COLUMNS = (
@@ -95,7 +95,7 @@ def draw_samples(systems: dict[str, Path], path: Path, shown: int = 20) -> None:
         some = images.reshape(classes, per_class, *images.shape[1:])[:shown, :each]
         rows.append(some.reshape(-1, *images.shape[1:]))
         names.append(system)
-    picture = np.asarray(pictures.grid(np.concatenate(rows), columns=len(rows[0])))
+    picture = np.asarray(image_grid(np.concatenate(rows), columns=len(rows[0])))
     figure = Figure(figsize=(10, 10 * picture.shape[0] / picture.shape[1]))
     axis = figure.add_axes([0, 0, 1, 1])
     axis.imshow(picture)

@@ -21,10 +21,11 @@ import numpy as np
 
 import var_jax
 from var_jax.orders import inverse
-from var_jax.sampling.generate import Given, as_pixels
+from var_jax.sampling.generate import Given
 from var_jax.sampling.keep import anew_under_mask
+from var_jax.sampling.pictures import denormalize_to_uint8, normalize
 from var_jax.scales import Scales
-from var_jax.tokenizer.model import Tokenizer, to_unit_range
+from var_jax.tokenizer.model import Tokenizer
 from var_jax.tokenizer.quantizer import Quantizer
 from var_jax.tokenizer.resize import area_matrix, area_resize
 from var_jax.transformer.config import NextTokenConfig, TransformerConfig
@@ -133,7 +134,7 @@ def _drawn(model, given: Given, labels, seed: int, maps: int) -> tuple[np.ndarra
     options = dataclasses.replace(model.options, upto=maps)
     batch = min(BATCH, len(labels))
     images, tokens = zip(
-        *model.generate_batches(labels, seed, batch, options, given=given, finish=as_pixels), strict=True
+        *model.generate_batches(labels, seed, batch, options, given=given, finish=denormalize_to_uint8), strict=True
     )
     return np.concatenate(images), np.concatenate(tokens)
 
@@ -141,7 +142,7 @@ def _drawn(model, given: Given, labels, seed: int, maps: int) -> tuple[np.ndarra
 @partial(jax.jit, static_argnums=0)
 def _features(tokenizer: Tokenizer, params: dict, images: jax.Array) -> jax.Array:
     """Images uint8 -> features float32 [B, h, w, C]."""
-    return tokenizer.apply({"params": params}, to_unit_range(images), method="features")
+    return tokenizer.apply({"params": params}, normalize(images), method="features")
 
 
 @partial(jax.jit, static_argnums=(0, 4))

@@ -34,9 +34,10 @@ from var_jax.data.token_cache import SPLITS, Description, Note
 from var_jax.data.transforms import CorruptImage, ToPixels
 from var_jax.interop.load import load_tokenizer
 from var_jax.paths import is_remote
+from var_jax.sampling.pictures import normalize
 from var_jax.sampling.precision import tokenizer_in_compute_dtype
 from var_jax.tokenizer.fingerprint import fingerprint
-from var_jax.tokenizer.model import Tokenizer, to_unit_range
+from var_jax.tokenizer.model import Tokenizer
 from var_jax.training.sharding import batch_sharding, make_mesh, replicated
 
 FLAGS = flags.FLAGS
@@ -66,7 +67,7 @@ class BatchEncoder:
         self._sharding = batch_sharding(mesh)
         self._params = jax.device_put(tokenizer_in_compute_dtype(params, tokenizer), replicated(mesh))
         self._program = jax.jit(
-            lambda params, images: tokenizer.apply({"params": params}, to_unit_range(images), method="encode")
+            lambda params, images: tokenizer.apply({"params": params}, normalize(images), method="encode")
         )
 
     def __call__(self, images: np.ndarray) -> np.ndarray:

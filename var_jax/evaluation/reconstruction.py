@@ -10,8 +10,9 @@ import numpy as np
 from tqdm import tqdm
 
 from var_jax.evaluation.frechet import Moments, frechet_distance
+from var_jax.sampling.pictures import normalize
 from var_jax.tokenizer.codebook import codebook_use, count_codes
-from var_jax.tokenizer.model import Tokenizer, to_unit_range
+from var_jax.tokenizer.model import Tokenizer
 from var_jax.tokenizer.perceptual import perceptual_distance
 
 SHOWN = 8  # of the best and of the worst
@@ -63,7 +64,7 @@ def evaluate_reconstruction(
 
     @jax.jit
     def step(params, vgg, pixels, valid):
-        real = to_unit_range(pixels)
+        real = normalize(pixels)
         tokens = tokenizer.apply({"params": params}, real, method="encode")
         again = tokenizer.apply({"params": params}, tokens, method="decode")
         l2 = jnp.mean((again - real) ** 2, axis=(1, 2, 3))
@@ -77,7 +78,7 @@ def evaluate_reconstruction(
         counts = count_codes(tokens, config.schedule, config.num_codes, valid)
         written = ((again / 2 + 0.5) * 255 + 0.5).astype(jnp.uint8)
         # Of files' values, as others measure it.
-        seen = () if features is None else (features(real), features(to_unit_range(written)))
+        seen = () if features is None else (features(real), features(normalize(written)))
         return found, counts, written, seen
 
     parts, counts, moments = [], 0, (Moments(), Moments())

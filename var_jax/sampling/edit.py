@@ -16,8 +16,8 @@ from var_jax import command_line
 from var_jax.api import EDITING
 from var_jax.errors import UserError
 from var_jax.paths import as_path
-from var_jax.sampling import pictures
 from var_jax.sampling.image_files import UnusableImage, crop_box, fitted, open_image
+from var_jax.sampling.pictures import image_grid, save_png, to_uint8
 from var_jax.tokenizer.resize import area_matrix
 
 FLAGS = flags.FLAGS
@@ -92,11 +92,11 @@ def edit(model, out: epath.Path) -> None:
     defaults = {} if FLAGS.workdir else EDITING
     options = command_line.as_keywords(command_line.options(model, **defaults))
     made = model.inpaint(images, mask, labels, FLAGS.seed, paste_back=FLAGS.paste_back, **options)
-    for i, after in enumerate(pictures.to_uint8(made)):
-        pictures.save(Image.fromarray(after), out / f"edit_{i:03d}.png")
+    for i, after in enumerate(to_uint8(made)):
+        save_png(Image.fromarray(after), out / f"edit_{i:03d}.png")
     shown = np.broadcast_to(mask[..., None], image.shape).astype(np.float32)
     grid = np.concatenate([image[None], shown[None], made])
-    pictures.save(pictures.grid(grid, columns=min(len(grid), 10)), out / "edit.png")
+    save_png(image_grid(grid, columns=min(len(grid), 10)), out / "edit.png")
     print(f"{len(made)} images, {mask.mean():.0%} of them made anew: {out}/edit_000.png, ..., edit.png")
 
 

@@ -19,6 +19,7 @@ from var_jax.errors import UserError
 from var_jax.sampling.filters import filter_logits
 from var_jax.sampling.guidance import guide
 from var_jax.sampling.options import Controls, SamplingOptions
+from var_jax.sampling.pictures import denormalize
 from var_jax.sampling.teacher import row_by_row, teacher_forcing
 from var_jax.tokenizer.model import Tokenizer
 from var_jax.tokenizer.quantizer import Quantizer
@@ -198,20 +199,6 @@ def put(x: jax.Array | np.ndarray, sharding: NamedSharding) -> jax.Array:
     return jax.make_array_from_callback(whole.shape, sharding, lambda index: whole[index])
 
 
-def as_pixels(images: jax.Array) -> jax.Array:
-    """Images in [-1, 1] -> uint8, rounded to the nearest.
-
-    The published demonstration truncates, half a grey level darker on average; the script that made the
-    published samples for FID was not released.
-    """
-    return ((images / 2 + 0.5) * 255 + 0.5).astype(jnp.uint8)
-
-
-def as_unit_range(images: jax.Array) -> jax.Array:
-    """Images in [-1, 1] -> float32 in [0, 1]."""
-    return images / 2 + 0.5
-
-
 @partial(jax.jit, static_argnames=("finish", "sharding"))
 def _finished(images: jax.Array, tokens: jax.Array, finish, sharding: NamedSharding | None):
     """What leaves the devices, whole on every host: images, tokens, and whether each image is finite."""
@@ -232,7 +219,7 @@ def generate_in_chunks(
     given: Given | None = None,
     start: int = 0,
     sharding: NamedSharding | None = None,
-    finish=as_unit_range,
+    finish=denormalize,
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Images of many labels, `chunk` at a time; the last chunk is filled up, so nothing is compiled twice.
 
@@ -245,7 +232,7 @@ def generate_in_chunks(
       given: tokens to keep, [N, L].
       start: the first image to make, where those before it are there already.
       sharding: of the leading axis of a batch, over the devices that hold the parameters.
-      finish: what to make of images in [-1, 1] on the device: `as_unit_range` or `as_pixels`.
+      finish: what to make of images in [-1, 1] on the device: `denormalize` or `denormalize_to_uint8`.
 
     Yields:
       Images [n, H, W, 3] and tokens int32 [n, L], n = chunk but for the last.

@@ -16,9 +16,9 @@ from etils import epath
 from var_jax import command_line
 from var_jax.errors import UserError
 from var_jax.paths import as_path
-from var_jax.sampling import pictures
 from var_jax.sampling.image_files import fitted, open_image
 from var_jax.sampling.options import MAX_SEED
+from var_jax.sampling.pictures import image_grid, save_png
 
 FLAGS = flags.FLAGS
 
@@ -40,8 +40,8 @@ def vary(model, out: epath.Path) -> None:
     for k in range(len(scales)):
         varied = model.vary(many, k, labels, seed, **options)
         rows.append(np.concatenate([original, varied]))
-    picture = pictures.grid(np.concatenate(rows), columns=FLAGS.num + 1)
-    pictures.save(picture, out / "vary.png")
+    picture = image_grid(np.concatenate(rows), columns=FLAGS.num + 1)
+    save_png(picture, out / "vary.png")
     print(f"{len(rows)} rows of {FLAGS.num} variations, a row a scale to start from: {out}/vary.png")
 
 

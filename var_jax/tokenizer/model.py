@@ -16,11 +16,6 @@ from var_jax.tokenizer.patches import from_patches, to_patches
 from var_jax.tokenizer.quantizer import Quantized, Quantizer
 
 
-def to_unit_range(images: jax.Array) -> jax.Array:
-    """uint8 [...] -> float32 in [-1, 1], as the networks take them."""
-    return images.astype(jnp.float32) / 127.5 - 1
-
-
 @flax.struct.dataclass
 class Reconstruction:
     """Output of a training pass: images [B, H, W, 3] (not clipped) and what the quantizer did."""

@@ -24,7 +24,7 @@ from var_jax.data.sources import Source
 from var_jax.data.transforms import ToPixels
 from var_jax.errors import ConfigError, config_errors
 from var_jax.paths import as_path, storage_errors
-from var_jax.sampling import pictures
+from var_jax.sampling.pictures import save_png
 from var_jax.training import checkpoint
 from var_jax.training.disk import check_space
 from var_jax.training.fine_tune import Given
@@ -439,8 +439,8 @@ def _save_pictures(drawn: dict, workdir: epath.Path, directory: epath.Path, name
     """Writes pictures and curves; a warning where that fails."""
     try:
         for title, picture in drawn.items():
-            pictures.save(picture, directory / "previews" / f"{title}_{step:07d}.png")
-            pictures.save(picture, workdir / f"{title}.png")
+            save_png(picture, directory / "previews" / f"{title}_{step:07d}.png")
+            save_png(picture, workdir / f"{title}.png")
         draw_curves(directory, workdir / f"curves_{name}.png", name)
     except storage_errors() as error:
         logging.warning(

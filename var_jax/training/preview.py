@@ -8,7 +8,8 @@ import numpy as np
 from jax.sharding import Mesh
 
 from var_jax.partition import split
-from var_jax.sampling.generate import as_pixels, put
+from var_jax.sampling.generate import put
+from var_jax.sampling.pictures import denormalize_to_uint8
 from var_jax.tokenizer.model import Tokenizer
 from var_jax.tokenizer.quantizer import Quantizer
 from var_jax.training.sharding import BATCH_AXES, batch_sharding, on_mesh, replicated
@@ -70,7 +71,7 @@ def decode_step_by_step(tokenizer: Tokenizer, params: dict, tokens: jax.Array) -
 
     def decode(f_hat):
         images = tokenizer.apply({"params": params}, split(f_hat), method="decode_features")
-        return as_pixels(images)
+        return denormalize_to_uint8(images)
 
     sums = jnp.stack(Quantizer.create(params["quantizer"], tokenizer.config).partial_sums(tokens))
     return jnp.moveaxis(jax.lax.map(decode, sums), 0, 1)

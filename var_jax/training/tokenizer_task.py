@@ -12,12 +12,12 @@ from ml_collections import ConfigDict
 
 from var_jax.dtypes import product_precision
 from var_jax.errors import ConfigError
-from var_jax.sampling import pictures
+from var_jax.sampling.pictures import image_strips, normalize, side_by_side
 from var_jax.tokenizer.codebook import codebook_use, count_codes
 from var_jax.tokenizer.config import TokenizerConfig
 from var_jax.tokenizer.fingerprint import fingerprint
 from var_jax.tokenizer.losses import entropy_penalty, image_terms, weighted_sum
-from var_jax.tokenizer.model import Tokenizer, to_unit_range
+from var_jax.tokenizer.model import Tokenizer
 from var_jax.tokenizer.perceptual import vgg_features
 from var_jax.tokenizer.quantizer import Quantizer
 from var_jax.training.adversarial import Adversary
@@ -96,7 +96,7 @@ class TokenizerTask(Task):
             gradient, state.params, batch, dropout_key, self.stage.train.accumulate
         )
         if self.adversary:
-            real, step = to_unit_range(batch["image"]), state.step
+            real, step = normalize(batch["image"]), state.step
             adversary, found = self.adversary.train_step(
                 state.extra["adversary"], frozen, real, again, adversary_key, step
             )
@@ -107,7 +107,7 @@ class TokenizerTask(Task):
         return state, {**metrics, **use, "gradient_norm": optax.tree.norm(grads)}
 
     def _features(self, params, images):
-        return self.model.apply({"params": params}, to_unit_range(images), method="features")
+        return self.model.apply({"params": params}, normalize(images), method="features")
 
     def _gradient(self, params, extra, frozen, batch, step, key):
         """Gradient of all losses of a batch -> gradients, (metrics, (Quantized, reconstructions)).
@@ -116,7 +116,7 @@ class TokenizerTask(Task):
         and encoder takes their sum.  The two sizes that the adversary's weight is the ratio of cost a
         convolution each.
         """
-        images = to_unit_range(batch["image"])
+        images = normalize(batch["image"])
 
         def forward(params):
             params = self.care.held(params)
@@ -166,7 +166,7 @@ class TokenizerTask(Task):
         return jnp.clip(ratio, self.stage.adversarial.min_ratio, RATIO_MOST)
 
     def eval_step(self, params, frozen, batch):
-        images, valid = to_unit_range(batch["image"]), batch["valid"]
+        images, valid = normalize(batch["image"]), batch["valid"]
         output = self.evaluated.apply({"params": params}, images)
         again = jnp.clip(output.images, -1, 1)
         terms = image_terms(images, again, frozen.get("vgg"))
@@ -195,7 +195,7 @@ class TokenizerTask(Task):
         each = max(1, cfg.batch // cfg.accumulate // mesh.size)  # training takes as many, and a backward pass
 
         def reconstructions(params, frozen, images):
-            tokens = self.evaluated.apply({"params": params}, to_unit_range(images), method="encode")
+            tokens = self.evaluated.apply({"params": params}, normalize(images), method="encode")
             return decode_step_by_step(self.model, params, tokens)
 
         size = chunk_size(PREVIEW_IMAGES, each, mesh)
@@ -207,8 +207,8 @@ class TokenizerTask(Task):
         (steps,) = run_in_chunks(programs["reconstructions"], params, frozen, images)
         strips = np.concatenate([steps, images[:, None]], axis=1)
         return {
-            "reconstructions": pictures.side_by_side(images, steps[:, -1]),
-            "reconstruction_scales": pictures.strips(strips[:10]),
+            "reconstructions": side_by_side(images, steps[:, -1]),
+            "reconstruction_scales": image_strips(strips[:10]),
         }
 
     def choices(self):

@@ -11,12 +11,12 @@ from ml_collections import ConfigDict
 
 from var_jax.dtypes import PRECISIONS
 from var_jax.errors import ConfigError, config_errors
-from var_jax.sampling import pictures
-from var_jax.sampling.generate import as_pixels, generate, image_keys
+from var_jax.sampling.generate import generate, image_keys
 from var_jax.sampling.options import SamplingOptions
+from var_jax.sampling.pictures import denormalize_to_uint8, image_grid, image_strips, normalize
 from var_jax.sampling.teacher import teacher_forcing
 from var_jax.tokenizer.fingerprint import fingerprint
-from var_jax.tokenizer.model import Tokenizer, to_unit_range
+from var_jax.tokenizer.model import Tokenizer
 from var_jax.tokenizer.quantizer import Quantizer
 from var_jax.training.memory import preview_images, remat_that_fits, smallest_memory
 from var_jax.training.optimizer import accumulated_gradients, make_optimizer
@@ -120,7 +120,7 @@ class TransformerTask(Task):
         if "tokens" in batch:
             tokens = batch["tokens"]
         else:
-            images = to_unit_range(batch["image"])
+            images = normalize(batch["image"])
             tokens = tokenizer.apply({"params": params}, images, method="encode")
         quantizer = Quantizer.create(params["quantizer"], self.tokenizer.config)
         return teacher_forcing(self.config, quantizer, tokens)
@@ -186,7 +186,7 @@ class TransformerTask(Task):
             keys = jax.random.wrap_key_data(key_data)
             networks = (self.tokenizer, self.model, frozen["tokenizer"], params)
             images, tokens = generate(*networks, labels, keys, controls)
-            return as_pixels(images), tokens
+            return denormalize_to_uint8(images), tokens
 
         def scales(params, frozen, tokens):
             return decode_step_by_step(self.tokenizer, frozen["tokenizer"], tokens)
@@ -207,10 +207,10 @@ class TransformerTask(Task):
         labels = self.preview_labels
         keys = np.asarray(jax.random.key_data(image_keys(self.stage.seed, jnp.arange(len(labels)))))
         images, tokens = run_in_chunks(programs["samples"], params, frozen, labels, keys)
-        previews = {"samples": pictures.grid(images, columns=PREVIEW_COLUMNS)}
+        previews = {"samples": image_grid(images, columns=PREVIEW_COLUMNS)}
         if "scales" in programs:
             (steps,) = run_in_chunks(programs["scales"], params, frozen, tokens[::PREVIEW_COLUMNS])
-            previews["scales"] = pictures.strips(steps)
+            previews["scales"] = image_strips(steps)
         return previews
 
     def choices(self):
