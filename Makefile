@@ -28,7 +28,7 @@ lint: $(VENV)/test-$(VERSION)
 	@$(VENV)/bin/ruff format --check --quiet .
 
 check-gpu: $(GPU_VENV)/plan-gpu-$(VERSION)
-	$(GPU_VENV)/bin/python -m var_jax.benchmarks.check_gpu
+	$(GPU_VENV)/bin/python -m benchmarks.check_gpu
 
 $(VENV)/base-$(VERSION): setup.py
 	@$(call install,$(VENV),.,$@)

@@ -14,18 +14,18 @@ import numpy as np
 from absl import app, flags
 
 import var_jax
-from var_jax import command_line
+from var_jax import cli
 from var_jax.data.loader import eval_batches
 from var_jax.data.sources import open_source
 from var_jax.data.transforms import CorruptImage, ToPixels
 from var_jax.evaluation.reconstruction import evaluate_reconstruction
-from var_jax.interop.perceptual import load_perceptual
+from var_jax.images import image_grid, save_png
+from var_jax.interop.lpips_weights import load_perceptual
 from var_jax.paths import as_path
-from var_jax.sampling.pictures import image_grid, save_png
 
 FLAGS = flags.FLAGS
 flags.DEFINE_enum("what", "reconstruction", ["reconstruction"], "What to evaluate")
-command_line.define_tokenizer_flags()
+cli.define_tokenizer_flags()
 flags.DEFINE_string("step", "latest", "Checkpoint of the run: a step, `latest` or `best`")
 flags.DEFINE_string("data", "digits", "Name of a prepared data set")
 flags.DEFINE_string("data_dir", "data", "Where data sets lie")
@@ -39,8 +39,8 @@ flags.DEFINE_string("out", None, "Where to write; by default --workdir, else her
 def main(argv):
     if len(argv) > 1:
         raise app.UsageError(f"unknown arguments {argv[1:]}")
-    path, scales = command_line.tokenizer_source()
-    command_line.start()
+    path, scales = cli.tokenizer_source()
+    cli.start()
     try:
         out = as_path(FLAGS.out or FLAGS.workdir or ".")
         tokenizer = var_jax.load_tokenizer(path, scales=scales, step=FLAGS.step, dtype=FLAGS.dtype)

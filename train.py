@@ -15,9 +15,9 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 from var_jax import stages
-from var_jax.command_line import define_host_flags, failing_at_once, join_hosts, keep_compiled_programs
+from var_jax.cli import define_host_flags, failing_at_once, join_hosts, keep_compiled_programs
 from var_jax.errors import UserError
-from var_jax.training.profile import parse_steps
+from var_jax.training.profiling import parse_steps
 
 CONFIG = config_flags.DEFINE_config_file("config", help_string="What to train, e.g. configs/digits.py")
 WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run: checkpoints, logs, pictures")

@@ -18,7 +18,7 @@ def data(name: str) -> ConfigDict:
             shift=0,  # pixels that half of the training images are moved by at most
             threads=16,  # that read and decode ahead
             workers=0,  # processes that do so instead
-            # Directory of a token cache (var_jax/data/tokenize.py).  The stage next_scale then reads no
+            # Directory of a token cache (var_jax.tools.encode_dataset).  The stage next_scale then reads no
             # images: data set, splits, resize, flip and shift are those of the cache.
             tokens="",
         )

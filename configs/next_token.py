@@ -6,8 +6,8 @@
 
 Depth, width, optimiser and schedule are those of configs/var.py, so that the prediction scheme is all that
 differs.  A way through the map is `--config.model.order=spiral_in`, positions are
-`--config.model.positions=rotary_2d`, masks `--config.model.mask=axial` (var_jax/orders.py,
-var_jax/transformer/positions.py and masks.py; with digits: `--config.next_token.model.order=...`).
+`--config.model.positions=rotary_2d`, masks `--config.model.mask=axial` (var_jax/transformer/positions.py,
+var_jax/transformer/positions.py; with digits: `--config.next_token.model.order=...`).
 
 `d12` to `d30` have not been run at this size: they need ImageNet and accelerators.
 """

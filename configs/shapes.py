@@ -1,7 +1,7 @@
 """Tokenizer and VAR for small pictures of your own, here 64 pixels: docs/your_own_images.md walks through it.
 
-    python -m tests.coloured_shapes pictures --images=4000
-    python -m var_jax.data.prepare --images=pictures --name=shapes --data_dir=data --skip_bad
+    python -m examples.coloured_shapes pictures --images=4000
+    python -m var_jax.tools.prepare --images=pictures --name=shapes --data_dir=data --skip_bad
     python train.py --config=configs/shapes.py --workdir=runs/shapes
 
 Sized for two CPU cores.  With an accelerator take more channels, more blocks and more steps first.

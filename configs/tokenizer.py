@@ -15,7 +15,7 @@ The architecture is the released one; its training code never was.  What is chos
   at the first.
 - k-means in the first steps, codes that follow the mean of their targets (0.99), and restart of dead codes
   from the targets of all scales, instead of the published uniform start and gradient alone, with which most
-  codes die where the codebook is large for the data.  Measured: docs/codebook.md.
+  codes die where the codebook is large for the data.  Measured: experiments/codebook/README.md.
 - Codes of 32 dimensions, as released, not L2-normalised: published transformers and files stay compatible.
 
 `small` has 64 channels in place of 160, batch 128 and 40 epochs.

@@ -2,7 +2,7 @@
 
 import os
 
-from tests.xla_flags import fake_devices
+from tests.helpers.xla_flags import fake_devices
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 # Programs that several tests and the processes they start have in common are compiled once.
@@ -22,22 +22,18 @@ import fcntl
 import subprocess
 from pathlib import Path
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import var_jax
+from tests.helpers.arrays import GOLDEN_SCALES, TRANSFORMERS, randomized
+from tests.helpers.commands import REPOSITORY
 from var_jax.tokenizer.config import TokenizerConfig
 from var_jax.tokenizer.model import Tokenizer
 from var_jax.transformer.config import NextScaleConfig
 from var_jax.transformer.next_scale import NextScale
-
-REPOSITORY = Path(__file__).parent.parent
-GOLDEN_SCALES = (1, 2, 3, 4)
-TRANSFORMERS = ("var", "var_shared_adaln", "var_plain_attention")
-
 
 # Files that take a minute or more, the slowest first.
 SLOW = [
@@ -47,16 +43,16 @@ SLOW = [
     "benchmarks/test_device_check.py",
     "test_sampling_commands.py",
     "training/test_adversarial.py",
-    "training/test_fine_tune.py",
-    "benchmarks/test_scaling_law.py",
+    "training/test_param_init.py",
+    "experiments/test_scaling_law.py",
     "benchmarks/test_scaling.py",
     "benchmarks/test_plan.py",
-    "benchmarks/test_generality.py",
+    "experiments/test_inpainting.py",
     "benchmarks/test_throughput.py",
     "training/test_lowering.py",
     "training/test_checkpoint.py",
     "training/test_gs.py",
-    "benchmarks/test_compare.py",
+    "experiments/test_next_token.py",
     "test_own_images.py",
     "test_precision.py",
 ]
@@ -106,27 +102,6 @@ def golden_var(request, goldens, golden, golden_tokenizer):
         return model, {key: file[key] for key in file}
 
 
-def all_tokens(arrays: dict, prefix: str = "tokens") -> np.ndarray:
-    """The golden token maps as one sequence [B, L]."""
-    return np.concatenate([arrays[f"{prefix}_{k}"] for k in range(len(GOLDEN_SCALES))], axis=1)
-
-
-def close(got, want, tolerance: float = 1e-4) -> None:
-    """Asserts equality within a share of the largest magnitude."""
-    got, want = np.asarray(got), np.asarray(want)
-    assert got.shape == want.shape
-    worst = np.abs(got - want).max() / np.abs(want).max()
-    assert worst <= tolerance, f"off by {worst:.2e} of the largest magnitude"
-
-
-def randomized(params: dict, seed: int = 0) -> dict:
-    """Well-scaled random parameters, so that no path of a network is hidden by small initial values."""
-    leaves, tree = jax.tree.flatten(nn.meta.unbox(params))
-    rng = np.random.default_rng(seed)
-    scaled = lambda leaf: rng.standard_normal(leaf.shape) / np.sqrt(max(leaf.shape[-1], 4))  # noqa: E731
-    return jax.tree.unflatten(tree, [jnp.asarray(scaled(leaf), jnp.float32) for leaf in leaves])
-
-
 @pytest.fixture(scope="session")
 def tiny_tokenizer() -> tuple[Tokenizer, dict]:
     """8x8 images, three scales, 16 codes."""
@@ -168,7 +143,7 @@ def digits_dir(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def token_cache(tiny_run, digits_dir, tmp_path_factory) -> Path:
     """Tokens of the digits by the tokenizer of the tiny run: two random crops, written by eight devices."""
-    from tests.data.cache import make_cache
+    from tests.helpers.token_cache import make_cache
 
     return make_cache(tiny_run, digits_dir, tmp_path_factory.mktemp("cache") / "tokens")
 
@@ -176,7 +151,7 @@ def token_cache(tiny_run, digits_dir, tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def tiny_run(digits_dir, tmp_path_factory, worker_id) -> Path:
     """A run of both stages, a few steps long, on eight devices; made by the first worker that needs it."""
-    from tests.training.tiny import tiny_config
+    from tests.helpers.tiny import tiny_config
     from var_jax.stages import run
 
     folder = tmp_path_factory.getbasetemp()
@@ -191,8 +166,8 @@ def tiny_run(digits_dir, tmp_path_factory, worker_id) -> Path:
 
 @pytest.fixture(scope="session")
 def bucket(tmp_path_factory) -> str:
-    """gs:// URL of a fake bucket; processes started by `python -m tests.fake_gs` see it too."""
-    from tests import fake_gs
+    """gs:// URL of a fake bucket; processes started by `python -m tests.helpers.fake_gs` see it too."""
+    from tests.helpers import fake_gs
 
     with fake_gs.serving(tmp_path_factory.mktemp("gs")) as environment:
         os.environ.update(environment)

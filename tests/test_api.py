@@ -9,16 +9,16 @@ import pytest
 
 import var_jax
 from var_jax import api
-from var_jax.sampling.batch_size import codec_batch
-from var_jax.sampling.generate import NonFiniteImages
-from var_jax.sampling.keep import anew_under_mask
-from var_jax.sampling.pictures import denormalize_to_uint8
-from var_jax.sampling.precision import in_compute_dtype
+from var_jax.images import denormalize_to_uint8
+from var_jax.sampling.auto_batch_size import codec_batch
+from var_jax.sampling.cast_params import in_compute_dtype
+from var_jax.sampling.editing import anew_under_mask
+from var_jax.sampling.sampler import NonFiniteImages
 from var_jax.scales import SCALES_256
 from var_jax.tokenizer import model as tokenizer_model
 from var_jax.tokenizer.config import TokenizerConfig
 from var_jax.tokenizer.model import Tokenizer
-from var_jax.training.manifest import seal
+from var_jax.training.checkpoint_integrity import seal
 
 
 @pytest.fixture(scope="module")

@@ -15,10 +15,10 @@ from pathlib import Path
 import pytest
 import yaml
 
+from benchmarks.cloud import launch_command
 from configs import var
-from tests.conftest import REPOSITORY
-from var_jax.benchmarks.cloud import launch_command
-from var_jax.training.sharding import check_batch
+from tests.helpers.commands import REPOSITORY
+from var_jax.sharding import check_batch
 
 LAUNCH = REPOSITORY / "launch"
 README = (LAUNCH / "README.md").read_text()

@@ -2,8 +2,8 @@
 
 import numpy as np
 
-from tests.coloured_shapes import SHAPES, write_folder
-from tests.test_scripts import command
+from examples.coloured_shapes import SHAPES, write_folder
+from tests.helpers.commands import command
 
 TINY_TOKENIZER = [
     "--config.tokenizer.model.scales=(1, 2, 4)",
@@ -26,7 +26,7 @@ def test_from_a_folder_of_pictures_to_samples(tmp_path):
     write_folder(tmp_path / "pictures", 120)
     data, runs, tokens = (str(tmp_path / name) for name in ("data", "runs", "tokens"))
     said = run(
-        "-m", "var_jax.data.prepare", f"--images={tmp_path}/pictures", "--name=shapes", f"--data_dir={data}",
+        "-m", "var_jax.tools.prepare", f"--images={tmp_path}/pictures", "--name=shapes", f"--data_dir={data}",
         "--skip_bad", "--held_out=0.2", "--workers=1",
     )  # fmt: skip
     assert "left out 4 of 124 files" in said
@@ -34,7 +34,7 @@ def test_from_a_folder_of_pictures_to_samples(tmp_path):
     stage = lambda name: [f"--config.{name}.data.dir={data}", *(f"--config.{name}.train.{x}" for x in TRAIN)]  # noqa: E731
     run(*train, "--config.stages=tokenizer", *stage("tokenizer"), *TINY_TOKENIZER)
     said = run(
-        "-m", "var_jax.data.tokenize", f"--workdir={runs}", "--data.name=shapes", f"--data.dir={data}",
+        "-m", "var_jax.tools.encode_dataset", f"--workdir={runs}", "--data.name=shapes", f"--data.dir={data}",
         "--crops=2", "--flip", f"--out={tokens}",
     )  # fmt: skip
     assert "in 2 crops" in said

@@ -9,21 +9,21 @@ import numpy as np
 import pytest
 
 import var_jax
-from tests.conftest import GOLDEN_SCALES, all_tokens, close
-from tests.data.cache import altered, describe
-from tests.emulate import PLATFORMS, emulated, precision_of, products
-from tests.training.tiny import tiny_config
+from tests.helpers.arrays import GOLDEN_SCALES, all_tokens, close
+from tests.helpers.emulate import PLATFORMS, emulated, precision_of, products
+from tests.helpers.tiny import tiny_config
+from tests.helpers.token_cache import altered, describe
 from var_jax.data.token_cache import open_token_cache
-from var_jax.data.tokenize import BatchEncoder
+from var_jax.data.token_writer import BatchEncoder
 from var_jax.evaluation import reconstruction
 from var_jax.interop.load import load_tokenizer
-from var_jax.sampling.generate import smooth_codes
-from var_jax.sampling.precision import tokenizer_in_compute_dtype
+from var_jax.sampling.cast_params import tokenizer_in_compute_dtype
+from var_jax.sampling.sampler import smooth_codes
 from var_jax.stages import build_task
 from var_jax.tokenizer.discriminator import PatchDiscriminator
-from var_jax.tokenizer.perceptual import CHANNELS, LAYERS, perceptual_distance
+from var_jax.tokenizer.lpips import CHANNELS, LAYERS, perceptual_distance
 from var_jax.training.transformer_task import NextScaleTask
-from var_jax.transformer.trunk import Head
+from var_jax.transformer.model import Head
 
 HALF, FULL = jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float32)
 

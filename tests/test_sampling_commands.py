@@ -13,9 +13,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.conftest import REPOSITORY
-from tests.test_scripts import command
-from tests.xla_flags import QUICK, fake_devices
+from tests.helpers.commands import REPOSITORY, command
+from tests.helpers.xla_flags import QUICK, fake_devices
 
 IMAGE_BYTES = 8 * 8 * 3
 COUNT = 300
@@ -260,7 +259,7 @@ def test_editing_files(tiny_run, tmp_path):
     picture = rng.integers(0, 256, (16, 24, 3)).astype(np.uint8)
     Image.fromarray(picture).save(tmp_path / "wide.png")
     flags = (f"--workdir={tiny_run}", f"--image={tmp_path}/wide.png", f"--out={tmp_path}/edit", "--num=2")
-    edit = ("-m", "var_jax.sampling.edit", *flags)
+    edit = ("-m", "var_jax.tools.edit", *flags)
     done = command(*edit, "--box=0,8,24,16", "--label=3", "--paste_back")
     assert done.returncode == 0, done.stderr[-2000:]
     assert "24 x 16, cut to a square and resized to 8 x 8" in done.stdout and "50% of them" in done.stdout
@@ -281,7 +280,7 @@ def test_editing_files(tiny_run, tmp_path):
 
 def test_variations_of_a_drawn_image(tiny_run, tmp_path):
     flags = (f"--workdir={tiny_run}", f"--out={tmp_path}", "--label=1", "--towards=7", "--num=3")
-    done = command("-m", "var_jax.sampling.vary", *flags)
+    done = command("-m", "var_jax.tools.vary", *flags)
     assert done.returncode == 0, done.stderr[-2000:]
     picture = np.asarray(Image.open(tmp_path / "vary.png")).astype(int)
     assert picture.shape == (3 * 50 + 2, 4 * 50 + 2, 3)  # a row a scale; the image and three of it

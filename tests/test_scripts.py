@@ -1,27 +1,12 @@
 """The command lines, as processes of their own."""
 
-import os
 import re
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from tests.conftest import REPOSITORY
-from tests.xla_flags import QUICK
-
-
-def python(*arguments, xla_flags: str = QUICK) -> dict:
-    """What subprocess takes to run Python with the arguments, in the repository."""
-    environment = {**os.environ, "XLA_FLAGS": xla_flags}
-    return dict(args=[sys.executable, *arguments], cwd=REPOSITORY, env=environment, text=True)
-
-
-def command(*arguments, xla_flags: str = QUICK) -> subprocess.CompletedProcess:
-    """Runs Python with the arguments to its end."""
-    return subprocess.run(**python(*arguments, xla_flags=xla_flags), capture_output=True, timeout=600)
+from tests.helpers.commands import REPOSITORY, command
 
 
 def test_sample_writes_grid_strips_npz_and_single_pngs(tiny_run, tmp_path):

@@ -2,13 +2,13 @@ import pytest
 
 from configs import digits, var
 from configs import tokenizer as tokenizer_config
-from tests.training.tiny import tiny_config
+from tests.helpers.tiny import tiny_config
 from var_jax import stages
 from var_jax.data.sources import DataSetMissing
 from var_jax.errors import ConfigError
 from var_jax.stages import num_steps, run, stages_of
 from var_jax.training.checkpoint import CheckpointMissing, load_config
-from var_jax.training.loop import check_same_run
+from var_jax.training.trainer import check_same_run
 
 
 def test_stages_of_a_config():

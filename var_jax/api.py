@@ -14,13 +14,13 @@ import numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from var_jax.interop import load
-from var_jax.sampling.batch_size import codec_batch
-from var_jax.sampling.generate import Given, check_finite, generate_in_chunks, put, teacher_forced_logits
-from var_jax.sampling.keep import anew_from_scale, anew_under_mask
+from var_jax.sampling.auto_batch_size import codec_batch
+from var_jax.sampling.cast_params import in_compute_dtype, tokenizer_in_compute_dtype
+from var_jax.sampling.editing import anew_from_scale, anew_under_mask
 from var_jax.sampling.options import MAX_SEED, SamplingOptions, check_integer
-from var_jax.sampling.precision import in_compute_dtype, tokenizer_in_compute_dtype
+from var_jax.sampling.sampler import Given, check_finite, generate_in_chunks, put, teacher_forced_logits
 from var_jax.tokenizer import model as tokenizer_model
-from var_jax.transformer.trunk import Trunk
+from var_jax.transformer.model import Trunk
 
 # Those of the published demonstration, but for its `more_smooth`: mixed codes are no tokens, and the tokens
 # of an edit are to be those of its image.  smooth=True gives the demonstration's.

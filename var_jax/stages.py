@@ -8,10 +8,11 @@ from ml_collections import ConfigDict
 from var_jax.data.sources import Source, open_source
 from var_jax.data.token_cache import open_token_cache
 from var_jax.errors import ConfigError, config_errors
-from var_jax.interop.dino import load_dino
+from var_jax.interop.dino_weights import load_dino
 from var_jax.interop.load import load_tokenizer, read_network, with_path
-from var_jax.interop.perceptual import load_perceptual
+from var_jax.interop.lpips_weights import load_perceptual
 from var_jax.paths import as_path
+from var_jax.sharding import make_mesh
 from var_jax.tokenizer.model import Tokenizer
 from var_jax.training.checkpoint import (
     FOLDER,
@@ -20,12 +21,11 @@ from var_jax.training.checkpoint import (
     has_checkpoint,
     load_config,
 )
-from var_jax.training.fine_tune import Given, fit
-from var_jax.training.loop import check_training, train
-from var_jax.training.profile import Steps
-from var_jax.training.sharding import make_mesh
+from var_jax.training.param_init import Given, fit
+from var_jax.training.profiling import Steps
 from var_jax.training.task import Task
 from var_jax.training.tokenizer_task import TokenizerTask
+from var_jax.training.trainer import check_training, train
 from var_jax.training.transformer_task import TRANSFORMERS, TransformerTask
 
 

@@ -11,9 +11,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.test_scripts import command
-from var_jax.benchmarks import device_check, device_numerics, device_runs
-from var_jax.benchmarks.device_parts import CommandFailed, Options, Part, relative_error, run_parts
+from benchmarks import device_check, device_numerics, device_runs
+from benchmarks.device_parts import CommandFailed, Options, Part, relative_error, run_parts
+from tests.helpers.commands import command
 from var_jax.transformer.attention import IMPLEMENTATIONS
 
 YARDSTICK = "import json; print(json.dumps({'images_per_s': 2.0, 'seconds': 1.0}))"
@@ -38,7 +38,7 @@ def test_every_stage_runs_here_and_all_checks_hold(goldens, tmp_path):
         f"--against={tmp_path}/peer.py",
         "--minutes=9.5",
     )
-    done = command("-m", "var_jax.benchmarks.device_check", *flags)
+    done = command("-m", "benchmarks.device_check", *flags)
     assert done.returncode == 0, (done.stdout + done.stderr)[-6000:]
     records = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
     assert [record["stage"] for record in records] == list(device_check.STAGES)
@@ -65,7 +65,7 @@ def test_a_stage_that_fails_is_shown_and_sets_the_exit_code(tmp_path):
     for name in ("vae.npz", "vae.pth"):
         (tmp_path / name).write_text("damaged")
     flags = (f"--out={tmp_path}/out", f"--goldens={tmp_path}", "--stages=goldens")
-    done = command("-m", "var_jax.benchmarks.device_check", *flags)
+    done = command("-m", "benchmarks.device_check", *flags)
     assert done.returncode == 1 and "device_check: failed: goldens; see" in done.stderr
     versions, broken = (json.loads(line) for line in done.stdout.splitlines() if line.startswith("{"))
     assert (versions["status"], broken["status"]) == ("ok", "failed")

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from var_jax.benchmarks import input_rate, throughput
+from benchmarks import input_rate, throughput
 
 
 def line(monkeypatch, capsys, *arguments) -> dict:

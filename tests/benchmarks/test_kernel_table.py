@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from var_jax.benchmarks import kernel_table
-from var_jax.benchmarks.kernel_table import as_markdown, op_names, read_trace
+from benchmarks import kernel_table
+from benchmarks.kernel_table import as_markdown, op_names, read_trace
 
 CPU_TRACE = Path(__file__).parent / "data" / "cpu_trace.json.gz"  # two steps of a scan over three layers
 

@@ -13,19 +13,19 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from benchmarks.cloud import launch_command
+from benchmarks.compile_ahead import Compiled, topology_devices
+from benchmarks.gpus import GPUS
+from benchmarks.plan import fit_fields, planned_task
+from benchmarks.programs import training_programs
+from benchmarks.roofline import Step, best_mesh, bound, link_bytes
+from benchmarks.workload import make_task, make_tokenizer_task, vgg_shapes
 from configs import next_token, var
-from tests.conftest import REPOSITORY
-from tests.training.tiny import tiny_config
-from var_jax.benchmarks.cloud import launch_command
-from var_jax.benchmarks.compile_ahead import Compiled, topology_devices
-from var_jax.benchmarks.gpus import GPUS
-from var_jax.benchmarks.plan import fit_fields, planned_task
-from var_jax.benchmarks.programs import training_programs
-from var_jax.benchmarks.roofline import Step, best_mesh, bound, link_bytes
-from var_jax.benchmarks.subject import make_task, make_tokenizer_task, vgg_shapes
-from var_jax.tokenizer.perceptual import perceptual_distance
-from var_jax.training.chips import CHIPS, memory_bytes
-from var_jax.training.sharding import make_mesh
+from tests.helpers.commands import REPOSITORY
+from tests.helpers.tiny import tiny_config
+from var_jax.sharding import make_mesh
+from var_jax.tokenizer.lpips import perceptual_distance
+from var_jax.training.hardware import CHIPS, memory_bytes
 from var_jax.transformer.config import NextScaleConfig
 from var_jax.transformer.flops import matrix_parameters, training_flops
 
@@ -39,7 +39,7 @@ SMALL += ["--config.model.depth=2", "--config.model.width=256", "--config.model.
 
 def plan(tmp_path, *flags: str) -> tuple[dict, str]:
     """The row, and the text of the program."""
-    command = [sys.executable, "-m", "var_jax.benchmarks.plan", *SMALL, *flags, f"--hlo={tmp_path}/"]
+    command = [sys.executable, "-m", "benchmarks.plan", *SMALL, *flags, f"--hlo={tmp_path}/"]
     # Else products take weights round a ring of chips, piece by piece, which says the same less plainly.
     plain = {"LIBTPU_INIT_ARGS": "--xla_jf_spmd_threshold_for_windowed_einsum_mib=1000000"}
     env = os.environ | plain
@@ -170,7 +170,7 @@ def test_only_stages_with_a_bound_are_planned():
 
 
 def test_what_cannot_be_planned_is_said():
-    command = [sys.executable, "-m", "var_jax.benchmarks.plan", "--config=configs/tokenizer.py"]
+    command = [sys.executable, "-m", "benchmarks.plan", "--config=configs/tokenizer.py"]
     done = subprocess.run([*command, "--from_tokens"], cwd=REPOSITORY, capture_output=True, text=True)
     assert done.returncode == 1 and done.stderr.startswith("plan: --from_tokens: a tokenizer is trained on")
 

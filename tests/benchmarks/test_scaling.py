@@ -9,14 +9,13 @@ import sys
 import pytest
 from PIL import Image
 
-from tests.conftest import REPOSITORY
-from tests.test_scripts import command
-from tests.xla_flags import fake_devices
-from var_jax.benchmarks.scaling import Point, default_counts, plan
-from var_jax.benchmarks.scaling_report import draw, merge, table, with_efficiency, with_rates
+from benchmarks.scaling import Point, default_counts, plan
+from benchmarks.scaling_report import draw, merge, table, with_efficiency, with_rates
+from tests.helpers.commands import REPOSITORY, command
+from tests.helpers.xla_flags import fake_devices
 
 CONFIG = """
-from tests.training.tiny import tiny_config
+from tests.helpers.tiny import tiny_config
 def get_config():
     config = tiny_config("nowhere")
     config.next_scale.model.update(dict(depth=1, width=16, num_heads=1))
@@ -90,7 +89,7 @@ def test_runs_are_merged_or_refused(tmp_path):
 
 def test_one_process_over_one_and_two_devices(config, tmp_path):
     flags = (config, "--devices=1,2", "--modes=weak", "--steps=3", f"--out={tmp_path}/out")
-    flags = ("-m", "var_jax.benchmarks.scaling", *flags)
+    flags = ("-m", "benchmarks.scaling", *flags)
     done = command(*flags, xla_flags=fake_devices(2))
     assert done.returncode == 0, done.stderr[-2000:]
     *printed, line = done.stdout.splitlines()
@@ -108,7 +107,7 @@ def test_two_processes_share_every_mesh(config, tmp_path):
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
     flags = (config, "--devices=2", "--modes=strong", "--steps=2", "--num_processes=2")
-    flags = ("-m", "var_jax.benchmarks.scaling", *flags, f"--coordinator=localhost:{port}")
+    flags = ("-m", "benchmarks.scaling", *flags, f"--coordinator=localhost:{port}")
     hosts = [
         subprocess.Popen(
             [sys.executable, *flags, f"--process_id={i}", f"--out={tmp_path}/{i}"],
@@ -135,6 +134,6 @@ def test_two_processes_share_every_mesh(config, tmp_path):
     ],
 )
 def test_wrong_flags_are_named(config, tmp_path, flags, message):
-    done = command("-m", "var_jax.benchmarks.scaling", config, *flags, f"--out={tmp_path}/out")
+    done = command("-m", "benchmarks.scaling", config, *flags, f"--out={tmp_path}/out")
     assert done.returncode != 0 and message in done.stderr + done.stdout
     assert "Traceback" not in done.stderr and not (tmp_path / "out").exists()

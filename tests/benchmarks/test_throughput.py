@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from var_jax.benchmarks import input_rate, throughput
+from benchmarks import input_rate, throughput
 from var_jax.tokenizer.config import TokenizerConfig
 from var_jax.tokenizer.model import Tokenizer
 

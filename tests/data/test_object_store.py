@@ -3,14 +3,14 @@ import dataclasses
 import numpy as np
 import pytest
 
-from tests.data.cache import COMMAND, small
+from tests.helpers.token_cache import COMMAND, small
 from var_jax.data.loader import train_batches
-from var_jax.data.prepare import prepare
 from var_jax.data.sources import DataSetMissing, open_source
 from var_jax.data.token_cache import open_token_cache
-from var_jax.data.tokenize import OtherCache, write_cache
+from var_jax.data.token_writer import OtherCache, write_cache
 from var_jax.data.transforms import ToPixels
 from var_jax.paths import as_path
+from var_jax.tools.prepare import prepare
 
 
 def test_a_data_set_is_read_from_object_storage_as_from_a_disk(bucket, digits_dir):

@@ -7,10 +7,10 @@ import pytest
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from tests.digits_judge import split_off
 from var_jax.data.image_folder import ImageFile, builder_of
 from var_jax.data.sources import DataSetMissing, open_source
 from var_jax.data.transforms import ToPixels
+from var_jax.tools.judge_digits import split_off
 
 
 def test_digits_are_those_of_scikit_learn_split_once_and_for_all(digits_dir):

@@ -4,12 +4,12 @@ import pickle
 import numpy as np
 import pytest
 
-from tests.data.cache import COMMAND, altered, describe, small
+from tests.helpers.token_cache import COMMAND, altered, describe, small
 from var_jax.data import token_cache as token_cache_module
 from var_jax.data.loader import eval_batches, train_batches
 from var_jax.data.sources import DataSetMissing
 from var_jax.data.token_cache import Note, open_token_cache
-from var_jax.data.tokenize import OtherCache, write_cache
+from var_jax.data.token_writer import OtherCache, write_cache
 from var_jax.paths import as_path
 
 
@@ -60,7 +60,7 @@ def test_an_incomplete_cache_is_refused_with_the_command_that_finishes_it(token_
     with pytest.raises(DataSetMissing, match=rf"it lacks 1 files, e.g. train-00003-of(.|\n)*{COMMAND}"):
         open_token_cache(torn)
     with pytest.raises(
-        DataSetMissing, match=r"no token cache at .*none(.|\n)*var_jax.data.tokenize --workdir"
+        DataSetMissing, match=r"no token cache at .*none(.|\n)*var_jax.tools.encode_dataset --workdir"
     ):
         open_token_cache(tmp_path / "none")
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.test_scripts import command
+from tests.helpers.commands import command
 from var_jax.evaluation.frechet import Moments, frechet_distance
 from var_jax.evaluation.reconstruction import evaluate_reconstruction
 from var_jax.tokenizer.model import decode, encode

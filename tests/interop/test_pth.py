@@ -19,8 +19,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from tests.interop import pickles
-from tests.interop.pickles import PROTOCOL, STOP, dict_of, global_, number, storage, tensor, text, write_zip
+from tests.helpers import pickles
+from tests.helpers.pickles import PROTOCOL, STOP, dict_of, global_, number, storage, tensor, text, write_zip
 from var_jax.interop.pth import read_pth
 from var_jax.interop.tensor_files import read_networks, read_tensors, release
 

@@ -6,8 +6,8 @@ import pytest
 from safetensors.numpy import save_file
 
 import var_jax
-from tests.conftest import GOLDEN_SCALES, TRANSFORMERS
-from tests.interop import pickles
+from tests.helpers import pickles
+from tests.helpers.arrays import GOLDEN_SCALES, TRANSFORMERS
 from var_jax.interop.load import published_next_scale, read_network
 from var_jax.interop.published import (
     next_scale_config,

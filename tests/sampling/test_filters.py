@@ -2,8 +2,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tests.conftest import close
-from var_jax.sampling.filters import filter_logits
+from tests.helpers.arrays import close
+from var_jax.sampling.sampler import filter_logits
 
 
 def test_golden(golden):

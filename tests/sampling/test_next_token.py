@@ -7,16 +7,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.conftest import close, randomized
-from var_jax.orders import ORDERS, order
-from var_jax.sampling.generate import Given, generate_in_chunks, teacher_forced_logits
-from var_jax.sampling.guidance import guide
-from var_jax.sampling.options import SamplingOptions
-from var_jax.sampling.teacher import row_by_row, teacher_forcing
+from tests.helpers.arrays import close, randomized
+from var_jax.sampling.options import SamplingOptions, guide
+from var_jax.sampling.sampler import Given, generate_in_chunks, teacher_forced_logits
+from var_jax.sampling.teacher_forcing import row_by_row, teacher_forcing
 from var_jax.tokenizer.model import Tokenizer
 from var_jax.tokenizer.quantizer import Quantizer
 from var_jax.transformer.config import NextTokenConfig
 from var_jax.transformer.next_token import NextToken
+from var_jax.transformer.positions import ORDERS, order
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,7 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from var_jax.tokenizer.diff_augment import diff_augment
+from var_jax.tokenizer.discriminator import diff_augment
 
 B, SIDE = 64, 16
 augment = jax.jit(diff_augment, static_argnames="policies")

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from tests.conftest import close
-from var_jax.interop.dino import load_dino
+from tests.helpers.arrays import close
+from var_jax.interop.dino_weights import load_dino
 from var_jax.tokenizer.dino import dino_features
 
 WIDTH, DEPTH, PATCH, GRID = 128, 3, 16, 3  # two heads

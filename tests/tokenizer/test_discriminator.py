@@ -2,7 +2,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tests.conftest import randomized
+from tests.helpers.arrays import randomized
 from var_jax.tokenizer.discriminator import FeatureHeads, PatchDiscriminator, hinge, lecam
 
 

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.conftest import all_tokens, close
+from tests.helpers.arrays import all_tokens, close
 from var_jax.tokenizer.config import TokenizerConfig
 from var_jax.tokenizer.losses import image_terms, weighted_sum
 from var_jax.tokenizer.model import Tokenizer, decode

@@ -16,16 +16,16 @@ from sklearn.datasets import load_digits
 
 import var_jax
 from configs import tokenizer as tokenizer_configs
-from tests.conftest import REPOSITORY
+from tests.helpers.commands import REPOSITORY
 from tests.training.test_resume import logged
 from var_jax.evaluation.reconstruction import evaluate_reconstruction
-from var_jax.interop.convert import to_file
 from var_jax.interop.load import read_network, tokenizer_shapes
 from var_jax.stages import run
+from var_jax.tokenizer.autoencoder import from_patches, to_patches
 from var_jax.tokenizer.config import TokenizerConfig
 from var_jax.tokenizer.model import Tokenizer, decode, encode
-from var_jax.tokenizer.patches import from_patches, to_patches
-from var_jax.training.fine_tune import fit
+from var_jax.tools.convert import to_file
+from var_jax.training.param_init import fit
 
 STEPS = 12
 

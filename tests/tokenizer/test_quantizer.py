@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.conftest import GOLDEN_SCALES, all_tokens, close
+from tests.helpers.arrays import GOLDEN_SCALES, all_tokens, close
 from var_jax.scales import Scales
 from var_jax.tokenizer.quantizer import Quantizer, _phi_index
 

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from tests.conftest import close
+from tests.helpers.arrays import close
 from var_jax.tokenizer.resize import area_matrix, area_resize, bicubic_matrix, bicubic_resize, bilinear_resize
 
 

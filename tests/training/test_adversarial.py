@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 from jax.flatten_util import ravel_pytree
 
-from tests.conftest import close
-from tests.training.tiny import tiny_config
-from var_jax.sampling.pictures import normalize
+from tests.helpers.arrays import close
+from tests.helpers.tiny import tiny_config
+from var_jax.images import normalize
+from var_jax.sharding import make_mesh
 from var_jax.tokenizer.discriminator import hinge
-from var_jax.training.sharding import make_mesh
 from var_jax.training.state import create_state
 from var_jax.training.tokenizer_task import LAST_LAYER, TokenizerTask
 

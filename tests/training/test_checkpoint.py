@@ -7,10 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.training.tiny import tiny_config
-from tests.training.toy import Toy, toy_stage
+from tests.helpers.tiny import tiny_config
+from tests.helpers.toy import Toy, toy_stage
 from var_jax.data.sources import open_source
-from var_jax.training import manifest
+from var_jax.sharding import make_mesh
+from var_jax.training import checkpoint_integrity
 from var_jax.training.checkpoint import (
     CheckpointMismatch,
     CheckpointMissing,
@@ -19,13 +20,20 @@ from var_jax.training.checkpoint import (
     load_params,
     save_params,
 )
-from var_jax.training.disk import CheckpointNotWritten, check_space, explained, is_storage_error
-from var_jax.training.loop import train
-from var_jax.training.manifest import FILE as MANIFEST
-from var_jax.training.manifest import NOT_LISTED, CheckpointDamaged, set_damaged_aside, steps_under
-from var_jax.training.sharding import make_mesh
+from var_jax.training.checkpoint_integrity import FILE as MANIFEST
+from var_jax.training.checkpoint_integrity import (
+    NOT_LISTED,
+    CheckpointDamaged,
+    CheckpointNotWritten,
+    check_space,
+    explained,
+    is_storage_error,
+    set_damaged_aside,
+    steps_under,
+)
 from var_jax.training.state import create_state
 from var_jax.training.tokenizer_task import TokenizerTask
+from var_jax.training.trainer import train
 
 
 @pytest.fixture(scope="module")
@@ -325,10 +333,10 @@ class TwoProcesses:
 
     def __init__(self, monkeypatch):
         self.index, self.sent = 0, []
-        monkeypatch.setattr(manifest.jax, "process_count", lambda: 2)
-        monkeypatch.setattr(manifest.jax, "process_index", lambda: self.index)
-        monkeypatch.setattr(manifest.multihost_utils, "sync_global_devices", lambda name: None)
-        monkeypatch.setattr(manifest.multihost_utils, "broadcast_one_to_all", self.broadcast)
+        monkeypatch.setattr(checkpoint_integrity.jax, "process_count", lambda: 2)
+        monkeypatch.setattr(checkpoint_integrity.jax, "process_index", lambda: self.index)
+        monkeypatch.setattr(checkpoint_integrity.multihost_utils, "sync_global_devices", lambda name: None)
+        monkeypatch.setattr(checkpoint_integrity.multihost_utils, "broadcast_one_to_all", self.broadcast)
 
     def broadcast(self, value):
         if self.index == 0:

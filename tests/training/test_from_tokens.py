@@ -6,14 +6,14 @@ import jax
 import numpy as np
 import pytest
 
-from tests.data.cache import COMMAND, HOW, altered, sources
-from tests.training.tiny import tiny_config
+from tests.helpers.tiny import tiny_config
+from tests.helpers.token_cache import COMMAND, HOW, altered, sources
 from var_jax.data.sources import DataSetMissing
 from var_jax.data.token_cache import open_token_cache
 from var_jax.data.transforms import ToPixels
 from var_jax.interop.load import load_tokenizer
+from var_jax.sharding import make_mesh
 from var_jax.stages import build_task, open_sources, run
-from var_jax.training.sharding import make_mesh
 from var_jax.training.state import create_state
 from var_jax.training.transformer_task import NextScaleTask
 

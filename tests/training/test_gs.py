@@ -1,4 +1,4 @@
-"""Runs under gs://: Orbax and TensorStore write to the store of tests/fake_gs.py by their own protocols."""
+"""Runs under gs://: Orbax and TensorStore write to tests/helpers/fake_gs.py by their own protocols."""
 
 import os
 import socket
@@ -13,16 +13,16 @@ import pytest
 import tensorstore as ts
 from PIL import Image
 
-from tests.conftest import REPOSITORY
-from tests.training.test_profile import loop
-from tests.training.tiny import tiny_config
-from tests.training.toy import Toy, toy_stage
-from tests.xla_flags import fake_devices
+from tests.helpers.commands import REPOSITORY
+from tests.helpers.tiny import tiny_config
+from tests.helpers.toy import Toy, toy_stage
+from tests.helpers.xla_flags import fake_devices
+from tests.training.test_profiling import loop
 from var_jax import stages
 from var_jax.data.sources import open_source
+from var_jax.images import save_png
 from var_jax.paths import as_path
-from var_jax.sampling.pictures import save_png
-from var_jax.training.append_file import AppendFile
+from var_jax.sharding import make_mesh
 from var_jax.training.checkpoint import (
     CheckpointMissing,
     Checkpoints,
@@ -30,12 +30,11 @@ from var_jax.training.checkpoint import (
     load_config,
     load_params,
 )
-from var_jax.training.logging import Log, draw_curves, read_metrics
-from var_jax.training.loop import train
-from var_jax.training.manifest import CheckpointDamaged, steps_under
-from var_jax.training.profile import Profile, Steps
-from var_jax.training.sharding import make_mesh
+from var_jax.training.checkpoint_integrity import CheckpointDamaged, steps_under
+from var_jax.training.metrics import AppendFile, Log, draw_curves, read_metrics
+from var_jax.training.profiling import Profile, Steps
 from var_jax.training.state import create_state
+from var_jax.training.trainer import train
 
 
 @pytest.fixture
@@ -98,11 +97,11 @@ HOST = """
 from absl import app, flags
 from tests import fake_gs
 fake_gs.install()
-from tests.training.toy import Toy, toy_stage
-from var_jax.command_line import define_host_flags, failing_at_once, join_hosts
+from tests.helpers.toy import Toy, toy_stage
+from var_jax.cli import define_host_flags, failing_at_once, join_hosts
 from var_jax.data.sources import open_source
 from var_jax.paths import as_path
-from var_jax.training.loop import train
+from var_jax.training.trainer import train
 for name in ("workdir", "data_dir"):
     flags.DEFINE_string(name, None, "")
 define_host_flags()

@@ -13,18 +13,18 @@ import zlib
 import numpy as np
 import pytest
 
-from tests.conftest import REPOSITORY
-from tests.training.tiny import tiny_config
-from tests.xla_flags import fake_devices
-from var_jax import command_line
+from tests.helpers.commands import REPOSITORY
+from tests.helpers.tiny import tiny_config
+from tests.helpers.xla_flags import fake_devices
+from var_jax import cli
 from var_jax.data.loader import batch_indices
 from var_jax.data.sources import open_source
 from var_jax.data.transforms import ToPixels
 from var_jax.training.checkpoint import load_params
-from var_jax.training.logging import read_metrics
+from var_jax.training.metrics import read_metrics
 
 STEPS, BATCH = 40, 40  # more than an epoch of 1442 images
-TOY = ("-m", "tests.training.toy_run", f"--steps={STEPS}", f"--batch={BATCH}")
+TOY = ("-m", "tests.helpers.toy_run", f"--steps={STEPS}", f"--batch={BATCH}")
 TIMEOUT = "--host_timeout=10"
 CLOSE = 1e-5  # sums over devices in another order
 
@@ -154,7 +154,7 @@ def next_scale_flags(tiny_run, digits_dir, tmp_path_factory) -> tuple[str, ...]:
     """Of train.py, for three steps of the transformer."""
     config = tmp_path_factory.mktemp("config") / "config.py"
     config.write_text(
-        "from tests.training.tiny import tiny_config\n"
+        "from tests.helpers.tiny import tiny_config\n"
         f"def get_config(): return tiny_config({str(digits_dir)!r}, steps=3, every=3)\n"
     )
     stage = ("--config.stages=next_scale", f"--config.next_scale.tokenizer={tiny_run}")
@@ -163,7 +163,7 @@ def next_scale_flags(tiny_run, digits_dir, tmp_path_factory) -> tuple[str, ...]:
 
 def test_the_networks_learn_on_two_hosts_as_on_one(start, next_scale_flags, tmp_path):
     """train.py itself; of the two hosts each sees the memory of its own devices alone, which differs."""
-    commands = {1: ("train.py",), 2: ("-m", "tests.training.uneven_memory")}
+    commands = {1: ("train.py",), 2: ("-m", "tests.helpers.uneven_memory")}
     found = [
         host
         for n, command in commands.items()
@@ -222,20 +222,20 @@ def test_a_full_disk_ends_several_hosts_and_loses_nothing(start_toy, small_disk)
 
 def test_hosts_that_do_not_find_each_other_say_what_to_check(monkeypatch):
     given = types.SimpleNamespace(coordinator="far:1", num_processes=2, process_id=1, host_timeout=9)
-    monkeypatch.setattr(command_line, "FLAGS", given)
+    monkeypatch.setattr(cli, "FLAGS", given)
 
     def initialize(*_, **__):
         raise RuntimeError("DEADLINE_EXCEEDED")
 
-    monkeypatch.setattr(command_line.jax.distributed, "initialize", initialize)
+    monkeypatch.setattr(cli.jax.distributed, "initialize", initialize)
     with pytest.raises(SystemExit, match="DEADLINE_EXCEEDED\n  Check that(.|\n)*address far:1 is reachable"):
-        command_line.join_hosts()
+        cli.join_hosts()
 
 
 JOIN = """
 import jax
 from absl import app
-from var_jax.command_line import define_host_flags, join_hosts
+from var_jax.cli import define_host_flags, join_hosts
 define_host_flags()
 def main(_):
     join_hosts()

@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-from tests.conftest import REPOSITORY
+from tests.helpers.commands import REPOSITORY
 from var_jax.paths import as_path
 from var_jax.training import lock
 from var_jax.training.lock import RunLock, RunLocked

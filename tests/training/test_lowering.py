@@ -4,11 +4,11 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from benchmarks.programs import sampling_program, training_programs
+from benchmarks.workload import make_task, make_tokenizer_task
 from configs import tokenizer, var
-from tests.training.tiny import tiny_config
-from var_jax.benchmarks.programs import sampling_program, training_programs
-from var_jax.benchmarks.subject import make_task, make_tokenizer_task
-from var_jax.training.sharding import make_mesh
+from tests.helpers.tiny import tiny_config
+from var_jax.sharding import make_mesh
 
 SCALES_WITH_KERNEL = {"step", "evaluation", "preview samples", "sampling"}
 

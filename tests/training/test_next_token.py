@@ -6,9 +6,9 @@ from PIL import Image
 
 import var_jax
 from configs import next_token
-from tests.training.tiny import tiny_config
+from tests.helpers.tiny import tiny_config
 from var_jax import stages
-from var_jax.training.logging import read_metrics
+from var_jax.training.metrics import read_metrics
 
 
 @pytest.fixture(scope="module")

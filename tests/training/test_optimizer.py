@@ -5,7 +5,7 @@ import pytest
 from flax.traverse_util import flatten_dict
 
 from configs import common
-from tests.conftest import close
+from tests.helpers.arrays import close
 from var_jax.interop.published import next_scale_table, tokenizer_table
 from var_jax.training.optimizer import accumulated_gradients, decay_mask, make_optimizer, update_ema
 

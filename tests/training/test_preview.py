@@ -5,12 +5,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.training.tiny import tiny_config
-from var_jax.sampling.generate import generate_in_chunks, image_keys
-from var_jax.sampling.pictures import denormalize_to_uint8, normalize
+from tests.helpers.tiny import tiny_config
+from var_jax.images import denormalize_to_uint8, normalize
+from var_jax.sampling.sampler import generate_in_chunks, image_keys
+from var_jax.sharding import make_mesh, replicated
 from var_jax.tokenizer.model import decode_steps, encode
 from var_jax.training.preview import run_in_chunks
-from var_jax.training.sharding import make_mesh, replicated
 from var_jax.training.state import create_state
 from var_jax.training.tokenizer_task import TokenizerTask
 from var_jax.training.transformer_task import NextScaleTask

@@ -13,12 +13,11 @@ import chex
 import orbax.checkpoint as ocp
 import pytest
 
-from tests.conftest import REPOSITORY
-from tests.xla_flags import QUICK
-from var_jax.training.logging import read_metrics
+from tests.helpers.commands import REPOSITORY
+from tests.helpers.xla_flags import QUICK
+from var_jax.training.metrics import read_metrics
 
 STEPS = 12
-TINY = REPOSITORY / "tests" / "training" / "tiny.py"
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +25,7 @@ def launch(digits_dir, tmp_path_factory):
     """Starts train.py on the tiny config in a process with one device."""
     config = tmp_path_factory.mktemp("config") / "config.py"
     config.write_text(
-        "from tests.training.tiny import tiny_config\n"
+        "from tests.helpers.tiny import tiny_config\n"
         f"def get_config(): return tiny_config({str(digits_dir)!r}, steps={STEPS}, every=3)\n"
     )
     environment = {**os.environ, "XLA_FLAGS": QUICK, "PYTHONPATH": str(REPOSITORY)}

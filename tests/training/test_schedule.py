@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from var_jax.training.schedule import learning_rate, weight_decay
+from var_jax.training.optimizer import learning_rate, weight_decay
 
 KINDS = ("cos", "lin", "lin0", "lin00", "lin0.3", "exp")
 

@@ -10,10 +10,9 @@ import optax
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from tests.conftest import close
-from tests.training.tiny import tiny_config
-from var_jax.tokenizer.codebook import dead_codes
-from var_jax.training.sharding import (
+from tests.helpers.arrays import close
+from tests.helpers.tiny import tiny_config
+from var_jax.sharding import (
     batch_sharding,
     check_batch,
     global_batch,
@@ -22,8 +21,9 @@ from var_jax.training.sharding import (
     tree_shardings,
     whole_share,
 )
+from var_jax.tokenizer.codebook_updates import dead_codes
+from var_jax.training.jit_steps import train_program
 from var_jax.training.state import create_state
-from var_jax.training.step import train_program
 from var_jax.training.tokenizer_task import TokenizerTask
 from var_jax.training.transformer_task import NextScaleTask
 

@@ -5,11 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.conftest import close
+from tests.helpers.arrays import close
 from var_jax.scales import SCALES_256, SCALES_512, Scales
-from var_jax.training.sharding import make_mesh, on_mesh
-from var_jax.transformer.attention import attend, choose_attention, einsum, groups, key_ends
-from var_jax.transformer.splash import splash
+from var_jax.sharding import make_mesh, on_mesh
+from var_jax.transformer.attention import attend, choose_attention, einsum, groups, key_ends, splash
 
 # 84 positions, and 129, just more than a block of splash.
 ODD = {"odd": (1, 3, 5, 7), "odder": (2, 5, 10)}
@@ -78,7 +77,7 @@ def test_grouped_products_are_fewer_than_all():
 def cudnn_calls(monkeypatch) -> list[tuple]:
     """Shapes of queries and keys that cuDNN is asked for; XLA computes in its place.
 
-    The kernel itself is compiled by `var_jax.benchmarks.check_gpu`.
+    The kernel itself is compiled by `benchmarks.check_gpu`.
     """
     calls, attention = [], jax.nn.dot_product_attention
 

@@ -8,9 +8,9 @@ import numpy as np
 import optax
 import pytest
 
-from tests.conftest import all_tokens, close, randomized
+from tests.helpers.arrays import all_tokens, close, randomized
 from var_jax.interop.published import next_scale_table, to_published
-from var_jax.transformer import trunk
+from var_jax.transformer import model as model_module
 from var_jax.transformer.block import Block
 from var_jax.transformer.config import NextScaleConfig
 from var_jax.transformer.next_scale import NextScale
@@ -68,7 +68,7 @@ def test_losses_in_one_go_and_in_chunks_are_those_of_the_logits(tiny_var, monkey
         return losses.mean(), (losses, 1.0 * right)
 
     want = jax.jit(jax.grad(of_logits, has_aux=True))(params)
-    monkeypatch.setattr(trunk, "MOST_LOGITS", most)
+    monkeypatch.setattr(model_module, "MOST_LOGITS", most)
     found = jax.jit(jax.grad(ours, has_aux=True))(params)
     jax.tree.map(lambda got, right: close(got, right, 1e-5), found, want)
     assert found[1][1].any()

@@ -8,15 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.conftest import close, randomized
-from var_jax.orders import ORDERS
-from var_jax.training.sharding import global_batch, make_mesh, on_mesh, tree_shardings
+from tests.helpers.arrays import close, randomized
+from var_jax.sharding import global_batch, make_mesh, on_mesh, tree_shardings
 from var_jax.transformer.config import NextScaleConfig, NextTokenConfig
 from var_jax.transformer.flops import generation_flops, training_flops
-from var_jax.transformer.masks import MASKS
 from var_jax.transformer.next_scale import NextScale
 from var_jax.transformer.next_token import NextToken
-from var_jax.transformer.positions import ABSOLUTE, RELATIVE
+from var_jax.transformer.positions import ABSOLUTE, MASKS, ORDERS, RELATIVE
 
 SIDE, LENGTH = 4, 16
 POSITIONS = ("none", *ABSOLUTE, *RELATIVE, "learned_1d+relative_2d")

@@ -3,13 +3,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.conftest import close
-from var_jax.orders import order
+from tests.helpers.arrays import close
 from var_jax.scales import Scales
 from var_jax.transformer import positions
 from var_jax.transformer.attention import attend, choose_attention, einsum
 from var_jax.transformer.config import NextTokenConfig
-from var_jax.transformer.positions import Places, buckets, order_places, rotary_angles, scale_places
+from var_jax.transformer.positions import Places, buckets, order, order_places, rotary_angles, scale_places
 
 
 def shifted(places: Places, rows: float, columns: float, line: float) -> Places:

@@ -7,11 +7,11 @@ import pytest
 from jax.interpreters.partial_eval import dce_jaxpr
 
 from configs import var
-from var_jax.training import memory
-from var_jax.training.sharding import make_mesh
+from var_jax.sharding import make_mesh
+from var_jax.training import hardware
 from var_jax.transformer.config import NextScaleConfig
+from var_jax.transformer.model import Blocks
 from var_jax.transformer.remat import KEPT, choose_remat, kept_bytes
-from var_jax.transformer.trunk import Blocks
 
 CONFIG = NextScaleConfig(depth=4, width=128, num_heads=4, scales=(1, 2, 3, 4))
 HALF = jnp.dtype(jnp.bfloat16)
@@ -68,7 +68,7 @@ def test_auto_on_a_gpu_keeps_what_was_measured_to_be_fastest():
 
 @pytest.mark.parametrize("policy", ["none", "mlp", "flat_qkv", "full"])
 def test_splash_runs_again_only_where_its_output_is_not_kept(policy):
-    """As traced; it is not run here.  Of cuDNN's kernel, `var_jax.benchmarks.check_gpu` says the same."""
+    """As traced; it is not run here.  Of cuDNN's kernel, `benchmarks.check_gpu` says the same."""
     cfg = NextScaleConfig(depth=2, width=128, num_heads=2, scales=(1, 5, 9))
     x, six = jnp.zeros((1, cfg.schedule.length, cfg.width)), jnp.zeros((2, 1, 6, cfg.width))
     params = jax.eval_shape(lambda: Blocks(cfg, HALF, "einsum", policy).init(jax.random.key(0), x, six))
@@ -91,11 +91,11 @@ def test_splash_runs_again_only_where_its_output_is_not_kept(policy):
     ],
 )
 def test_auto_goes_by_the_chips_memory(monkeypatch, gib, sizes, train, policy):
-    monkeypatch.setattr(memory, "memory_bytes", lambda _: gib * 2**30)
+    monkeypatch.setattr(hardware, "memory_bytes", lambda _: gib * 2**30)
     stage = var.get_config("d16")
     stage.train.batch = 48 * 8
     stage.train.update(train)
     cfg = NextScaleConfig(depth=16)
-    assert memory.remat_that_fits(stage, cfg, make_mesh(**sizes), "splash", HALF) == policy
+    assert hardware.remat_that_fits(stage, cfg, make_mesh(**sizes), "splash", HALF) == policy
     stage.transformer.remat = "mlp"
-    assert memory.remat_that_fits(stage, cfg, make_mesh(**sizes), "splash", HALF) == "mlp"
+    assert hardware.remat_that_fits(stage, cfg, make_mesh(**sizes), "splash", HALF) == "mlp"

@@ -1,6 +1,6 @@
 """Tokens of a data set, encoded once and for all: what such a cache holds, and reading it.
 
-`python -m var_jax.data.tokenize` writes it: a directory of array_record files beside `description.json`.
+`python -m var_jax.tools.encode_dataset` writes it: a directory of array_record files and `description.json`.
 A record is a label (int32) and L tokens (uint16, or int32 where there are more than 65536 codes), all
 little-endian.  Training records come crop after crop: record c * images + i is crop c of image i.
 """
@@ -192,8 +192,9 @@ def open_token_cache(directory: str | os.PathLike) -> tuple[TokenSource, TokenSo
         note = Note.read(directory)
     except FileNotFoundError as error:
         raise DataSetMissing(
-            f"no token cache at {directory} (config.data.tokens).  To make one:\n  python -m "
-            f"var_jax.data.tokenize --workdir=TOKENIZER --data.name=DATASET --data.dir=DIR --out={directory}"
+            f"no token cache at {directory} (config.data.tokens).  To make one:\n  "
+            "python -m var_jax.tools.encode_dataset --workdir=TOKENIZER --data.name=DATASET --data.dir=DIR "
+            f"--out={directory}"
         ) from error
     holds, parts = note.holds, []
     if holds.transform != transforms.VERSION:

@@ -6,7 +6,7 @@ import math
 import numpy as np
 from PIL import Image
 
-from var_jax.decoding import DecodeError, decode
+from var_jax.data.decoding import DecodeError, decode
 from var_jax.errors import UserError
 
 # Changes whenever the same record comes out as other pixels; token caches record it.  Before version 1, EXIF

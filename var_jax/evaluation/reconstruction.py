@@ -10,10 +10,10 @@ import numpy as np
 from tqdm import tqdm
 
 from var_jax.evaluation.frechet import Moments, frechet_distance
-from var_jax.sampling.pictures import normalize
-from var_jax.tokenizer.codebook import codebook_use, count_codes
+from var_jax.images import normalize
+from var_jax.tokenizer.codebook_updates import codebook_use, count_codes
+from var_jax.tokenizer.lpips import perceptual_distance
 from var_jax.tokenizer.model import Tokenizer
-from var_jax.tokenizer.perceptual import perceptual_distance
 
 SHOWN = 8  # of the best and of the worst
 SSIM_WINDOW = 11  # pixels, of the usual Gaussian; smaller images take their own size

@@ -17,9 +17,9 @@ from var_jax.tokenizer.model import Tokenizer
 from var_jax.training.checkpoint import FOLDER, SavedArrays, load_config, load_params
 from var_jax.training.task import compute_dtype
 from var_jax.transformer.config import NextScaleConfig, NextTokenConfig, TransformerConfig
+from var_jax.transformer.model import Trunk
 from var_jax.transformer.next_scale import NextScale
 from var_jax.transformer.next_token import NextToken
-from var_jax.transformer.trunk import Trunk
 
 CONFIGS = {"tokenizer": TokenizerConfig, "next_scale": NextScaleConfig, "next_token": NextTokenConfig}
 NETWORKS = {"next_scale": NextScale, "next_token": NextToken}  # kind of stage -> network

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from var_jax.dtypes import product_precision
-from var_jax.tokenizer.perceptual import SCALE, SHIFT
+from var_jax.tokenizer.lpips import SCALE, SHIFT
 from var_jax.tokenizer.resize import bicubic_resize, bilinear_resize
 
 HEAD_SIZE = 64

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from var_jax.errors import ConfigError
-from var_jax.tokenizer.perceptual import perceptual_distance
+from var_jax.tokenizer.lpips import perceptual_distance
 
 
 def image_terms(

@@ -1,18 +1,18 @@
 """The tokenizer, a multi-scale VQ-VAE or patches of pixels: images to token maps and back."""
 
+import zlib
 from functools import partial
 
 import flax.linen as nn
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
+from flax.traverse_util import flatten_dict
 
 from var_jax.dtypes import product_precision
+from var_jax.tokenizer.autoencoder import Conv3x3, Decoder, Encoder, from_patches, to_patches
 from var_jax.tokenizer.config import TokenizerConfig
-from var_jax.tokenizer.decoder import Decoder
-from var_jax.tokenizer.encoder import Encoder
-from var_jax.tokenizer.layers import Conv3x3
-from var_jax.tokenizer.patches import from_patches, to_patches
 from var_jax.tokenizer.quantizer import Quantized, Quantizer
 
 
@@ -146,3 +146,16 @@ def decode_steps(tokenizer: Tokenizer, params: dict, tokens: jax.Array) -> jax.A
     decode_sum = partial(tokenizer.apply, {"params": params}, method="decode_features")
     steps = jax.lax.map(decode_sum, jnp.stack(quantizer.partial_sums(tokens)))
     return jnp.moveaxis(steps, 0, 1)
+
+
+def fingerprint(params: dict) -> str:
+    """CRC-32 of the paths and the values of all parameters, as 8 hexadecimal digits.
+
+    Args:
+      params: of a tokenizer, as they were trained or loaded (not cast to the compute dtype).
+    """
+    crc = 0
+    for path, value in sorted(flatten_dict(params, sep="/").items()):
+        crc = zlib.crc32(path.encode(), crc)
+        crc = zlib.crc32(np.asarray(value).tobytes(), crc)
+    return f"{crc:08x}"

@@ -10,9 +10,8 @@ import optax
 from ml_collections import ConfigDict
 
 from var_jax.errors import ConfigError
-from var_jax.tokenizer.diff_augment import diff_augment
 from var_jax.tokenizer.dino import dino_features
-from var_jax.tokenizer.discriminator import FeatureHeads, PatchDiscriminator, hinge, lecam
+from var_jax.tokenizer.discriminator import FeatureHeads, PatchDiscriminator, diff_augment, hinge, lecam
 from var_jax.training.optimizer import accumulated_gradients, make_optimizer
 from var_jax.training.task import program_flops
 

@@ -25,11 +25,12 @@ from orbax.checkpoint.path import atomicity
 
 from var_jax.errors import UserError
 from var_jax.paths import as_path, is_remote, storage_errors
-from var_jax.training.disk import CheckpointNotWritten, explained
-from var_jax.training.manifest import (
+from var_jax.training.checkpoint_integrity import (
     CheckpointDamaged,
+    CheckpointNotWritten,
     add_sealed,
     check_whole,
+    explained,
     readable,
     set_damaged_aside,
     steps_under,

@@ -7,12 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from var_jax.partition import split
-from var_jax.sampling.generate import put
-from var_jax.sampling.pictures import denormalize_to_uint8
+from var_jax.images import denormalize_to_uint8
+from var_jax.sampling.sampler import put
+from var_jax.sharding import BATCH_AXES, batch_sharding, on_mesh, replicated, split
 from var_jax.tokenizer.model import Tokenizer
 from var_jax.tokenizer.quantizer import Quantizer
-from var_jax.training.sharding import BATCH_AXES, batch_sharding, on_mesh, replicated
 
 
 def preview_program(function: Callable, mesh: Mesh) -> Callable:

@@ -9,9 +9,9 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
-from var_jax.training.fine_tune import fill, place
+from var_jax.sharding import tree_shardings
 from var_jax.training.optimizer import update_ema
-from var_jax.training.sharding import tree_shardings
+from var_jax.training.param_init import fill, place
 
 
 @flax.struct.dataclass

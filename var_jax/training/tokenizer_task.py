@@ -12,16 +12,15 @@ from ml_collections import ConfigDict
 
 from var_jax.dtypes import product_precision
 from var_jax.errors import ConfigError
-from var_jax.sampling.pictures import image_strips, normalize, side_by_side
-from var_jax.tokenizer.codebook import codebook_use, count_codes
+from var_jax.images import image_strips, normalize, side_by_side
+from var_jax.tokenizer.codebook_updates import codebook_use, count_codes
 from var_jax.tokenizer.config import TokenizerConfig
-from var_jax.tokenizer.fingerprint import fingerprint
 from var_jax.tokenizer.losses import entropy_penalty, image_terms, weighted_sum
-from var_jax.tokenizer.model import Tokenizer
-from var_jax.tokenizer.perceptual import vgg_features
+from var_jax.tokenizer.lpips import vgg_features
+from var_jax.tokenizer.model import Tokenizer, fingerprint
 from var_jax.tokenizer.quantizer import Quantizer
 from var_jax.training.adversarial import Adversary
-from var_jax.training.codebook_care import CodebookCare
+from var_jax.training.codebook_updater import CodebookCare
 from var_jax.training.optimizer import accumulated_gradients, make_optimizer
 from var_jax.training.preview import (
     chunk_size,

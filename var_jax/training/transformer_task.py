@@ -11,14 +11,14 @@ from ml_collections import ConfigDict
 
 from var_jax.dtypes import PRECISIONS
 from var_jax.errors import ConfigError, config_errors
-from var_jax.sampling.generate import generate, image_keys
+from var_jax.images import denormalize_to_uint8, image_grid, image_strips, normalize
 from var_jax.sampling.options import SamplingOptions
-from var_jax.sampling.pictures import denormalize_to_uint8, image_grid, image_strips, normalize
-from var_jax.sampling.teacher import teacher_forcing
-from var_jax.tokenizer.fingerprint import fingerprint
-from var_jax.tokenizer.model import Tokenizer
+from var_jax.sampling.sampler import generate, image_keys
+from var_jax.sampling.teacher_forcing import teacher_forcing
+from var_jax.sharding import make_mesh
+from var_jax.tokenizer.model import Tokenizer, fingerprint
 from var_jax.tokenizer.quantizer import Quantizer
-from var_jax.training.memory import preview_images, remat_that_fits, smallest_memory
+from var_jax.training.hardware import preview_images, remat_that_fits, smallest_memory
 from var_jax.training.optimizer import accumulated_gradients, make_optimizer
 from var_jax.training.preview import (
     chunk_size,
@@ -27,15 +27,14 @@ from var_jax.training.preview import (
     row_shapes,
     run_in_chunks,
 )
-from var_jax.training.sharding import make_mesh
 from var_jax.training.state import apply_gradients
 from var_jax.training.task import Task, compute_dtype, model_config
 from var_jax.transformer.attention import choose_attention
 from var_jax.transformer.config import NextScaleConfig, NextTokenConfig, TransformerConfig
 from var_jax.transformer.flops import training_flops
+from var_jax.transformer.model import Trunk
 from var_jax.transformer.next_scale import NextScale
 from var_jax.transformer.next_token import NextToken
-from var_jax.transformer.trunk import Trunk
 
 PREVIEW_COLUMNS = 8  # images of a class in a preview
 

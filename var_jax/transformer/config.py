@@ -5,10 +5,8 @@ import functools
 
 import numpy as np
 
-from var_jax.orders import order
 from var_jax.scales import SCALES_256, Scales
-from var_jax.transformer.masks import sequence_masks
-from var_jax.transformer.positions import Places, order_places, parse, scale_places
+from var_jax.transformer.positions import Places, order, order_places, parse, scale_places, sequence_masks
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,9 +120,9 @@ class NextTokenConfig(TransformerConfig):
     """Architecture of a transformer that predicts the tokens of one map one after another.
 
     Attributes:
-      order: the way through the map (see `var_jax/orders.py`).
+      order: the way through the map (see `var_jax/transformer/positions.py`).
       order_seed: of the order `random`.
-      mask: which of the earlier tokens a token sees (see `transformer/masks.py`).
+      mask: which of the earlier tokens a token sees (see `transformer/positions.py`).
       reach: of the masks row, column, axial and local, in cells.
 
     Raises:

@@ -2,8 +2,8 @@
 
 import jax
 
-from var_jax.transformer.cache import KVCache
-from var_jax.transformer.trunk import Condition, Trunk
+from var_jax.transformer.block import KVCache
+from var_jax.transformer.model import Condition, Trunk
 
 
 class NextScale(Trunk):

@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from var_jax.transformer.cache import KVCache
-from var_jax.transformer.trunk import Condition, Trunk
+from var_jax.transformer.block import KVCache
+from var_jax.transformer.model import Condition, Trunk
 
 
 class NextToken(Trunk):

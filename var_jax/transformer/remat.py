@@ -19,8 +19,8 @@ from collections.abc import Callable
 import flax.linen as nn
 import jax
 
+from var_jax.transformer.attention import OUTPUT
 from var_jax.transformer.config import TransformerConfig
-from var_jax.transformer.splash import OUTPUT
 
 # Policy -> names (`checkpoint_name`) that are kept; from the largest to the smallest.
 KEPT = {

@@ -1,0 +1,294 @@
+"""What fits on a TPU slice or on GPUs and how fast it can be at best: compiled for them with none at hand.
+
+    python -m benchmarks.plan --config=configs/var.py:d30 --topology=v5e:8x8,v5p:4x4x4 \\
+        --config.train.batch=1024 --out=plan.json
+    python -m benchmarks.plan --config=configs/var.py:d16 --topology=h100:1x8,h200:2x8,a100:1x8
+    python -m benchmarks.plan --config=configs/tokenizer.py --topology=v5e:4x4
+    python -m benchmarks.plan --config=configs/var.py:d16 --topology=v5e:2x4 --what=sample --batch=64
+
+Compiles what `train.py` runs for the last stage of the config: the training step (from images, or from tokens
+with --from_tokens), the evaluation and the previews; or the program that `sample.py` runs.  A TPU slice takes
+its compiler from `pip install -e '.[tpu]'`, GPUs (hosts x GPUs) from `pip install -e '.[plan-gpu]'`.
+
+Memory is the compiler's count, with the training state and the frozen networks on the chip whatever program
+runs; a row fits if its largest program does.  Parts of the memory, FLOPs, bytes between chips and the bounds
+are worked out on paper (`benchmarks/roofline.py`): a bound is what the chip could do at best, not a forecast.
+`suggested` are the mesh with the least bound that holds the state (of several, that with the least traffic),
+and the fastest remat policy that fits there by estimate.
+
+Prints a table, and writes all of it as JSON.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+from absl import app, flags, logging
+from jax.sharding import Mesh
+from ml_collections import ConfigDict, config_flags
+
+from benchmarks.cloud import launch_command
+from benchmarks.compile_ahead import Compiled, compiled, gib, topology_devices
+from benchmarks.programs import abstract_frozen, sampling_program, training_programs
+from benchmarks.roofline import Step, best_mesh, bound
+from benchmarks.workload import make_task, make_tokenizer_task
+from var_jax.paths import local_path
+from var_jax.sharding import check_batch, make_mesh
+from var_jax.stages import stages_of
+from var_jax.training.hardware import SHARE, chip, memory_bytes, remat_that_fits
+from var_jax.training.task import Task, program_flops
+from var_jax.training.tokenizer_task import TokenizerTask
+from var_jax.training.transformer_task import NextScaleTask
+from var_jax.transformer.flops import generation_flops
+from var_jax.transformer.remat import WITH_SCORES, kept_bytes
+
+FLAGS = flags.FLAGS
+PROGRAMS = ("step", "evaluation", "preview")
+
+
+def planned_task(config: ConfigDict, mesh: Mesh) -> Task:
+    """The task of the last stage of a config on a mesh, in bfloat16 where its dtype is `auto`.
+
+    Raises:
+      ValueError: on a stage that cannot be planned, or a batch that the mesh does not divide.
+    """
+    stage = stages_of(config)[-1]
+    if stage.task not in ("tokenizer", "next_scale"):
+        raise ValueError(
+            f"--config must end with a stage tokenizer or next_scale, found {stage.task}; "
+            "--config.stages=NAME chooses one"
+        )
+    check_batch(stage.train.batch, mesh, stage.train.accumulate)
+    if stage.train.dtype == "auto":
+        stage.train.dtype = "bfloat16"
+    return make_tokenizer_task(stage) if stage.task == "tokenizer" else make_task(config, mesh)
+
+
+def plan_train(task: Task, mesh: Mesh, from_tokens: bool, names: list[str]) -> tuple[dict, dict]:
+    """Compile what trains, evaluates and draws on a mesh.
+
+    Args:
+      names: of PROGRAMS, which to compile.
+
+    Returns:
+      Fields of a row of the table, and the compiled programs by name.
+    """
+    programs, state, frozen = training_programs(task, mesh, from_tokens)
+    results = {
+        name: compiled(function, *inputs, resident=(state, frozen))
+        for name, (function, inputs) in programs.items()
+        if name.split()[0] in names
+    }
+    row = {
+        "batch": task.stage.train.batch,
+        "parameters_gib": gib(state.params),
+        "optimiser_gib": gib((state.opt_state, state.extra)) + (gib(state.ema) if state.ema else 0.0),
+        "frozen_gib": gib(frozen),
+        **fit_fields(results, memory_bytes(mesh.devices.flat[0])),
+    }
+    bounds = _tokenizer_bound if isinstance(task, TokenizerTask) else _transformer_bound
+    return row | bounds(task, mesh, from_tokens), results
+
+
+def _transformer_bound(task: NextScaleTask, mesh: Mesh, from_tokens: bool) -> dict:
+    """Fields of a row that are worked out on paper."""
+    encoder = 0.0 if from_tokens else encoder_flops(task)
+    step = Step.of(task.stage.train, mesh, task.model.remat, task.model.dtype, encoder)
+    kept = kept_bytes(task.config, step.remat, step.itemsize, scores=task.model.attention in WITH_SCORES)
+    return {
+        "attention": task.model.attention,
+        "remat": step.remat,
+        "activations_gib": step.batch / step.accumulate / step.devices * kept / 2**30,
+        **bound(task.config, step, chip(mesh.devices.flat[0])),
+        "suggested": suggestion(task, step, mesh),
+    }
+
+
+def _tokenizer_bound(task: TokenizerTask, mesh: Mesh, from_tokens: bool) -> dict:
+    """Fields of a row that are worked out on paper: of the products alone."""
+    batch, flops = task.stage.train.batch, task.flops_per_image()
+    seconds = batch * flops / (mesh.size * chip(mesh.devices.flat[0]).flops)
+    return {
+        "compute_s": seconds,
+        "step_s": seconds,
+        "images_per_s": batch / seconds,
+        "model_tflops": batch * flops / 1e12,
+    }
+
+
+def suggestion(task: NextScaleTask, step: Step, mesh: Mesh) -> str:
+    """Mesh and remat policy that look best by estimate."""
+    stage = ConfigDict({**task.stage, "transformer": {"remat": "auto"}})
+    data_sheet = chip(mesh.devices.flat[0])
+
+    def remat_on(sizes: dict[str, int]) -> str:
+        there = make_mesh(**sizes, devices=mesh.devices.flatten())
+        return remat_that_fits(stage, task.config, there, task.model.attention, task.model.dtype)
+
+    sizes, remat = best_mesh(task.config, step, data_sheet, SHARE * data_sheet.memory / 2, remat_on)
+    return f"{in_words(sizes)}, remat {remat}"
+
+
+def encoder_flops(task: NextScaleTask) -> float:
+    """Of one image into tokens."""
+    side, params = task.image_size, abstract_frozen(task)["tokenizer"]
+    encode = lambda params, images: task.tokenizer.apply({"params": params}, images, method="encode")  # noqa: E731
+    return program_flops(encode, params, jax.ShapeDtypeStruct((1, side, side, 3), jnp.float32))
+
+
+def plan_sample(task: NextScaleTask, mesh: Mesh, batch: int) -> tuple[dict, dict]:
+    """Compile the generation of a batch, every device with all parameters; see `plan_train`."""
+    controls = task.options.controls(task.config.schedule, task.config.num_codes)
+    programs = sampling_program(task, mesh, batch, controls)
+    results = {name: compiled(function, *inputs) for name, (function, inputs) in programs.items()}
+    tokenizer, params = programs["sampling"][1][:2]
+    data_sheet = chip(mesh.devices.flat[0])
+    flops = generation_flops(task.config, controls.guided)
+    compute_s = batch * flops / (mesh.size * data_sheet.flops)
+    # All parameters are read at each scale.
+    weights_s = gib(params) * 2**30 * len(task.config.scales) / data_sheet.bandwidth
+    step_s = max(compute_s, weights_s)
+    row = {
+        "batch": batch,
+        "attention": task.model.attention,
+        "parameters_gib": gib(params),
+        "frozen_gib": gib(tokenizer),
+        **fit_fields(results, memory_bytes(mesh.devices.flat[0])),
+        "compute_s": compute_s,
+        "memory_s": weights_s,
+        "step_s": step_s,
+        "images_per_s": batch / step_s,
+        "model_tflops": batch * flops / 1e12,
+    }
+    return row, results
+
+
+def fit_fields(results: dict[str, Compiled], memory: float) -> dict:
+    """Fields of a row: whether all programs fit into so many bytes, and the largest of them."""
+    programs = {
+        name: {
+            "fits": result.program is not None and result.gib <= memory / 2**30,
+            "gib": result.gib,
+            "compile_s": result.compile_s,
+            **{f"{part}_gib": size for part, size in result.parts.items()},
+        }
+        for name, result in results.items()
+    }
+    largest = max(programs, key=lambda name: programs[name]["gib"])
+    return {
+        "fits": all(program["fits"] for program in programs.values()),
+        "gib": programs[largest]["gib"],
+        "largest": largest,
+        "room_gib": memory / 2**30 - programs[largest]["gib"],
+        "compile_s": sum(program["compile_s"] for program in programs.values()),
+        "programs": programs,
+    }
+
+
+def in_words(mesh: dict[str, int]) -> str:
+    return " x ".join(f"{name} {size}" for name, size in mesh.items() if size > 1) or "one chip"
+
+
+def table(rows: list[dict]) -> str:
+    """The rows for people."""
+    lines = []
+    for row in rows:
+        settings = ", ".join(
+            [row["mesh"]]
+            + ([row["attention"]] if "attention" in row else [])
+            + ([f"remat {row['remat']}"] if "remat" in row else [])
+        )
+        lines.append(f"{row['topology']:12} {row['what']} batch {row['batch']}, {settings}")
+        fits = "fits" if row["fits"] else "DOES NOT FIT"
+        room = f"{abs(row['room_gib']):.2f} GiB {'left' if row['room_gib'] >= 0 else 'over'}"
+        lines.append(
+            f"    {fits}: {row['gib']:.2f} GiB a chip ({row['largest']}), {room}; "
+            f"compiled in {row['compile_s']:.0f} s"
+        )
+        parts = {name: row[f"{name}_gib"] for name in ON_PAPER if f"{name}_gib" in row}
+        lines.append("    GiB: " + ", ".join(f"{name} {size:.2f}" for name, size in parts.items()))
+        for name, program in row["programs"].items():
+            parts = {part: program[f"{part}_gib"] for part in PARTS if f"{part}_gib" in program}
+            sizes = ", ".join(f"{part} {size:.2f}" for part, size in parts.items())
+            lines.append(f"    {name}: {program['gib']:.2f} GiB" + (f" = {sizes}" if sizes else ", too many"))
+        times = {name: row[f"{name}_s"] for name in ("compute", "memory", "link") if f"{name}_s" in row}
+        limits = ", ".join(f"{name} {1e3 * seconds:.1f} ms" for name, seconds in times.items())
+        mfu = f", MFU {row['mfu']:.0%}" if "mfu" in row else ""
+        lines.append(
+            f"    bound: {limits} -> {row['images_per_s']:.0f} images/s{mfu}; {row['model_tflops']:.1f} TFLOP"
+        )
+        if "suggested" in row:
+            lines.append(f"    {row['link_gb']:.2f} GB between chips; suggested: {row['suggested']}")
+        if row["fits"] and row["launch"]:
+            lines.append(f"    {row['launch']}")
+    return "\n".join(lines)
+
+
+ON_PAPER = ("parameters", "optimiser", "frozen", "activations")  # by shapes, and by `kept_bytes`
+PARTS = ("arguments", "unread", "outputs", "temporaries", "program")  # the compiler's
+
+
+def planned(config: ConfigDict, topologies: list[str]) -> list[tuple[str, Task, Mesh]]:
+    """Tasks and meshes of all topologies.
+
+    Raises:
+      ValueError: naming the flag or field that is wrong.
+    """
+    if FLAGS.from_tokens and stages_of(config)[-1].task == "tokenizer":
+        raise ValueError("--from_tokens: a tokenizer is trained on images")
+    if unknown := set(FLAGS.programs) - set(PROGRAMS):
+        raise ValueError(f"--programs knows {', '.join(PROGRAMS)}; found {', '.join(sorted(unknown))}")
+    plans = []
+    for name in topologies:
+        mesh = make_mesh(**stages_of(config)[-1].train.mesh, devices=topology_devices(name))
+        task = planned_task(config, mesh)
+        if FLAGS.what == "sample":
+            if isinstance(task, TokenizerTask):
+                raise ValueError("--what=sample: the last stage of the config must be next_scale")
+            if FLAGS.batch % mesh.size:
+                raise ValueError(f"--batch={FLAGS.batch} must be a multiple of the {mesh.size} chips")
+        plans.append((name, task, mesh))
+    return plans
+
+
+def main(argv):
+    if len(argv) > 1:
+        raise app.UsageError(f"unknown arguments {argv[1:]}")
+    logging.set_verbosity(logging.ERROR)
+    try:
+        out = FLAGS.out and local_path(FLAGS.out, "--out")
+        plans = planned(FLAGS.config, FLAGS.topology)
+    except ValueError as error:  # the message names the flag or field
+        sys.exit(f"plan: {error}")
+    rows = []
+    for name, task, mesh in plans:
+        if FLAGS.what == "train":
+            row, results = plan_train(task, mesh, FLAGS.from_tokens, FLAGS.programs)
+        else:
+            row, results = plan_sample(task, mesh, FLAGS.batch)
+        for program, result in results.items():
+            if FLAGS.hlo and result.program:  # some of libtpu's programs for v5p cannot be written
+                path = f"{FLAGS.hlo}{name.replace(':', '_')}_{program.replace(' ', '_')}.txt"
+                Path(path).write_text(result.program.as_text())
+        here = {"topology": name, "what": FLAGS.what, "task": task.name, "mesh": in_words(dict(mesh.shape))}
+        rows.append(here | row | {"launch": launch_command(name, mesh.size)})
+        print(table(rows[-1:]), flush=True)
+    name = config_flags.get_config_filename(FLAGS["config"])
+    print(json.dumps({"what": "plan", "config": name, "rows": rows}))
+    if out:
+        out.write_text(json.dumps({"config": name, "rows": rows}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    config_flags.DEFINE_config_file("config", help_string="What to plan, e.g. configs/var.py:d16")
+    flags.DEFINE_list("topology", ["v5e:4x4"], "TPU slices, e.g. v5e:8x8,v5p:4x4x4, or GPUs, e.g. h100:2x8")
+    flags.DEFINE_enum("what", "train", ["train", "sample"], "What train.py compiles, or what sample.py does")
+    flags.DEFINE_list("programs", list(PROGRAMS), "train: which programs to compile")
+    flags.DEFINE_bool("from_tokens", False, "train: from a token cache in place of images")
+    flags.DEFINE_integer("batch", 128, "sample: images at once over all chips", lower_bound=1)
+    flags.DEFINE_string("out", None, "JSON file to write")
+    flags.DEFINE_string("hlo", None, "Start of the names of files for the compiled programs' text")
+    flags.mark_flag_as_required("config")
+    app.run(main)

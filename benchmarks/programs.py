@@ -1,0 +1,89 @@
+"""The programs of a run, with shapes and shardings in place of arrays."""
+
+from collections.abc import Callable
+from functools import partial
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from benchmarks.workload import STEPS, tokenizer_shapes
+from var_jax.sampling.cast_params import in_compute_dtype, tokenizer_in_compute_dtype
+from var_jax.sampling.options import Controls
+from var_jax.sampling.sampler import generate, image_keys
+from var_jax.sharding import batch_sharding, on_mesh, replicated
+from var_jax.training.jit_steps import eval_batch_size, eval_program, train_program
+from var_jax.training.state import TrainState, create_state
+from var_jax.training.task import Task
+from var_jax.training.transformer_task import TransformerTask
+
+Programs = dict[str, tuple[Callable, tuple]]  # jitted functions by name, and their abstract arguments
+
+
+def replicate(tree, mesh: Mesh):
+    """The shapes of a tree, on every device of a mesh."""
+    return jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=replicated(mesh)), tree
+    )
+
+
+def abstract_frozen(task: Task) -> dict:
+    """Shapes of `task.frozen`; a transformer's tokenizer is of random weights, see `workload.py`."""
+    if isinstance(task, TransformerTask):
+        return {"tokenizer": nn.meta.unbox(tokenizer_shapes(task.tokenizer))}
+    return task.frozen
+
+
+def abstract_batch(task: Task, mesh: Mesh, size: int, from_tokens: bool) -> dict:
+    """Shapes and shardings of a global batch of `size` records as the loader makes it."""
+    row = (
+        ((task.config.schedule.length,), jnp.int32)
+        if from_tokens
+        else ((task.image_size, task.image_size, 3), jnp.uint8)
+    )
+    fields = {"tokens" if from_tokens else "image": row, "label": ((), jnp.int32), "valid": ((), jnp.float32)}
+    return {
+        name: jax.ShapeDtypeStruct((size, *shape), dtype, sharding=batch_sharding(mesh))
+        for name, (shape, dtype) in fields.items()
+    }
+
+
+def training_programs(task: Task, mesh: Mesh, from_tokens: bool) -> tuple[Programs, TrainState, dict]:
+    """All that `train.py` compiles for a stage, but the small ones that only move or check arrays.
+
+    Returns:
+      Programs `step`, `evaluation` and those of the previews, the abstract state, and the abstract frozen
+      parameters: both stay on the devices whatever program runs.
+    """
+    cfg = task.stage.train
+    _, state = create_state(task.init, task.optimizer, cfg.ema > 0, jax.random.key(0), mesh)
+    frozen, params = replicate(abstract_frozen(task), mesh), state.sampling_params
+    key = replicate(jax.eval_shape(lambda: jax.random.key(0)), mesh)
+    batch = abstract_batch(task, mesh, cfg.batch, from_tokens)
+    held_out = abstract_batch(task, mesh, eval_batch_size(cfg), from_tokens)
+    programs = {
+        "step": (train_program(task, cfg, STEPS, mesh, state), (state, frozen, batch, key)),
+        "evaluation": (eval_program(task, mesh), (params, frozen, held_out)),
+    }
+    previews = task.preview_programs(mesh, params, frozen) if cfg.preview_every else {}
+    return programs | {f"preview {name}": program for name, program in previews.items()}, state, frozen
+
+
+def sampling_program(task: TransformerTask, mesh: Mesh, batch: int, controls: Controls) -> Programs:
+    """What `sample.py` compiles: images split over all devices, every device with all parameters."""
+    params = jax.eval_shape(lambda: nn.meta.unbox(task.init(jax.random.key(0))[0]))
+    params = jax.eval_shape(partial(in_compute_dtype, dtype=task.model.dtype), params)
+    tokenizer = nn.meta.unbox(tokenizer_shapes(task.tokenizer))
+    tokenizer = jax.eval_shape(partial(tokenizer_in_compute_dtype, tokenizer=task.tokenizer), tokenizer)
+    split = NamedSharding(mesh, P(mesh.axis_names))
+    keys = jax.eval_shape(lambda: image_keys(0, jnp.arange(batch)))
+    inputs = (
+        replicate(tokenizer, mesh),
+        replicate(params, mesh),
+        jax.ShapeDtypeStruct((batch,), jnp.int32, sharding=split),
+        jax.ShapeDtypeStruct(keys.shape, keys.dtype, sharding=split),
+    )
+    draw = on_mesh(lambda *inputs: generate(task.tokenizer, task.model, *inputs, controls), mesh)
+    return {"sampling": (jax.jit(draw), inputs)}

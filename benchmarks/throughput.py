@@ -1,0 +1,313 @@
+"""How fast the published networks run here: images/s, compile time, memory, share of the chip's peak.
+
+    python -m benchmarks.throughput sample --depth 16 --batch 8
+    python -m benchmarks.throughput train --depth 16 --batch 8 --against ../shared/peer/torch_var.py
+    python -m benchmarks.throughput train --depth 16 --batch 8 --with_encoder
+    python -m benchmarks.throughput tokenizer --batch 8
+    python -m benchmarks.throughput input --batch=64
+
+Prints one JSON line.  Weights are random: speed does not depend on them.  `--against` first runs a PyTorch
+yardstick of the same shape in this call (it needs the extra `torch`) and adds its line and the ratio.  The
+yardstick knows neither encoder nor decoder, so the ratio is of what it does: sampling without the decoder,
+training from tokens.  `--with_encoder` adds a training step from images and how much longer it takes: what a
+token cache saves on the device.  `tokenizer` is a training step of the tokenizer, with LPIPS and
+discriminator.  `input` measures the host instead: see input_rate.py.
+`--tiny` measures networks of a few channels on 8x8 images: to try the command, not the machine.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from functools import partial
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from ml_collections import ConfigDict
+
+from benchmarks.input_rate import add_arguments, input_rate, open_data
+from configs import tokenizer as tokenizer_config
+from configs import var
+from var_jax.sampling.cast_params import in_compute_dtype, tokenizer_in_compute_dtype
+from var_jax.sampling.options import SamplingOptions
+from var_jax.sampling.sampler import generate, image_keys
+from var_jax.scales import SCALES_256, SCALES_512
+from var_jax.sharding import make_mesh
+from var_jax.tokenizer import model as tokenizer_model
+from var_jax.tokenizer.config import TokenizerConfig
+from var_jax.tokenizer.lpips import CHANNELS, LAYERS
+from var_jax.tokenizer.model import Tokenizer
+from var_jax.training.hardware import peak_flops
+from var_jax.training.state import TrainState, count_parameters, create_state
+from var_jax.training.task import compute_dtype, program_flops
+from var_jax.training.tokenizer_task import TokenizerTask
+from var_jax.training.transformer_task import NextScaleTask
+from var_jax.transformer.config import NextScaleConfig
+from var_jax.transformer.flops import generation_flops, training_flops
+
+CLASSES = 1000
+TINY = dict(scales=(1, 2, 4), num_codes=16, code_dim=4, ch=8, ch_mult=(1, 1), num_blocks=1, norm_groups=4)
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("what", choices=["sample", "train", "tokenizer", "encode", "decode", "input"])
+    parser.add_argument("--depth", type=int, default=16)
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--size", type=int, default=256, choices=[256, 512])
+    parser.add_argument("--dtype", default="auto", help="auto (bfloat16, float32 on CPU), float32, bfloat16")
+    parser.add_argument("--repeats", type=int, default=10, help="of which the median counts")
+    parser.add_argument("--guidance_until", type=int, help="sample: no guidance from this scale on")
+    parser.add_argument("--attention", default="auto", help="train: one of transformer/attention.py")
+    parser.add_argument("--remat", default="auto", help="train: policy of transformer/remat.py")
+    parser.add_argument("--with_encoder", action="store_true", help="train: also from images, and the ratio")
+    parser.add_argument("--against", help="path of the PyTorch yardstick")
+    parser.add_argument("--compile", action="store_true", help="the yardstick under torch.compile")
+    parser.add_argument("--tiny", action="store_true", help="networks of a few channels on 8x8 images")
+    add_arguments(parser)
+    return parser.parse_args()
+
+
+def yardstick(args: argparse.Namespace) -> dict:
+    """The line that the PyTorch yardstick prints; runs while JAX holds no device yet."""
+    ask = f"from var_jax.training.task import compute_dtype; print(compute_dtype({args.dtype!r}))"
+    dtype = subprocess.run([sys.executable, "-c", ask], capture_output=True, text=True).stdout.strip()
+    flags = [f"--{name}={getattr(args, name)}" for name in ("depth", "batch", "size", "repeats")]
+    try:
+        return run_yardstick(args.against, [args.what, *flags], dtype, args.compile)
+    except RuntimeError as error:
+        sys.exit(str(error))
+
+
+def run_yardstick(
+    path: str, arguments: list[str], dtype: str, compiled: bool, timeout: float | None = None
+) -> dict:
+    """Run the PyTorch yardstick in a process of its own; JAX must hold no device meanwhile.
+
+    Args:
+      path: of its script.
+      arguments: what to measure, and the flags that it shares with this command.
+      dtype: float32 or bfloat16.
+      compiled: under torch.compile.
+      timeout: seconds.
+
+    Returns:
+      The JSON line that it prints.
+
+    Raises:
+      RuntimeError: if it fails.
+      subprocess.TimeoutExpired: if it takes longer than `timeout`.
+    """
+    command = [sys.executable, path, *arguments, f"--dtype={dtype}", *["--compile"] * compiled]
+    # A float32 model is float32 here on every platform; the yardstick alone would multiply in TF32.
+    environment = {**os.environ, **({"NVIDIA_TF32_OVERRIDE": "0"} if dtype == "float32" else {})}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=timeout)
+    if done.returncode:
+        advice = "it needs pip install -e '.[torch]'"
+        raise RuntimeError(f"the yardstick failed ({advice}):\n{done.stderr[-2000:]}")
+    return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+def measure(function: Callable, *inputs, repeats: int, carry: bool = False) -> dict:
+    """Compiles and times a jitted function.
+
+    Args:
+      function: jitted.
+      carry: its first output is its first input of the next call (and is donated).
+
+    Returns:
+      compile_s, the median of `seconds`, and peak_gib (`peak_bytes`).
+    """
+    start = time.perf_counter()
+    compiled = function.lower(*inputs).compile()
+    compile_s, times, inputs = time.perf_counter() - start, [], list(inputs)
+    for _ in range(2 + repeats):  # the first two warm up
+        start = time.perf_counter()
+        found = jax.block_until_ready(compiled(*inputs))
+        times.append(time.perf_counter() - start)
+        if carry:
+            inputs[0] = found[0]
+    return {
+        "seconds": round(float(np.median(times[2:])), 5),
+        "compile_s": round(compile_s, 1),
+        "peak_gib": round(peak_bytes(compiled) / 2**30, 2),
+    }
+
+
+def peak_bytes(compiled: jax.stages.Compiled) -> int:
+    """Peak memory of the first device so far; by the compiler's plan of one program if it does not tell."""
+    try:
+        stats = jax.local_devices()[0].memory_stats() or {}
+    except jax.errors.JaxRuntimeError:  # not every platform keeps count
+        stats = {}
+    if "peak_bytes_in_use" in stats:
+        return stats["peak_bytes_in_use"]
+    memory = compiled.memory_analysis()
+    parts = ("argument_size_in_bytes", "output_size_in_bytes", "temp_size_in_bytes")
+    return sum(getattr(memory, part) for part in parts) - memory.alias_size_in_bytes
+
+
+def make_networks(args: argparse.Namespace) -> tuple[Tokenizer, NextScaleTask]:
+    """The published architectures; d36 and 512 pixels share adaLN as published."""
+    dtype = compute_dtype(args.dtype)
+    shape = TINY if args.tiny else {"scales": SCALES_256 if args.size == 256 else SCALES_512}
+    encoder_dtype = jnp.dtype(jnp.float32) if args.dtype == "auto" else dtype  # as the API loads it
+    tokenizer = Tokenizer(TokenizerConfig(**shape), dtype, encoder_dtype=encoder_dtype)
+    stage = ConfigDict(var.get_config("d16" if args.size == 256 else "d36"))
+    stage.model.update(depth=args.depth, width=64 * args.depth, num_heads=args.depth)
+    stage.train.update(batch=args.batch, dtype=dtype.name)
+    stage.transformer.update(attention=args.attention, remat=args.remat)
+    return tokenizer, NextScaleTask(stage, 1000, tokenizer, {}, CLASSES)
+
+
+def parameters(init: Callable) -> dict:
+    return nn.meta.unbox(jax.jit(init)(jax.random.key(0)))
+
+
+def tokenizer_parameters(tokenizer: Tokenizer) -> dict:
+    side = tokenizer.config.image_size
+    params = parameters(lambda key: tokenizer.init(key, jnp.zeros((1, side, side, 3)))["params"])
+    return tokenizer_in_compute_dtype(params, tokenizer)
+
+
+def sample(args: argparse.Namespace, tokenizer: Tokenizer, task: NextScaleTask) -> dict:
+    params = in_compute_dtype(parameters(lambda key: task.init(key)[0]), task.model.dtype)
+    options = SamplingOptions(guidance_until=args.guidance_until)
+    controls = options.controls(task.config.schedule, task.config.num_codes)
+    labels = jnp.arange(args.batch, dtype=jnp.int32) % CLASSES
+    inputs = (
+        tokenizer_parameters(tokenizer),
+        params,
+        labels,
+        image_keys(0, jnp.arange(args.batch)),
+        controls,
+    )
+    draw = partial(generate, tokenizer, task.model)
+    found = measure(jax.jit(lambda *inputs: draw(*inputs)[0]), *inputs, repeats=args.repeats)
+    tokens_alone = measure(jax.jit(lambda *inputs: draw(*inputs)[1]), *inputs, repeats=args.repeats)
+    seconds = tokens_alone["seconds"]
+    found["without_decoder"] = {"seconds": seconds, "images_per_s": round(args.batch / seconds, 3)}
+    flops = generation_flops(task.config, controls.guided) * args.batch
+    return found | {"tflops": flops / seconds / 1e12, "parameters": count_parameters(params)}
+
+
+def initial_state(task: NextScaleTask) -> TrainState:
+    """State before the first training step, on one device."""
+    params = parameters(lambda key: task.init(key)[0])
+    return TrainState(jnp.zeros((), jnp.int32), params, None, jax.jit(task.optimizer.init)(params), {})
+
+
+def random_tokens(config: NextScaleConfig, batch: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Labels [B], tokens [B, L] and teacher-forcing inputs [B, L - first, C] of a training step."""
+    rng, length = np.random.default_rng(0), config.length
+    labels = jnp.asarray(rng.integers(0, config.num_classes, batch), jnp.int32)
+    tokens = jnp.asarray(rng.integers(0, config.num_codes, (batch, length)), jnp.int32)
+    inputs = rng.standard_normal((batch, length - config.first, config.code_dim))
+    return labels, tokens, jnp.asarray(inputs, jnp.float32)
+
+
+def train(args: argparse.Namespace, tokenizer: Tokenizer, task: NextScaleTask) -> dict:
+    run = partial(measure, repeats=args.repeats, carry=True)
+    labels, tokens, inputs = random_tokens(task.config, args.batch)
+    key, count = jax.random.key(0), count_parameters(jax.eval_shape(lambda: initial_state(task)).params)
+    step = jax.jit(task.train_on_tokens, donate_argnums=0)
+    found = run(step, initial_state(task), labels, tokens, inputs, key)
+    flops = training_flops(task.config) * args.batch
+    found |= {"tflops": flops / found["seconds"] / 1e12, "parameters": count}
+    if args.with_encoder:
+        rng, side = np.random.default_rng(0), task.image_size
+        images = jnp.asarray(rng.integers(0, 256, (args.batch, side, side, 3)), jnp.uint8)
+        frozen = {"tokenizer": tokenizer_parameters(tokenizer)}
+        batch = {"image": images, "label": labels}
+        whole = run(jax.jit(task.train_step, donate_argnums=0), initial_state(task), frozen, batch, key)
+        whole |= {"images_per_s": round(args.batch / whole["seconds"], 3)}
+        found["with_encoder"] = whole | {"ratio": round(whole["seconds"] / found["seconds"], 3)}
+    return found
+
+
+def train_tokenizer(args: argparse.Namespace, tokenizer: Tokenizer, task: NextScaleTask) -> dict:
+    """The tokenizer's own step, with all that the published one trains with: LPIPS and a discriminator."""
+    stage = tokenizer_config.get_config()
+    stage.model.scales = tokenizer.config.scales
+    stage.adversarial.start = 0.0
+    stage.codebook.kmeans_steps = 0
+    stage.train.update(batch=args.batch, dtype=tokenizer.dtype.name)
+    if (
+        args.tiny
+    ):  # 16 pixels, the fewest that a discriminator of three layers takes; VGG takes long to compile
+        stage.model.update({**TINY, "ch_mult": (1, 1, 1)})
+        stage.loss.perceptual, stage.adversarial.channels = 0.0, 8
+    judges = {"vgg": random_vgg()} if stage.loss.perceptual else {}
+    own, rng = TokenizerTask(stage, 1000, judges), np.random.default_rng(0)
+    one = make_mesh(devices=jax.devices()[:1])
+    state = create_state(own.init, own.optimizer, True, jax.random.key(0), one)[0]()
+    count = count_parameters(state.params)
+    side = own.image_size
+    batch = {"image": jnp.asarray(rng.integers(0, 256, (args.batch, side, side, 3), dtype=np.uint8))}
+    step = jax.jit(own.train_step, donate_argnums=0)
+    found = measure(step, state, own.frozen, batch, jax.random.key(1), repeats=args.repeats, carry=True)
+    return found | {
+        "tflops": own.flops_per_image() * args.batch / found["seconds"] / 1e12,
+        "parameters": count,
+    }
+
+
+def random_vgg() -> dict:
+    """Parameters of VGG-16 and LPIPS in their shapes."""
+    rng, channels, conv = np.random.default_rng(0), 3, {}
+    for layer, convolutions in enumerate(LAYERS):
+        for i in convolutions:
+            kernel = rng.standard_normal((3, 3, channels, CHANNELS[layer])) / (3 * channels**0.5)
+            conv[str(i)] = {"kernel": jnp.asarray(kernel, jnp.float32), "bias": jnp.zeros(CHANNELS[layer])}
+            channels = CHANNELS[layer]
+    return {"conv": conv, "linear": {str(i): jnp.ones(c) / c for i, c in enumerate(CHANNELS)}}
+
+
+def through_tokenizer(args: argparse.Namespace, tokenizer: Tokenizer, task: NextScaleTask) -> dict:
+    """encode: images to tokens; decode: tokens to images."""
+    params, side = tokenizer_parameters(tokenizer), tokenizer.config.image_size
+    if args.what == "encode":
+        inputs = jnp.zeros((args.batch, side, side, 3))
+    else:
+        inputs = jnp.zeros((args.batch, tokenizer.config.schedule.length), jnp.int32)
+    function = jax.jit(partial(getattr(tokenizer_model, args.what), tokenizer))
+    found = measure(function, params, inputs, repeats=args.repeats)
+    flops = program_flops(function, params, inputs)
+    return found | {"tflops": flops / found["seconds"] / 1e12, "parameters": count_parameters(params)}
+
+
+def main():
+    args = arguments()
+    if args.against and args.what not in ("sample", "train"):
+        sys.exit("--against: the yardstick knows sample and train")
+    if args.with_encoder and args.what != "train":
+        sys.exit(f"--with_encoder: goes with train, not with {args.what}")
+    peer = yardstick(args) if args.against else None
+    tokenizer, task = make_networks(args)
+    if args.what == "input":
+        try:
+            source = open_data(args)
+        except (FileNotFoundError, ValueError) as error:  # no such data set, or too small a one
+            sys.exit(f"throughput: {error}")
+        return print(json.dumps(input_rate(args, tokenizer, task.config, source)))
+    steps = {"sample": sample, "train": train, "tokenizer": train_tokenizer}
+    run = steps.get(args.what, through_tokenizer)
+    found = run(args, tokenizer, task)
+    line = {"what": args.what, "depth": args.depth, "batch": args.batch, "size": tokenizer.config.image_size}
+    line |= {"device": jax.devices()[0].device_kind, "dtype": jnp.dtype(tokenizer.dtype).name, **found}
+    line |= {"images_per_s": round(args.batch / found["seconds"], 3), "tflops": round(found["tflops"], 3)}
+    if peak := peak_flops(jax.devices()[0]):
+        line["share_of_peak"] = round(found["tflops"] * 1e12 / peak, 3)
+    if peer:
+        same = found.get("without_decoder", line)["images_per_s"]
+        line |= {"against": peer, "ratio": round(same / peer["images_per_s"], 3)}
+    print(json.dumps(line))
+
+
+if __name__ == "__main__":
+    main()

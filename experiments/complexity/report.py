@@ -1,0 +1,130 @@
+"""What the points of complexity.py amount to: fitted exponents, tables, a picture."""
+
+from pathlib import Path
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from benchmarks.tables import markdown
+
+KINDS = ("paper", "counted", "seconds")
+# A colour a scheme; full lines and dots without a cache.
+STYLES = {
+    "next-token, no cache": dict(color="C3", marker="o", linestyle="-"),
+    "next-token, KV cache": dict(color="C3", marker="s", linestyle="--", markerfacecolor="white"),
+    "next-scale, no cache": dict(color="C0", marker="o", linestyle="-"),
+    "next-scale, KV cache": dict(color="C0", marker="s", linestyle="--", markerfacecolor="white"),
+}
+
+
+def fit_exponent(sides: list[int], values: list[float], last: int) -> float | None:
+    """p of values ~ n^p: least squares in logarithms over the `last` largest n; None of fewer than two.
+
+    Args:
+      sides: n, increasing.
+      values: positive, one a size.
+      last: how many sizes, at most.
+    """
+    if len(sides) < 2:
+        return None
+    return float(np.polyfit(np.log(sides[-last:]), np.log(values[-last:]), 1)[0])
+
+
+def _series(points: list[dict], system: str, kind: str) -> tuple[list[int], list[float]]:
+    """The sizes at which a system was measured, and what was found there."""
+    own = [(point["side"], point[kind]) for point in points if point["system"] == system]
+    known = [(side, value) for side, value in own if value is not None]
+    return [side for side, _ in known], [value for _, value in known]
+
+
+def exponents(points: list[dict], theory: dict[str, int], last: int) -> dict[str, dict]:
+    """For each system: the exponent in `theory`, those fitted to each of `KINDS`, and `sides`, the sizes
+    that each was fitted over.
+    """
+    found = {}
+    for system, exponent in theory.items():
+        series = {kind: _series(points, system, kind) for kind in KINDS}
+        fits = {kind: fit_exponent(*series[kind], last) for kind in KINDS}
+        found[system] = {"theory": exponent, **fits, "sides": {k: series[k][0][-last:] for k in KINDS}}
+    return found
+
+
+def _short(value: float | None) -> str:
+    """Three digits or, of large numbers, all before the point."""
+    if value is None:
+        return "not measured"
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def report(found: dict) -> str:
+    """Markdown: FLOPs and seconds, a size a row, and the exponents, a system a row."""
+    systems = list(found["exponents"])
+    at = {(point["system"], point["side"]): point for point in found["points"]}
+    sides = sorted({side for _, side in at})
+    what = f"Width {found['width']}, depth {found['depth']}, {found['codes']} codes of {found['code_dim']} "
+    what += f"channels, batch 1; {found['device']}, float32, jax {found['jax']}."
+
+    def flops(system: str, side: int) -> str:
+        point = at[system, side]
+        return f"{_short(point['counted'] / 1e9)} ({_short(point['paper'] / 1e9)})"
+
+    work = [[str(side), *(flops(system, side) for system in systems)] for side in sides]
+    times = []
+    for side in sides:
+        pair = [at[systems[i], side] for i in (0, -1)]  # one of each scheme
+        steps = [f"{point['steps']:,} of {point['positions']:,}" for point in pair]
+        times.append([str(side), *steps, *(_short(at[system, side]["seconds"]) for system in systems)])
+    fits = []
+    for system, fit in found["exponents"].items():
+        cells = ["none" if fit[kind] is None else f"{fit[kind]:.2f}" for kind in KINDS]
+        used = ", ".join(map(str, fit["sides"]["seconds"]))
+        fits.append([system, str(fit["theory"]), *cells, used])
+    last = ", ".join(map(str, sides[-found["fitted_to"] :]))
+    return "\n\n".join(
+        [
+            what,
+            "GFLOPs of an image, as XLA counts them (in brackets: on paper)",
+            markdown(["n", *systems], work),
+            "Steps, of how many positions in all, and seconds of an image",
+            markdown(["n", "steps, next-token", "steps, next-scale", *(f"{s}, s" for s in systems)], times),
+            f"Fitted exponents of n (of FLOPs: over n = {last})",
+            markdown(["", "theory", "on paper", "counted", "seconds", "seconds over n ="], fits),
+        ]
+    )
+
+
+def draw(found: dict, path: Path) -> None:
+    """FLOPs and seconds of an image over n, log-log, beside n^6 and n^4."""
+    figure = Figure(figsize=(13, 5.8), layout="constrained")
+    axes = figure.subplots(1, 2)
+    sides = sorted({point["side"] for point in found["points"]})
+    titles = {"counted": "FLOPs of an image, as XLA counts them", "seconds": "seconds of an image, measured"}
+    for axis, (kind, title) in zip(axes, titles.items(), strict=True):
+        for system, fit in found["exponents"].items():
+            slope = "too few sizes" if fit[kind] is None else f"$n^{{{fit[kind]:.2f}}}$"
+            label = f"{system}: {slope}" + (f" (theory {fit['theory']})" if kind == "counted" else "")
+            axis.plot(*_series(found["points"], system, kind), label=label, markersize=6, **STYLES[system])
+        _guides(axis, found["points"], kind)
+        axis.set(xscale="log", yscale="log", xlabel="n, side of the token map (tokens)", title=title)
+        axis.set_ylabel({"counted": "FLOPs", "seconds": "seconds"}[kind])
+        axis.set_xticks(sides, [str(side) for side in sides], minor=False)
+        axis.minorticks_off()
+        axis.grid(alpha=0.3)
+        axis.legend(loc="upper left", fontsize=9, title=f"fitted over the last {found['fitted_to']} sizes")
+    what = f"width {found['width']}, depth {found['depth']}, batch 1, {found['device']}"
+    figure.suptitle(f"One image of n x n tokens: {what}", fontsize=11)
+    figure.savefig(path, dpi=100)
+
+
+def _guides(axis: Axes, points: list[dict], kind: str) -> None:
+    """Slopes n^6 and n^4, through the largest sizes of next-token and next-scale without a cache."""
+    for system, power, offset in (("next-token, no cache", 6, 4.0), ("next-scale, no cache", 4, 0.25)):
+        sides, values = _series(points, system, kind)
+        if len(sides) < 2:
+            continue
+        n = np.array(sides[-3:], float)
+        guide = offset * values[-1] * (n / n[-1]) ** power
+        axis.plot(n, guide, color="0.45", linestyle=":", linewidth=1.6)
+        where = ("right", "bottom") if offset > 1 else ("left", "top")
+        axis.annotate(f"$n^{power}$", (n[1], guide[1]), ha=where[0], va=where[1], color="0.3", fontsize=11)

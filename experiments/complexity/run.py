@@ -1,0 +1,241 @@
+"""What an n x n token map costs to generate, token by token and scale by scale: does O(n^6) fall to O(n^4)?
+
+    python -m experiments.complexity.run --out=runs/complexity
+    python -m experiments.complexity.run --sides=16,32,64,128 --most_seconds=10 --out=runs/complexity_128
+
+The claim (Tian et al. 2024, section 3 and its appendix on time complexity) is about attention without a cache
+of keys and values: step i computes the i positions so far anew, at a cost of i^2.  Next-token has n^2 steps
+of up to n^2 positions, so O(n^6); next-scale has O(log n) steps, of which the last, O(n^4), decides.  With a
+cache both are O(n^4) of attention and O(n^2) of everything else; what is left is n^2 steps against O(log n).
+
+Four systems, each scheme with and without a cache, of one width and depth; batch 1, no guidance, raster:
+
+  on paper  `transformer/flops.py`: matrix products alone, and no position that is not there yet.
+  counted   XLA's count of the compiled program of a step, times how often that is run; elementwise work is
+            in it.  The blocks are unrolled for it, since XLA counts a loop body once.
+  seconds   of the real sampler (`sampling/sampler.py`) for the tokens of one image, without a decoder;
+            the median of up to 20 runs after the first, or of as many as start within 5 s.  What would
+            take over --most_seconds, by the rate of the size before, is not measured.
+
+What is counted is what is timed.  The steps of next-token are one program in a loop, so it has one length and
+works on padding that the mask hides: without a cache every step runs over all n^2 positions (three times the
+attention on paper), with one it attends to the whole cache (twice).  Next-scale has no padding.
+
+Writes `complexity.md` (tables), `complexity.json` and `complexity.png`.
+"""
+
+import json
+import math
+import platform
+import time
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import app, flags
+
+from experiments.complexity.report import draw, exponents, report
+from experiments.complexity.uncached import UncachedNextScale, UncachedNextToken
+from var_jax import cli
+from var_jax.sampling.options import SamplingOptions
+from var_jax.sampling.sampler import generate, image_keys
+from var_jax.tokenizer.config import TokenizerConfig
+from var_jax.transformer.config import NextScaleConfig, NextTokenConfig, TransformerConfig
+from var_jax.transformer.flops import generation_flops
+from var_jax.transformer.model import Trunk
+from var_jax.transformer.next_scale import NextScale
+from var_jax.transformer.next_token import NextToken
+
+FLAGS = flags.FLAGS
+CODES, CODE_DIM = 8, 4  # few, so that what is not attention stays small
+REPEATS, REPEAT_FOR = 20, 5.0  # of a point: so often, but no more once it took so many seconds
+QUICKLY = {"xla_backend_optimization_level": 0}  # a program to be counted is never run
+
+
+class System(NamedTuple):
+    """One way to generate; `theory` is the exponent of n in its FLOPs."""
+
+    model: type[Trunk]
+    cached: bool
+    theory: int
+
+
+SYSTEMS = {
+    "next-token, no cache": System(UncachedNextToken, False, 6),
+    "next-token, KV cache": System(NextToken, True, 4),
+    "next-scale, no cache": System(UncachedNextScale, False, 4),
+    "next-scale, KV cache": System(NextScale, True, 4),
+}
+
+
+def schedule(side: int) -> tuple[int, ...]:
+    """Sides 1 .. n, each some factor of the one before, at most 2: 1, 2, 4, ..., n for a power of two."""
+    last = math.ceil(math.log2(side))
+    return tuple(round(side ** (k / last)) for k in range(last + 1))
+
+
+def make(name: str, side: int, width: int, depth: int) -> Trunk:
+    """The network of a system for n x n token maps."""
+    model = SYSTEMS[name].model
+    fields = dict(depth=depth, width=width, num_classes=1, num_codes=CODES, code_dim=CODE_DIM)
+    if issubclass(model, NextToken):
+        return model(NextTokenConfig(scales=(side,), **fields))
+    return model(NextScaleConfig(scales=schedule(side), **fields))
+
+
+class NoDecoder(nn.Module):
+    """Stands in for a tokenizer where only tokens are wanted: its image is f_hat.
+
+    Attributes:
+      config: what the quantizer needs to know.
+    """
+
+    config: TokenizerConfig
+
+    def decode_features(self, f_hat: jax.Array) -> jax.Array:
+        return f_hat
+
+
+def parameters(model: Trunk) -> dict:
+    """The shapes of the network's parameters, float32."""
+    cfg = model.config
+    blank = jnp.zeros(1, jnp.int32), jnp.zeros((1, cfg.length - cfg.first, cfg.code_dim))
+    return nn.meta.unbox(jax.eval_shape(model.init, jax.random.key(0), *blank))["params"]
+
+
+def counted_flops(model: Trunk) -> float:
+    """FLOPs of generating the tokens of one image, without drawing them, as XLA counts the compiled steps."""
+    cfg, params = model.config, parameters(model)
+
+    def bind(method: str, *static) -> Callable:
+        def call(params, *args):
+            with jax.disable_jit():  # so that a scan is a Python loop, and every block is counted
+                return model.apply({"params": params}, *static, *args, method=method)
+
+        return call
+
+    def count(call: Callable, *args) -> float:
+        compiled = jax.jit(call).lower(params, *args).compile(compiler_options=QUICKLY)
+        return compiled.cost_analysis()["flops"]
+
+    labels = jax.ShapeDtypeStruct((1,), jnp.int32)
+    condition = jax.eval_shape(bind("condition"), params, labels)
+    cache = jax.eval_shape(bind("empty_cache", 1), params)
+    total = count(bind("condition"), labels)
+    inputs = lambda n: jax.ShapeDtypeStruct((1, n, cfg.code_dim), jnp.float32)  # noqa: E731
+    if isinstance(model, NextToken):
+        i = jax.ShapeDtypeStruct((), jnp.int32)
+        return total + cfg.length * count(bind("step"), i, inputs(1), condition, cache)
+    for k, (start, end) in enumerate(cfg.steps):
+        args = inputs(end - start) if k else None, condition, cache
+        total += count(bind("step", k), *args)
+        cache = jax.eval_shape(bind("step", k), params, *args)[1]
+    return total
+
+
+def sampler(model: Trunk) -> Callable[[], jax.Array]:
+    """The compiled program that draws the tokens int32 [1, L] of one image; of random weights."""
+    cfg, rng = model.config, np.random.default_rng(0)
+    random = lambda x: jnp.asarray(rng.standard_normal(x.shape) * cfg.width**-0.5, jnp.float32)  # noqa: E731
+    params, codebook = jax.tree.map(random, parameters(model)), rng.standard_normal((CODES, CODE_DIM))
+    tokenizer = NoDecoder(TokenizerConfig(cfg.scales, CODES, CODE_DIM, num_phis=0))
+    tokenizer_params = {"quantizer": {"codebook": jnp.asarray(codebook, jnp.float32)}}
+    controls = SamplingOptions(guidance=0.0, top_k=0, top_p=0.0).controls(cfg.schedule, CODES)
+    keys, label = image_keys(0, jnp.arange(1)), jnp.zeros(1, jnp.int32)
+    args = (tokenizer_params, params, label, keys, controls)
+    compiled = generate.lower(tokenizer, model, *args).compile()
+    return lambda: compiled(*args)[1]
+
+
+def seconds(run: Callable[[], jax.Array]) -> float:
+    """Median of some runs after the first; of the first alone where that takes long."""
+    times = []
+    while len(times) <= REPEATS and sum(times) < REPEAT_FOR:
+        start = time.perf_counter()
+        jax.block_until_ready(run())
+        times.append(time.perf_counter() - start)
+    return float(np.median(times[1:] or times))
+
+
+def measure(
+    sides: list[int], width: int, depth: int, most_seconds: float, progress: Callable = print
+) -> Iterator[dict]:
+    """One point after another, for each system from the smallest map to the largest.
+
+    Args:
+      sides: n of the n x n token maps, increasing.
+      most_seconds: an image that would take longer is not generated.
+      progress: told a line a point.
+
+    Yields:
+      `system`, `side`, `positions` L, `steps`, `paper` and `counted` FLOPs of an image, its `seconds`, and
+      `expected_seconds` by the rate of the size before; None where unknown or not measured.
+    """
+    for name, system in SYSTEMS.items():
+        rate = None
+        for side in sides:
+            model = make(name, side, width, depth)
+            found = {"system": name, "side": side, **on_paper(model.config, system.cached)}
+            found["counted"] = counted_flops(model)
+            expected = rate and found["counted"] / rate
+            left_out = expected is not None and expected > most_seconds
+            found |= {"seconds": None if left_out else seconds(sampler(model)), "expected_seconds": expected}
+            took = f"not measured, expected {expected:.0f} s" if left_out else f"{found['seconds']:.4g} s"
+            if not left_out:
+                rate = found["counted"] / found["seconds"]
+            paper, counted = found["paper"] / 1e9, found["counted"] / 1e9
+            progress(f"{name}, n = {side}: {paper:.4g} GFLOPs on paper, {counted:.4g} counted; {took}")
+            yield found
+
+
+def on_paper(cfg: TransformerConfig, cached: bool) -> dict:
+    """Positions, steps, and FLOPs of an image by `transformer/flops.py`."""
+    flops = generation_flops(cfg, guided=0, cached=cached)
+    return {"positions": cfg.length, "steps": len(cfg.steps), "paper": flops}
+
+
+def main(argv):
+    if len(argv) > 1:
+        raise app.UsageError(f"unknown arguments {argv[1:]}")
+    sides = sorted(set(cli.numbers("sides", int)))
+    if len(sides) < 2 or sides[0] < 2:
+        raise app.UsageError(f"--sides={','.join(FLAGS.sides)}: must be two sizes or more, from 2 on")
+    try:
+        make("next-scale, KV cache", sides[0], FLAGS.width, FLAGS.depth)
+    except ValueError as error:  # a width that its heads do not divide
+        raise app.UsageError(f"--width={FLAGS.width}: {error}") from error
+    cli.start()
+    out = cli.local_folder("out")
+    out.mkdir(parents=True, exist_ok=True)
+    say = lambda line: print(line, flush=True)  # noqa: E731
+    points = list(measure(sides, FLAGS.width, FLAGS.depth, FLAGS.most_seconds, say))
+    theory = {name: system.theory for name, system in SYSTEMS.items()}
+    found = {
+        "width": FLAGS.width,
+        "depth": FLAGS.depth,
+        "codes": CODES,
+        "code_dim": CODE_DIM,
+        "most_seconds": FLAGS.most_seconds,
+        "device": f"{jax.devices()[0].device_kind} ({platform.machine()})",
+        "jax": jax.__version__,
+        "fitted_to": FLAGS.last,
+        "exponents": exponents(points, theory, FLAGS.last),
+        "points": points,
+    }
+    (out / "complexity.json").write_text(json.dumps(found, indent=1))
+    (out / "complexity.md").write_text(report(found) + "\n")
+    draw(found, out / "complexity.png")
+    say(f"\n{report(found)}\n\nthe picture: {out / 'complexity.png'}")
+
+
+if __name__ == "__main__":
+    flags.DEFINE_list("sides", ["4", "8", "16", "32", "48", "64"], "n of the n x n token maps")
+    flags.DEFINE_integer("width", 32, "D of the transformers", lower_bound=1)
+    flags.DEFINE_integer("depth", 1, "Blocks of the transformers", lower_bound=1)
+    flags.DEFINE_float("most_seconds", 240, "An image that would take longer is not timed", lower_bound=0)
+    flags.DEFINE_integer("last", 3, "Exponents are fitted to so many of the largest sizes", lower_bound=2)
+    flags.DEFINE_string("out", None, "Directory of the results", required=True)
+    app.run(main)

@@ -1,0 +1,61 @@
+"""Transformers that keep no keys and values: every step of generation computes all positions so far anew.
+
+What a cache saves is measured against them.  They stand in for the real ones in the real sampler
+(`sampling/sampler.py`), with the same parameters, and draw the same tokens; their cache is nothing but the
+inputs so far, float32 [B, positions, C].
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from var_jax.transformer.model import Condition, Trunk
+from var_jax.transformer.next_scale import NextScale
+from var_jax.transformer.next_token import NextToken
+
+
+def _anew(module: Trunk, count: int, inputs: jax.Array, condition: Condition) -> jax.Array:
+    """The residual stream float32 [B, count, D] of the first positions, after all blocks.
+
+    Args:
+      module: bound.
+      count: positions.
+      inputs: float32 [B, count - first, C], of all of them but the first ones.
+      condition: of the labels [B].
+    """
+    take = lambda table: table[:count]  # noqa: E731
+    masks = jnp.asarray(np.stack(module.config.masks)[:, :count, :count])
+    view = module._view(take, lambda table: table[:, :count], masks=masks)
+    x = jnp.concatenate([module._start(condition), module._embed(inputs)], axis=1)
+    return module.blocks(module._placed(x, take), condition.blocks, view)[0]
+
+
+class UncachedNextToken(NextToken):
+    """Every step runs over the whole sequence: a compiled program has one length, so what is not there yet
+    is padded, and the mask hides it.
+    """
+
+    def empty_cache(self, batch: int) -> jax.Array:
+        """No inputs yet: zeros [B, L, C], of which the first is not looked at."""
+        return jnp.zeros((batch, self.config.length, self.config.code_dim))
+
+    def step(self, i: jax.Array, inputs: jax.Array, condition: Condition, cache: jax.Array):
+        """See `NextToken.step`."""
+        cache = jax.lax.dynamic_update_slice_in_dim(cache, inputs, i, axis=1)
+        x = _anew(self, self.config.length, cache[:, 1:], condition)
+        return self._logits(jax.lax.dynamic_slice_in_dim(x, i, 1, axis=1), condition.head), cache
+
+
+class UncachedNextScale(NextScale):
+    """Every step runs over the maps so far, and no more: the scales are unrolled, so lengths are known."""
+
+    def empty_cache(self, batch: int) -> jax.Array:
+        """No inputs yet: [B, 0, C]."""
+        return jnp.zeros((batch, 0, self.config.code_dim))
+
+    def step(self, k: int, inputs: jax.Array | None, condition: Condition, cache: jax.Array):
+        """See `NextScale.step`."""
+        start, end = self.config.steps[k]
+        cache = cache if k == 0 else jnp.concatenate([cache, inputs], axis=1)
+        x = _anew(self, end, cache, condition)
+        return self._logits(x[:, start:], condition.head), cache

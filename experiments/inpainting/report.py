@@ -1,0 +1,98 @@
+"""Tables and picture of `experiments.inpainting`."""
+
+from pathlib import Path
+
+import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+
+from benchmarks.tables import markdown, over_seeds
+from experiments.inpainting import partial_images
+
+# Heading, key, format.
+COLUMNS = (
+    ("known part seen", "seen", ".0%"),
+    ("called right", "right", ".1%"),
+    ("told the class", "right_told", ".1%"),
+    ("PSNR known, dB", "psnr_known", ".2f"),
+    ("PSNR unknown, dB", "psnr_unknown", ".2f"),
+)
+TASKS = {
+    "top": "The upper half from the lower",
+    "left": "The left half from the right",
+    "centre": "The centre from the rim",
+}
+UNKNOWN = (150, 170, 215)  # colour of what is not known, in the picture
+CELL, GAP = 48, 6  # pixels of an image, and between images
+
+
+def line(system: str, figures: dict) -> str:
+    """One run in words: how often it was called right, by task."""
+    parts = (
+        f"{task} {found['right']:.1%}, told {found['right_told']:.1%}" for task, found in figures.items()
+    )
+    return f"{system}: called right: " + "; ".join(parts)
+
+
+def tables(found: dict) -> str:
+    """Markdown: a table a task, a system a row, mean and standard deviation over its seeds."""
+    parts = []
+    for task, title in TASKS.items():
+        parts.append(f"{title} ({found['images']} held-out images, {found['draws']} draws of each):")
+        rows = {name: [run[task] for run in runs.values()] for name, runs in found["systems"].items()}
+        rows |= {name: [figures] for name, figures in found["bounds"][task].items()}
+        rows["held-out images"] = [{"right": found["classifier_right"]}]
+        rows["the most frequent class"] = [{"right": found["chance"]}]
+        cells = [[name, *(_cell(runs, *column) for column in COLUMNS)] for name, runs in rows.items()]
+        parts.append(markdown(["system", *(head for head, *_ in COLUMNS)], cells))
+    return "\n\n".join(parts)
+
+
+def _cell(runs: list[dict], _, key: str, form: str) -> str:
+    if key not in runs[0]:
+        return ""
+    return over_seeds([run[key] for run in (runs[:1] if key == "seen" else runs)], form)
+
+
+def draw(pictures: dict[str, dict[str, np.ndarray]], path: Path) -> None:
+    """Side by side: the truth, what is known, and what each system makes; an image a row, task by task.
+
+    Args:
+      pictures: by task and name, uint8 [n, H, W, 3]; the truth first.
+      path: of a PNG.
+    """
+    names = ["truth", "known", *list(next(iter(pictures.values())))[1:]]
+    shown, side = next(iter(pictures.values()))["truth"].shape[:2]
+    scale, step = CELL // side or 1, (CELL // side or 1) * side + GAP
+    height = (shown * step + 2 * GAP) * len(pictures)
+    canvas, outlines, middles = np.full((height, len(names) * step, 3), 255, np.uint8), [], []
+    for t, (task, made) in enumerate(pictures.items()):
+        top, mask = t * (shown * step + 2 * GAP), partial_images.masks(side)[task]
+        known = np.where(mask[..., None], np.uint8(UNKNOWN), made["truth"])
+        for column, images in enumerate([made["truth"], known, *list(made.values())[1:]]):
+            for row, image in enumerate(images):
+                y, x = top + row * step, column * step
+                canvas[y : y + side * scale, x : x + side * scale] = image.repeat(scale, 0).repeat(scale, 1)
+                outlines.append((x, y, mask) if column > 1 else None)
+        middles.append(top + (shown * step - GAP) / 2)
+    figure = Figure(figsize=(canvas.shape[1] / 70, height / 70))
+    axis = figure.add_axes([0, 0, 1, 1])
+    axis.imshow(canvas, interpolation="none")
+    for x, y, mask in filter(None, outlines):
+        axis.add_patch(_outline(x, y, mask, scale))
+    axis.set_yticks(middles, [TASKS[task].replace(" from", "\nfrom") for task in pictures])
+    centres = (np.arange(len(names)) + 0.5) * step - GAP / 2
+    labels = [name.replace(", learned_1d", "").replace("; ", ";\n") for name in names]
+    axis.set_xticks(centres, labels, fontsize=8, rotation=90)
+    axis.xaxis.tick_top()
+    axis.tick_params(length=0)
+    axis.spines[:].set_visible(False)
+    figure.savefig(path, dpi=100, bbox_inches="tight")
+
+
+def _outline(x: int, y: int, mask: np.ndarray, scale: int) -> Rectangle:
+    """Round the unknown part of an image that stands at (x, y)."""
+    rows, columns = (np.flatnonzero(mask.any(axis)) for axis in (1, 0))
+    size = [(found[-1] - found[0] + 1) * scale for found in (columns, rows)]
+    corner = (x + columns[0] * scale - 0.5, y + rows[0] * scale - 0.5)
+    return Rectangle(corner, *size, fill=False, edgecolor=np.divide(UNKNOWN, 255), linewidth=1.2)

@@ -1,0 +1,234 @@
+"""What the runs of the scaling-law benchmark amount to: fits, tables beside the published ones, a picture.
+
+A run is a dict as `scaling_law.read_run` makes it.  Everywhere N is in billions of parameters and C in
+PFlop (10^15), as in the published fits.
+"""
+
+import contextlib
+import math
+from pathlib import Path
+
+import numpy as np
+from matplotlib import colormaps, ticker
+from matplotlib.figure import Figure
+
+from benchmarks.tables import markdown
+from experiments.scaling_law.power_law import PowerLaw, bootstrap, fit_power_law, frontier
+from var_jax.training.metrics import finite_or_none
+
+QUANTITIES = {
+    "loss_last": "loss, last map",
+    "loss": "loss, all maps",
+    "error_last": "token error, last map",
+    "error": "token error, all maps",
+}
+# a and b of Tian et al. 2024, section 4.2, on ImageNet at 256px; of the loss less 4.5 (last map), 5 (all).
+PUBLISHED = {
+    "N": {
+        "loss_last": (2.0, -0.23),
+        "loss": (2.5, -0.20),
+        "error_last": (490, -0.016),
+        "error": (650, -0.010),
+    },
+    "C": {"loss_last": (2.2e-5, -0.13), "loss": (1.5e-5, -0.16)},
+}
+PUBLISHED_RANGE = {"N": (0.0185, 2.0)}  # of the 12 models
+# What training these for 200 and for 350 epochs takes: 6 N L FLOPs an image of L = 680 tokens.
+PUBLISHED_RANGE["C"] = tuple(
+    6 * n * 1e9 * 680 * 1.281e6 * epochs / 1e15
+    for n, epochs in zip(PUBLISHED_RANGE["N"], (200, 350), strict=True)
+)
+PARAMETERS = 3  # a, b and c
+UNITS = {"N": 1e9, "C": 1e15}
+# Share of each run before the frontier begins: all sizes alike first learn how often each code occurs.
+EARLY = 0.1
+COLOURS = {"loss_last": "C1", "loss": "C0", "error_last": "C1", "error": "C0"}
+
+
+def best_so_far(run: dict, quantity: str) -> np.ndarray:
+    """[evaluations]: the least of each so far, since small data sets are overfitted in the end."""
+    return np.minimum.accumulate(run[quantity])
+
+
+def compute(run: dict) -> np.ndarray:
+    """[evaluations]: FLOPs of training up to each (a multiplication and an addition are two)."""
+    return np.array(run["step"], float) * run["batch"] * run["flops_per_image"]
+
+
+def points(runs: list[dict], against: str, quantity: str) -> tuple[np.ndarray, np.ndarray]:
+    """x and y that a law is fitted to: of every run its end, against N; or the frontier of all, against C."""
+    if against == "N":
+        x = np.array([run["N"] for run in runs]) / UNITS["N"]
+        return x, np.array([best_so_far(run, quantity)[-1] for run in runs])
+    late = [np.array(run["step"]) >= EARLY * run["step"][-1] for run in runs]
+    x = np.concatenate([compute(run)[i] for run, i in zip(runs, late, strict=True)]) / UNITS["C"]
+    y = np.concatenate([best_so_far(run, quantity)[i] for run, i in zip(runs, late, strict=True)])
+    kept = frontier(x, y)
+    return x[kept], y[kept]
+
+
+def analyse(runs: list[dict], draws: int = 500) -> dict:
+    """Fits of all quantities.
+
+    Args:
+      runs: as `scaling_law.read_run` makes them.
+      draws: of the bootstrap.
+
+    Returns:
+      `runs` as given, and `fits`: N or C -> quantity -> None where the frontier has too few points for a fit,
+      else a, b, c, pearson, the number of `points`, `b_alone` (the exponent where c = 0), and `interval`,
+      ends of 95% intervals of a, b and c; None where there are no more sizes than the law has parameters,
+      or most draws of runs allow no fit.
+
+    Raises:
+      ValueError: where there are fewer sizes than the law has parameters.
+    """
+    if (different := len({run["N"] for run in runs})) < PARAMETERS:
+        raise ValueError(f"too few sizes: L = (a N)^b + c needs {PARAMETERS} or more, found {different}")
+    fits = {against: {name: _fit(runs, against, name, draws) for name in QUANTITIES} for against in UNITS}
+    return {"runs": runs, "fits": finite_or_none(fits), "published": PUBLISHED, "draws": draws}
+
+
+def _fit(runs: list[dict], against: str, quantity: str, draws: int) -> dict | None:
+    def drawn(which):
+        return fit_power_law(*points([runs[i] for i in which], against, quantity))
+
+    x, y = points(runs, against, quantity)
+    if len(x) < PARAMETERS:
+        return None
+    law, alone, interval = fit_power_law(x, y), fit_power_law(x, y, floor=False), None
+    if len({run["N"] for run in runs}) > PARAMETERS:
+        with contextlib.suppress(ValueError):  # most draws leave too short a frontier: no interval is known
+            interval = bootstrap(drawn, len(runs), draws)
+    found = {name: getattr(law, name) for name in ("a", "b", "c", "pearson")}
+    return found | {"points": len(x), "b_alone": alone.b, "interval": interval}
+
+
+def tables(result: dict) -> str:
+    """Markdown: the sizes and what they reached, the fits beside the published ones, and how to read them."""
+    heads, lines = ["depth", "width", "seed", "N", "PFlop", "steps", "best at", *QUANTITIES.values()], []
+    for run in result["runs"]:
+        best = run["step"][int(np.argmin(run["loss"]))]
+        cells = [run["depth"], run["width"], run["seed"], f"{run['N']:,}", f"{compute(run)[-1] / 1e15:.3g}"]
+        cells += [run["step"][-1], best, *(f"{best_so_far(run, name)[-1]:.4f}" for name in QUANTITIES)]
+        lines.append([str(cell) for cell in cells])
+    sizes = markdown(heads, lines)
+    heads = ["of", "against", "points", "fit", "b, 95%", "c, 95%", "Pearson", "b where c = 0", "published"]
+    lines = []
+    for against, fits in result["fits"].items():
+        for name, found in fits.items():
+            if found is None:
+                lines.append([QUANTITIES[name], against, "too few", *[""] * (len(heads) - 3)])
+                continue
+            law = f"({_number(found['a'])} {against})^{found['b']:.3f} + {found['c']:.3f}"
+            ends = [_interval(found["interval"], letter) for letter in "bc"]
+            theirs = PUBLISHED[against].get(name)
+            theirs = f"({theirs[0]:g} {against})^{theirs[1]:g}" if theirs else ""
+            numbers = [_number(found["pearson"], ".4f"), f"{found['b_alone']:.3f}", theirs]
+            lines.append([QUANTITIES[name], against, str(found["points"]), law, *ends, *numbers])
+    return f"{sizes}\n\n{markdown(heads, lines)}\n\n{NOTES}"
+
+
+NOTES = """\
+N: parameters of the blocks, adaLN among them, in billions in the fits. C: matrix FLOPs of training,
+forward and backward, in PFlop. Loss in nats a token, held out. Every value is the least reached so far,
+since a run that overfits rises again; held-out data thus also chose where to stop (*best at*: the step,
+by the loss over all maps).
+
+Against N: each run at its end. Against C: the frontier, the least that any run reached with so much
+compute, without the first tenth of each run, at most 10 points a decade.
+
+Least squares of the logarithm, c >= 0. Intervals: bootstrap draws of whole runs; they know nothing of
+other data, tokenizers or recipes. A draw that lacks a size has a worse frontier where that size was
+best: against C the intervals lie to one side. Pearson: log(L - c) with log x.
+
+Published: ImageNet, 12 models of 18.5M to 2.0B; cross-entropy less 4.5 (last map) or 5 (all), error as it
+is; Pearson about -0.998 and -0.99.
+"""
+
+
+def _number(value: float | None, form: str = ".3g") -> str:
+    return "unknown" if value is None else format(value, form)
+
+
+def _interval(interval: dict | None, letter: str) -> str:
+    if interval is None:
+        return "unknown"
+    return " to ".join(_number(end, ".3f") for end in interval[letter])
+
+
+def law_of(found: dict | None) -> PowerLaw:
+    """A fit as `analyse` returns it, to be computed with; nowhere a number where there is none."""
+    return PowerLaw(
+        *(math.nan if (found or {}).get(name) is None else found[name] for name in "abc"), math.nan
+    )
+
+
+def draw(result: dict, path: Path) -> None:
+    """Losses and errors against N and C with their fits, and reducible losses beside the published ones."""
+    figure = Figure(figsize=(15, 8.5), layout="constrained")
+    axes = figure.subplots(2, 3)
+    _draw_sizes(axes[0, 0], result, ("loss_last", "loss"), "held-out loss, nats a token")
+    _draw_sizes(axes[1, 0], result, ("error_last", "error"), "held-out token error rate")
+    _draw_curves(axes[0, 1], result, "loss")
+    _draw_curves(axes[1, 1], result, "error")
+    _draw_reducible(axes[0, 2], result, "N", "parameters N, billions")
+    _draw_reducible(axes[1, 2], result, "C", "training compute C, PFlop")
+    figure.savefig(path, dpi=80)
+
+
+def _draw_sizes(axis, result: dict, names: tuple[str, str], title: str) -> None:
+    for name in names:
+        x, y = points(result["runs"], "N", name)
+        law, fine = law_of(result["fits"]["N"][name]), np.geomspace(x.min() / 1.3, x.max() * 1.3, 100)
+        axis.plot(x, y, "o", color=COLOURS[name])
+        text = f"{QUANTITIES[name]}: ({law.a:.3g} N)$^{{{law.b:.2f}}}$ + {law.c:.2f}"
+        axis.plot(fine, law(fine), color=COLOURS[name], label=text)
+    axis.set(xscale="log", yscale="log", xlabel="parameters N, billions", title=f"{title}, against size")
+    _finish(axis)
+
+
+def _draw_curves(axis, result: dict, name: str) -> None:
+    depths = sorted({run["depth"] for run in result["runs"]})
+    colours = dict(zip(depths, colormaps["viridis"](np.linspace(0, 0.9, len(depths))), strict=True))
+    for run in result["runs"]:
+        label = f"depth {run['depth']}" if run["seed"] == result["runs"][0]["seed"] else None
+        x = compute(run) / UNITS["C"]
+        axis.plot(x, run[name], color=colours[run["depth"]], linewidth=0.9, label=label)
+    x, y = points(result["runs"], "C", name)
+    law = law_of(result["fits"]["C"][name])
+    axis.plot(x, y, "o", color="C3", markersize=4, label="frontier")
+    text = f"({law.a:.3g} C)$^{{{law.b:.2f}}}$ + {law.c:.2f}"
+    axis.plot(x, law(x), color="C3", linewidth=2.5, alpha=0.6, label=text)
+    title = f"{QUANTITIES[name]}: every run, and the frontier"
+    axis.set(xscale="log", yscale="log", xlabel="training compute C, PFlop", title=title)
+    _finish(axis)
+
+
+def _draw_reducible(axis, result: dict, against: str, label: str) -> None:
+    for name in ("loss_last", "loss"):
+        x, y = points(result["runs"], against, name)
+        law, colour = law_of(result["fits"][against][name]), COLOURS[name]
+        axis.plot(x, y - law.c, "o", color=colour, markersize=4)
+        axis.plot(x, law.reducible(x), color=colour, label=f"here, {QUANTITIES[name]}: exponent {law.b:.2f}")
+        a, b = PUBLISHED[against][name]
+        x = np.array(PUBLISHED_RANGE[against])
+        text = f"published on ImageNet, {QUANTITIES[name].split(', ')[1]}: {b:g}"
+        axis.plot(x, (a * x) ** b, "--", color=colour, label=text)
+    title = "loss less its irreducible part, against " + ("size" if against == "N" else "compute")
+    axis.set(xscale="log", yscale="log", xlabel=label, title=title)
+    low, high = axis.get_ylim()
+    axis.set_ylim(low / 3, high)  # room for the legend
+    _finish(axis, loc="lower left")
+
+
+def _finish(axis, loc: str = "best") -> None:
+    """Plain numbers at the loss axis, whose range is too small for powers of ten."""
+    low, high = axis.get_ylim()
+    if high / low < 30:
+        axis.yaxis.set_major_locator(ticker.MaxNLocator(7, steps=[1, 2, 5, 10]))
+        axis.yaxis.set_minor_locator(ticker.NullLocator())
+        axis.yaxis.set_major_formatter(ticker.FormatStrFormatter("%g"))
+        axis.set_ylim(low, high)
+    axis.grid(alpha=0.3)
+    axis.legend(fontsize=9, loc=loc)

@@ -1,0 +1,63 @@
+"""Command lines of the experiments: what is refused in one line, and bugs that keep their traceback."""
+
+import importlib
+from types import SimpleNamespace
+
+import pytest
+from absl import app
+
+from var_jax import cli
+from var_jax.errors import ConfigError
+
+EXPERIMENTS = ("codebook", "complexity", "inpainting", "locality", "next_token", "scaling_law")
+COMMANDS = ("benchmarks.scaling", *(f"experiments.{name}.run" for name in EXPERIMENTS))
+FIRST_WORK = {"next_token": "bases_of", "inpainting": "next_token.bases_of", "scaling_law": "prepare"}
+
+
+class Flags(SimpleNamespace):
+    """Values of flags, as attributes and, as absl has it, by name."""
+
+    def __getitem__(self, name):
+        return SimpleNamespace(value=getattr(self, name))
+
+
+@pytest.fixture
+def flags(monkeypatch):
+    """Puts flags in place for a command; returns its module."""
+
+    def put(command: str, out: str):
+        module = importlib.import_module(command)
+        lists = dict(systems=None, variants=None, seeds=["0"], sides=["2", "4"], depths=["1", "2", "3"])
+        values = Flags(config="config", merge=None, out=out, width=32, depth=1, steps=4, crops=1, **lists)
+        values.per_class = values.draws = 1
+        for owner in (module, cli):
+            monkeypatch.setattr(owner, "FLAGS", values)
+        monkeypatch.setattr(cli, "start", lambda: None)
+        monkeypatch.setattr(cli, "join_hosts", lambda: None)
+        return module
+
+    return put
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_url_for_the_results_is_refused_before_anything_is_computed(flags, command):
+    with pytest.raises(app.UsageError, match=r"--out=gs://bucket/run: must be a local path. Copy it"):
+        flags(command, "gs://bucket/run").main(["benchmark"])
+
+
+@pytest.mark.parametrize("name", FIRST_WORK)
+def test_a_bug_keeps_its_traceback_and_a_users_error_is_one_line(flags, monkeypatch, tmp_path, name):
+    module = flags(f"experiments.{name}.run", str(tmp_path / "out"))
+
+    def fail(error):
+        def work(*args, **kwargs):
+            raise error
+
+        monkeypatch.setattr(f"{module.__name__}.{FIRST_WORK[name]}", work)
+
+    fail(ValueError("operands could not be broadcast together"))
+    with pytest.raises(ValueError, match="broadcast"):
+        module.main(["benchmark"])
+    fail(ConfigError("--config must have a stage next_scale"))
+    with pytest.raises(SystemExit, match=f"{name}: --config must have a stage next_scale"):
+        module.main(["benchmark"])

@@ -1,0 +1,75 @@
+"""A task of eight numbers, which learns the mean brightness of a batch; it breaks on request."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from tests.helpers.tiny import tiny_config
+from var_jax.training.state import apply_gradients
+from var_jax.training.task import Task
+
+RATE, WIDTH = 0.1, 8
+
+
+class Toy(Task):
+    """The loss of the steps `bad` (counted from 1) is NaN, that of step `high` a hundred times too large.
+
+    `ballast` are numbers that make checkpoints larger.  With `noisy` each row of a batch has a random
+    weight, so that their order matters.
+    """
+
+    name = "toy"
+    image_size = 8
+
+    def __init__(self, bad=(), high: int = 0, ballast: int = 1, noisy: bool = False):
+        self.noisy = noisy
+        self.bad, self.high, self.ballast = np.array(bad, np.int32), high, ballast
+        self.optimizer, self.frozen = optax.sgd(RATE), {}
+
+    def init(self, key, given=()):
+        w = nn.LogicallyPartitioned(jnp.zeros(WIDTH), ("embed",))
+        return {"w": w, "ballast": jax.random.normal(key, (self.ballast,))}, {}
+
+    def train_step(self, state, frozen, batch, key):
+        brightness = batch["image"].astype(jnp.float32).mean((1, 2, 3)) / 255
+        if self.noisy:
+            brightness *= jax.random.normal(key, brightness.shape)
+
+        def loss_fn(params):
+            loss = jnp.mean((params["w"] - brightness.mean()) ** 2) + 1.0
+            return jnp.where(jnp.isin(state.step + 1, self.bad), jnp.nan, loss)
+
+        loss, grads = jax.value_and_grad(loss_fn)(state.params)
+        state = apply_gradients(state, grads, self.optimizer, 0.0)
+        loss *= jnp.where(state.step == self.high, 100.0, 1.0)
+        return state, {"loss": loss, "gradient_norm": optax.tree.norm(grads)}
+
+    def eval_step(self, params, frozen, batch):
+        return {"images": batch["valid"].sum()}
+
+    def summarize(self, sums):
+        return {"loss": float(sums["images"])}
+
+    def preview_programs(self, mesh, params, frozen):
+        return {}
+
+    def preview(self, programs, params, frozen, images):
+        return {}
+
+    def flops_per_image(self):
+        return 1.0
+
+    def model_fields(self):
+        return {}
+
+    def model_defaults(self):
+        return {}
+
+
+def toy_stage(data_dir, every: int, **train):
+    """Config of a stage; a checkpoint every so many steps."""
+    stage = tiny_config(data_dir, every=every).next_scale
+    stage.train.update(dict(ema=0.0, eval_every=1000, preview_every=1000, **train))
+    return stage

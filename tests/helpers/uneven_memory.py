@@ -1,0 +1,21 @@
+"""train.py on hosts whose devices have, or seem to have, other memory, as with NVIDIA's allocator.
+
+A process that asks for the memory of another's device is told that of the data sheet.
+"""
+
+import jax
+from absl import app, flags
+
+import train
+from var_jax.training import hardware
+
+
+def memory_bytes(device: jax.Device) -> float:
+    """That of process 0 is small."""
+    return 2.0**20 if device.process_index == jax.process_index() == 0 else 80e9
+
+
+if __name__ == "__main__":
+    hardware.memory_bytes = memory_bytes
+    flags.mark_flags_as_required(["config", "workdir"])
+    app.run(train.main)

@@ -1,0 +1,289 @@
+"""What next-scale and next-token transformers share: everything but the order of prediction.
+
+Label and positions in, adaLN blocks, logits out, with the published initialisation (Tian et al. 2024).
+"""
+
+from collections.abc import Callable
+from functools import partial
+
+import flax.linen as nn
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from var_jax.dtypes import product_precision
+from var_jax.sharding import gathered, split
+from var_jax.transformer import positions
+from var_jax.transformer.block import Block, KVCache, Modulation, View, dense, modulate, normal
+from var_jax.transformer.config import NextScaleConfig, TransformerConfig
+from var_jax.transformer.remat import rematerialized
+
+MOST_LOGITS = 1024  # positions whose logits live at once in training: all at 256px, a part at 512px
+
+
+def _all(table):
+    return table
+
+
+@flax.struct.dataclass
+class Condition:
+    """All that a label decides, worked out once an image: float32.
+
+    Attributes:
+      start: [B, D], the class embedding, input of the first positions.
+      blocks: [layers, B, 6, D], adaLN vectors of every block.
+      head: [B, 2, D], scale and shift before the head.
+    """
+
+    start: jax.Array
+    blocks: jax.Array
+    head: jax.Array
+
+    def conditional(self) -> "Condition":
+        """Of every other label, from the first on: what is left when guidance ends."""
+        return Condition(self.start[::2], self.blocks[:, ::2], self.head[::2])
+
+
+class Blocks(nn.Module):
+    """All blocks, scanned over a leading axis of their parameters.
+
+    Takes the residual stream x float32 [B, n, D], the adaLN vectors of all blocks float32 [depth, B, 6, D],
+    how attention tells places, and when tokens are drawn the cache and the first position of x, where that is
+    static.  Returns x and the cache.
+    """
+
+    config: TransformerConfig
+    dtype: jnp.dtype
+    attention: str
+    remat: str
+
+    @nn.compact
+    def __call__(self, x, modulations, view=View(), cache=None, start=0, train=False):  # noqa: B008
+        cfg = self.config
+        stack = nn.scan(
+            rematerialized(Block, self.remat if train else "none"),
+            variable_axes={"params": 0},
+            split_rngs={"params": True, "dropout": True},
+            in_axes=(0, nn.broadcast),
+            length=cfg.depth,
+            metadata_params={nn.PARTITION_NAME: "layers"},
+        )(cfg, self.dtype, self.attention, start, train, name="layers")
+        rates = jnp.linspace(0.0, cfg.drop_path, cfg.depth)
+        (x, cache), _ = stack((x, cache), (jnp.arange(cfg.depth), modulations, rates), view)
+        return x, cache
+
+
+@jax.custom_vjp
+def _project(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """x [B, n, D] times kernel [D, V] -> float32 [B, n, V], summed up in float32 and not rounded after that.
+
+    In the backward pass the gradient of the logits is rounded to the dtype of x and kernel: a product of
+    float32 and bfloat16 would run in float32.
+    """
+    return _product(x, kernel, preferred_element_type=jnp.float32)
+
+
+def _project_forward(x, kernel):
+    return _project(x, kernel), (x, kernel)
+
+
+def _project_backward(factors, gradient):
+    x, kernel = factors
+    gradient = gradient.astype(x.dtype)
+    (x_gradient,) = jax.linear_transpose(lambda x: _product(x, kernel), x)(gradient)
+    (kernel_gradient,) = jax.linear_transpose(lambda kernel: _product(x, kernel), kernel)(gradient)
+    return x_gradient, kernel_gradient
+
+
+_project.defvjp(_project_forward, _project_backward)
+
+
+def _product(x, kernel, **how):
+    axes = (((x.ndim - 1,), (0,)), ((), ()))
+    return jax.lax.dot_general(x, kernel, axes, precision=product_precision(x.dtype), **how)
+
+
+class Head(nn.Module):
+    """Linear D -> V; the product of operands of `dtype`, the logits float32."""
+
+    num_codes: int
+    kernel_init: Callable
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        kernel_init = nn.with_logical_partitioning(self.kernel_init, ("embed", "codes"))
+        bias_init = nn.with_logical_partitioning(nn.initializers.zeros_init(), ("codes",))
+        kernel = self.param("kernel", kernel_init, (x.shape[-1], self.num_codes))
+        bias = self.param("bias", bias_init, (self.num_codes,))
+        return _project(x.astype(self.dtype), kernel.astype(self.dtype)) + bias
+
+
+class Trunk(nn.Module):
+    """Logits of every token given those before it in the order of prediction, and a label.
+
+    Attributes:
+      config: the architecture.
+      dtype: of the matrix products; norms, embeddings, residual stream and logits are float32.
+      attention: its implementation (see `attend`).
+      remat: what a block keeps for its backward pass (see `transformer/remat.py`).
+    """
+
+    config: TransformerConfig
+    dtype: jnp.dtype = jnp.float32
+    attention: str = "auto"
+    remat: str = "none"
+
+    def setup(self):
+        cfg = self.config
+        d, init = cfg.width, nn.with_logical_partitioning(normal(cfg.width), (None, "embed"))
+        self.class_embedding = self.param("class_embedding", init, (cfg.num_classes + 1, d))
+        self.start_embedding = self.param("start_embedding", init, (cfg.first, d))
+        if isinstance(cfg, NextScaleConfig):
+            self.level_embedding = self.param("level_embedding", init, (len(cfg.scales), d))
+        self._setup_positions(init)
+        self.code_embedding = dense(d, (None, "embed"), normal(d), jnp.float32, None)  # as published
+        if cfg.shared_adaln:
+            self.shared_adaln = dense(6 * d, ("embed", "mlp"), normal(d), self.dtype, None)
+            offset = lambda key, shape: (  # noqa: E731  (std D^-1/2, gates small, the rest halved)
+                jax.random.normal(key, shape) * d**-0.5 * np.array([cfg.gamma_init] * 2 + [0.5] * 4)[:, None]
+            )
+            offset = nn.with_logical_partitioning(offset, ("layers", None, "embed"))
+            self.adaln_offset = self.param("adaln_offset", offset, (cfg.depth, 6, d))
+        else:
+            self.adaln = nn.scan(
+                Modulation,
+                variable_axes={"params": 0},
+                split_rngs={"params": True},
+                length=cfg.depth,
+                metadata_params={nn.PARTITION_NAME: "layers"},
+            )(cfg, self.dtype)
+        self.blocks = Blocks(cfg, self.dtype, self.attention, self.remat)
+        self.head_adaln = dense(2 * d, ("embed", "mlp"), normal(d, 0.5), self.dtype, None)
+        self.head = Head(cfg.num_codes, normal(d, 0.02), self.dtype)
+
+    def _setup_positions(self, init):
+        """The parameters of positions, float32: tables of width D, or a bias of each bucket and head."""
+        cfg = self.config
+        if cfg.absolute == "learned_1d":
+            self.position_embedding = self.param("position_embedding", init, (cfg.length, cfg.width))
+        if cfg.absolute == "learned_2d":
+            self.row_embedding = self.param("row_embedding", init, (cfg.places.side, cfg.width))
+            self.column_embedding = self.param("column_embedding", init, (cfg.places.side, cfg.width))
+        if cfg.relative == "relative_2d":
+            none = nn.with_logical_partitioning(nn.initializers.zeros_init(), (None, "heads"))
+            self.distance_bias = self.param("distance_bias", none, (positions.BUCKETS, cfg.num_heads))
+
+    def __call__(self, labels: jax.Array, inputs: jax.Array, train: bool = False) -> jax.Array:
+        """Teacher-forced logits.
+
+        Args:
+          labels: int32 [B]; num_classes means "no class".
+          inputs: float32 [B, L - first, C], what each position but the first ones is given
+            (`sampling/teacher_forcing.py`).
+          train: drop labels, paths and activations; needs the rng stream "dropout".
+
+        Returns:
+          float32 [B, L, V].
+        """
+        x, condition = self._body(labels, inputs, train)
+        return self._logits(x, condition.head)
+
+    def losses(self, labels: jax.Array, inputs: jax.Array, tokens: jax.Array, train: bool = False):
+        """Cross-entropy of every token; no more than `MOST_LOGITS` positions' logits live at once.
+
+        Args:
+          labels, inputs, train: as for `__call__`.
+          tokens: int32 [B, L], the true ones, in the order of prediction.
+
+        Returns:
+          Losses float32 [B, L] in nats; bool [B, L], whether no code has a larger logit than the true one.
+        """
+        x, condition = self._body(labels, inputs, train)
+        length = tokens.shape[1]
+        chunks = -(-length // MOST_LOGITS)
+        size = -(-length // chunks)
+
+        def loss(module, x, tokens, head):
+            logits = module._logits(x, head)
+            # A sum in place of a lookup, and no argmax: of codes split over devices, neither gathers logits.
+            true = jnp.arange(logits.shape[-1]) == tokens[..., None]
+            wanted = jnp.sum(jnp.where(true, logits, 0.0), -1)
+            return jax.nn.logsumexp(logits, -1) - wanted, wanted >= logits.max(-1)
+
+        loss, found = nn.remat(loss), []
+        for start in range(0, length, size):
+            part = slice(start, start + size)
+            found.append(loss(self, x[:, part], tokens[:, part], condition.head))
+        return tuple(jnp.concatenate(parts, axis=1) for parts in zip(*found, strict=True))
+
+    def _body(self, labels, inputs, train):
+        """The residual stream float32 [B, L, D] after all blocks, and the condition."""
+        cfg = self.config
+        if train:
+            dropped = jax.random.bernoulli(self.make_rng("dropout"), cfg.label_drop, labels.shape)
+            labels = jnp.where(dropped, cfg.num_classes, labels)
+        condition = self.condition(labels)
+        x = jnp.concatenate([self._start(condition), self._embed(inputs)], axis=1)
+        x, masks = split(self._placed(x)), jnp.asarray(np.stack(cfg.masks)) if len(cfg.masks) > 1 else None
+        x, _ = self.blocks(x, condition.blocks, self._view(masks=masks), train=train)
+        return x, condition
+
+    def condition(self, labels: jax.Array) -> Condition:
+        """Labels int32 [B] -> all adaLN vectors."""
+        cfg, embedded = self.config, split(gathered(self.class_embedding)[labels])
+        active = nn.silu(embedded)
+        if cfg.shared_adaln:
+            six = split(self.shared_adaln(active).reshape(-1, 6, cfg.width)).astype(jnp.float32)
+            blocks = self.adaln_offset[:, None] + six
+        else:
+            _, blocks = self.adaln(active, None)
+        head = split(self.head_adaln(active).reshape(-1, 2, cfg.width)).astype(jnp.float32)
+        return Condition(embedded, blocks, head)
+
+    def empty_cache(self, batch: int) -> KVCache:
+        """A cache for `batch` sequences of L positions."""
+        cfg = self.config
+        return KVCache.zeros(cfg.depth, batch, cfg.length, cfg.num_heads, cfg.head_dim, self.dtype)
+
+    def _start(self, condition: Condition) -> jax.Array:
+        return condition.start[:, None] + self.start_embedding
+
+    def _embed(self, inputs: jax.Array) -> jax.Array:
+        return self.code_embedding(inputs)
+
+    def _logits(self, x: jax.Array, scale_shift: jax.Array) -> jax.Array:
+        return split(self.head(modulate(x, scale_shift[:, 0], scale_shift[:, 1])), tensor=2)
+
+    def _placed(self, x: jax.Array, take: Callable = _all) -> jax.Array:
+        """x [B, n, D] with what tells the places of its positions (and their scales) added.
+
+        Args:
+          take: of a table [L, ...], the rows of these positions.
+        """
+        cfg, places = self.config, self.config.places
+        if isinstance(cfg, NextScaleConfig):
+            x = x + gathered(self.level_embedding)[take(cfg.schedule.levels)]
+        if cfg.absolute == "learned_1d":
+            return x + take(self.position_embedding)
+        if cfg.absolute == "learned_2d":
+            rows, columns = (take(positions.interpolation(axis, places.side)) for axis in places.query.T)
+            product = partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
+            return x + product(rows, self.row_embedding) + product(columns, self.column_embedding)
+        return x + take(positions.sinusoids(places, cfg.width)) if cfg.absolute else x
+
+    def _view(self, take: Callable = _all, seen: Callable = _all, **more) -> View:
+        """How attention tells places.
+
+        Args:
+          take: of a table [L, ...], the rows of these positions.
+          seen: of a table [n, L], the columns of the keys that they see.
+        """
+        cfg, bias, angles = self.config, None, None
+        if cfg.relative == "relative_2d":
+            distances = seen(take(positions.buckets(cfg.places)))
+            bias = jnp.moveaxis(gathered(self.distance_bias)[distances], -1, 0)
+        elif cfg.relative:
+            angles = tuple(map(take, positions.rotary_angles(cfg.places, cfg.relative, cfg.head_dim)))
+        return View(bias=bias, angles=angles, **more)
