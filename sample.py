@@ -57,7 +57,7 @@ def out_folder() -> Path:
     if FLAGS.labels is not None:
         for name in ("classes", "num_per_class"):
             if FLAGS[name].present:
-                raise app.UsageError(f"give either --labels, an image each, or --{name}; found both")
+                raise app.UsageError(f"give either --labels, an image each, or --{name}; got both")
     if FLAGS.out is None and FLAGS.workdir and is_remote(FLAGS.workdir):
         raise app.UsageError(
             f"--workdir={FLAGS.workdir} is remote, but samples are appended to local files while they are "
@@ -203,7 +203,7 @@ def sample(
     if several:
         start, chunk = (int(n) for n in multihost_utils.broadcast_one_to_all(np.array([start, chunk])))
     batches = model.generate_batches(
-        labels, FLAGS.seed, chunk, options, start=start, finish=denormalize_to_uint8
+        labels, FLAGS.seed, chunk, options, start=start, postprocess=denormalize_to_uint8
     )
     bar = tqdm(
         total=len(labels), initial=start, unit="image", desc="sampling", mininterval=1, disable=not writes

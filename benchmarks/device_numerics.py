@@ -19,7 +19,7 @@ from var_jax.scales import SCALES_256
 from var_jax.transformer.attention import attend
 from var_jax.transformer.config import NextScaleConfig
 from var_jax.transformer.next_scale import NextScale
-from var_jax.transformer.remat import KEPT
+from var_jax.transformer.remat import SAVED_NAMES
 
 GOLDEN_SCALES = (1, 2, 3, 4)
 GOLDEN_VARS = ("var", "var_shared_adaln", "var_plain_attention")
@@ -144,7 +144,7 @@ def attention_parts(options: Options) -> list[Part]:
                 run = partial(check_attention, name, dtype, options.tiny)
                 parts.append(Part(name=f"{name}, {dtype}", run=run, seconds=5))
     dtype = "float32" if options.tiny else "bfloat16"
-    for policy in ("mlp", "full") if options.tiny else KEPT:
+    for policy in ("mlp", "full") if options.tiny else SAVED_NAMES:
         run = partial(check_remat, policy, dtype, options.tiny)
         parts.append(Part(name=f"remat {policy}, {dtype}", run=run, seconds=8))
     return parts

@@ -30,7 +30,7 @@ from benchmarks.device_parts import (
     relative_error,
     run_command,
 )
-from var_jax.training.checkpoint import FOLDER, has_checkpoint, load_params
+from var_jax.training.checkpoint import CHECKPOINT_DIR, has_checkpoint, load_params
 from var_jax.training.metrics import read_metrics
 from var_jax.training.profiling import EVENT
 
@@ -134,7 +134,7 @@ def train_killed(options: Options, whole: Path, workdir: Path) -> dict:
     with open(options.out / "killed.log", "w") as log:
         process = subprocess.Popen(command, cwd=REPOSITORY, stdout=log, stderr=log)
         try:
-            while not has_checkpoint(workdir / "tokenizer" / FOLDER):
+            while not has_checkpoint(workdir / "tokenizer" / CHECKPOINT_DIR):
                 if process.poll() is not None or options.seconds_left < 0:
                     raise RuntimeError(f"no checkpoint to kill after:\n{Path(log.name).read_text()[-3000:]}")
                 time.sleep(0.01)
@@ -150,7 +150,7 @@ def train_killed(options: Options, whole: Path, workdir: Path) -> dict:
     values = {"killed_at_step": killed_at}
     for stage in STAGES:
         losses = [log_lines(run, stage, "eval")[-1]["loss"] for run in (whole, workdir)]
-        params = [load_params(run / stage / FOLDER)[0] for run in (whole, workdir)]
+        params = [load_params(run / stage / CHECKPOINT_DIR)[0] for run in (whole, workdir)]
         errors = jax.tree.leaves(jax.tree.map(difference, *params))
         values |= {f"{stage}_loss_difference": relative_error(losses[1], losses[0])}
         values |= {f"{stage}_parameter_difference": max(errors)}

@@ -105,9 +105,9 @@ def stage_times(source: Source, transform: ToPixels) -> dict[str, float]:
 
     def timed(stage: str, function: Callable, *inputs):
         start = time.thread_time()
-        found = function(*inputs)
+        result = function(*inputs)
         spent[stage] += time.thread_time() - start
-        return found
+        return result
 
     for i in rng.choice(len(source), count, replace=False):
         record = timed("read", source.__getitem__, i)

@@ -42,7 +42,7 @@ from var_jax.training.task import Task, program_flops
 from var_jax.training.tokenizer_task import TokenizerTask
 from var_jax.training.transformer_task import NextScaleTask
 from var_jax.transformer.flops import generation_flops
-from var_jax.transformer.remat import WITH_SCORES, kept_bytes
+from var_jax.transformer.remat import WITH_SCORES, saved_activation_bytes
 
 FLAGS = flags.FLAGS
 PROGRAMS = ("step", "evaluation", "preview")
@@ -57,7 +57,7 @@ def planned_task(config: ConfigDict, mesh: Mesh) -> Task:
     stage = stages_of(config)[-1]
     if stage.task not in ("tokenizer", "next_scale"):
         raise ValueError(
-            f"--config must end with a stage tokenizer or next_scale, found {stage.task}; "
+            f"--config must end with a stage tokenizer or next_scale, got {stage.task}; "
             "--config.stages=NAME chooses one"
         )
     check_batch(stage.train.batch, mesh, stage.train.accumulate)
@@ -96,7 +96,9 @@ def _transformer_bound(task: NextScaleTask, mesh: Mesh, from_tokens: bool) -> di
     """Fields of a row that are worked out on paper."""
     encoder = 0.0 if from_tokens else encoder_flops(task)
     step = Step.of(task.stage.train, mesh, task.model.remat, task.model.dtype, encoder)
-    kept = kept_bytes(task.config, step.remat, step.itemsize, scores=task.model.attention in WITH_SCORES)
+    kept = saved_activation_bytes(
+        task.config, step.remat, step.itemsize, scores=task.model.attention in WITH_SCORES
+    )
     return {
         "attention": task.model.attention,
         "remat": step.remat,
@@ -145,7 +147,7 @@ def plan_sample(task: NextScaleTask, mesh: Mesh, batch: int) -> tuple[dict, dict
     results = {name: compiled(function, *inputs) for name, (function, inputs) in programs.items()}
     tokenizer, params = programs["sampling"][1][:2]
     data_sheet = chip(mesh.devices.flat[0])
-    flops = generation_flops(task.config, controls.guided)
+    flops = generation_flops(task.config, controls.num_guided_scales)
     compute_s = batch * flops / (mesh.size * data_sheet.flops)
     # All parameters are read at each scale.
     weights_s = gib(params) * 2**30 * len(task.config.scales) / data_sheet.bandwidth
@@ -226,7 +228,7 @@ def table(rows: list[dict]) -> str:
     return "\n".join(lines)
 
 
-ON_PAPER = ("parameters", "optimiser", "frozen", "activations")  # by shapes, and by `kept_bytes`
+ON_PAPER = ("parameters", "optimiser", "frozen", "activations")  # by shapes, and by `saved_activation_bytes`
 PARTS = ("arguments", "unread", "outputs", "temporaries", "program")  # the compiler's
 
 
@@ -239,7 +241,7 @@ def planned(config: ConfigDict, topologies: list[str]) -> list[tuple[str, Task, 
     if FLAGS.from_tokens and stages_of(config)[-1].task == "tokenizer":
         raise ValueError("--from_tokens: a tokenizer is trained on images")
     if unknown := set(FLAGS.programs) - set(PROGRAMS):
-        raise ValueError(f"--programs knows {', '.join(PROGRAMS)}; found {', '.join(sorted(unknown))}")
+        raise ValueError(f"--programs knows {', '.join(PROGRAMS)}; got {', '.join(sorted(unknown))}")
     plans = []
     for name in topologies:
         mesh = make_mesh(**stages_of(config)[-1].train.mesh, devices=topology_devices(name))

@@ -11,10 +11,10 @@ from jax.sharding import PartitionSpec as P
 
 from benchmarks.workload import STEPS, tokenizer_shapes
 from var_jax.sampling.cast_params import in_compute_dtype, tokenizer_in_compute_dtype
-from var_jax.sampling.options import Controls
+from var_jax.sampling.options import ScaleControls
 from var_jax.sampling.sampler import generate, image_keys
 from var_jax.sharding import batch_sharding, on_mesh, replicated
-from var_jax.training.jit_steps import eval_batch_size, eval_program, train_program
+from var_jax.training.jit_steps import eval_batch_size, jit_eval_step, jit_train_step
 from var_jax.training.state import TrainState, create_state
 from var_jax.training.task import Task
 from var_jax.training.transformer_task import TransformerTask
@@ -64,14 +64,14 @@ def training_programs(task: Task, mesh: Mesh, from_tokens: bool) -> tuple[Progra
     batch = abstract_batch(task, mesh, cfg.batch, from_tokens)
     held_out = abstract_batch(task, mesh, eval_batch_size(cfg), from_tokens)
     programs = {
-        "step": (train_program(task, cfg, STEPS, mesh, state), (state, frozen, batch, key)),
-        "evaluation": (eval_program(task, mesh), (params, frozen, held_out)),
+        "step": (jit_train_step(task, cfg, STEPS, mesh, state), (state, frozen, batch, key)),
+        "evaluation": (jit_eval_step(task, mesh), (params, frozen, held_out)),
     }
     previews = task.preview_programs(mesh, params, frozen) if cfg.preview_every else {}
     return programs | {f"preview {name}": program for name, program in previews.items()}, state, frozen
 
 
-def sampling_program(task: TransformerTask, mesh: Mesh, batch: int, controls: Controls) -> Programs:
+def sampling_program(task: TransformerTask, mesh: Mesh, batch: int, controls: ScaleControls) -> Programs:
     """What `sample.py` compiles: images split over all devices, every device with all parameters."""
     params = jax.eval_shape(lambda: nn.meta.unbox(task.init(jax.random.key(0))[0]))
     params = jax.eval_shape(partial(in_compute_dtype, dtype=task.model.dtype), params)

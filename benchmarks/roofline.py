@@ -16,7 +16,7 @@ from var_jax.sharding import TENSOR
 from var_jax.training.hardware import Chip
 from var_jax.transformer.config import NextScaleConfig
 from var_jax.transformer.flops import matrix_parameters, training_flops
-from var_jax.transformer.remat import kept_bytes
+from var_jax.transformer.remat import saved_activation_bytes
 
 # Share of the forward pass's products that a policy works out again; of the MLP's first layer, 8 of 24 D^2.
 AGAIN = {"none": 0.0, "mlp": 0.0, "flat_qkv": 1 / 3, "full": 1.0}
@@ -91,7 +91,7 @@ def memory_bytes(cfg: NextScaleConfig, step: Step) -> float:
     weights = 3 * step.accumulate * step.itemsize * parameters
     state = 4 * 2 * (3 + step.ema) * parameters / step.fsdp
     images = step.batch / step.devices
-    return weights + state + 2 * images * kept_bytes(cfg, step.remat, step.itemsize, scores=False)
+    return weights + state + 2 * images * saved_activation_bytes(cfg, step.remat, step.itemsize, scores=False)
 
 
 def bound(cfg: NextScaleConfig, step: Step, chip: Chip) -> dict[str, float]:
@@ -142,6 +142,6 @@ def best_mesh(
     for fsdp, (sizes, remat) in possible.items():
         state = 4 * (4 + step.ema) * matrix_parameters(cfg) / fsdp
         if state <= state_room or fsdp == max(possible):
-            found = bound(cfg, dataclasses.replace(step, **sizes, remat=remat), chip)
-            choices.append((found["step_s"], found["link_gb"], fsdp, sizes, remat))
+            result = bound(cfg, dataclasses.replace(step, **sizes, remat=remat), chip)
+            choices.append((result["step_s"], result["link_gb"], fsdp, sizes, remat))
     return min(choices, key=lambda choice: choice[:3])[3:]

@@ -36,7 +36,7 @@ from var_jax import cli
 from var_jax.paths import local_path
 from var_jax.sharding import batch_sharding, check_batch, make_mesh, replicated
 from var_jax.training.hardware import peak_flops
-from var_jax.training.jit_steps import train_program
+from var_jax.training.jit_steps import jit_train_step
 from var_jax.training.state import count_parameters, create_state
 from var_jax.training.transformer_task import NextScaleTask
 
@@ -116,7 +116,7 @@ def time_step(task: NextScaleTask, mesh: Mesh, steps: int) -> dict[str, float]:
     """
     cfg = task.stage.train
     make_state, abstract = create_state(task.init, task.optimizer, cfg.ema > 0, jax.random.key(2), mesh)
-    step = train_program(task, cfg, STEPS, mesh, abstract)
+    step = jit_train_step(task, cfg, STEPS, mesh, abstract)
     state, inputs, key = make_state(), random_inputs(task, cfg.batch, mesh), jax.random.key(3)
     start = time.perf_counter()
     step = step.lower(state, *inputs, key).compile()

@@ -14,23 +14,23 @@ SAME = ("config", "device", "dtype", "parameters", "note")  # of runs that may s
 
 def with_rates(rows: list[dict], flops_per_image: float, peak: float | None) -> list[dict]:
     """Adds images_per_s, TFLOP/s a device and its share of the device's peak (MFU; None where unknown)."""
-    found = []
+    result = []
     for row in rows:
         rate = row["batch"] / row["seconds"] if row["seconds"] else None
         flops = rate and rate * flops_per_image / row["devices"]
         rates = {"images_per_s": rate, "tflops_per_device": flops and flops / 1e12}
-        found.append(row | rates | {"mfu": flops / peak if flops and peak else None})
-    return found
+        result.append(row | rates | {"mfu": flops / peak if flops and peak else None})
+    return result
 
 
 def with_efficiency(rows: list[dict]) -> list[dict]:
     """Adds efficiency: images/s a device, over that of the same mode on the fewest devices that did it."""
-    found = []
+    result = []
     for row in rows:
         base = ideal_base([other for other in rows if other["mode"] == row["mode"]])
         each = row["images_per_s"] and row["images_per_s"] / row["devices"]
-        found.append(row | {"efficiency": each / base if each else None})
-    return found
+        result.append(row | {"efficiency": each / base if each else None})
+    return result
 
 
 def ideal_base(rows: list[dict]) -> float | None:
@@ -47,16 +47,16 @@ def merge(runs: list[dict]) -> dict:
       ValueError: naming the field, where they are not of the same thing; or two of the same point.
     """
     for field in SAME:
-        if len(found := {str(run[field]) for run in runs}) > 1:
-            raise ValueError(f"--merge: runs differ in {field}: {', '.join(sorted(found))}")
+        if len(result := {str(run[field]) for run in runs}) > 1:
+            raise ValueError(f"--merge: runs differ in {field}: {', '.join(sorted(result))}")
     rows = [row for run in runs for row in run["rows"]]
     rows.sort(key=lambda row: (MODES.index(row["mode"]), row["devices"]))
     share = {"weak": lambda row: row["batch"] / row["devices"], "strong": lambda row: row["batch"]}
     for mode, fixed in share.items():
         mine = [row for row in rows if row["mode"] == mode]
-        if len(found := {fixed(row) for row in mine}) > 1:
+        if len(result := {fixed(row) for row in mine}) > 1:
             what = "images a device (give --batch_per_device)" if mode == "weak" else "global batch"
-            raise ValueError(f"--merge: {mode} scaling needs the same {what}, found {sorted(found)}")
+            raise ValueError(f"--merge: {mode} scaling needs the same {what}, got {sorted(result)}")
         if len({row["devices"] for row in mine}) < len(mine):
             raise ValueError(f"--merge: two runs have {mode} scaling on the same number of devices")
     return {**runs[0], "rows": with_efficiency(rows)}

@@ -128,10 +128,10 @@ def measure(function: Callable, *inputs, repeats: int, carry: bool = False) -> d
     compile_s, times, inputs = time.perf_counter() - start, [], list(inputs)
     for _ in range(2 + repeats):  # the first two warm up
         start = time.perf_counter()
-        found = jax.block_until_ready(compiled(*inputs))
+        result = jax.block_until_ready(compiled(*inputs))
         times.append(time.perf_counter() - start)
         if carry:
-            inputs[0] = found[0]
+            inputs[0] = result[0]
     return {
         "seconds": round(float(np.median(times[2:])), 5),
         "compile_s": round(compile_s, 1),
@@ -188,12 +188,12 @@ def sample(args: argparse.Namespace, tokenizer: Tokenizer, task: NextScaleTask) 
         controls,
     )
     draw = partial(generate, tokenizer, task.model)
-    found = measure(jax.jit(lambda *inputs: draw(*inputs)[0]), *inputs, repeats=args.repeats)
+    result = measure(jax.jit(lambda *inputs: draw(*inputs)[0]), *inputs, repeats=args.repeats)
     tokens_alone = measure(jax.jit(lambda *inputs: draw(*inputs)[1]), *inputs, repeats=args.repeats)
     seconds = tokens_alone["seconds"]
-    found["without_decoder"] = {"seconds": seconds, "images_per_s": round(args.batch / seconds, 3)}
-    flops = generation_flops(task.config, controls.guided) * args.batch
-    return found | {"tflops": flops / seconds / 1e12, "parameters": count_parameters(params)}
+    result["without_decoder"] = {"seconds": seconds, "images_per_s": round(args.batch / seconds, 3)}
+    flops = generation_flops(task.config, controls.num_guided_scales) * args.batch
+    return result | {"tflops": flops / seconds / 1e12, "parameters": count_parameters(params)}
 
 
 def initial_state(task: NextScaleTask) -> TrainState:
@@ -216,9 +216,9 @@ def train(args: argparse.Namespace, tokenizer: Tokenizer, task: NextScaleTask) -
     labels, tokens, inputs = random_tokens(task.config, args.batch)
     key, count = jax.random.key(0), count_parameters(jax.eval_shape(lambda: initial_state(task)).params)
     step = jax.jit(task.train_on_tokens, donate_argnums=0)
-    found = run(step, initial_state(task), labels, tokens, inputs, key)
+    result = run(step, initial_state(task), labels, tokens, inputs, key)
     flops = training_flops(task.config) * args.batch
-    found |= {"tflops": flops / found["seconds"] / 1e12, "parameters": count}
+    result |= {"tflops": flops / result["seconds"] / 1e12, "parameters": count}
     if args.with_encoder:
         rng, side = np.random.default_rng(0), task.image_size
         images = jnp.asarray(rng.integers(0, 256, (args.batch, side, side, 3)), jnp.uint8)
@@ -226,8 +226,8 @@ def train(args: argparse.Namespace, tokenizer: Tokenizer, task: NextScaleTask) -
         batch = {"image": images, "label": labels}
         whole = run(jax.jit(task.train_step, donate_argnums=0), initial_state(task), frozen, batch, key)
         whole |= {"images_per_s": round(args.batch / whole["seconds"], 3)}
-        found["with_encoder"] = whole | {"ratio": round(whole["seconds"] / found["seconds"], 3)}
-    return found
+        result["with_encoder"] = whole | {"ratio": round(whole["seconds"] / result["seconds"], 3)}
+    return result
 
 
 def train_tokenizer(args: argparse.Namespace, tokenizer: Tokenizer, task: NextScaleTask) -> dict:
@@ -250,9 +250,9 @@ def train_tokenizer(args: argparse.Namespace, tokenizer: Tokenizer, task: NextSc
     side = own.image_size
     batch = {"image": jnp.asarray(rng.integers(0, 256, (args.batch, side, side, 3), dtype=np.uint8))}
     step = jax.jit(own.train_step, donate_argnums=0)
-    found = measure(step, state, own.frozen, batch, jax.random.key(1), repeats=args.repeats, carry=True)
-    return found | {
-        "tflops": own.flops_per_image() * args.batch / found["seconds"] / 1e12,
+    result = measure(step, state, own.frozen, batch, jax.random.key(1), repeats=args.repeats, carry=True)
+    return result | {
+        "tflops": own.flops_per_image() * args.batch / result["seconds"] / 1e12,
         "parameters": count,
     }
 
@@ -276,9 +276,9 @@ def through_tokenizer(args: argparse.Namespace, tokenizer: Tokenizer, task: Next
     else:
         inputs = jnp.zeros((args.batch, tokenizer.config.schedule.length), jnp.int32)
     function = jax.jit(partial(getattr(tokenizer_model, args.what), tokenizer))
-    found = measure(function, params, inputs, repeats=args.repeats)
+    result = measure(function, params, inputs, repeats=args.repeats)
     flops = program_flops(function, params, inputs)
-    return found | {"tflops": flops / found["seconds"] / 1e12, "parameters": count_parameters(params)}
+    return result | {"tflops": flops / result["seconds"] / 1e12, "parameters": count_parameters(params)}
 
 
 def main():
@@ -297,14 +297,14 @@ def main():
         return print(json.dumps(input_rate(args, tokenizer, task.config, source)))
     steps = {"sample": sample, "train": train, "tokenizer": train_tokenizer}
     run = steps.get(args.what, through_tokenizer)
-    found = run(args, tokenizer, task)
+    result = run(args, tokenizer, task)
     line = {"what": args.what, "depth": args.depth, "batch": args.batch, "size": tokenizer.config.image_size}
-    line |= {"device": jax.devices()[0].device_kind, "dtype": jnp.dtype(tokenizer.dtype).name, **found}
-    line |= {"images_per_s": round(args.batch / found["seconds"], 3), "tflops": round(found["tflops"], 3)}
+    line |= {"device": jax.devices()[0].device_kind, "dtype": jnp.dtype(tokenizer.dtype).name, **result}
+    line |= {"images_per_s": round(args.batch / result["seconds"], 3), "tflops": round(result["tflops"], 3)}
     if peak := peak_flops(jax.devices()[0]):
-        line["share_of_peak"] = round(found["tflops"] * 1e12 / peak, 3)
+        line["share_of_peak"] = round(result["tflops"] * 1e12 / peak, 3)
     if peer:
-        same = found.get("without_decoder", line)["images_per_s"]
+        same = result.get("without_decoder", line)["images_per_s"]
         line |= {"against": peer, "ratio": round(same / peer["images_per_s"], 3)}
     print(json.dumps(line))
 

@@ -23,10 +23,10 @@ def next_scale_stage(config: ConfigDict) -> ConfigDict:
     Raises:
       ValueError: where it has none.
     """
-    found = {stage.task: stage for stage in stages_of(config)}
-    if "next_scale" not in found:
-        raise ValueError(f"--config must have a stage next_scale; this one has {', '.join(found)}")
-    return found["next_scale"]
+    result = {stage.task: stage for stage in stages_of(config)}
+    if "next_scale" not in result:
+        raise ValueError(f"--config must have a stage next_scale; this one has {', '.join(result)}")
+    return result["next_scale"]
 
 
 def tokenizer_of(config: ConfigDict, dtype: jnp.dtype) -> Tokenizer:

@@ -22,7 +22,7 @@ SEQUENCE = dict(order="raster", order_seed=0, mask="causal", reach=1)
 def get_config(name: str = "d16") -> ConfigDict:
     known = [*(name for name in var.RECIPES if name != "d36"), "digits"]
     if name not in known:
-        raise ValueError(f"configs/next_token.py knows {', '.join(known)}; found {name!r}")
+        raise ValueError(f"configs/next_token.py knows {', '.join(known)}; got {name!r}")
     if name == "digits":
         return flattened(digits.get_config())
     config = var.get_config(name)

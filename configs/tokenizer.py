@@ -41,7 +41,7 @@ SIZES = ("published", "small", "single", "residual", "patches")
 
 def get_config(size: str = "published") -> ConfigDict:
     if size not in SIZES:
-        raise ValueError(f"configs/tokenizer.py knows {', '.join(SIZES)}; found {size!r}")
+        raise ValueError(f"configs/tokenizer.py knows {', '.join(SIZES)}; got {size!r}")
     config = ConfigDict(
         dict(task="tokenizer", seed=0, data=common.data("imagenet2012"), train=common.train())
     )

@@ -25,7 +25,7 @@ RECIPES = {
 
 def get_config(name: str = "d16") -> ConfigDict:
     if name not in RECIPES:
-        raise ValueError(f"configs/var.py knows {', '.join(RECIPES)}; found {name!r}")
+        raise ValueError(f"configs/var.py knows {', '.join(RECIPES)}; got {name!r}")
     epochs, batch, learning_rate, gamma_init, end, weight_decay_end = RECIPES[name]
     depth, large = int(name[1:]), name == "d36"
     config = ConfigDict(

@@ -12,13 +12,13 @@ from var_jax import api
 from var_jax.images import denormalize_to_uint8
 from var_jax.sampling.auto_batch_size import codec_batch
 from var_jax.sampling.cast_params import in_compute_dtype
-from var_jax.sampling.editing import anew_under_mask
+from var_jax.sampling.editing import mask_from_pixels
 from var_jax.sampling.sampler import NonFiniteImages
 from var_jax.scales import SCALES_256
 from var_jax.tokenizer import model as tokenizer_model
 from var_jax.tokenizer.config import TokenizerConfig
 from var_jax.tokenizer.model import Tokenizer
-from var_jax.training.checkpoint_integrity import seal
+from var_jax.training.checkpoint_integrity import write_manifest
 
 
 @pytest.fixture(scope="module")
@@ -68,12 +68,12 @@ def test_round_trip_through_golden_files(golden_tokenizer, golden):
 @pytest.mark.parametrize(
     ("images", "message"),
     [
-        (np.zeros((1, 9, 8, 3)), r"images must be \[B, 8, 8, 3\], found shape \(1, 9, 8, 3\)"),
+        (np.zeros((1, 9, 8, 3)), r"images must be \[B, 8, 8, 3\], got shape \(1, 9, 8, 3\)"),
         (np.zeros((8, 8, 3)), r"images must be \[B, 8, 8, 3\]"),
-        (np.zeros((0, 8, 8, 3)), r"found shape \(0, 8, 8, 3\); B must be at least 1"),
-        (np.zeros((1, 8, 8, 3), np.uint8), "found uint8; divide uint8 by 255"),
-        (np.full((1, 8, 8, 3), 1.002), r"images must be in \[0, 1\], found 1.002 .. 1.002"),
-        (np.full((1, 8, 8, 3), -0.5), r"images must be in \[0, 1\], found -0.5"),
+        (np.zeros((0, 8, 8, 3)), r"got shape \(0, 8, 8, 3\); B must be at least 1"),
+        (np.zeros((1, 8, 8, 3), np.uint8), "got uint8; divide uint8 by 255"),
+        (np.full((1, 8, 8, 3), 1.002), r"images must be in \[0, 1\], got 1.002 .. 1.002"),
+        (np.full((1, 8, 8, 3), -0.5), r"images must be in \[0, 1\], got -0.5"),
         (np.full((1, 8, 8, 3), np.nan), r"images must be in \[0, 1\]"),
     ],
 )
@@ -109,7 +109,7 @@ def test_encoding_and_decoding_go_in_batches_of_one_shape(loaded, monkeypatch):
         np.testing.assert_allclose(tokenizer.decode_steps(tokens, batch=module_batch), steps, atol=1e-5)
         assert tokenizer_model.decode._cache_size() <= compiled + 1
     for method, rows in (("encode", images), ("decode", tokens), ("decode_steps", tokens)):
-        with pytest.raises(ValueError, match="batch must be a whole number of at least 1, found 0"):
+        with pytest.raises(ValueError, match="batch must be a whole number of at least 1, got 0"):
             getattr(tokenizer, method)(rows, batch=0)
 
 
@@ -121,7 +121,7 @@ def test_weights_that_are_not_finite_are_an_error_that_names_the_images(loaded):
     for smooth in (False, True):
         with pytest.raises(NonFiniteImages, match=message):
             broken.sample([3, 0, 3], smooth=smooth)
-    batches = broken.generate_batches([0, 1, 2, 3], 0, 3, model.options, finish=denormalize_to_uint8)
+    batches = broken.generate_batches([0, 1, 2, 3], 0, 3, model.options, postprocess=denormalize_to_uint8)
     next(batches)  # images 0 .. 2 are sound
     with pytest.raises(NonFiniteImages, match=r"1 of 1 images are not finite: 3 \(label 3\)"):
         next(batches)
@@ -139,9 +139,7 @@ def test_seeds_that_would_repeat_others_are_refused(loaded, seed):
     _, model = loaded
     images, mask, tokens = np.zeros((1, 8, 8, 3)), np.ones((8, 8), bool), np.zeros((1, 21), int)
     for method, *given in ((model.generate, [1]), (model.inpaint, images, mask), (model.vary, tokens, 1)):
-        with pytest.raises(
-            ValueError, match=f"seed must be a whole number in 0 .. 4294967295, found {seed!r}"
-        ):
+        with pytest.raises(ValueError, match=f"seed must be a whole number in 0 .. 4294967295, got {seed!r}"):
             method(*given, seed=seed)
 
 
@@ -163,9 +161,9 @@ def test_inpainting_keeps_the_tokens_and_on_request_the_pixels_outside_the_mask(
     mask = np.zeros((8, 8), bool)
     mask[4:] = True
     made, tokens = model.inpaint(images, mask, [1, 2, 3], return_tokens=True)
-    given, anew = tokenizer.encode(images), anew_under_mask(mask[None], model.module.config.schedule)[0]
-    np.testing.assert_array_equal(tokens[:, ~anew], given[:, ~anew])
-    assert (tokens[:, anew] != given[:, anew]).mean() > 0.3
+    given, resample = tokenizer.encode(images), mask_from_pixels(mask[None], model.module.config.schedule)[0]
+    np.testing.assert_array_equal(tokens[:, ~resample], given[:, ~resample])
+    assert (tokens[:, resample] != given[:, resample]).mean() > 0.3
     np.testing.assert_allclose(made, tokenizer.decode(tokens), atol=1e-5)
     pasted = model.inpaint(images, mask, [1, 2, 3], paste_back=True)
     np.testing.assert_array_equal(pasted[:, :4], images[:, :4])
@@ -173,12 +171,12 @@ def test_inpainting_keeps_the_tokens_and_on_request_the_pixels_outside_the_mask(
     # Without labels: as for "no class".  With a mask for each image: as with one for all.
     none = model.inpaint(images, np.stack([mask] * 3), [10, 10, 10], seed=4)
     np.testing.assert_array_equal(model.inpaint(images, mask, seed=4), none)
-    for wrong, found in ((mask[:4], r"bool \(4, 8\)"), (mask.astype(int), r"int64 \(8, 8\)")):
-        with pytest.raises(ValueError, match=r"must be bool \(3, 8, 8\) like the images, found " + found):
+    for wrong, result in ((mask[:4], r"bool \(4, 8\)"), (mask.astype(int), r"int64 \(8, 8\)")):
+        with pytest.raises(ValueError, match=r"must be bool \(3, 8, 8\) like the images, got " + result):
             model.inpaint(images, wrong)
-    with pytest.raises(ValueError, match="found 3 images and 2 labels"):
+    with pytest.raises(ValueError, match="got 3 images and 2 labels"):
         model.inpaint(images, mask, [1, 2])
-    with pytest.raises(ValueError, match="batch must be a whole number of at least 1, found 0"):
+    with pytest.raises(ValueError, match="batch must be a whole number of at least 1, got 0"):
         model.inpaint(images, mask, batch=0)
 
 
@@ -206,7 +204,7 @@ def test_variation_keeps_the_coarse_maps(loaded):
     # The seed that the image was drawn with gives it again; two at a time as well.
     _, same = model.vary(tokens, 1, [1, 2, 3], return_tokens=True, batch=2)
     np.testing.assert_array_equal(same, tokens)
-    with pytest.raises(ValueError, match="batch must be a whole number of at least 1, found 0"):
+    with pytest.raises(ValueError, match="batch must be a whole number of at least 1, got 0"):
         model.vary(tokens, 1, batch=0)
 
 
@@ -241,28 +239,28 @@ def test_wrong_tokens_and_labels(loaded):
     tokenizer, model = loaded
     tokens = np.zeros((1, 21), int)
     for wrong, message in (
-        (tokens[:, :20], r"tokens must be int \[B, 21\], found int64 \(1, 20\)"),
-        (tokens[:0], r"found int64 \(0, 21\); B must be at least 1"),
-        (tokens + 16, r"tokens must be in 0 .. 15, found 16 .. 16"),
-        (tokens * 1.0, "found float64"),
+        (tokens[:, :20], r"tokens must be int \[B, 21\], got int64 \(1, 20\)"),
+        (tokens[:0], r"got int64 \(0, 21\); B must be at least 1"),
+        (tokens + 16, r"tokens must be in 0 .. 15, got 16 .. 16"),
+        (tokens * 1.0, "got float64"),
     ):
         with pytest.raises(ValueError, match=message):
             tokenizer.decode(wrong)
     for upto in (4, 0, 2.0):
-        with pytest.raises(ValueError, match=f"upto must be a whole number in 1 .. 3, found {upto}"):
+        with pytest.raises(ValueError, match=f"upto must be a whole number in 1 .. 3, got {upto}"):
             tokenizer.decode(tokens, upto=upto)
     for labels, message in (
-        ([11], r"labels must be in 0 .. 10 \(10 means no class\), found 11 .. 11"),
-        ([-1], "found -1"),
+        ([11], r"labels must be in 0 .. 10 \(10 means no class\), got 11 .. 11"),
+        ([-1], "got -1"),
         ([], "B at least 1"),
         ([[1]], r"labels must be int \[B\]"),
-        ([0.5], "found float64"),
+        ([0.5], "got float64"),
     ):
         with pytest.raises(ValueError, match=message):
             model.generate(labels)
     with pytest.raises(ValueError, match="2 labels"):
         model.logits(tokens, [0, 1])
-    with pytest.raises(ValueError, match="batch must be a whole number of at least 1, found 0"):
+    with pytest.raises(ValueError, match="batch must be a whole number of at least 1, got 0"):
         model.generate([0], batch=0)
 
 
@@ -286,7 +284,7 @@ def test_a_run_on_a_tokenizer_from_elsewhere_leads_to_it(tiny_run, tmp_path):
     record = json.loads(saved.read_text())
     record["stage"]["tokenizer"] = str(tiny_run)
     saved.write_text(json.dumps(record))
-    seal(saved.parent.parent)
+    write_manifest(saved.parent.parent)
     tokenizer = var_jax.load_tokenizer(tmp_path)
     want = var_jax.load_tokenizer(tiny_run).params["quantizer"]["codebook"]
     np.testing.assert_array_equal(tokenizer.params["quantizer"]["codebook"], want)

@@ -57,5 +57,5 @@ def test_edits_lead_to_one_class(monkeypatch):
     np.testing.assert_array_equal(cli.labels(model, "label", most=1), [10])
     for words in (("3", "5"), ("3-5",)):
         monkeypatch.setattr(cli, "FLAGS", flag(*words))
-        with pytest.raises(app.UsageError, match="--label=.*: must name 1 class, found"):
+        with pytest.raises(app.UsageError, match="--label=.*: must name 1 class, got"):
             cli.labels(model, "label", most=1)

@@ -42,8 +42,8 @@ def images_like(tokenizer, count: int = 8) -> jax.Array:
 
 
 def assert_all_highest(function, *args) -> None:
-    found = products(function, *args)
-    assert found and {precision_of(eqn) for eqn in found} == {"highest"}, found
+    result = products(function, *args)
+    assert result and {precision_of(eqn) for eqn in result} == {"highest"}, result
 
 
 # ------------------------------------------------------------------------------------------------ tokens
@@ -110,23 +110,23 @@ def test_a_token_cache_and_an_evaluation_encode_at_highest_and_judge_in_float32(
     pixels = np.zeros((8, 8, 8, 3), np.uint8)
     encoder = BatchEncoder(module, params, 8)
     assert_all_highest(encoder._program, encoder._params, pixels)
-    real, found = jax.jit, []
+    real, result = jax.jit, []
 
     def jit(function):
         def run(*args):
-            found.extend(products(function, *args))
+            result.extend(products(function, *args))
             return real(function)(*args)
 
         return run
 
     monkeypatch.setattr(reconstruction.jax, "jit", jit)
     reconstruction.evaluate_reconstruction(module, params, [{"image": pixels, "valid": np.ones(8)}], 8)
-    in_float32 = [eqn for eqn in found if eqn.invars[0].aval.dtype == FULL]
+    in_float32 = [eqn for eqn in result if eqn.invars[0].aval.dtype == FULL]
     assert {precision_of(eqn) for eqn in in_float32} == {"highest"}
     encoding = len(
         products(lambda x: module.apply({"params": params}, x, method="encode"), jnp.zeros((8, 8, 8, 3)))
     )
-    assert encoding < len(in_float32) < len(found)  # pixels are decoded in bfloat16
+    assert encoding < len(in_float32) < len(result)  # pixels are decoded in bfloat16
 
 
 def test_networks_that_judge_images_are_float32_unless_less_is_asked_for():
@@ -152,7 +152,7 @@ def test_the_dtype_asked_for_is_the_networks(tiny_run):
     assert model.params["code_embedding"]["kernel"].dtype == model.params["head"]["bias"].dtype == FULL
     assert model.params["head"]["kernel"].dtype == HALF
     for load in (var_jax.load_tokenizer, lambda path, dtype: var_jax.load_var(path, tokenizer, dtype=dtype)):
-        with pytest.raises(ValueError, match="must be auto, float32 or bfloat16, found 'fp16'"):
+        with pytest.raises(ValueError, match="must be auto, float32 or bfloat16, got 'fp16'"):
             load(tiny_run, dtype="fp16")
 
 
@@ -179,7 +179,7 @@ def test_training_encodes_in_float32_at_the_precision_asked_for_and_evaluates_at
             assert {precision_of(eqn) for eqn in eqns[encoder:]} == {"highest"}
     stage.transformer.encoder_precision = "float32"
     with pytest.raises(
-        ValueError, match="encoder_precision must be one of default, high, highest; found 'float32'"
+        ValueError, match="encoder_precision must be one of default, high, highest; got 'float32'"
     ):
         NextScaleTask(stage, 6, *tokenizer, classes=10)
 
@@ -255,7 +255,7 @@ def test_the_gradients_of_the_head_are_those_of_a_plain_product():
         head = Head(16, nn.initializers.zeros_init(), dtype)
         params = {"kernel": kernel, "bias": jnp.ones(16)}
         loss = lambda params, x: jnp.sum(head.apply({"params": params}, x) * weights)  # noqa: B023, E731
-        found, found_x = jax.jit(jax.grad(loss, (0, 1)))(params, x)
-        close(found["kernel"], np.einsum("bnd,bnv->dv", x, weights), tolerance)
-        close(found["bias"], np.sum(weights, (0, 1)), 1e-6)
+        result, found_x = jax.jit(jax.grad(loss, (0, 1)))(params, x)
+        close(result["kernel"], np.einsum("bnd,bnv->dv", x, weights), tolerance)
+        close(result["bias"], np.sum(weights, (0, 1)), 1e-6)
         close(found_x, np.einsum("bnv,dv->bnd", weights, kernel), tolerance)

@@ -106,9 +106,9 @@ def killed_after(run, out, images: int) -> int:
 def test_killed_three_times_it_makes_the_same_file_byte_for_byte(tiny_run, unbroken, tmp_path):
     there = 0
     for images in (20, 100, 180):
-        found = killed_after(tiny_run, tmp_path, images)
-        assert max(images, there) <= found < COUNT  # it went on where it was, and was killed on the way
-        there = found
+        result = killed_after(tiny_run, tmp_path, images)
+        assert max(images, there) <= result < COUNT  # it went on where it was, and was killed on the way
+        there = result
         assert not (tmp_path / "samples.npz").exists()
     file, images = sampled(tiny_run, tmp_path, "--batch=2", "--pngs")
     assert file == unbroken[0]
@@ -224,13 +224,13 @@ def test_classes_and_controls_reach_the_program(tiny_run, tmp_path):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (("--top_k=17",), "top_k must be at most the 16 codes of the codebook, 0 for all; found 17"),
+        (("--top_k=17",), "top_k must be at most the 16 codes of the codebook, 0 for all; got 17"),
         (("--guidance=1,2",), "guidance must be one value or one for each of the 3 scales"),
         (("--guidance=high",), "--guidance=high: could not convert string to float"),
         (("--classes=0-99",), "--classes=0-99: labels must be in 0 .. 10"),
         (("--classes=3-1",), "--classes=3-1: labels must be int"),
         (("--coordinator=localhost:1",), "several hosts need --coordinator, --num_processes and"),
-        (("--smooth=maybe",), "must be true or false, found 'maybe'"),
+        (("--smooth=maybe",), "must be true or false, got 'maybe'"),
     ],
 )
 def test_wrong_controls_are_named(tiny_run, tmp_path, flags, message):
@@ -243,8 +243,8 @@ def test_flags_that_cannot_be_are_refused_before_anything_is_loaded():
     done = command("-c", OUT_FOLDER)
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.splitlines() == [
-        "give either --labels, an image each, or --classes; found both",
-        "give either --labels, an image each, or --num_per_class; found both",
+        "give either --labels, an image each, or --classes; got both",
+        "give either --labels, an image each, or --num_per_class; got both",
         "--workdir=gs://bucket/run is remote, but samples are appended to local files while they are made: "
         "give --out=DIR, a folder on this machine, too",
         "--out=gs://bucket/out: must be a local path. Copy it to this machine, or mount the bucket (gcsfuse "

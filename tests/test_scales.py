@@ -38,7 +38,7 @@ def test_a_schedule_is_a_value():
     ("sides", "message"),
     [
         ((), "empty schedule"),
-        ((0, 1), "at least 1, found 0"),
+        ((0, 1), "at least 1, got 0"),
         ((1, 3, 2), r"2 follows 3 in \(1, 3, 2\)"),
         ((1, 2.5), "whole numbers"),
         (7, "whole numbers"),
@@ -50,7 +50,7 @@ def test_nonsense_is_an_error_that_says_so(sides, message):
 
 
 def test_last_side_must_be_the_feature_side():
-    with pytest.raises(ValueError, match="found 4, the features are 8 x 8"):
+    with pytest.raises(ValueError, match="got 4, the features are 8 x 8"):
         Scales((1, 4)).check_feature_side(8)
 
 

@@ -8,7 +8,7 @@ from var_jax.data.sources import DataSetMissing
 from var_jax.errors import ConfigError
 from var_jax.stages import num_steps, run, stages_of
 from var_jax.training.checkpoint import CheckpointMissing, load_config
-from var_jax.training.trainer import check_same_run
+from var_jax.training.trainer import check_resume_compatible
 
 
 def test_stages_of_a_config():
@@ -20,7 +20,7 @@ def test_stages_of_a_config():
     assert stages_of(single) == [single]
     config.stages = ("tokeniser",)
     with pytest.raises(
-        ValueError, match=r"must name some of \['next_scale', 'tokenizer'\], found \('tokeniser',\)"
+        ValueError, match=r"must name some of \['next_scale', 'tokenizer'\], got \('tokeniser',\)"
     ):
         stages_of(config)
 
@@ -61,14 +61,14 @@ def add(section, **fields):
         (lambda c: add(c.loss, gan=1.0), r"config.loss weighs unknown terms \['gan'\]"),
         (lambda c: c.train.update(batch=30), "train.batch=30 must be a multiple of 8"),
         (lambda c: c.train.update(batch=2000), "fewer than one batch of 2000"),
-        (lambda c: c.train.update(log_every=0), "train.log_every must be at least 1, found 0"),
+        (lambda c: c.train.update(log_every=0), "train.log_every must be at least 1, got 0"),
         (lambda c: c.train.update(ema=1.0), r"train.ema must be in \[0, 1\)"),
         (lambda c: c.train.update(dtype="float17"), "train.dtype must be auto, float32 or bfloat16"),
         (lambda c: c.train.update(schedule="up"), "train.schedule must be one of"),
         (lambda c: c.train.update(steps=0, epochs=0), "make no step"),
         (
             lambda c: c.update(task="gan"),
-            "config.task must be one of tokenizer, next_scale, next_token; found 'gan'",
+            "config.task must be one of tokenizer, next_scale, next_token; got 'gan'",
         ),
         (lambda c: c.data.update(eval_split="dev"), "no split 'dev'"),
         (lambda c: c.train.mesh.update(data=3), "does not fit 8 devices"),
@@ -122,7 +122,7 @@ def test_published_hyperparameters(name, depth):
 def test_512px_and_unknown_sizes():
     config = var.get_config("d36")
     assert config.model.shared_adaln and sum(s * s for s in config.scales) == 2240
-    with pytest.raises(ValueError, match="knows d12, d16, d20, d24, d30, d36; found 'd8'"):
+    with pytest.raises(ValueError, match="knows d12, d16, d20, d24, d30, d36; got 'd8'"):
         var.get_config("d8")
 
 
@@ -131,18 +131,18 @@ def test_rhythm_and_place_may_change_between_runs_and_nothing_else(tmp_path):
     now = digits.get_config().tokenizer
     now.train.update(dict(log_every=1, keep=9, mesh=dict(data=2)))
     now.data.update(dict(dir="/elsewhere", threads=1))
-    check_same_run(saved, {**saved, "stage": now.to_dict()}, tmp_path)
+    check_resume_compatible(saved, {**saved, "stage": now.to_dict()}, tmp_path)
     del saved["stage"]["init_from"], saved["stage"]["model"]["patch"]  # a run older than these fields
-    check_same_run(saved, {**saved, "stage": now.to_dict()}, tmp_path)
+    check_resume_compatible(saved, {**saved, "stage": now.to_dict()}, tmp_path)
     now.model.patch = 2
     with pytest.raises(ValueError, match="config.model.patch: None there, 2 now"):
-        check_same_run(saved, {**saved, "stage": now.to_dict()}, tmp_path)
+        check_resume_compatible(saved, {**saved, "stage": now.to_dict()}, tmp_path)
     now.model.patch = 0
     now.seed = 5
     with pytest.raises(ValueError, match="config.seed: 1 there, 5 now"):
-        check_same_run(saved, {**saved, "stage": now.to_dict()}, tmp_path)
+        check_resume_compatible(saved, {**saved, "stage": now.to_dict()}, tmp_path)
     with pytest.raises(ValueError, match="tokenizer: 'codebook 1' there, 'codebook 2' now"):
-        check_same_run(saved, {**saved, "tokenizer": "codebook 2"}, tmp_path)
+        check_resume_compatible(saved, {**saved, "tokenizer": "codebook 2"}, tmp_path)
 
 
 def record_of(stage, **more) -> dict:
@@ -157,11 +157,11 @@ def test_what_changes_no_number_may_change_between_runs(tmp_path):
     stage.train.update(dict(remat=False))
     stage.update(dict(init_from="/elsewhere", perceptual_weights="/elsewhere/vgg16.pth"))
     stage.adversarial.dino_weights = "/elsewhere/dino.pth"
-    assert check_same_run(saved, record_of(stage, weights={"vgg": "0a1b2c3d"}), tmp_path) == ""
+    assert check_resume_compatible(saved, record_of(stage, weights={"vgg": "0a1b2c3d"}), tmp_path) == ""
     with pytest.raises(ConfigError, match="weights.vgg: '0a1b2c3d' there, 'ffffffff' now"):
-        check_same_run(saved, record_of(stage, weights={"vgg": "ffffffff"}), tmp_path)
+        check_resume_compatible(saved, record_of(stage, weights={"vgg": "ffffffff"}), tmp_path)
     with pytest.raises(ConfigError, match="weights.vgg: '0a1b2c3d' there, None now"):
-        check_same_run(saved, record_of(stage), tmp_path)
+        check_resume_compatible(saved, record_of(stage), tmp_path)
 
 
 def test_runs_of_before_fingerprints_and_types_were_recorded_go_on(tmp_path):
@@ -169,27 +169,27 @@ def test_runs_of_before_fingerprints_and_types_were_recorded_go_on(tmp_path):
     stage.perceptual_weights = "vgg16.pth"
     saved = {"task": "tokenizer", "stage": stage.to_dict()}
     stage.perceptual_weights = "/elsewhere/vgg16.pth"
-    check_same_run(saved, record_of(stage, weights={"vgg": "0a1b2c3d"}), tmp_path)
+    check_resume_compatible(saved, record_of(stage, weights={"vgg": "0a1b2c3d"}), tmp_path)
     stage.perceptual_weights = ""
     with pytest.raises(ConfigError, match="config.perceptual_weights is given: True there, False now"):
-        check_same_run(saved, record_of(stage), tmp_path)
+        check_resume_compatible(saved, record_of(stage), tmp_path)
     stage.perceptual_weights = "vgg16.pth"
     stage.train.dtype = "bfloat16"
     with pytest.raises(ConfigError, match="config.train.dtype: 'auto' there, 'bfloat16' now"):
-        check_same_run(saved, record_of(stage, dtype="bfloat16"), tmp_path)
+        check_resume_compatible(saved, record_of(stage, dtype="bfloat16"), tmp_path)
 
 
 def test_a_type_that_auto_stands_for_elsewhere_is_told_and_another_choice_refused(tmp_path):
     """A run of an accelerator that goes on here."""
     stage = tokenizer_config.get_config()
     saved = record_of(stage, dtype="bfloat16")
-    notice = check_same_run(saved, record_of(stage), tmp_path)
+    notice = check_resume_compatible(saved, record_of(stage), tmp_path)
     assert "began with matrix products in bfloat16; train.dtype=auto is float32 on this platform" in notice
     stage.train.dtype = "bfloat16"  # named, it is what it was
-    assert check_same_run(saved, record_of(stage, dtype="bfloat16"), tmp_path) == ""
+    assert check_resume_compatible(saved, record_of(stage, dtype="bfloat16"), tmp_path) == ""
     stage.train.dtype = "float32"
     with pytest.raises(ConfigError, match="dtype: 'bfloat16' there, 'float32' now"):
-        check_same_run(saved, record_of(stage), tmp_path)
+        check_resume_compatible(saved, record_of(stage), tmp_path)
 
 
 def test_a_run_records_its_type_and_its_frozen_networks(tiny_run):
@@ -214,7 +214,7 @@ def test_a_field_of_the_model_that_is_newer_than_a_run_has_its_default_there(tmp
         {"model": {"depth": 2}, "stage": {"model": {}}},
         {"depth": 16, "positions": "learned_1d"},
     )
-    check_same_run(saved, now, tmp_path, defaults)
+    check_resume_compatible(saved, now, tmp_path, defaults)
     now["model"]["positions"] = "rotary_2d"
     with pytest.raises(ValueError, match="model.positions: 'learned_1d' there, 'rotary_2d' now"):
-        check_same_run(saved, now, tmp_path, defaults)
+        check_resume_compatible(saved, now, tmp_path, defaults)

@@ -16,11 +16,17 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from var_jax.interop import load
 from var_jax.sampling.auto_batch_size import codec_batch
 from var_jax.sampling.cast_params import in_compute_dtype, tokenizer_in_compute_dtype
-from var_jax.sampling.editing import anew_from_scale, anew_under_mask
+from var_jax.sampling.editing import mask_from_pixels, mask_from_scale
 from var_jax.sampling.options import MAX_SEED, SamplingOptions, check_integer
-from var_jax.sampling.sampler import Given, check_finite, generate_in_chunks, put, teacher_forced_logits
+from var_jax.sampling.sampler import (
+    KnownTokens,
+    check_finite,
+    device_put_global,
+    generate_in_chunks,
+    teacher_forced_logits,
+)
 from var_jax.tokenizer import model as tokenizer_model
-from var_jax.transformer.model import Trunk
+from var_jax.transformer.model import ARTransformer
 
 # Those of the published demonstration, but for its `more_smooth`: mixed codes are no tokens, and the tokens
 # of an edit are to be those of its image.  smooth=True gives the demonstration's.
@@ -96,13 +102,13 @@ class LoadedTokenizer:
         """Images as float32 [B, H, W, 3] in [0, 1].  Raises ValueError on another size, type or range."""
         images, side = np.asarray(images), self.module.config.image_size
         if images.ndim != 4 or images.shape[1:] != (side, side, 3) or not len(images):
-            found = f"found shape {images.shape}"
-            raise ValueError(f"images must be [B, {side}, {side}, 3], {found}; B must be at least 1")
+            result = f"got shape {images.shape}"
+            raise ValueError(f"images must be [B, {side}, {side}, 3], {result}; B must be at least 1")
         if not jnp.issubdtype(images.dtype, jnp.floating):
-            raise ValueError(f"images must be floats in [0, 1], found {images.dtype}; divide uint8 by 255")
+            raise ValueError(f"images must be floats in [0, 1], got {images.dtype}; divide uint8 by 255")
         images = images.astype(np.float32)
         if not (images.min() >= -OUT_OF_RANGE and images.max() <= 1 + OUT_OF_RANGE):
-            raise ValueError(f"images must be in [0, 1], found {images.min():.6g} .. {images.max():.6g}")
+            raise ValueError(f"images must be in [0, 1], got {images.min():.6g} .. {images.max():.6g}")
         return images.clip(0, 1)
 
     def check_tokens(self, tokens, whole: bool = True) -> np.ndarray:
@@ -116,11 +122,11 @@ class LoadedTokenizer:
         fits = tokens.ndim == 2 and tokens.shape[1] in lengths and len(tokens)
         if not fits or not np.issubdtype(tokens.dtype, np.integer):
             expected = " or ".join(str(length) for length in lengths)
-            found = f"found {tokens.dtype} {tokens.shape}"
-            raise ValueError(f"tokens must be int [B, {expected}], {found}; B must be at least 1")
+            result = f"got {tokens.dtype} {tokens.shape}"
+            raise ValueError(f"tokens must be int [B, {expected}], {result}; B must be at least 1")
         if not (tokens.min() >= 0 and tokens.max() < self.num_codes):
             raise ValueError(
-                f"tokens must be in 0 .. {self.num_codes - 1}, found {tokens.min()} .. {tokens.max()}"
+                f"tokens must be in 0 .. {self.num_codes - 1}, got {tokens.min()} .. {tokens.max()}"
             )
         return tokens.astype(np.int32)
 
@@ -134,7 +140,9 @@ class LoadedVAR:
       options: how its run draws its previews; the published options for a published file.
     """
 
-    def __init__(self, model: Trunk, params: dict, options: SamplingOptions, tokenizer: LoadedTokenizer):
+    def __init__(
+        self, model: ARTransformer, params: dict, options: SamplingOptions, tokenizer: LoadedTokenizer
+    ):
         self.module, self.options, self.tokenizer = model, options, tokenizer
         self.params = in_compute_dtype(params, model.dtype)
         self.params = jax.tree.map(jnp.asarray, self.params)  # cast on the host, so that it is held once
@@ -145,7 +153,9 @@ class LoadedVAR:
         """This model with its parameters on all devices (of all hosts), which then share every batch."""
         devices = jax.devices() if devices is None else devices
         mesh = jax.make_mesh((len(devices),), ("data",), axis_types=(AxisType.Auto,), devices=devices)
-        everywhere = partial(jax.tree.map, partial(put, sharding=NamedSharding(mesh, PartitionSpec())))
+        everywhere = partial(
+            jax.tree.map, partial(device_put_global, sharding=NamedSharding(mesh, PartitionSpec()))
+        )
         tokenizer = LoadedTokenizer(self.tokenizer.module, everywhere(self.tokenizer.params))
         model = LoadedVAR(self.module, everywhere(self.params), self.options, tokenizer)
         model._sharding = NamedSharding(mesh, PartitionSpec("data"))
@@ -155,7 +165,7 @@ class LoadedVAR:
         """Teacher-forced logits float32 [B, L, V] of tokens int [B, L] given labels int [B]."""
         tokens, labels = self.tokenizer.check_tokens(tokens), self.check_labels(labels)
         if len(tokens) != len(labels):
-            raise ValueError(f"found tokens of {len(tokens)} images and {len(labels)} labels")
+            raise ValueError(f"got tokens of {len(tokens)} images and {len(labels)} labels")
         networks = (self.tokenizer.module, self.module, self.tokenizer.params, self.params)
         return np.asarray(teacher_forced_logits(*networks, labels, tokens))
 
@@ -249,18 +259,18 @@ class LoadedVAR:
         images, mask = self.tokenizer.check_images(images), np.asarray(mask)
         if mask.dtype != bool or mask.shape not in (images.shape[:3], images.shape[1:3]):
             raise ValueError(
-                f"mask must be bool {images.shape[:3]} like the images, found {mask.dtype} {mask.shape}"
+                f"mask must be bool {images.shape[:3]} like the images, got {mask.dtype} {mask.shape}"
             )
         mask = np.broadcast_to(mask, images.shape[:3])
-        anew = anew_under_mask(mask, self.module.config.schedule)
-        if len(unchanged := np.flatnonzero(~anew.any(axis=1))):
+        resample = mask_from_pixels(mask, self.module.config.schedule)
+        if len(unchanged := np.flatnonzero(~resample.any(axis=1))):
             raise ValueError(
                 f"mask must mark something to draw in every image; in image {unchanged[0]} no token is to be "
                 f"drawn: {mask[unchanged[0]].sum()} of its pixels are True, and 1x1 maps are always kept"
             )
         labels, options = self._labels_of(len(images), labels), SamplingOptions(**{**EDITING, **options})
         tokens = self.tokenizer.encode(images)
-        made, tokens = self._drawn(labels, seed, options, batch, Given(tokens, anew))
+        made, tokens = self._drawn(labels, seed, options, batch, KnownTokens(tokens, resample))
         made = np.where(mask[..., None], made, images) if paste_back else made
         return (made, tokens) if return_tokens else made
 
@@ -286,7 +296,7 @@ class LoadedVAR:
           Images float32 [B, H, W, 3] in [0, 1], or (images, tokens).
         """
         tokens = self.tokenizer.check_tokens(tokens)
-        given = Given(tokens, anew_from_scale(from_scale, len(tokens), self.module.config.schedule))
+        given = KnownTokens(tokens, mask_from_scale(from_scale, len(tokens), self.module.config.schedule))
         labels = self._labels_of(len(tokens), labels)
         made, tokens = self._drawn(labels, seed, SamplingOptions(**options), batch, given)
         return (made, tokens) if return_tokens else made
@@ -305,7 +315,7 @@ class LoadedVAR:
         return generate_in_chunks(*networks, labels, seed, options, batch, sharding=self._sharding, **more)
 
     def _drawn(
-        self, labels, seed: int, options: SamplingOptions, batch: int | None, given: Given | None = None
+        self, labels, seed: int, options: SamplingOptions, batch: int | None, given: KnownTokens | None = None
     ) -> tuple[np.ndarray, np.ndarray]:
         """Images and tokens of all labels, `batch` at a time, all at once by default."""
         labels = self.check_labels(labels)
@@ -317,18 +327,18 @@ class LoadedVAR:
         """Labels int32 of so many images that are given; None for "no class"."""
         labels = self.check_labels(np.full(count, self.num_classes) if labels is None else labels)
         if len(labels) != count:
-            raise ValueError(f"found {count} images and {len(labels)} labels")
+            raise ValueError(f"got {count} images and {len(labels)} labels")
         return labels
 
     def check_labels(self, labels) -> np.ndarray:
         """Labels as int32 [B].  Raises ValueError on another shape, or numbers that are no class."""
         labels = np.asarray(labels)
         if labels.ndim != 1 or not labels.size or not np.issubdtype(labels.dtype, np.integer):
-            raise ValueError(f"labels must be int [B], B at least 1; found {labels.dtype} {labels.shape}")
+            raise ValueError(f"labels must be int [B], B at least 1; got {labels.dtype} {labels.shape}")
         if labels.min() < 0 or labels.max() > self.num_classes:
             raise ValueError(
                 f"labels must be in 0 .. {self.num_classes} ({self.num_classes} means no class), "
-                f"found {labels.min()} .. {labels.max()}"
+                f"got {labels.min()} .. {labels.max()}"
             )
         return labels.astype(np.int32)
 

@@ -172,11 +172,11 @@ def options(model: var_jax.LoadedVAR, **defaults) -> SamplingOptions:
         if value is not None:
             given[name] = _per_scale(name) if name in PER_SCALE else value
     try:
-        found = dataclasses.replace(model.options, **{**defaults, **given})
-        found.controls(model.module.config.schedule, model.module.config.num_codes)
+        result = dataclasses.replace(model.options, **{**defaults, **given})
+        result.controls(model.module.config.schedule, model.module.config.num_codes)
     except ValueError as error:
         raise app.UsageError(str(error)) from error
-    return found
+    return result
 
 
 def as_keywords(options: SamplingOptions) -> dict:
@@ -209,7 +209,7 @@ def local_folder(flag: str) -> epath.Path:
 
 def _yes_or_no(word: str) -> bool:
     if word.lower() not in ("true", "false", "1", "0"):
-        raise ValueError(f"must be true or false, found {word!r}")
+        raise ValueError(f"must be true or false, got {word!r}")
     return word.lower() in ("true", "1")
 
 
@@ -219,18 +219,18 @@ def labels(model: var_jax.LoadedVAR, flag: str, most: int | None = None) -> np.n
     Raises:
       UsageError: naming the flag, on what is no class, or more classes than `most`.
     """
-    words, found = FLAGS[flag].value, []
+    words, result = FLAGS[flag].value, []
     try:
         for word in words:
             first, dash, last = word.partition("-")
             if word == "none":
-                found.append(model.num_classes)
+                result.append(model.num_classes)
             elif dash and first:
-                found += range(int(first), int(last) + 1)
+                result += range(int(first), int(last) + 1)
             else:
-                found.append(int(word))
-        if most is not None and len(found) > most:
-            raise ValueError(f"must name {most} class, found {len(found)}")
-        return model.check_labels(np.array(found, np.int64))
+                result.append(int(word))
+        if most is not None and len(result) > most:
+            raise ValueError(f"must name {most} class, got {len(result)}")
+        return model.check_labels(np.array(result, np.int64))
     except ValueError as error:
         raise app.UsageError(f"--{flag}={','.join(words)}: {error}") from error

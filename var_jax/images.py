@@ -49,7 +49,7 @@ def image_grid(images: np.ndarray, columns: int, gap: int = 2) -> Image.Image:
     """
     images = to_uint8(images)
     if not len(images):
-        raise ValueError("a grid needs at least one image, found none")
+        raise ValueError("a grid needs at least one image, got none")
     factor = max(1, math.ceil(MIN_CELL / images.shape[1]))
     images = images.repeat(factor, axis=1).repeat(factor, axis=2)
     n, h, w, _ = images.shape

@@ -34,11 +34,11 @@ class Scales:
         try:
             sides = tuple(operator.index(side) for side in sides)
         except TypeError as error:
-            raise ValueError(f"scales must be a tuple of whole numbers, found {sides!r}") from error
+            raise ValueError(f"scales must be a tuple of whole numbers, got {sides!r}") from error
         if not sides:
-            raise ValueError("scales must name at least one side, found an empty schedule ()")
+            raise ValueError("scales must name at least one side, got an empty schedule ()")
         if min(sides) < 1:
-            raise ValueError(f"every side of scales must be at least 1, found {min(sides)} in {sides}")
+            raise ValueError(f"every side of scales must be at least 1, got {min(sides)} in {sides}")
         for before, after in itertools.pairwise(sides):
             if after < before:
                 raise ValueError(
@@ -89,5 +89,5 @@ class Scales:
         if self.side != side:
             raise ValueError(
                 f"the last side of scales {self.sides} must be the side of the features: "
-                f"found {self.side}, the features are {side} x {side}"
+                f"got {self.side}, the features are {side} x {side}"
             )

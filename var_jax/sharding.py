@@ -31,13 +31,13 @@ def activation_spec(shape: tuple[int, ...], tensor: int | None = None) -> P | No
     return P(*spec)
 
 
-def split(x: jax.Array, tensor: int | None = None) -> jax.Array:
+def constrain(x: jax.Array, tensor: int | None = None) -> jax.Array:
     """Keeps an activation split so (see `activation_spec`); as it is without a mesh."""
     spec = activation_spec(x.shape, tensor)
     return x if spec is None else jax.lax.with_sharding_constraint(x, spec)
 
 
-def gathered(table: jax.Array) -> jax.Array:
+def replicate(table: jax.Array) -> jax.Array:
     """A small parameter, whole on every device, to look rows up in without moving what asks for them."""
     mesh = jax.sharding.get_abstract_mesh()
     return table if mesh.empty or mesh.size == 1 else jax.lax.with_sharding_constraint(table, P())
@@ -48,7 +48,7 @@ def tensor_shards() -> int:
     return dict(jax.sharding.get_abstract_mesh().shape).get(TENSOR, 1)
 
 
-def on_each_device(kernel: Callable, *arrays: jax.Array, tensor: int) -> jax.Array:
+def shard_map_batch(kernel: Callable, *arrays: jax.Array, tensor: int) -> jax.Array:
     """A kernel, which XLA cannot partition, of arrays split as `split` does, every device on its own part."""
     spec = activation_spec(arrays[0].shape, tensor)
     if spec is None:
@@ -140,7 +140,7 @@ def tree_shardings(boxed, mesh: Mesh):
     return jax.tree.map(sharding, boxed, is_leaf=lambda leaf: isinstance(leaf, nn.LogicallyPartitioned))
 
 
-def whole_share(params) -> float:
+def replicated_fraction(params) -> float:
     """Share of the parameters (abstract, with shardings) that every device holds whole."""
     leaves = jax.tree.leaves(params)
     whole = [leaf.size for leaf in leaves if leaf.sharding.shard_shape(leaf.shape) == leaf.shape]

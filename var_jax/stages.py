@@ -15,14 +15,14 @@ from var_jax.paths import as_path
 from var_jax.sharding import make_mesh
 from var_jax.tokenizer.model import Tokenizer
 from var_jax.training.checkpoint import (
-    FOLDER,
+    CHECKPOINT_DIR,
     CheckpointMissing,
     check_storage,
     has_checkpoint,
     load_config,
 )
-from var_jax.training.param_init import Given, fit
-from var_jax.training.profiling import Steps
+from var_jax.training.param_init import InitialValue, match_params
+from var_jax.training.profiling import StepRange
 from var_jax.training.task import Task
 from var_jax.training.tokenizer_task import TokenizerTask
 from var_jax.training.trainer import check_training, train
@@ -42,7 +42,7 @@ def stages_of(config: ConfigDict) -> list[ConfigDict]:
         names = (names,)
     known = [name for name, value in config.items() if isinstance(value, ConfigDict)]
     if not names or set(names) - set(known):
-        raise ConfigError(f"config.stages must name some of {known}, found {tuple(names)}")
+        raise ConfigError(f"config.stages must name some of {known}, got {tuple(names)}")
     return [config[name] for name in names]
 
 
@@ -83,7 +83,7 @@ def open_sources(stage: ConfigDict) -> tuple[Source, Source]:
 
 
 def build_task(
-    stage: ConfigDict, workdir: epath.Path, source: Source, coming: Tokenizer | None = None
+    stage: ConfigDict, workdir: epath.Path, source: Source, pending_tokenizer: Tokenizer | None = None
 ) -> tuple[Task, int]:
     """The task of a stage and its number of steps.
 
@@ -99,19 +99,19 @@ def build_task(
     """
     steps = num_steps(stage.train, source.num_images)
     if stage.task == "tokenizer":
-        return TokenizerTask(stage, steps, judges(stage)), steps
+        return TokenizerTask(stage, steps, load_perceptual_networks(stage)), steps
     if stage.task not in TRANSFORMERS:
         known = ", ".join(("tokenizer", *TRANSFORMERS))
-        raise ConfigError(f"config.task must be one of {known}; found {stage.task!r}")
+        raise ConfigError(f"config.task must be one of {known}; got {stage.task!r}")
     make = TRANSFORMERS[stage.task]
     mesh = make_mesh(**stage.train.mesh)
-    if coming is not None and not stage.tokenizer:
+    if pending_tokenizer is not None and not stage.tokenizer:
         if stage.data.tokens:
             raise ConfigError(
                 f"config.data.tokens={stage.data.tokens!r} needs a trained tokenizer, but that stage "
                 f"comes first here: once it is done, run {stage.task} alone, by --config.stages={stage.task}"
             )
-        return make(stage, steps, coming, {}, source.num_classes, mesh), steps
+        return make(stage, steps, pending_tokenizer, {}, source.num_classes, mesh), steps
     path = stage.tokenizer or workdir
     with config_errors("config.tokenizer: "):
         try:
@@ -134,29 +134,29 @@ def build_task(
     return task, steps
 
 
-def judges(stage: ConfigDict) -> dict:
+def load_perceptual_networks(stage: ConfigDict) -> dict:
     """Parameters of the frozen networks that a tokenizer's losses need; a notice where a file is not given.
 
     Raises:
       ConfigError: where the discriminator stands on DINO and no file is given, or a file is missing or does
         not fit.
     """
-    found = {}
+    result = {}
     if stage.loss.get("perceptual"):
         if stage.perceptual_weights:
             with config_errors("config.perceptual_weights: "):
-                found["vgg"] = load_perceptual(stage.perceptual_weights.split(","))
+                result["vgg"] = load_perceptual(stage.perceptual_weights.split(","))
         else:
             print("tokenizer: no perceptual loss, since config.perceptual_weights names no file", flush=True)
     if stage.adversarial.weight and stage.adversarial.network == "dino":
         if not stage.adversarial.dino_weights:
             raise ConfigError("config.adversarial.network=dino needs a file: config.adversarial.dino_weights")
         with config_errors("config.adversarial.dino_weights: "):
-            found["dino"] = load_dino(stage.adversarial.dino_weights)
-    return found
+            result["dino"] = load_dino(stage.adversarial.dino_weights)
+    return result
 
 
-def given_params(stage: ConfigDict, task: Task, workdir: epath.Path) -> dict[str, Given]:
+def given_params(stage: ConfigDict, task: Task, workdir: epath.Path) -> dict[str, InitialValue]:
     """Parameters by path that a stage starts from (`init_from`); none where it goes on from a checkpoint.
 
     Raises:
@@ -164,7 +164,7 @@ def given_params(stage: ConfigDict, task: Task, workdir: epath.Path) -> dict[str
       ConfigError: where it is another network; names what to change.
     """
     path = stage.get("init_from")
-    if not path or has_checkpoint(workdir / task.name / FOLDER):
+    if not path or has_checkpoint(workdir / task.name / CHECKPOINT_DIR):
         return {}
     shapes = nn.meta.unbox(jax.eval_shape(task.init, jax.random.key(0))[0])
     with config_errors("config.init_from: "):
@@ -172,7 +172,7 @@ def given_params(stage: ConfigDict, task: Task, workdir: epath.Path) -> dict[str
             config, params = read_network(path, task.name)
         except FileNotFoundError as error:
             raise CheckpointMissing(f"no {task.name} at config.init_from={path}: {error}") from error
-        given, notes = with_path(as_path(path), fit, params, config, shapes, task.config)
+        given, notes = with_path(as_path(path), match_params, params, config, shapes, task.config)
     notes += _other_tokenizer(path, task)
     print("\n  ".join([f"{task.name}: starts from {path}", *notes]), flush=True)
     return given
@@ -182,7 +182,7 @@ def _other_tokenizer(path: str, task: Task) -> list[str]:
     """A warning where a transformer learned the codes of another tokenizer, as far as its run tells."""
     if not isinstance(task, TransformerTask) or as_path(path).is_file():
         return []
-    learned = load_config(as_path(path) / task.name / FOLDER)[1].get("tokenizer", "")
+    learned = load_config(as_path(path) / task.name / CHECKPOINT_DIR)[1].get("tokenizer", "")
     if learned in ("", task.fingerprint):  # "": it was converted from a file, without its tokenizer
         return []
     return [
@@ -192,7 +192,7 @@ def _other_tokenizer(path: str, task: Task) -> list[str]:
     ]
 
 
-def run(config: ConfigDict, workdir: epath.PathLike, profile: Steps | None = None) -> None:
+def run(config: ConfigDict, workdir: epath.PathLike, profile: StepRange | None = None) -> None:
     """Trains every stage of a config under `workdir`; what is done already is not done again.
 
     `profile` names steps of every stage to trace.
@@ -202,7 +202,7 @@ def run(config: ConfigDict, workdir: epath.PathLike, profile: Steps | None = Non
     """
     with config_errors():
         workdir = check_storage(workdir, "--workdir")
-    ready, coming = [], None
+    ready, pending_tokenizer = [], None
     config = config.copy_and_resolve_references()  # paths become absolute in the run's own copy
     for stage in stages_of(config):  # whatever can be wrong with any stage, before the first one starts
         for field in ("tokenizer", "init_from"):
@@ -211,10 +211,10 @@ def run(config: ConfigDict, workdir: epath.PathLike, profile: Steps | None = Non
                     stage[field] = str(as_path(stage[field]))
         sources = open_sources(stage)
         check_training(stage.train)
-        task, steps = build_task(stage, workdir, sources[0], coming)
+        task, steps = build_task(stage, workdir, sources[0], pending_tokenizer)
         if profile:
             profile.check(task.name, steps)
-        coming = task.model if stage.task == "tokenizer" else None
+        pending_tokenizer = task.model if stage.task == "tokenizer" else None
         ready.append((task, stage, steps, sources, given_params(stage, task, workdir)))
     for task, stage, steps, sources, given in ready:
         if isinstance(task, TransformerTask) and not task.frozen["tokenizer"]:  # trained by now

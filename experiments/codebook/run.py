@@ -86,37 +86,37 @@ def experiment(variant: str, data: str, data_dir: str, seed: int, steps: int) ->
 
 def results(out: Path, variants: list[str]) -> dict[str, list[list[dict]]]:
     """Logs of the runs that are done: variant -> one for each seed, each a list of lines."""
-    found = {}
+    result = {}
     for variant in variants:
         logs = [read_metrics(path) for path in sorted((out / variant).glob("*/tokenizer/metrics.jsonl"))]
         if logs := [log for log in logs if any(line["kind"] == "eval" for line in log)]:
-            found[variant] = logs
-    return found
+            result[variant] = logs
+    return result
 
 
 def summary(runs: dict[str, list[list[dict]]], codes: int, num_scales: int) -> dict[str, dict]:
     """Mean and standard deviation over the seeds of the last evaluation, for each variant."""
-    found = {}
+    result = {}
     for variant, logs in runs.items():
         last = [[line for line in log if line["kind"] == "eval"][-1] for log in logs]
         names = ["l2", "psnr", "perplexity", "distinct", *(f"perplexity_{k}" for k in range(num_scales))]
         values = {name: np.array([line[name] for line in last]) for name in names}
         values["used"] = values["distinct"] / codes
         spread = {name: float(v.std(ddof=1)) if len(v) > 1 else 0.0 for name, v in values.items()}
-        found[variant] = {name: [float(v.mean()), spread[name]] for name, v in values.items()}
-        found[variant]["seeds"] = len(logs)
-        found[variant]["most"] = [last[0][f"most_{k}"] for k in range(num_scales)]
-    return found
+        result[variant] = {name: [float(v.mean()), spread[name]] for name, v in values.items()}
+        result[variant]["seeds"] = len(logs)
+        result[variant]["most"] = [last[0][f"most_{k}"] for k in range(num_scales)]
+    return result
 
 
-def table(found: dict[str, dict], sides: tuple[int, ...]) -> str:
+def table(result: dict[str, dict], sides: tuple[int, ...]) -> str:
     """Markdown, a variant a row."""
-    most = next(iter(found.values()))["most"]
+    most = next(iter(result.values()))["most"]
     heads = ["held-out PSNR, dB", "codes used"]
     heads += [f"{side}x{side} (most {n:.0f})" for side, n in zip(sides, most, strict=True)]
     rows = []
     names = [("psnr", ".2f"), ("used", ".0%"), *((f"perplexity_{k}", ".1f") for k in range(len(sides)))]
-    for variant, values in found.items():
+    for variant, values in result.items():
         parts = 1 if values["seeds"] == 1 else 2  # of one seed there is no deviation
         cells = [" ± ".join(format(x, form) for x in values[name][:parts]) for name, form in names]
         rows.append([f"{variant} ({values['seeds']})", *cells])
@@ -150,7 +150,7 @@ def main(argv):
     known = [*VARIANTS, *RECIPES]
     variants = FLAGS.variants or known
     if unknown := sorted(set(variants) - set(known)):
-        raise app.UsageError(f"--variants must be among {', '.join(known)}; found {', '.join(unknown)}")
+        raise app.UsageError(f"--variants must be among {', '.join(known)}; got {', '.join(unknown)}")
     seeds, out = cli.numbers("seeds", int), cli.local_folder("out")
     cli.start()
     try:
@@ -163,9 +163,9 @@ def main(argv):
         sys.exit(f"codebook: {error}")
     model = experiment(variants[0], FLAGS.data, FLAGS.data_dir, seeds[0], FLAGS.steps).model
     runs = results(out, known)  # of earlier calls too
-    found = summary(runs, model.num_codes, len(model.scales))
-    (out / "codebook.json").write_text(json.dumps(found, indent=1))
-    (out / "codebook.md").write_text(table(found, model.scales) + "\n")
+    result = summary(runs, model.num_codes, len(model.scales))
+    (out / "codebook.json").write_text(json.dumps(result, indent=1))
+    (out / "codebook.md").write_text(table(result, model.scales) + "\n")
     draw(runs, model.scales, out / "codebook.png")
     print((out / "codebook.md").read_text() + f"\nperplexity over training: {out / 'codebook.png'}")
 

@@ -42,12 +42,12 @@ def exponents(points: list[dict], theory: dict[str, int], last: int) -> dict[str
     """For each system: the exponent in `theory`, those fitted to each of `KINDS`, and `sides`, the sizes
     that each was fitted over.
     """
-    found = {}
+    result = {}
     for system, exponent in theory.items():
         series = {kind: _series(points, system, kind) for kind in KINDS}
         fits = {kind: fit_exponent(*series[kind], last) for kind in KINDS}
-        found[system] = {"theory": exponent, **fits, "sides": {k: series[k][0][-last:] for k in KINDS}}
-    return found
+        result[system] = {"theory": exponent, **fits, "sides": {k: series[k][0][-last:] for k in KINDS}}
+    return result
 
 
 def _short(value: float | None) -> str:
@@ -57,13 +57,15 @@ def _short(value: float | None) -> str:
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
-def report(found: dict) -> str:
+def report(result: dict) -> str:
     """Markdown: FLOPs and seconds, a size a row, and the exponents, a system a row."""
-    systems = list(found["exponents"])
-    at = {(point["system"], point["side"]): point for point in found["points"]}
+    systems = list(result["exponents"])
+    at = {(point["system"], point["side"]): point for point in result["points"]}
     sides = sorted({side for _, side in at})
-    what = f"Width {found['width']}, depth {found['depth']}, {found['codes']} codes of {found['code_dim']} "
-    what += f"channels, batch 1; {found['device']}, float32, jax {found['jax']}."
+    what = (
+        f"Width {result['width']}, depth {result['depth']}, {result['codes']} codes of {result['code_dim']} "
+    )
+    what += f"channels, batch 1; {result['device']}, float32, jax {result['jax']}."
 
     def flops(system: str, side: int) -> str:
         point = at[system, side]
@@ -76,11 +78,11 @@ def report(found: dict) -> str:
         steps = [f"{point['steps']:,} of {point['positions']:,}" for point in pair]
         times.append([str(side), *steps, *(_short(at[system, side]["seconds"]) for system in systems)])
     fits = []
-    for system, fit in found["exponents"].items():
+    for system, fit in result["exponents"].items():
         cells = ["none" if fit[kind] is None else f"{fit[kind]:.2f}" for kind in KINDS]
         used = ", ".join(map(str, fit["sides"]["seconds"]))
         fits.append([system, str(fit["theory"]), *cells, used])
-    last = ", ".join(map(str, sides[-found["fitted_to"] :]))
+    last = ", ".join(map(str, sides[-result["fitted_to"] :]))
     return "\n\n".join(
         [
             what,
@@ -94,25 +96,25 @@ def report(found: dict) -> str:
     )
 
 
-def draw(found: dict, path: Path) -> None:
+def draw(result: dict, path: Path) -> None:
     """FLOPs and seconds of an image over n, log-log, beside n^6 and n^4."""
     figure = Figure(figsize=(13, 5.8), layout="constrained")
     axes = figure.subplots(1, 2)
-    sides = sorted({point["side"] for point in found["points"]})
+    sides = sorted({point["side"] for point in result["points"]})
     titles = {"counted": "FLOPs of an image, as XLA counts them", "seconds": "seconds of an image, measured"}
     for axis, (kind, title) in zip(axes, titles.items(), strict=True):
-        for system, fit in found["exponents"].items():
+        for system, fit in result["exponents"].items():
             slope = "too few sizes" if fit[kind] is None else f"$n^{{{fit[kind]:.2f}}}$"
             label = f"{system}: {slope}" + (f" (theory {fit['theory']})" if kind == "counted" else "")
-            axis.plot(*_series(found["points"], system, kind), label=label, markersize=6, **STYLES[system])
-        _guides(axis, found["points"], kind)
+            axis.plot(*_series(result["points"], system, kind), label=label, markersize=6, **STYLES[system])
+        _guides(axis, result["points"], kind)
         axis.set(xscale="log", yscale="log", xlabel="n, side of the token map (tokens)", title=title)
         axis.set_ylabel({"counted": "FLOPs", "seconds": "seconds"}[kind])
         axis.set_xticks(sides, [str(side) for side in sides], minor=False)
         axis.minorticks_off()
         axis.grid(alpha=0.3)
-        axis.legend(loc="upper left", fontsize=9, title=f"fitted over the last {found['fitted_to']} sizes")
-    what = f"width {found['width']}, depth {found['depth']}, batch 1, {found['device']}"
+        axis.legend(loc="upper left", fontsize=9, title=f"fitted over the last {result['fitted_to']} sizes")
+    what = f"width {result['width']}, depth {result['depth']}, batch 1, {result['device']}"
     figure.suptitle(f"One image of n x n tokens: {what}", fontsize=11)
     figure.savefig(path, dpi=100)
 

@@ -45,7 +45,7 @@ from var_jax.sampling.sampler import generate, image_keys
 from var_jax.tokenizer.config import TokenizerConfig
 from var_jax.transformer.config import NextScaleConfig, NextTokenConfig, TransformerConfig
 from var_jax.transformer.flops import generation_flops
-from var_jax.transformer.model import Trunk
+from var_jax.transformer.model import ARTransformer
 from var_jax.transformer.next_scale import NextScale
 from var_jax.transformer.next_token import NextToken
 
@@ -58,7 +58,7 @@ QUICKLY = {"xla_backend_optimization_level": 0}  # a program to be counted is ne
 class System(NamedTuple):
     """One way to generate; `theory` is the exponent of n in its FLOPs."""
 
-    model: type[Trunk]
+    model: type[ARTransformer]
     cached: bool
     theory: int
 
@@ -77,7 +77,7 @@ def schedule(side: int) -> tuple[int, ...]:
     return tuple(round(side ** (k / last)) for k in range(last + 1))
 
 
-def make(name: str, side: int, width: int, depth: int) -> Trunk:
+def make(name: str, side: int, width: int, depth: int) -> ARTransformer:
     """The network of a system for n x n token maps."""
     model = SYSTEMS[name].model
     fields = dict(depth=depth, width=width, num_classes=1, num_codes=CODES, code_dim=CODE_DIM)
@@ -99,14 +99,14 @@ class NoDecoder(nn.Module):
         return f_hat
 
 
-def parameters(model: Trunk) -> dict:
+def parameters(model: ARTransformer) -> dict:
     """The shapes of the network's parameters, float32."""
     cfg = model.config
     blank = jnp.zeros(1, jnp.int32), jnp.zeros((1, cfg.length - cfg.first, cfg.code_dim))
     return nn.meta.unbox(jax.eval_shape(model.init, jax.random.key(0), *blank))["params"]
 
 
-def counted_flops(model: Trunk) -> float:
+def counted_flops(model: ARTransformer) -> float:
     """FLOPs of generating the tokens of one image, without drawing them, as XLA counts the compiled steps."""
     cfg, params = model.config, parameters(model)
 
@@ -136,7 +136,7 @@ def counted_flops(model: Trunk) -> float:
     return total
 
 
-def sampler(model: Trunk) -> Callable[[], jax.Array]:
+def sampler(model: ARTransformer) -> Callable[[], jax.Array]:
     """The compiled program that draws the tokens int32 [1, L] of one image; of random weights."""
     cfg, rng = model.config, np.random.default_rng(0)
     random = lambda x: jnp.asarray(rng.standard_normal(x.shape) * cfg.width**-0.5, jnp.float32)  # noqa: E731
@@ -178,22 +178,22 @@ def measure(
         rate = None
         for side in sides:
             model = make(name, side, width, depth)
-            found = {"system": name, "side": side, **on_paper(model.config, system.cached)}
-            found["counted"] = counted_flops(model)
-            expected = rate and found["counted"] / rate
+            result = {"system": name, "side": side, **on_paper(model.config, system.cached)}
+            result["counted"] = counted_flops(model)
+            expected = rate and result["counted"] / rate
             left_out = expected is not None and expected > most_seconds
-            found |= {"seconds": None if left_out else seconds(sampler(model)), "expected_seconds": expected}
-            took = f"not measured, expected {expected:.0f} s" if left_out else f"{found['seconds']:.4g} s"
+            result |= {"seconds": None if left_out else seconds(sampler(model)), "expected_seconds": expected}
+            took = f"not measured, expected {expected:.0f} s" if left_out else f"{result['seconds']:.4g} s"
             if not left_out:
-                rate = found["counted"] / found["seconds"]
-            paper, counted = found["paper"] / 1e9, found["counted"] / 1e9
+                rate = result["counted"] / result["seconds"]
+            paper, counted = result["paper"] / 1e9, result["counted"] / 1e9
             progress(f"{name}, n = {side}: {paper:.4g} GFLOPs on paper, {counted:.4g} counted; {took}")
-            yield found
+            yield result
 
 
 def on_paper(cfg: TransformerConfig, cached: bool) -> dict:
     """Positions, steps, and FLOPs of an image by `transformer/flops.py`."""
-    flops = generation_flops(cfg, guided=0, cached=cached)
+    flops = generation_flops(cfg, num_guided_scales=0, cached=cached)
     return {"positions": cfg.length, "steps": len(cfg.steps), "paper": flops}
 
 
@@ -213,7 +213,7 @@ def main(argv):
     say = lambda line: print(line, flush=True)  # noqa: E731
     points = list(measure(sides, FLAGS.width, FLAGS.depth, FLAGS.most_seconds, say))
     theory = {name: system.theory for name, system in SYSTEMS.items()}
-    found = {
+    result = {
         "width": FLAGS.width,
         "depth": FLAGS.depth,
         "codes": CODES,
@@ -225,10 +225,10 @@ def main(argv):
         "exponents": exponents(points, theory, FLAGS.last),
         "points": points,
     }
-    (out / "complexity.json").write_text(json.dumps(found, indent=1))
-    (out / "complexity.md").write_text(report(found) + "\n")
-    draw(found, out / "complexity.png")
-    say(f"\n{report(found)}\n\nthe picture: {out / 'complexity.png'}")
+    (out / "complexity.json").write_text(json.dumps(result, indent=1))
+    (out / "complexity.md").write_text(report(result) + "\n")
+    draw(result, out / "complexity.png")
+    say(f"\n{report(result)}\n\nthe picture: {out / 'complexity.png'}")
 
 
 if __name__ == "__main__":

@@ -9,12 +9,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from var_jax.transformer.model import Condition, Trunk
+from var_jax.transformer.model import ARTransformer, Condition
 from var_jax.transformer.next_scale import NextScale
 from var_jax.transformer.next_token import NextToken
 
 
-def _anew(module: Trunk, count: int, inputs: jax.Array, condition: Condition) -> jax.Array:
+def _resample(module: ARTransformer, count: int, inputs: jax.Array, condition: Condition) -> jax.Array:
     """The residual stream float32 [B, count, D] of the first positions, after all blocks.
 
     Args:
@@ -25,9 +25,9 @@ def _anew(module: Trunk, count: int, inputs: jax.Array, condition: Condition) ->
     """
     take = lambda table: table[:count]  # noqa: E731
     masks = jnp.asarray(np.stack(module.config.masks)[:, :count, :count])
-    view = module._view(take, lambda table: table[:, :count], masks=masks)
+    context = module._attention_context(take, lambda table: table[:, :count], masks=masks)
     x = jnp.concatenate([module._start(condition), module._embed(inputs)], axis=1)
-    return module.blocks(module._placed(x, take), condition.blocks, view)[0]
+    return module.blocks(module._add_positions(x, take), condition.blocks, context)[0]
 
 
 class UncachedNextToken(NextToken):
@@ -42,7 +42,7 @@ class UncachedNextToken(NextToken):
     def step(self, i: jax.Array, inputs: jax.Array, condition: Condition, cache: jax.Array):
         """See `NextToken.step`."""
         cache = jax.lax.dynamic_update_slice_in_dim(cache, inputs, i, axis=1)
-        x = _anew(self, self.config.length, cache[:, 1:], condition)
+        x = _resample(self, self.config.length, cache[:, 1:], condition)
         return self._logits(jax.lax.dynamic_slice_in_dim(x, i, 1, axis=1), condition.head), cache
 
 
@@ -57,5 +57,5 @@ class UncachedNextScale(NextScale):
         """See `NextScale.step`."""
         start, end = self.config.steps[k]
         cache = cache if k == 0 else jnp.concatenate([cache, inputs], axis=1)
-        x = _anew(self, end, cache, condition)
+        x = _resample(self, end, cache, condition)
         return self._logits(x[:, start:], condition.head), cache

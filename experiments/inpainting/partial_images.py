@@ -21,8 +21,8 @@ import numpy as np
 
 import var_jax
 from var_jax.images import denormalize_to_uint8, normalize
-from var_jax.sampling.editing import anew_under_mask
-from var_jax.sampling.sampler import Given
+from var_jax.sampling.editing import mask_from_pixels
+from var_jax.sampling.sampler import KnownTokens
 from var_jax.scales import Scales
 from var_jax.tokenizer.model import Tokenizer
 from var_jax.tokenizer.quantizer import Quantizer
@@ -35,15 +35,15 @@ BATCH = 256  # images made at once
 
 def masks(side: int) -> dict[str, np.ndarray]:
     """What is unknown in each task, bool [side, side]: the upper half, the left half, the centre quarter."""
-    found = {name: np.zeros((side, side), bool) for name in ("top", "left", "centre")}
+    result = {name: np.zeros((side, side), bool) for name in ("top", "left", "centre")}
     half, quarter = side // 2, side // 4
-    found["top"][:half] = True
-    found["left"][:, :half] = True
-    found["centre"][quarter : side - quarter, quarter : side - quarter] = True
-    return found
+    result["top"][:half] = True
+    result["left"][:, :half] = True
+    result["centre"][quarter : side - quarter, quarter : side - quarter] = True
+    return result
 
 
-def painted_over(images: np.ndarray, mask: np.ndarray) -> np.ndarray:
+def mask_with_median(images: np.ndarray, mask: np.ndarray) -> np.ndarray:
     """Images whose unknown part has the colour that is usual in their known part (its background, mostly).
 
     Args:
@@ -57,7 +57,7 @@ def painted_over(images: np.ndarray, mask: np.ndarray) -> np.ndarray:
     return np.where(mask[..., None], usual[:, None, None], images)
 
 
-def touched(mask: np.ndarray, scales: Scales) -> np.ndarray:
+def touching_tokens(mask: np.ndarray, scales: Scales) -> np.ndarray:
     """bool [L]: tokens whose cell has a pixel under the mask, bool [H, W]; a 1x1 map is one such cell."""
     maps = []
     for side in scales.sides:
@@ -68,7 +68,7 @@ def touched(mask: np.ndarray, scales: Scales) -> np.ndarray:
 
 def published(mask: np.ndarray, scales: Scales) -> np.ndarray:
     """bool [L]: tokens that published editing makes anew under a mask [H, W]; 1x1 maps are kept."""
-    return anew_under_mask(mask[None], scales)[0]
+    return mask_from_pixels(mask[None], scales)[0]
 
 
 def mostly_unknown(mask: np.ndarray, scales: Scales) -> np.ndarray:
@@ -76,7 +76,7 @@ def mostly_unknown(mask: np.ndarray, scales: Scales) -> np.ndarray:
     return published(mask, scales) | (np.asarray(scales.sides)[scales.levels] == 1)
 
 
-def share_seen(config: TransformerConfig, anew: np.ndarray) -> float:
+def share_seen(config: TransformerConfig, resample: np.ndarray) -> float:
     """Share of the known tokens that a token of the last map sees when it is made, mean over those made anew.
 
     Args:
@@ -84,17 +84,17 @@ def share_seen(config: TransformerConfig, anew: np.ndarray) -> float:
       anew: bool [L], True where a token is made anew.
     """
     scales = config.schedule
-    last = anew & (scales.levels == len(scales) - 1)
+    last = resample & (scales.levels == len(scales) - 1)
     when = scales.levels  # of VAR, a map at once
     if isinstance(config, NextTokenConfig):
         when = inverse(config.cells)
-    return float((when[last][:, None] > when[~anew]).mean())
+    return float((when[last][:, None] > when[~resample]).mean())
 
 
 def fill(
     model: var_jax.LoadedVAR,
     images: np.ndarray,
-    anew: np.ndarray,
+    resample: np.ndarray,
     labels: np.ndarray,
     seed: int,
     once: bool = False,
@@ -114,27 +114,27 @@ def fill(
       Images uint8 [N, H, W, 3], and their tokens int32 [N, L].
     """
     scales = model.module.config.schedule
-    anew = np.broadcast_to(anew, (len(images), scales.length))
+    resample = np.broadcast_to(resample, (len(images), scales.length))
     tokenizer, params = model.tokenizer.module, model.tokenizer.params
     if once:
         tokens = model.tokenizer.encode(images.astype(np.float32) / 255)
-        return _drawn(model, Given(tokens, anew), labels, seed, len(scales))
+        return _drawn(model, KnownTokens(tokens, resample), labels, seed, len(scales))
     features = _features(tokenizer, params, images)
-    tokens = np.zeros(anew.shape, np.int32)
+    tokens = np.zeros(resample.shape, np.int32)
     for k, (start, end) in enumerate(zip(scales.starts, scales.ends, strict=True)):
         tokens[:, start:end] = _map_of_rest(tokenizer, params, features, tokens, k)
-        given = Given(tokens, anew & (scales.levels == k))
+        given = KnownTokens(tokens, resample & (scales.levels == k))
         made, drawn = _drawn(model, given, labels, seed, k + 1)
         tokens[:, start:end] = drawn[:, start:end]
     return made, tokens
 
 
-def _drawn(model, given: Given, labels, seed: int, maps: int) -> tuple[np.ndarray, np.ndarray]:
+def _drawn(model, given: KnownTokens, labels, seed: int, maps: int) -> tuple[np.ndarray, np.ndarray]:
     """Images uint8 and tokens of the first so many maps."""
     options = dataclasses.replace(model.options, upto=maps)
     batch = min(BATCH, len(labels))
     images, tokens = zip(
-        *model.generate_batches(labels, seed, batch, options, given=given, finish=denormalize_to_uint8),
+        *model.generate_batches(labels, seed, batch, options, given=given, postprocess=denormalize_to_uint8),
         strict=True,
     )
     return np.concatenate(images), np.concatenate(tokens)

@@ -29,20 +29,20 @@ CELL, GAP = 48, 6  # pixels of an image, and between images
 def line(system: str, figures: dict) -> str:
     """One run in words: how often it was called right, by task."""
     parts = (
-        f"{task} {found['right']:.1%}, told {found['right_told']:.1%}" for task, found in figures.items()
+        f"{task} {result['right']:.1%}, told {result['right_told']:.1%}" for task, result in figures.items()
     )
     return f"{system}: called right: " + "; ".join(parts)
 
 
-def tables(found: dict) -> str:
+def tables(result: dict) -> str:
     """Markdown: a table a task, a system a row, mean and standard deviation over its seeds."""
     parts = []
     for task, title in TASKS.items():
-        parts.append(f"{title} ({found['images']} held-out images, {found['draws']} draws of each):")
-        rows = {name: [run[task] for run in runs.values()] for name, runs in found["systems"].items()}
-        rows |= {name: [figures] for name, figures in found["bounds"][task].items()}
-        rows["held-out images"] = [{"right": found["classifier_right"]}]
-        rows["the most frequent class"] = [{"right": found["chance"]}]
+        parts.append(f"{title} ({result['images']} held-out images, {result['draws']} draws of each):")
+        rows = {name: [run[task] for run in runs.values()] for name, runs in result["systems"].items()}
+        rows |= {name: [figures] for name, figures in result["bounds"][task].items()}
+        rows["held-out images"] = [{"right": result["classifier_right"]}]
+        rows["the most frequent class"] = [{"right": result["chance"]}]
         cells = [[name, *(_cell(runs, *column) for column in COLUMNS)] for name, runs in rows.items()]
         parts.append(markdown(["system", *(head for head, *_ in COLUMNS)], cells))
     return "\n\n".join(parts)
@@ -93,6 +93,6 @@ def draw(pictures: dict[str, dict[str, np.ndarray]], path: Path) -> None:
 def _outline(x: int, y: int, mask: np.ndarray, scale: int) -> Rectangle:
     """Round the unknown part of an image that stands at (x, y)."""
     rows, columns = (np.flatnonzero(mask.any(axis)) for axis in (1, 0))
-    size = [(found[-1] - found[0] + 1) * scale for found in (columns, rows)]
+    size = [(result[-1] - result[0] + 1) * scale for result in (columns, rows)]
     corner = (x + columns[0] * scale - 0.5, y + rows[0] * scale - 0.5)
     return Rectangle(corner, *size, fill=False, edgecolor=np.divide(UNKNOWN, 255), linewidth=1.2)

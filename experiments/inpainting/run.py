@@ -43,10 +43,10 @@ FLAGS = flags.FLAGS
 VAR = "VAR, learned_1d"
 SYSTEMS = (VAR, *(f"{order}, learned_1d" for order in ORDERS))
 # Of a system: which cells are made anew, and whether known tokens are encoded at once.
-WAYS = {"": (partial_images.touched, False)}
+WAYS = {"": (partial_images.touching_tokens, False)}
 VAR_WAYS = WAYS | {
     "; half-known cells kept": (partial_images.mostly_unknown, False),
-    "; encoded at once": (partial_images.touched, True),
+    "; encoded at once": (partial_images.touching_tokens, True),
     "; as inpaint does": (partial_images.published, True),
 }
 SHOWN = 4  # images in the picture: the first of each of as many classes, at equal distances
@@ -87,15 +87,15 @@ def bounds(
     for task, name in names.items():
         tokenizer = var_jax.load_tokenizer(bases[task].tokenizer)
         whole[name] = to_uint8(tokenizer.decode(tokenizer.encode(images.astype(np.float32) / 255)))
-    found = {}
+    result = {}
     for task, mask in partial_images.masks(images.shape[1]).items():
-        rows = {**whole, "nothing made": partial_images.painted_over(images, mask)}
-        found[task] = {
+        rows = {**whole, "nothing made": partial_images.mask_with_median(images, mask)}
+        result[task] = {
             name: figures_of(made, images, mask, classifier.classes(made) == labels)
             for name, made in rows.items()
         }
-        del found[task]["nothing made"]["psnr_known"]  # it is the truth
-    return found
+        del result[task]["nothing made"]["psnr_known"]  # it is the truth
+    return result
 
 
 def made_by(
@@ -122,14 +122,16 @@ def made_by(
     truth, asked = np.tile(images, (draws, 1, 1, 1)), np.tile(labels, draws)
     figures, first = {}, {}
     for task, mask in partial_images.masks(images.shape[1]).items():
-        anew = cells(mask, model.module.config.schedule)
-        known = partial_images.painted_over(truth, mask)
-        made, _ = partial_images.fill(model, known, anew, np.full_like(asked, model.num_classes), seed, once)
-        told, _ = partial_images.fill(model, known, anew, asked, seed, once)
+        resample = cells(mask, model.module.config.schedule)
+        known = partial_images.mask_with_median(truth, mask)
+        made, _ = partial_images.fill(
+            model, known, resample, np.full_like(asked, model.num_classes), seed, once
+        )
+        told, _ = partial_images.fill(model, known, resample, asked, seed, once)
         figures[task] = {
             **figures_of(made, truth, mask, classifier.classes(made) == asked),
             "right_told": float((classifier.classes(told) == asked).mean()),
-            "seen": partial_images.share_seen(model.module.config, anew),
+            "seen": partial_images.share_seen(model.module.config, resample),
         }
         first[task] = made[: len(images)]
     return figures, first
@@ -147,8 +149,8 @@ def judge(workdir: Path, stage: ConfigDict, ways: dict, held_out: tuple, classif
             return kept["figures"], {n: {t: pictures[n + t] for t in x} for n, x in kept["figures"].items()}
     model = var_jax.load_var(workdir, tokenizer=var_jax.load_tokenizer(stage.tokenizer))
     make = partial(made_by, model, classifier=classifier, held_out=held_out, seed=stage.seed, draws=draws)
-    found = {name: make(way=way) for name, way in ways.items()}
-    figures, pictures = ({name: both[i] for name, both in found.items()} for i in (0, 1))
+    result = {name: make(way=way) for name, way in ways.items()}
+    figures, pictures = ({name: both[i] for name, both in result.items()} for i in (0, 1))
     flat = {name + task: images for name, made in pictures.items() for task, images in made.items()}
     np.savez_compressed(workdir / "generality.npz", **flat)
     path.write_text(json.dumps({"asked": asked, "figures": figures}))
@@ -177,7 +179,7 @@ def compared(
     splits = (base.data.train_split, base.data.eval_split)
     seen, held_out = (next_token.pictures_of(base, task.image_size, split) for split in splits)
     classifier, (images, labels) = Classifier(*seen), held_out
-    found = {
+    result = {
         "images": len(images),
         "draws": draws,
         "classifier_right": float((classifier.classes(images) == labels).mean()),
@@ -196,11 +198,11 @@ def compared(
             ways = VAR_WAYS if system == VAR else WAYS
             figures, made = judge(workdir, stage, ways, held_out, classifier, draws)
             for name in ways:
-                found["systems"].setdefault(system + name, {})[str(seed)] = figures[name]
+                result["systems"].setdefault(system + name, {})[str(seed)] = figures[name]
                 print(report.line(system + name, figures[name]), flush=True)
                 for part, first in made[name].items():
                     pictures[part].setdefault(system + name, first[some])
-    return found, pictures
+    return result, pictures
 
 
 def main(argv):
@@ -211,11 +213,11 @@ def main(argv):
     cli.start()
     try:
         bases = next_token.bases_of(FLAGS.config, out)
-        found, pictures = compared(bases, systems, seeds, out, FLAGS.steps, FLAGS.draws)
+        result, pictures = compared(bases, systems, seeds, out, FLAGS.steps, FLAGS.draws)
     except UserError as error:
         sys.exit(f"inpainting: {error}")
-    (out / "generality.json").write_text(json.dumps(found, indent=1))
-    (out / "generality.md").write_text(report.tables(found) + "\n")
+    (out / "generality.json").write_text(json.dumps(result, indent=1))
+    (out / "generality.md").write_text(report.tables(result) + "\n")
     report.draw(pictures, out / "generality.png")
     print((out / "generality.md").read_text() + f"\nwhat was made: {out / 'generality.png'}")
 

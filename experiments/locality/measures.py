@@ -23,9 +23,7 @@ def neighbour_distances(order: np.ndarray, side: int) -> tuple[np.ndarray, np.nd
       ValueError: where the order is not one of such a map.
     """
     if len(order) != side * side:
-        raise ValueError(
-            f"an order of a map of side {side} has {side * side} cells, found shape {order.shape}"
-        )
+        raise ValueError(f"an order of a map of side {side} has {side * side} cells, got shape {order.shape}")
     position = inverse(order).reshape(side, side)
     return abs(np.diff(position, axis=1)), abs(np.diff(position, axis=0))
 
@@ -76,7 +74,7 @@ def mutual_information(symbols: np.ndarray, seed: int = 0) -> np.ndarray:
     """
     if symbols.ndim != 2 or len(symbols) < 2 or symbols.min() < 0:
         raise ValueError(
-            f"symbols must be int [N, P] from 0 up, N at least 2; found {symbols.dtype} {symbols.shape}"
+            f"symbols must be int [N, P] from 0 up, N at least 2; got {symbols.dtype} {symbols.shape}"
         )
     rng = np.random.default_rng(seed)
     chance = sum(_plug_in(rng.permuted(symbols, axis=0)) for _ in range(SHUFFLES)) / SHUFFLES
@@ -102,15 +100,15 @@ def _plug_in(symbols: np.ndarray) -> np.ndarray:
     num = int(symbols.max()) + 1
     one_hot = (symbols[..., None] == np.arange(num)).astype(np.float32).reshape(images, positions * num)
     entropy = position_entropy(symbols)
-    found = np.empty((positions, positions), np.float32)
+    result = np.empty((positions, positions), np.float32)
     rows = max(1, CELLS // (num * num * positions))
     for first in range(0, positions, rows):
         part = slice(first, min(first + rows, positions))
         # One matrix product counts the symbols of all pairs of positions.
         joint = one_hot[:, part.start * num : part.stop * num].T @ one_hot / images
         together = _entropy(joint.reshape(-1, num, positions, num), axes=(1, 3))
-        found[part] = entropy[part, None] + entropy - together
-    return found
+        result[part] = entropy[part, None] + entropy - together
+    return result
 
 
 def _entropy(shares: np.ndarray, axes: int | tuple[int, ...]) -> np.ndarray:

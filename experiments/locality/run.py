@@ -66,12 +66,12 @@ STYLES = {
 
 def distances(side: int) -> dict[str, dict[str, np.ndarray]]:
     """Distance in the sequence of neighbours: order -> `horizontal`, `vertical` and `both`, int32 [pairs]."""
-    found = {}
+    result = {}
     for name in ORDERS:
         horizontal, vertical = (a.ravel() for a in neighbour_distances(order(name, side), side))
         both = np.concatenate([horizontal, vertical])
-        found[name] = {"horizontal": horizontal, "vertical": vertical, "both": both}
-    return found
+        result[name] = {"horizontal": horizontal, "vertical": vertical, "both": both}
+    return result
 
 
 def summary(values: np.ndarray) -> dict[str, float]:
@@ -125,21 +125,23 @@ def distance_table(side: int, apart: dict) -> str:
         f"Distance in the sequence of neighbours in a {side} x {side} map: mean / 95th percentile / maximum"
     )
     rows = [
-        [name, *(" / ".join(f"{x:.4g}" for x in summary(found[kind]).values()) for kind in kinds)]
-        for name, found in apart.items()
+        [name, *(" / ".join(f"{x:.4g}" for x in summary(result[kind]).values()) for kind in kinds)]
+        for name, result in apart.items()
     ]
     return f"{title}\n\n{markdown(['order', *kinds], rows)}"
 
 
-def information_table(found: dict) -> str:
+def information_table(result: dict) -> str:
     """Markdown: a row for distance in the image, and one for the distance in each sequence."""
-    at = [2**k for k in range(found["side"] ** 2) if 2**k < found["side"] ** 2]
-    title = f"Mutual information of two tokens, in bits, by their distance ({found['images']} images of "
-    title += f"{found['data']}, {found['side']} x {found['side']} map, {found['groups']} groups of codes, "
-    title += f"{found['entropy']:.2f} bits at a place on average)"
+    at = [2**k for k in range(result["side"] ** 2) if 2**k < result["side"] ** 2]
+    title = f"Mutual information of two tokens, in bits, by their distance ({result['images']} images of "
+    title += (
+        f"{result['data']}, {result['side']} x {result['side']} map, {result['groups']} groups of codes, "
+    )
+    title += f"{result['entropy']:.2f} bits at a place on average)"
     rows = [
         [name, *(f"{values[d - 1]:.3f}" if d <= len(values) else "" for d in at)]
-        for name, values in {"in the image": found["image"], **found["lag"]}.items()
+        for name, values in {"in the image": result["image"], **result["lag"]}.items()
     ]
     return f"{title}\n\n{markdown(['distance', *map(str, at)], rows)}"
 
@@ -168,9 +170,9 @@ def draw_orders(side: int, apart: dict, path: Path) -> None:
     figure.savefig(path, dpi=100)
 
 
-def draw_curves(side: int, apart: dict, found: dict | None, path: Path) -> None:
+def draw_curves(side: int, apart: dict, result: dict | None, path: Path) -> None:
     """How far image neighbours are apart; and mutual information by distance, where it was measured."""
-    panels = 3 if found else 1
+    panels = 3 if result else 1
     figure = Figure(figsize=(5.5 * panels + 1.5, 5), layout="constrained")
     axes = figure.subplots(1, panels, squeeze=False)
     spread, *measured = axes[0]
@@ -183,19 +185,19 @@ def draw_curves(side: int, apart: dict, found: dict | None, path: Path) -> None:
     spread.set(xlabel="distance in the sequence, at most", ylabel="share of neighbours", ylim=(0, 1.02))
     spread.set_title(f"where neighbours in a {side} x {side} map end up")
     _by_doubling(spread, side * side)
-    if found:
+    if result:
         by_image, by_order = measured
-        by_image.plot(np.arange(1, len(found["image"]) + 1), found["image"], "o-", color="C0", markersize=4)
+        by_image.plot(np.arange(1, len(result["image"]) + 1), result["image"], "o-", color="C0", markersize=4)
         by_image.set(xlabel="Manhattan distance in the image", ylabel="mutual information, bits")
         by_image.set_title(
-            f"{found['images']} images of {found['data']}, {found['side']} x {found['side']} map"
+            f"{result['images']} images of {result['data']}, {result['side']} x {result['side']} map"
         )
         for name, style in STYLES.items():
-            values = found["lag"][name][: 1 - found["side"]]
+            values = result["lag"][name][: 1 - result["side"]]
             by_order.plot(np.arange(1, len(values) + 1), values, **style)
         by_order.set(xlabel="distance in the sequence")
         by_order.set_title("the same pairs of tokens, by order")
-        _by_doubling(by_order, found["side"] ** 2)
+        _by_doubling(by_order, result["side"] ** 2)
         top = max(axis.dataLim.y1 for axis in measured)
         for axis in measured:
             axis.set_ylim(min(0, *(axis.dataLim.y0 for axis in measured)), 1.05 * top)
@@ -218,7 +220,7 @@ def main(argv):
         raise app.UsageError(f"unknown arguments {argv[1:]}")
     out = cli.local_folder("out")
     cli.start()
-    found, side = None, FLAGS.side or SIDE
+    result, side = None, FLAGS.side or SIDE
     if FLAGS.workdir or FLAGS.tokenizer:
         path, scales = cli.tokenizer_source()
         try:
@@ -228,21 +230,21 @@ def main(argv):
         except (FileNotFoundError, ValueError) as error:  # the message names the flag or file
             sys.exit(f"locality: {error}")
         try:
-            found = information(tokenizer, finest_tokens(tokenizer, source, FLAGS.images))
+            result = information(tokenizer, finest_tokens(tokenizer, source, FLAGS.images))
         except CorruptImage as error:
             sys.exit(f"locality: {error}")
-        found, side = {"data": source.name, **found}, FLAGS.side or found["side"]
+        result, side = {"data": source.name, **result}, FLAGS.side or result["side"]
     apart = distances(side)
     out.mkdir(parents=True, exist_ok=True)
-    tables = distance_table(side, apart) + (f"\n\n{information_table(found)}" if found else "")
+    tables = distance_table(side, apart) + (f"\n\n{information_table(result)}" if result else "")
     spread = {
         name: {kind: summary(values) for kind, values in kinds.items()} for name, kinds in apart.items()
     }
-    numbers = {"side": side, "distances": spread, "information": found}
+    numbers = {"side": side, "distances": spread, "information": result}
     (out / "locality.md").write_text(tables + "\n")
     (out / "locality.json").write_text(json.dumps(numbers, indent=1))
     draw_orders(side, apart, out / "orders.png")
-    draw_curves(side, apart, found, out / "locality.png")
+    draw_curves(side, apart, result, out / "locality.png")
     print(f"{tables}\n\nthe orders: {out / 'orders.png'}; the curves: {out / 'locality.png'}")
 
 

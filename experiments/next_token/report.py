@@ -37,15 +37,15 @@ def line(system: str, run: dict) -> str:
     return f"{system}: " + ", ".join(figures)
 
 
-def table(found: dict) -> str:
+def table(result: dict) -> str:
     """Markdown: a system a row, mean and standard deviation over its seeds; then the tokenizers."""
     systems = [
         [system, *(_cell(list(runs.values()), *column) for column in COLUMNS)]
-        for system, runs in found["systems"].items()
+        for system, runs in result["systems"].items()
     ]
-    columns = [*TOKENIZER_COLUMNS, *(column for column in COLUMNS if column[1] in found["held_out"])]
-    through = {"as they are": found["held_out"]}
-    through |= {f"through the tokenizer of {WHOSE[name]}": of for name, of in found["tokenizers"].items()}
+    columns = [*TOKENIZER_COLUMNS, *(column for column in COLUMNS if column[1] in result["held_out"])]
+    through = {"as they are": result["held_out"]}
+    through |= {f"through the tokenizer of {WHOSE[name]}": of for name, of in result["tokenizers"].items()}
     tokenizers = [
         [name, *(f"{of[key] * factor:{form}}" if key in of else "" for _, key, form, factor in columns)]
         for name, of in through.items()

@@ -35,7 +35,7 @@ from var_jax import cli, stages
 from var_jax.data.sources import open_source
 from var_jax.data.transforms import ToPixels
 from var_jax.errors import ConfigError, UserError
-from var_jax.evaluation.classifier import Jury
+from var_jax.evaluation.classifier import SampleJudge
 from var_jax.images import denormalize_to_uint8, to_uint8
 from var_jax.training.metrics import read_metrics
 from var_jax.training.state import count_parameters
@@ -75,7 +75,7 @@ def named(folders: list[str] | None, known: Iterable[str]) -> list[str]:
     """
     systems = {folder(system): system for system in known}
     if unknown := sorted(set(folders or ()) - set(systems)):
-        raise app.UsageError(f"--systems must be among {', '.join(systems)}; found {', '.join(unknown)}")
+        raise app.UsageError(f"--systems must be among {', '.join(systems)}; got {', '.join(unknown)}")
     return [systems[name] for name in folders or systems]
 
 
@@ -133,7 +133,7 @@ def drawn(workdir: Path, stage: ConfigDict, labels: np.ndarray) -> tuple[np.ndar
                 return saved["arr_0"], float(saved["seconds"])
     model = var_jax.load_var(workdir, tokenizer=var_jax.load_tokenizer(stage.tokenizer))
     make = partial(
-        model.generate_batches, seed=stage.seed, options=model.options, finish=denormalize_to_uint8
+        model.generate_batches, seed=stage.seed, options=model.options, postprocess=denormalize_to_uint8
     )
     list(make(labels[:batch], batch=batch))  # compiles
     start = time.perf_counter()
@@ -147,7 +147,7 @@ def drawn(workdir: Path, stage: ConfigDict, labels: np.ndarray) -> tuple[np.ndar
     return images, seconds
 
 
-def judge(workdir: Path, stage: ConfigDict, jury: Jury, per_class: int) -> dict:
+def judge(workdir: Path, stage: ConfigDict, jury: SampleJudge, per_class: int) -> dict:
     """All figures of a trained run.
 
     Args:
@@ -175,7 +175,7 @@ def judge(workdir: Path, stage: ConfigDict, jury: Jury, per_class: int) -> dict:
     }
 
 
-def reconstructed(stage: ConfigDict, jury: Jury) -> dict:
+def reconstructed(stage: ConfigDict, jury: SampleJudge) -> dict:
     """What becomes of held-out images in the tokenizer of a stage: the most that a system on it can reach."""
     tokenizer = var_jax.load_tokenizer(stage.tokenizer)
     again = tokenizer.decode(tokenizer.encode(jury.held_out.astype(np.float32) / 255))
@@ -191,12 +191,12 @@ def main(argv):
     out = cli.local_folder("out")
     cli.start()
     try:
-        found = compared(bases_of(FLAGS.config, out), systems, seeds, out, FLAGS.steps, FLAGS.per_class)
+        result = compared(bases_of(FLAGS.config, out), systems, seeds, out, FLAGS.steps, FLAGS.per_class)
     except UserError as error:
         sys.exit(f"next_token: {error}")
-    (out / "compare.json").write_text(json.dumps(found, indent=1))
-    (out / "compare.md").write_text(report.table(found) + "\n")
-    report.draw_losses(found["systems"], out / "compare.png")
+    (out / "compare.json").write_text(json.dumps(result, indent=1))
+    (out / "compare.md").write_text(report.table(result) + "\n")
+    report.draw_losses(result["systems"], out / "compare.png")
     first = {name: out / folder(name) / str(seeds[0]) for name in systems}
     report.draw_samples(first, out / "samples.png")
     print((out / "compare.md").read_text() + f"\nheld-out loss: {out / 'compare.png'}, {out / 'samples.png'}")
@@ -219,8 +219,8 @@ def compared(
     task = task_of(base)
     budget = steps * task.flops_per_image()
     splits = (base.data.train_split, base.data.eval_split)
-    jury = Jury(*(pictures_of(base, task.image_size, split) for split in splits))
-    found = {
+    jury = SampleJudge(*(pictures_of(base, task.image_size, split) for split in splits))
+    result = {
         "held_out": jury.figures(jury.held_out, jury.held_out_labels),
         "tokenizers": {TOKENIZERS[name]: reconstructed(stage, jury) for name, stage in bases.items()},
         "systems": {system: {} for system in systems},
@@ -231,9 +231,9 @@ def compared(
         stage, workdir = experiment(bases, system, seed, budget), out / folder(system) / str(seed)
         stages.run(stage, workdir)
         judged = judge(workdir, stage, jury, per_class)
-        found["systems"][system][str(seed)] = judged
+        result["systems"][system][str(seed)] = judged
         print(report.line(system, judged), flush=True)
-    return found
+    return result
 
 
 if __name__ == "__main__":

@@ -49,14 +49,12 @@ def fit_power_law(x: np.ndarray, y: np.ndarray, floor: bool = True) -> PowerLaw:
     """
     x, y = np.asarray(x, float), np.asarray(y, float)
     if x.ndim != 1 or x.shape != y.shape:
-        raise ValueError(f"a power law is fitted to x and y of one shape [n], found {x.shape} and {y.shape}")
+        raise ValueError(f"a power law is fitted to x and y of one shape [n], got {x.shape} and {y.shape}")
     if not (np.isfinite(x) & np.isfinite(y) & (x > 0) & (y > 0)).all():
         raise ValueError("a power law is fitted to positive, finite x and y")
     need, have = 3 if floor else 2, len(np.unique(x))
     if have < need:
-        raise ValueError(
-            f"a power law with {need} parameters needs at least {need} different x, found {have}"
-        )
+        raise ValueError(f"a power law with {need} parameters needs at least {need} different x, got {have}")
     log_x, log_y = np.log(x), np.log(y)
     centre = log_x.mean()  # k and b are then nearly independent
     z = log_x - centre
@@ -114,22 +112,22 @@ def bootstrap(
     Raises:
       ValueError: where hardly a draw can be fitted.
     """
-    rng, found = np.random.default_rng(seed), []
+    rng, result = np.random.default_rng(seed), []
     for _ in range(20 * draws):
-        if len(found) == draws:
+        if len(result) == draws:
             break
         try:
-            found.append(fit(rng.integers(0, runs, runs)))
+            result.append(fit(rng.integers(0, runs, runs)))
         except ValueError:
             continue
-    if len(found) < draws:
+    if len(result) < draws:
         raise ValueError(
-            f"{runs} runs are too few for a bootstrap: {len(found)} of {20 * draws} draws fitted"
+            f"{runs} runs are too few for a bootstrap: {len(result)} of {20 * draws} draws fitted"
         )
     ends = [(1 - level) / 2, (1 + level) / 2]
     with np.errstate(invalid="ignore"):  # a is infinite where b is nearly 0
         return {
-            name: tuple(np.quantile([getattr(law, name) for law in found], ends).tolist()) for name in "abc"
+            name: tuple(np.quantile([getattr(law, name) for law in result], ends).tolist()) for name in "abc"
         }
 
 

@@ -84,7 +84,7 @@ def analyse(runs: list[dict], draws: int = 500) -> dict:
       ValueError: where there are fewer sizes than the law has parameters.
     """
     if (different := len({run["N"] for run in runs})) < PARAMETERS:
-        raise ValueError(f"too few sizes: L = (a N)^b + c needs {PARAMETERS} or more, found {different}")
+        raise ValueError(f"too few sizes: L = (a N)^b + c needs {PARAMETERS} or more, got {different}")
     fits = {against: {name: _fit(runs, against, name, draws) for name in QUANTITIES} for against in UNITS}
     return {"runs": runs, "fits": finite_or_none(fits), "published": PUBLISHED, "draws": draws}
 
@@ -100,8 +100,8 @@ def _fit(runs: list[dict], against: str, quantity: str, draws: int) -> dict | No
     if len({run["N"] for run in runs}) > PARAMETERS:
         with contextlib.suppress(ValueError):  # most draws leave too short a frontier: no interval is known
             interval = bootstrap(drawn, len(runs), draws)
-    found = {name: getattr(law, name) for name in ("a", "b", "c", "pearson")}
-    return found | {"points": len(x), "b_alone": alone.b, "interval": interval}
+    result = {name: getattr(law, name) for name in ("a", "b", "c", "pearson")}
+    return result | {"points": len(x), "b_alone": alone.b, "interval": interval}
 
 
 def tables(result: dict) -> str:
@@ -116,16 +116,16 @@ def tables(result: dict) -> str:
     heads = ["of", "against", "points", "fit", "b, 95%", "c, 95%", "Pearson", "b where c = 0", "published"]
     lines = []
     for against, fits in result["fits"].items():
-        for name, found in fits.items():
-            if found is None:
+        for name, fit in fits.items():
+            if fit is None:
                 lines.append([QUANTITIES[name], against, "too few", *[""] * (len(heads) - 3)])
                 continue
-            law = f"({_number(found['a'])} {against})^{found['b']:.3f} + {found['c']:.3f}"
-            ends = [_interval(found["interval"], letter) for letter in "bc"]
+            law = f"({_number(fit['a'])} {against})^{fit['b']:.3f} + {fit['c']:.3f}"
+            ends = [_interval(fit["interval"], letter) for letter in "bc"]
             theirs = PUBLISHED[against].get(name)
             theirs = f"({theirs[0]:g} {against})^{theirs[1]:g}" if theirs else ""
-            numbers = [_number(found["pearson"], ".4f"), f"{found['b_alone']:.3f}", theirs]
-            lines.append([QUANTITIES[name], against, str(found["points"]), law, *ends, *numbers])
+            numbers = [_number(fit["pearson"], ".4f"), f"{fit['b_alone']:.3f}", theirs]
+            lines.append([QUANTITIES[name], against, str(fit["points"]), law, *ends, *numbers])
     return f"{sizes}\n\n{markdown(heads, lines)}\n\n{NOTES}"
 
 
@@ -157,10 +157,10 @@ def _interval(interval: dict | None, letter: str) -> str:
     return " to ".join(_number(end, ".3f") for end in interval[letter])
 
 
-def law_of(found: dict | None) -> PowerLaw:
+def law_of(result: dict | None) -> PowerLaw:
     """A fit as `analyse` returns it, to be computed with; nowhere a number where there is none."""
     return PowerLaw(
-        *(math.nan if (found or {}).get(name) is None else found[name] for name in "abc"), math.nan
+        *(math.nan if (result or {}).get(name) is None else result[name] for name in "abc"), math.nan
     )
 
 

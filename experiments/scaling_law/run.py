@@ -31,7 +31,7 @@ from experiments import setup_tokens
 from experiments.scaling_law import report
 from var_jax import cli, stages
 from var_jax.errors import UserError, config_errors
-from var_jax.training.checkpoint import FOLDER, load_config
+from var_jax.training.checkpoint import CHECKPOINT_DIR, load_config
 from var_jax.training.metrics import read_metrics
 from var_jax.transformer.config import NextScaleConfig
 from var_jax.transformer.flops import training_flops
@@ -39,7 +39,7 @@ from var_jax.transformer.flops import training_flops
 FLAGS = flags.FLAGS
 # min(EMA, (1 + t) / (10 + t)) at step t (training/optimizer.py): over a ninth of any t that matters.
 EMA = 0.99999
-FEWEST = 3  # sizes: L = (a N)^b + c has three parameters
+MIN_SIZES = 3  # sizes: L = (a N)^b + c has three parameters
 
 
 def prepare(config: ConfigDict, out: Path, crops: int) -> ConfigDict:
@@ -51,7 +51,7 @@ def prepare(config: ConfigDict, out: Path, crops: int) -> ConfigDict:
     """
     with config_errors():
         stage = next_scale_stage(config)
-    trains = {found.task: found for found in stages.stages_of(config)}.get("tokenizer")
+    trains = {result.task: result for result in stages.stages_of(config)}.get("tokenizer")
     if trains is not None and not stage.data.tokens:  # cut out as for the tokenizer
         stage.data.update({name: trains.data[name] for name in ("resize", "flip", "shift")})
     setup_tokens.prepare(stage, trains, out, crops)
@@ -91,7 +91,7 @@ def read_run(workdir: Path) -> dict:
       depth, width, seed, N (parameters but for embeddings and head), batch, flops_per_image (forward and
       backward); `step`, `loss`, `loss_last`, `error` and `error_last`, lists over the evaluations.
     """
-    record = load_config(workdir / "next_scale" / FOLDER)[1]
+    record = load_config(workdir / "next_scale" / CHECKPOINT_DIR)[1]
     cfg = NextScaleConfig(**record["model"])
     lines = [
         line for line in read_metrics(workdir / "next_scale" / "metrics.jsonl") if line["kind"] == "eval"
@@ -119,10 +119,10 @@ def sizes(words: list[str]) -> list[int]:
     given = f"--depths={','.join(words)}"
     wrong = [word for word in words if not word.isdecimal() or int(word) < 1]
     if wrong:
-        raise ValueError(f"{given}: a depth is a whole number from 1, found {wrong[0]}")
+        raise ValueError(f"{given}: a depth is a whole number from 1, got {wrong[0]}")
     depths = sorted({int(word) for word in words})
-    if len(depths) < FEWEST:
-        raise ValueError(f"{given}: too few sizes, a fit of (a N)^b + c needs {FEWEST} or more")
+    if len(depths) < MIN_SIZES:
+        raise ValueError(f"{given}: too few sizes, a fit of (a N)^b + c needs {MIN_SIZES} or more")
     return depths
 
 
@@ -166,7 +166,7 @@ if __name__ == "__main__":
     )
     flags.DEFINE_bool("rate_by_width", True, "Learning rate in proportion to 1 / width; published: not")
     flags.DEFINE_list("seeds", ["0"], "Each size is trained with each")
-    flags.DEFINE_integer("evaluations", 40, "Of each run, at equal distances", lower_bound=FEWEST)
+    flags.DEFINE_integer("evaluations", 40, "Of each run, at equal distances", lower_bound=MIN_SIZES)
     flags.DEFINE_integer("crops", 16, "Of each image, where the data is encoded here", lower_bound=1)
     cli.define_host_flags()
     flags.mark_flag_as_required("config")

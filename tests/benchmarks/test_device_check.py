@@ -163,10 +163,10 @@ def test_wrong_arguments_are_refused(monkeypatch, capsys, tmp_path, flag, messag
     ],
 )
 def test_how_a_process_ended(tmp_path, program, how):
-    found = device_check.watch_process(
+    result = device_check.watch_process(
         [sys.executable, "-c", program], dict(os.environ), tmp_path / "log", 60
     )
-    assert found == how and (tmp_path / "log").exists()
+    assert result == how and (tmp_path / "log").exists()
 
 
 def test_a_process_that_hangs_is_stopped_with_those_that_it_started(tmp_path):

@@ -19,29 +19,29 @@ def line(monkeypatch, capsys, *arguments) -> dict:
 
 def test_one_line_says_what_the_host_makes_and_what_machines_need(monkeypatch, capsys):
     monkeypatch.setattr(input_rate, "encoder_flops", lambda tokenizer: 2e11)
-    found = line(monkeypatch, capsys, "--images=6", "--repeats=2")
-    assert found["data"] == "photographs/train" and found["size"] == 256 and found["cores"] >= 1
-    assert found["images_per_s"] == pytest.approx(found["images_per_s_per_core"] * found["cores"], abs=1)
-    assert 5 < found["images_per_s_per_core"] < 5000
-    stages = found["ms_per_image"]
+    result = line(monkeypatch, capsys, "--images=6", "--repeats=2")
+    assert result["data"] == "photographs/train" and result["size"] == 256 and result["cores"] >= 1
+    assert result["images_per_s"] == pytest.approx(result["images_per_s_per_core"] * result["cores"], abs=1)
+    assert 5 < result["images_per_s_per_core"] < 5000
+    stages = result["ms_per_image"]
     assert list(stages) == ["read", "decode", "resize", "crop"]
     assert min(stages["decode"], stages["resize"]) > 0.1 and sum(stages.values()) < 200
-    assert found["images_per_s_at_best"] == pytest.approx(1e3 / sum(stages.values()), abs=0.1)
-    flops = found["gflops_per_image"]
+    assert result["images_per_s_at_best"] == pytest.approx(1e3 / sum(stages.values()), abs=0.1)
+    flops = result["gflops_per_image"]
     assert flops["encoder"] == 200 and 900 < flops["transformer"] < 1000  # d16 on 680 tokens
-    needed = found["needed"]["8 x TPU v5e"]
+    needed = result["needed"]["8 x TPU v5e"]
     assert needed["images_per_s"] == pytest.approx(8 * 197e3 * 0.45 / sum(flops.values()), abs=1)
     for cores, rate in (("cores", "images_per_s_per_core"), ("cores_at_best", "images_per_s_at_best")):
-        assert needed[cores] == pytest.approx(needed["images_per_s"] / found[rate], rel=0.02, abs=0.1)
-    assert found["needed"]["8 x H200"]["images_per_s"] == pytest.approx(
+        assert needed[cores] == pytest.approx(needed["images_per_s"] / result[rate], rel=0.02, abs=0.1)
+    assert result["needed"]["8 x H200"]["images_per_s"] == pytest.approx(
         needed["images_per_s"] * 989 / 197, 2e-3
     )
 
 
 def test_a_data_set_of_ones_own(monkeypatch, capsys, digits_dir):
     monkeypatch.setattr(input_rate, "encoder_flops", lambda tokenizer: 2e11)
-    found = line(monkeypatch, capsys, "--data=digits", f"--data_dir={digits_dir}", "--split=test")
-    assert found["data"] == "digits/test" and found["kb_per_image"] < 1
+    result = line(monkeypatch, capsys, "--data=digits", f"--data_dir={digits_dir}", "--split=test")
+    assert result["data"] == "digits/test" and result["kb_per_image"] < 1
     with pytest.raises(SystemExit, match="throughput: data set 'flowers' is not prepared"):
         line(monkeypatch, capsys, "--data=flowers", f"--data_dir={digits_dir}")
     with pytest.raises(SystemExit, match="has 355 images, fewer than one batch of 400"):

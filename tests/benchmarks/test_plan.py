@@ -52,13 +52,13 @@ def plan(tmp_path, *flags: str) -> tuple[dict, str]:
 def moved(text: str) -> dict[str, set[str]]:
     """Shapes that each kind of collective in a program gives."""
     kinds = "all-gather|reduce-scatter|all-reduce|all-to-all|collective-permute"
-    found = {kind: set() for kind in kinds.split("|")}
+    result = {kind: set() for kind in kinds.split("|")}
     for shapes, kind in re.findall(rf" = (.*?) ({kinds})(?:-start)?\(", text):
-        found[kind] |= set(re.findall(r"\w+\[[\d,]*\]", shapes))
+        result[kind] |= set(re.findall(r"\w+\[[\d,]*\]", shapes))
     # A reduce-scatter of the TPU is a computation of this name around an all-reduce.
     for shapes in re.findall(r"%all-reduce-scatter\S* \(.*\) -> (.*) {", text):
-        found["reduce-scatter"] |= set(re.findall(r"\w+\[[\d,]*\]", shapes))
-    return found
+        result["reduce-scatter"] |= set(re.findall(r"\w+\[[\d,]*\]", shapes))
+    return result
 
 
 def is_of_images(shape: str) -> bool:
@@ -91,21 +91,21 @@ def test_fsdp_gathers_and_scatters_parameters_alone(tmp_path):
     )
     assert step["outputs_gib"] < 1e-4  # the state is donated
     assert step["unread_gib"] > 0.3  # encoder and decoder, in a step from tokens
-    found = moved(text)
+    result = moved(text)
     # In 16 bits, those of one block of the scan at a time: qkv, projection, MLP.
-    assert {f"bf16[1,{n}]" for n in ("256,768", "256,256", "256,1024", "1024,256")} <= found["all-gather"]
-    assert {f"bf16[{n}]" for n in ("32,768", "256,32", "32,1024", "1024,32")} <= found["reduce-scatter"]
-    assert not any(shape.startswith("bf16[2,") for shape in found["all-gather"])  # all blocks at once
-    assert not [s for shapes in found.values() for s in shapes if is_of_images(s)]
+    assert {f"bf16[1,{n}]" for n in ("256,768", "256,256", "256,1024", "1024,256")} <= result["all-gather"]
+    assert {f"bf16[{n}]" for n in ("32,768", "256,32", "32,1024", "1024,32")} <= result["reduce-scatter"]
+    assert not any(shape.startswith("bf16[2,") for shape in result["all-gather"])  # all blocks at once
+    assert not [s for shapes in result.values() for s in shapes if is_of_images(s)]
 
 
 @pytest.mark.compiles_for_tpu
 def test_data_parallel_sums_gradients_alone(tmp_path):
     _, text = plan(tmp_path, "--config.train.mesh.data=8", "--config.train.mesh.fsdp=1")
-    found = moved(text)
-    assert {kind for kind, shapes in found.items() if shapes} == {"all-reduce"}
-    assert {"bf16[1,256,1024]", "bf16[1,256,768]", "f32[1001,256]"} <= found["all-reduce"]
-    assert not [s for shapes in found.values() for s in shapes if is_of_images(s)]
+    result = moved(text)
+    assert {kind for kind, shapes in result.items() if shapes} == {"all-reduce"}
+    assert {"bf16[1,256,1024]", "bf16[1,256,768]", "f32[1001,256]"} <= result["all-reduce"]
+    assert not [s for shapes in result.values() for s in shapes if is_of_images(s)]
 
 
 def test_a_run_fits_if_its_largest_program_does():
@@ -165,7 +165,7 @@ def test_a_topology_that_there_is_not_is_refused(name):
 
 
 def test_only_stages_with_a_bound_are_planned():
-    with pytest.raises(ValueError, match="must end with a stage tokenizer or next_scale, found next_token"):
+    with pytest.raises(ValueError, match="must end with a stage tokenizer or next_scale, got next_token"):
         planned_task(next_token.get_config("d16"), make_mesh())
 
 
@@ -189,10 +189,10 @@ def no_memory_stats():
 
 
 def test_bounds_of_d16_on_paper():
-    found = bound(D16, STEP, CHIPS["TPU v5e"])
+    result = bound(D16, STEP, CHIPS["TPU v5e"])
     flops = 768 * training_flops(D16)
-    assert found["compute_s"] == pytest.approx(flops / (16 * 197e12))
-    assert found["step_s"] == found["compute_s"] and found["mfu"] == pytest.approx(1)
+    assert result["compute_s"] == pytest.approx(flops / (16 * 197e12))
+    assert result["step_s"] == result["compute_s"] and result["mfu"] == pytest.approx(1)
     again = bound(D16, Step(**{**vars(STEP), "remat": "full"}), CHIPS["TPU v5e"])
     assert again["mfu"] == pytest.approx(0.75)
     assert link_bytes(D16, STEP) == pytest.approx(3 * 2 * matrix_parameters(D16) * 15 / 16)
@@ -208,8 +208,8 @@ def test_the_mesh_with_the_least_traffic_that_holds_the_state():
 
 def test_a_mesh_that_leaves_room_for_activations_goes_before_one_with_less_traffic():
     remat = lambda sizes: "full" if sizes["fsdp"] < 8 else "flat_qkv"  # noqa: E731
-    found = best_mesh(D16, STEP, CHIPS["TPU v5e"], 16 * matrix_parameters(D16), remat)
-    assert found == ({"data": 2, "fsdp": 8, "tensor": 1}, "flat_qkv")
+    result = best_mesh(D16, STEP, CHIPS["TPU v5e"], 16 * matrix_parameters(D16), remat)
+    assert result == ({"data": 2, "fsdp": 8, "tensor": 1}, "flat_qkv")
 
 
 def test_a_mesh_that_the_torus_does_not_have_is_named_and_not_suggested():
@@ -218,8 +218,8 @@ def test_a_mesh_that_the_torus_does_not_have_is_named_and_not_suggested():
         make_mesh(data=2, fsdp=32, devices=chips)
     step = Step(**{**vars(STEP), "fsdp": 64})
     on_chips = lambda sizes: "mlp" if make_mesh(**sizes, devices=chips) else ""  # noqa: E731
-    found = best_mesh(D16, step, CHIPS["TPU v5p"], 16 * matrix_parameters(D16) / 2, on_chips)
-    assert found == ({"data": 16, "fsdp": 4, "tensor": 1}, "mlp")  # fsdp 2 would do
+    result = best_mesh(D16, step, CHIPS["TPU v5p"], 16 * matrix_parameters(D16) / 2, on_chips)
+    assert result == ({"data": 16, "fsdp": 4, "tensor": 1}, "mlp")  # fsdp 2 would do
 
 
 def test_a_width_that_the_chips_do_not_divide_is_split_over_fewer():

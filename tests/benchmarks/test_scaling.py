@@ -52,9 +52,9 @@ def test_rates_and_efficiencies_of_given_times():
 
 
 def test_what_does_not_fit_one_device_is_measured_from_the_next():
-    found = run(rows("strong", {1: None, 2: 2.0, 4: 2.0}))
-    assert [row["efficiency"] for row in found["rows"]] == [None, 1, 0.5]
-    assert "out of memory" in table(found).splitlines()[1]
+    result = run(rows("strong", {1: None, 2: 2.0, 4: 2.0}))
+    assert [row["efficiency"] for row in result["rows"]] == [None, 1, 0.5]
+    assert "out of memory" in table(result).splitlines()[1]
 
 
 def test_the_points_to_measure():
@@ -81,9 +81,7 @@ def test_runs_are_merged_or_refused(tmp_path):
     with pytest.raises(ValueError, match="two runs have weak scaling on the same number of devices"):
         merge([one, one])
     other = [row | {"batch": 4} for row in rows("weak", {2: 1.0})]
-    with pytest.raises(
-        ValueError, match=r"same images a device \(give --batch_per_device\), found \[2.0, 8.0"
-    ):
+    with pytest.raises(ValueError, match=r"same images a device \(give --batch_per_device\), got \[2.0, 8.0"):
         merge([one, run(other)])
 
 
@@ -93,12 +91,12 @@ def test_one_process_over_one_and_two_devices(config, tmp_path):
     done = command(*flags, xla_flags=fake_devices(2))
     assert done.returncode == 0, done.stderr[-2000:]
     *printed, line = done.stdout.splitlines()
-    found = json.loads(line)
-    assert [(row["devices"], row["batch"]) for row in found["rows"]] == [(1, 8), (2, 16)]
-    for row in found["rows"]:
+    result = json.loads(line)
+    assert [(row["devices"], row["batch"]) for row in result["rows"]] == [(1, 8), (2, 16)]
+    for row in result["rows"]:
         assert row["images_per_s"] == pytest.approx(row["batch"] / row["seconds"]) and row["mfu"] is None
-    assert "efficiencies mean nothing" in printed[-1] and "efficiencies mean nothing" in found["note"]
-    assert json.loads((tmp_path / "out" / "scaling.json").read_text())["rows"] == found["rows"]
+    assert "efficiencies mean nothing" in printed[-1] and "efficiencies mean nothing" in result["note"]
+    assert json.loads((tmp_path / "out" / "scaling.json").read_text())["rows"] == result["rows"]
     assert (tmp_path / "out" / "scaling.png").stat().st_size > 10_000
 
 

@@ -38,16 +38,16 @@ def no_counts(monkeypatch):
 
 @pytest.mark.parametrize("what", ["sample", "train", "tokenizer", "encode", "decode"])
 def test_one_json_line(no_counts, monkeypatch, capsys, what):
-    found = line(monkeypatch, capsys, what)
-    assert found["what"] == what and found["dtype"] == "float32" and found["parameters"] > 1000
-    assert found["images_per_s"] == pytest.approx(2 / found["seconds"], rel=0.02)
-    assert found["compile_s"] > 0 and found["tflops"] >= 0 and "ratio" not in found
-    assert found["peak_gib"] >= 0
+    result = line(monkeypatch, capsys, what)
+    assert result["what"] == what and result["dtype"] == "float32" and result["parameters"] > 1000
+    assert result["images_per_s"] == pytest.approx(2 / result["seconds"], rel=0.02)
+    assert result["compile_s"] > 0 and result["tflops"] >= 0 and "ratio" not in result
+    assert result["peak_gib"] >= 0
 
 
 def test_the_input_is_measured_on_a_platform_that_counts_no_flops(no_counts, monkeypatch, capsys, digits_dir):
-    found = line(monkeypatch, capsys, "input", "--data=digits", f"--data_dir={digits_dir}", "--threads=2")
-    assert found["images_per_s"] > 0
+    result = line(monkeypatch, capsys, "input", "--data=digits", f"--data_dir={digits_dir}", "--threads=2")
+    assert result["images_per_s"] > 0
     assert input_rate.encoder_flops(Tokenizer(TokenizerConfig(**throughput.TINY))) > 1e4
 
 
@@ -59,21 +59,21 @@ def test_peak_memory_is_the_devices_own_count_if_it_has_one(monkeypatch):
 
 
 def test_training_from_images_stands_beside_training_from_tokens(monkeypatch, capsys):
-    found = line(monkeypatch, capsys, "train", "--with_encoder")
-    whole = found["with_encoder"]
-    assert whole["ratio"] == pytest.approx(whole["seconds"] / found["seconds"], abs=1e-3)
+    result = line(monkeypatch, capsys, "train", "--with_encoder")
+    whole = result["with_encoder"]
+    assert whole["ratio"] == pytest.approx(whole["seconds"] / result["seconds"], abs=1e-3)
     assert whole["images_per_s"] == pytest.approx(2 / whole["seconds"], rel=0.02)
-    assert found["images_per_s"] == pytest.approx(2 / found["seconds"], rel=0.02)
+    assert result["images_per_s"] == pytest.approx(2 / result["seconds"], rel=0.02)
     with pytest.raises(SystemExit, match="--with_encoder: goes with train, not with sample"):
         line(monkeypatch, capsys, "sample", "--with_encoder")
 
 
 def test_the_ratio_leaves_out_what_the_yardstick_cannot_do(monkeypatch, capsys, tmp_path):
     (tmp_path / "peer.py").write_text(YARDSTICK)
-    found = line(monkeypatch, capsys, "sample", f"--against={tmp_path}/peer.py")
-    assert found["against"]["arguments"][:3] == ["sample", "--depth=1", "--batch=2"]
-    assert "--dtype=float32" in found["against"]["arguments"] and found["against"]["tf32"] == "0"
-    assert found["ratio"] == pytest.approx(found["without_decoder"]["images_per_s"] / 2, rel=1e-2)
+    result = line(monkeypatch, capsys, "sample", f"--against={tmp_path}/peer.py")
+    assert result["against"]["arguments"][:3] == ["sample", "--depth=1", "--batch=2"]
+    assert "--dtype=float32" in result["against"]["arguments"] and result["against"]["tf32"] == "0"
+    assert result["ratio"] == pytest.approx(result["without_decoder"]["images_per_s"] / 2, rel=1e-2)
 
 
 def test_a_yardstick_that_fails_is_shown(monkeypatch, capsys, tmp_path):

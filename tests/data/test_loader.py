@@ -47,9 +47,9 @@ def test_a_batch_is_a_function_of_seed_and_step_whatever_the_processes(source, p
 
 def test_every_epoch_of_a_broken_run_has_every_image_once():
     steps = [*range(5), *range(5, 15)]  # two processes until step 5, then four: nothing of it shows
-    found = np.concatenate([batch_indices(30, 4, 7, step) for step in steps])
-    assert all(sorted(epoch) == list(range(30)) for epoch in found.reshape(2, 30))
-    assert (found[:30] != found[30:]).any()
+    result = np.concatenate([batch_indices(30, 4, 7, step) for step in steps])
+    assert all(sorted(epoch) == list(range(30)) for epoch in result.reshape(2, 30))
+    assert (result[:30] != result[30:]).any()
 
 
 @dataclasses.dataclass

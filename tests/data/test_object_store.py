@@ -7,7 +7,7 @@ from tests.helpers.token_cache import COMMAND, small
 from var_jax.data.loader import train_batches
 from var_jax.data.sources import DataSetMissing, open_source
 from var_jax.data.token_cache import open_token_cache
-from var_jax.data.token_writer import OtherCache, write_cache
+from var_jax.data.token_writer import CacheMismatch, write_cache
 from var_jax.data.transforms import ToPixels
 from var_jax.paths import as_path
 from var_jax.tools.prepare import prepare
@@ -44,7 +44,9 @@ def test_a_token_cache_is_written_to_object_storage_and_read_from_it(
     assert {path.name for path in as_path(f"{bucket}/tokens").iterdir()} == {
         path.name for path in (tmp_path / "local").iterdir()
     }
-    with pytest.raises(OtherCache, match=f"{bucket}/tokens holds something else(?s:.)*crops: 2 there, 3 now"):
+    with pytest.raises(
+        CacheMismatch, match=f"{bucket}/tokens holds something else(?s:.)*crops: 2 there, 3 now"
+    ):
         other = dataclasses.replace(description, crops=3)
         write_cache(as_path(f"{bucket}/tokens"), other, sources, encode, 2, COMMAND)
 

@@ -8,8 +8,8 @@ from tests.helpers.token_cache import COMMAND, altered, describe, small
 from var_jax.data import token_cache as token_cache_module
 from var_jax.data.loader import eval_batches, train_batches
 from var_jax.data.sources import DataSetMissing
-from var_jax.data.token_cache import Note, open_token_cache
-from var_jax.data.token_writer import OtherCache, write_cache
+from var_jax.data.token_cache import CacheManifest, open_token_cache
+from var_jax.data.token_writer import CacheMismatch, write_cache
 from var_jax.paths import as_path
 
 
@@ -43,8 +43,8 @@ def test_batches_hold_every_crop_once_before_they_repeat_and_every_held_out_imag
     first = [next(batches) for _ in range(2)]
     assert set(first[0]) == {"tokens", "label", "valid"} and first[0]["tokens"].shape == (1442, 21)
     rows = lambda items: sorted(item.tobytes() for item in items)  # noqa: E731
-    found = np.concatenate([batch["tokens"] for batch in first])
-    assert rows(found) == rows([train[i]["tokens"] for i in range(len(train))])
+    result = np.concatenate([batch["tokens"] for batch in first])
+    assert rows(result) == rows([train[i]["tokens"] for i in range(len(train))])
     batches = list(eval_batches(held_out, None, 100))
     valid = np.concatenate([batch["valid"] for batch in batches]) > 0
     tokens = np.concatenate([batch["tokens"] for batch in batches])[valid]
@@ -73,7 +73,7 @@ def test_files_that_are_not_what_the_description_says_are_refused(token_cache, t
         open_token_cache(short)
     (short / "description.json").write_text(json.dumps({"holds": {"crops": 1}, "command": ""}))
     with pytest.raises(ValueError, match="description.json describes no token cache"):
-        Note.read(short)
+        CacheManifest.read(short)
 
 
 def test_a_cache_of_older_crops_is_read_with_a_warning_but_not_continued(
@@ -92,5 +92,5 @@ def test_a_cache_of_older_crops_is_read_with_a_warning_but_not_continued(
     np.testing.assert_array_equal([source[39]["tokens"] for source in older], tokens)
     assert len(said) == 1 and "holds crops of transform version 0" in said[0]
     assert not older[0].description.transform  # as absent, so that runs on this cache resume
-    with pytest.raises(OtherCache, match="transform: 0 there, 1 now"):
+    with pytest.raises(CacheMismatch, match="transform: 0 there, 1 now"):
         write_cache(as_path(tmp_path), description, parts, encode, 2, COMMAND)

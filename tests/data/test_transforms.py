@@ -59,17 +59,17 @@ def test_shift_moves_about_half_by_at_most_so_many_pixels_in_random_mode_only():
     np.testing.assert_array_equal(transform(square)["image"], RAMP[:20])
     padded = np.pad(RAMP[:20], ((1, 1), (1, 1), (0, 0)))
     allowed = [padded[y : y + 20, x : x + 20] for y in range(3) for x in range(3)]
-    found = [transform(square, np.random.default_rng(seed))["image"] for seed in range(60)]
-    which = [[np.array_equal(image, view) for view in allowed].index(True) for image in found]
+    result = [transform(square, np.random.default_rng(seed))["image"] for seed in range(60)]
+    which = [[np.array_equal(image, view) for view in allowed].index(True) for image in result]
     assert set(which) == set(range(9)) and which.count(4) > 20  # 4: not moved
 
 
 def test_short_side_is_resized_to_1_125_of_the_size():
     assert resize_short_side(Image.fromarray(RAMP), 18).size == (18, 36)
-    with pytest.raises(ValueError, match="data.shift must be 0 or more pixels, found -1"):
+    with pytest.raises(ValueError, match="data.shift must be 0 or more pixels, got -1"):
         ToPixels("x", 16, 1.0, False, -1)
     assert ToPixels("x", 16, 1.125, False)(record(RAMP))["image"].shape == (16, 16, 3)
-    with pytest.raises(ValueError, match=r"data.resize must be at least 1.*found 0.5"):
+    with pytest.raises(ValueError, match=r"data.resize must be at least 1.*got 0.5"):
         ToPixels("x", 16, 0.5, False)
 
 

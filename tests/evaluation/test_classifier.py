@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 from sklearn.datasets import load_digits
 
-from var_jax.evaluation.classifier import Classifier, Jury, spread
+from var_jax.evaluation.classifier import Classifier, SampleJudge, spread
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +34,7 @@ def test_spread_is_within_classes(digits):
 
 def test_a_jury_tells_copies_from_new_images(digits):
     images, labels, others, other_labels = digits
-    jury = Jury((images, labels), (others, other_labels))
+    jury = SampleJudge((images, labels), (others, other_labels))
     held_out, copies = jury.figures(others, other_labels), jury.figures(images, labels)
     assert held_out["nearest"] == 1 and copies["nearest"] == 0
     assert copies["spread"] == 1 and copies["called_right"] > 0.99

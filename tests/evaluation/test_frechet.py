@@ -6,10 +6,10 @@ from var_jax.evaluation.frechet import Moments, frechet_distance
 
 
 def moments(features, parts=3):
-    found = Moments()
+    result = Moments()
     for part in np.array_split(features, parts):
-        found.add(part)
-    return found
+        result.add(part)
+    return result
 
 
 def test_moments_of_parts_are_those_of_the_whole():
@@ -31,5 +31,5 @@ def test_gaussians_of_known_distance_and_fewer_images_than_features():
     steps = np.array([[1.0], [-1.0]]) * np.sqrt(0.5)  # variance 1
     a, b = np.hstack([steps, 0 * steps]), np.hstack([3 * steps, 0 * steps + 2])
     assert frechet_distance(moments(a, 1), moments(b, 1)) == pytest.approx((3 - 1) ** 2 + 2**2)
-    with pytest.raises(ValueError, match="needs at least 2 images on each side, found 1"):
+    with pytest.raises(ValueError, match="needs at least 2 images on each side, got 1"):
         frechet_distance(moments(a[:1], 1), moments(b, 1))

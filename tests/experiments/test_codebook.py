@@ -49,10 +49,10 @@ def test_table_and_plot_are_of_what_the_runs_logged(tmp_path):
             lines.append({"step": 2, "kind": "eval", **shared})
             (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     runs = results(tmp_path, ["baseline", "ema", "recipe"])
-    found = summary(runs, codes=32, num_scales=2)
-    assert found["recipe"]["used"] == [0.75, 0.0] and found["baseline"]["perplexity_1"] == pytest.approx(
+    result = summary(runs, codes=32, num_scales=2)
+    assert result["recipe"]["used"] == [0.75, 0.0] and result["baseline"]["perplexity_1"] == pytest.approx(
         [2.5, 0.5**0.5]
     )
-    assert "| recipe (2) | 20.50 ± 0.71 | 75% ± 0% | 4.5 ± 2.1 | 7.5 ± 2.1 |" in table(found, (1, 2))
+    assert "| recipe (2) | 20.50 ± 0.71 | 75% ± 0% | 4.5 ± 2.1 | 7.5 ± 2.1 |" in table(result, (1, 2))
     draw(runs, (1, 2), tmp_path / "plot.png")
     assert (tmp_path / "plot.png").stat().st_size > 10_000

@@ -39,14 +39,14 @@ def test_exponents_on_paper_up_to_64():
     points = []
     for name, system in SYSTEMS.items():
         for side in (4, 8, 16, 32, 48, 64):
-            found = on_paper(make(name, side, width=32, depth=1).config, system.cached)
-            points.append({"system": name, "side": side, "counted": None, "seconds": None, **found})
-    found = exponents(points, THEORY, last=3)
-    assert found["next-token, no cache"]["paper"] == pytest.approx(6, abs=0.3)
-    assert found["next-scale, no cache"]["paper"] == pytest.approx(4, abs=0.3)
+            result = on_paper(make(name, side, width=32, depth=1).config, system.cached)
+            points.append({"system": name, "side": side, "counted": None, "seconds": None, **result})
+    result = exponents(points, THEORY, last=3)
+    assert result["next-token, no cache"]["paper"] == pytest.approx(6, abs=0.3)
+    assert result["next-scale, no cache"]["paper"] == pytest.approx(4, abs=0.3)
     for name in ("next-token, KV cache", "next-scale, KV cache"):
-        assert 3.5 < found[name]["paper"] < 4
-    assert found["next-token, no cache"]["sides"] == {"paper": [32, 48, 64], "counted": [], "seconds": []}
+        assert 3.5 < result[name]["paper"] < 4
+    assert result["next-token, no cache"]["sides"] == {"paper": [32, 48, 64], "counted": [], "seconds": []}
     steps = {(point["system"], point["side"]): point["steps"] for point in points}
     assert steps["next-token, KV cache", 64] == 4096 and steps["next-scale, no cache", 64] == 7
 
@@ -103,29 +103,29 @@ def points(monkeypatch):
     monkeypatch.setattr(run, "sampler", flops)
     monkeypatch.setattr(run, "seconds", lambda flops: flops / 100)
     lines = []
-    found = list(run.measure([2, 4, 8], 8, 1, 20.0, lines.append))
-    assert len(lines) == len(found) == 12
+    result = list(run.measure([2, 4, 8], 8, 1, 20.0, lines.append))
+    assert len(lines) == len(result) == 12
     assert lines[2].startswith("next-token, no cache, n = 8:") and "not measured, expected 41 s" in lines[2]
-    return found
+    return result
 
 
 def test_what_would_take_too_long_is_left_out_and_not_made_up(points):
     assert [point["seconds"] for point in points[:3]] == pytest.approx([0.16, 2.56, None])
     assert [point["expected_seconds"] for point in points[:3]] == pytest.approx([None, 2.56, 40.96])
-    found = exponents(points, THEORY, last=2)["next-scale, KV cache"]
-    assert found["seconds"] == pytest.approx(4) and found["sides"]["seconds"] == [2, 4]
-    assert found["counted"] == pytest.approx(4) and found["sides"]["counted"] == [4, 8]
+    result = exponents(points, THEORY, last=2)["next-scale, KV cache"]
+    assert result["seconds"] == pytest.approx(4) and result["sides"]["seconds"] == [2, 4]
+    assert result["counted"] == pytest.approx(4) and result["sides"]["counted"] == [4, 8]
 
 
 def test_report_and_picture_say_what_was_not_measured(points, tmp_path):
-    found = dict(width=8, depth=1, codes=8, code_dim=4, device="cpu", jax="0", fitted_to=2, points=points)
-    found["exponents"] = exponents(points, THEORY, last=2)
-    lines = report(found).splitlines()
+    result = dict(width=8, depth=1, codes=8, code_dim=4, device="cpu", jax="0", fitted_to=2, points=points)
+    result["exponents"] = exponents(points, THEORY, last=2)
+    lines = report(result).splitlines()
     assert "| 8 | 64 of 64 | 4 of 85 | not measured | not measured | not measured | not measured |" in lines
     assert "| 4 | 16 of 16 | 3 of 21 | 2.56 | 2.56 | 2.56 | 2.56 |" in lines
     (row,) = [line for line in lines if line.startswith("| next-scale, no cache |")]
     assert row.split(" | ")[1] == "4" and row.endswith("| 4.00 | 4.00 | 2, 4 |")
-    draw(found, tmp_path / "plot.png")
+    draw(result, tmp_path / "plot.png")
     assert len(np.unique(np.asarray(Image.open(tmp_path / "plot.png")).reshape(-1, 4), axis=0)) > 50
 
 
@@ -135,10 +135,10 @@ def test_the_command_writes_tables_numbers_and_a_picture(tmp_path):
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.count("GFLOPs on paper") == 8
     assert (tmp_path / "out" / "complexity.md").read_text().strip() in done.stdout
-    found = json.loads((tmp_path / "out" / "complexity.json").read_text())
-    assert [(p["system"], p["side"]) for p in found["points"]] == [(s, n) for s in SYSTEMS for n in (2, 3)]
-    assert all(point[kind] > 0 for point in found["points"] for kind in KINDS)
-    assert found["exponents"]["next-token, no cache"]["theory"] == 6
+    result = json.loads((tmp_path / "out" / "complexity.json").read_text())
+    assert [(p["system"], p["side"]) for p in result["points"]] == [(s, n) for s in SYSTEMS for n in (2, 3)]
+    assert all(point[kind] > 0 for point in result["points"] for kind in KINDS)
+    assert result["exponents"]["next-token, no cache"]["theory"] == 6
     assert (tmp_path / "out" / "complexity.png").stat().st_size > 10_000
 
 

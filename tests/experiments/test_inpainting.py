@@ -61,13 +61,13 @@ def test_masks_are_halves_and_the_centre_quarter():
 
 def test_cells_that_the_mask_touches_are_made_anew():
     scales, masks = Scales((1, 2, 3, 4)), partial_images.masks(8)
-    _, two, three, four = np.split(partial_images.touched(masks["top"], scales), [1, 5, 14])
+    _, two, three, four = np.split(partial_images.touching_tokens(masks["top"], scales), [1, 5, 14])
     assert two.tolist() == [True, True, False, False] and four.reshape(4, 4).all(1).tolist() == [1, 1, 0, 0]
     assert three.reshape(3, 3).all(1).tolist() == [1, 1, 0]  # the row in the middle is half known
     half = partial_images.mostly_unknown(masks["centre"], scales)
-    assert partial_images.touched(masks["centre"], scales)[:14].all()
+    assert partial_images.touching_tokens(masks["centre"], scales)[:14].all()
     assert half[:14].tolist() == [True] + [False] * 4 + [False] * 4 + [True] + [False] * 4
-    np.testing.assert_array_equal(half[14:], partial_images.touched(masks["centre"], Scales((4,))))
+    np.testing.assert_array_equal(half[14:], partial_images.touching_tokens(masks["centre"], Scales((4,))))
 
 
 def test_the_share_of_the_known_part_that_is_seen():
@@ -76,13 +76,15 @@ def test_the_share_of_the_known_part_that_is_seen():
     for order in ("raster", "spiral_in", "spiral_out", "column"):
         config = NextTokenConfig(**fields, scales=(4,), order=order)
         seen[order] = [
-            partial_images.share_seen(config, partial_images.touched(m, config.schedule))
+            partial_images.share_seen(config, partial_images.touching_tokens(m, config.schedule))
             for m in masks.values()
         ]
     assert seen["raster"][0] == 0 and seen["column"][1] == 0 and seen["raster"][1] == seen["column"][0]
     assert seen["spiral_in"][2] == 1 and seen["spiral_out"][2] == 0 < seen["raster"][1] < 1
     var = NextScaleConfig(**fields, scales=(1, 2, 4))
-    assert partial_images.share_seen(var, partial_images.touched(masks["top"], var.schedule)) == 2 / (2 + 8)
+    assert partial_images.share_seen(var, partial_images.touching_tokens(masks["top"], var.schedule)) == 2 / (
+        2 + 8
+    )
 
 
 def test_nothing_of_the_unknown_part_leaks_and_the_known_part_counts(model):
@@ -93,10 +95,10 @@ def test_nothing_of_the_unknown_part_leaks_and_the_known_part_counts(model):
         other[:, mask] = 255 - other[:, mask]
         differs[:, ~mask] = 255 - differs[:, ~mask]
         for cells, once in VAR_WAYS.values():
-            anew = cells(mask, schedule)
+            resample = cells(mask, schedule)
             made = [
                 partial_images.fill(
-                    model, partial_images.painted_over(x, mask), anew, labels, seed=3, once=once
+                    model, partial_images.mask_with_median(x, mask), resample, labels, seed=3, once=once
                 )
                 for x in (images, other, differs)
             ]
@@ -108,28 +110,28 @@ def test_nothing_of_the_unknown_part_leaks_and_the_known_part_counts(model):
 def test_known_tokens_are_kept(model):
     images = np.random.default_rng(1).integers(0, 256, (5, 8, 8, 3), np.uint8)
     schedule, mask = model.module.config.schedule, partial_images.masks(8)["top"]
-    anew, labels = partial_images.touched(mask, schedule), np.arange(5)
-    known = partial_images.painted_over(images, mask)
+    resample, labels = partial_images.touching_tokens(mask, schedule), np.arange(5)
+    known = partial_images.mask_with_median(images, mask)
     encoded = model.tokenizer.encode(known.astype(np.float32) / 255)
-    made, tokens = partial_images.fill(model, known, anew, labels, seed=0, once=True)
-    np.testing.assert_array_equal(tokens[:, ~anew], encoded[:, ~anew])
-    assert (tokens[:, anew] != encoded[:, anew]).any()
+    made, tokens = partial_images.fill(model, known, resample, labels, seed=0, once=True)
+    np.testing.assert_array_equal(tokens[:, ~resample], encoded[:, ~resample])
+    assert (tokens[:, resample] != encoded[:, resample]).any()
     np.testing.assert_allclose(made / 255, model.tokenizer.decode(tokens), atol=0.51 / 255)
     # Map by map: with everything known that is to encode; else each map is of what those before it left.
-    nothing = np.zeros_like(anew)
+    nothing = np.zeros_like(resample)
     np.testing.assert_array_equal(partial_images.fill(model, known, nothing, labels, seed=0)[1], encoded)
-    made, tokens = partial_images.fill(model, known, anew, labels, seed=0)
+    made, tokens = partial_images.fill(model, known, resample, labels, seed=0)
     np.testing.assert_allclose(made / 255, model.tokenizer.decode(tokens), atol=0.51 / 255)
     again = partial_images.fill(model, known, nothing, labels, seed=0)[1]
     if len(schedule) == 1:
-        np.testing.assert_array_equal(tokens[:, ~anew], again[:, ~anew])
+        np.testing.assert_array_equal(tokens[:, ~resample], again[:, ~resample])
 
 
 def test_the_colour_painted_over_is_that_of_the_known_part():
     images, mask = np.full((2, 8, 8, 3), 200, np.uint8), partial_images.masks(8)["left"]
     images[:, :, 4:] = (10, 20, 30)
     images[:, 0, 4:] = 255
-    painted = partial_images.painted_over(images, mask)
+    painted = partial_images.mask_with_median(images, mask)
     assert (painted[:, mask] == (10, 20, 30)).all()
     np.testing.assert_array_equal(painted[:, ~mask], images[:, ~mask])
 
@@ -144,22 +146,22 @@ def test_psnr_is_of_one_part():
 
 def test_the_command_writes_tables_figures_and_a_picture(run):
     folder, _, printed = run
-    found = json.loads((folder / "generality.json").read_text())
+    result = json.loads((folder / "generality.json").read_text())
     table = (folder / "generality.md").read_text()
-    assert table in printed and found["images"] == 355 and found["draws"] == 1
-    assert list(found["systems"]) == [
+    assert table in printed and result["images"] == 355 and result["draws"] == 1
+    assert list(result["systems"]) == [
         "VAR, learned_1d",
         "VAR, learned_1d; half-known cells kept",
         "VAR, learned_1d; encoded at once",
         "VAR, learned_1d; as inpaint does",
         "spiral_out, learned_1d",
     ]
-    for runs in found["systems"].values():
+    for runs in result["systems"].values():
         for figures in runs["0"].values():
             assert 0 <= figures["right"] <= 1 and 0 <= figures["right_told"] <= 1
             assert 0 < figures["psnr_unknown"] < 60 and 0 < figures["psnr_known"] < 60
-    assert found["classifier_right"] > 0.9 and 0.1 < found["chance"] < 0.11
-    assert found["systems"]["spiral_out, learned_1d"]["0"]["centre"]["seen"] == 0
+    assert result["classifier_right"] > 0.9 and 0.1 < result["chance"] < 0.11
+    assert result["systems"]["spiral_out, learned_1d"]["0"]["centre"]["seen"] == 0
     assert table.count("| nothing made |") == 3
     assert Image.open(folder / "generality.png").width > 300
 
@@ -176,4 +178,4 @@ def test_runs_that_are_there_are_used_wherever_they_lie(run, tmp_path):
 
 def test_an_unknown_system_is_named(run):
     done = generality(run[:2], "--systems=raster")
-    assert done.returncode != 0 and "found raster" in done.stderr + done.stdout
+    assert done.returncode != 0 and "got raster" in done.stderr + done.stdout

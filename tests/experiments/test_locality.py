@@ -23,11 +23,11 @@ def test_the_command_writes_tables_numbers_and_pictures(tiny_run, digits_dir, tm
     assert "| raster | 1 / 1 / 1 | 4 / 4 / 4 | 2.5 / 4 / 4 |" in done.stdout
     assert "(100 images of digits/train, 4 x 4 map" in done.stdout
     assert (tmp_path / "out" / "locality.md").read_text().strip() in done.stdout
-    found = json.loads((tmp_path / "out" / "locality.json").read_text())
-    assert found["side"] == 4 and list(found["distances"]) == list(ORDERS)
-    assert found["distances"]["hilbert"]["horizontal"]["max"] == 13
-    assert len(found["information"]["image"]) == 6
-    assert {name: len(bits) for name, bits in found["information"]["lag"].items()} == dict.fromkeys(
+    result = json.loads((tmp_path / "out" / "locality.json").read_text())
+    assert result["side"] == 4 and list(result["distances"]) == list(ORDERS)
+    assert result["distances"]["hilbert"]["horizontal"]["max"] == 13
+    assert len(result["information"]["image"]) == 6
+    assert {name: len(bits) for name, bits in result["information"]["lag"].items()} == dict.fromkeys(
         ORDERS, 15
     )
     for name in ("orders.png", "locality.png"):
@@ -39,8 +39,8 @@ def test_without_a_tokenizer_distances_alone(tmp_path):
     done = command(*MODULE, "--side=5", f"--out={tmp_path}")
     assert done.returncode == 0, done.stderr[-2000:]
     assert "| column | 5 / 5 / 5 | 1 / 1 / 1 | 3 / 5 / 5 |" in done.stdout and "bits" not in done.stdout
-    found = json.loads((tmp_path / "locality.json").read_text())
-    assert found["side"] == 5 and found["information"] is None
+    result = json.loads((tmp_path / "locality.json").read_text())
+    assert result["side"] == 5 and result["information"] is None
     assert (tmp_path / "orders.png").exists() and (tmp_path / "locality.png").exists()
 
 
@@ -61,11 +61,11 @@ def test_what_is_wrong_is_named_and_nothing_written(flag, message, tiny_run, dig
 
 def test_tokens_are_those_of_the_last_map_of_images_drawn_at_random(tiny_run, digits_dir):
     tokenizer, source = var_jax.load_tokenizer(tiny_run), open_source("digits", "train", digits_dir)
-    found = finest_tokens(tokenizer, source, 70)  # more than a batch
+    result = finest_tokens(tokenizer, source, 70)  # more than a batch
     which = batch_indices(len(source), 64, 0, 0)[[0, 5]]
     images = np.stack([np.asarray(decode(source[i]["image"])) for i in which])
-    np.testing.assert_array_equal(found[[0, 5]], tokenizer.encode(images / np.float32(255))[:, 5:])
-    assert found.shape == (70, 16)
+    np.testing.assert_array_equal(result[[0, 5]], tokenizer.encode(images / np.float32(255))[:, 5:])
+    assert result.shape == (70, 16)
     with pytest.raises(ValueError, match=r"last map of scales \(1, 1\) has one token"):
         check_map(SimpleNamespace(scales=(1, 1)))
 
@@ -74,13 +74,13 @@ def test_tokens_that_spread_from_their_neighbours_tell_about_near_ones_most(tiny
     tokenizer, rng = var_jax.load_tokenizer(tiny_run), np.random.default_rng(0)
     tokens = np.zeros((2000, 4, 4), np.int32)
     for column in range(4):  # each row a chain of its own, from left to right
-        anew = rng.random((2000, 4)) < 0.3
+        resample = rng.random((2000, 4)) < 0.3
         before = tokens[:, :, column - 1] if column else 0
-        tokens[:, :, column] = np.where(anew, rng.integers(16, size=(2000, 4)), before)
-    found = information(tokenizer, tokens.reshape(2000, 16))
-    assert found["images"] == 2000 and found["side"] == 4 and 1 < found["groups"] <= GROUPS
-    raster, column = found["lag"]["raster"], found["lag"]["column"]
-    assert found["image"][0] > 2 * found["image"][1] > 0
+        tokens[:, :, column] = np.where(resample, rng.integers(16, size=(2000, 4)), before)
+    result = information(tokenizer, tokens.reshape(2000, 16))
+    assert result["images"] == 2000 and result["side"] == 4 and 1 < result["groups"] <= GROUPS
+    raster, column = result["lag"]["raster"], result["lag"]["column"]
+    assert result["image"][0] > 2 * result["image"][1] > 0
     assert raster[0] > 1 and abs(column[0]) < 0.02 < 1 < column[3]  # the last: the cell on the left
 
 

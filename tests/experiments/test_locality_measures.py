@@ -22,7 +22,7 @@ def test_distances_of_orders_that_are_easily_thought_through():
     horizontal, vertical = neighbour_distances(order("hilbert", 2), 2)
     assert horizontal.tolist() == [[1], [1]] or vertical.tolist() == [[1, 1]]
     assert sorted([*horizontal.ravel(), *vertical.ravel()]) == [1, 1, 1, 3]
-    with pytest.raises(ValueError, match=r"side 3 has 9 cells, found shape \(16,\)"):
+    with pytest.raises(ValueError, match=r"side 3 has 9 cells, got shape \(16,\)"):
         neighbour_distances(order("raster", 4), 3)
 
 
@@ -30,8 +30,8 @@ def test_independent_tokens_share_nothing_though_the_plain_formula_says_so():
     tokens = np.random.default_rng(0).integers(16, size=(500, 30))
     off = ~np.eye(30, dtype=bool)
     assert measures._plug_in(tokens)[off].mean() > 0.3  # about 15^2 / (2 * 500 * ln 2)
-    found = mutual_information(tokens)
-    assert abs(found[off].mean()) < 0.005 and abs(found[off]).max() < 0.15
+    result = mutual_information(tokens)
+    assert abs(result[off].mean()) < 0.005 and abs(result[off]).max() < 0.15
 
 
 def test_equal_tokens_share_their_entropy_and_a_channel_what_it_lets_through():
@@ -39,10 +39,10 @@ def test_equal_tokens_share_their_entropy_and_a_channel_what_it_lets_through():
     first = rng.choice(4, size=20000, p=[0.5, 0.25, 0.125, 0.125])  # 1.75 bits
     bit = first == 0  # of entropy 1
     flipped = bit ^ (rng.random(20000) < 0.11)  # a channel of capacity 1/2
-    found = mutual_information(np.stack([first, first, 3 - first, bit, flipped], axis=1))
-    np.testing.assert_allclose(found[0, 1:4], [1.75, 1.75, 1], atol=0.02)
-    assert found[3, 4] == pytest.approx(0.5, abs=0.02)
-    np.testing.assert_allclose(found, found.T, atol=1e-6)
+    result = mutual_information(np.stack([first, first, 3 - first, bit, flipped], axis=1))
+    np.testing.assert_allclose(result[0, 1:4], [1.75, 1.75, 1], atol=0.02)
+    assert result[3, 4] == pytest.approx(0.5, abs=0.02)
+    np.testing.assert_allclose(result, result.T, atol=1e-6)
 
 
 def test_what_only_says_where_a_token_is_does_not_count():
@@ -67,9 +67,9 @@ def test_what_is_no_table_of_symbols_is_refused(wrong):
 
 def test_groups_hold_near_codes_and_unused_ones_have_no_say():
     codes = np.array([[0, 0], [0, 1], [9, 0], [9, 1], [500, 500]], np.float32)
-    found = group_codes(codes, np.array([3, 1, 2, 5, 0]), groups=2)
-    assert found.dtype == np.int32 and found[0] == found[1] != found[2] == found[3]
-    assert set(found) == {0, 1}
+    result = group_codes(codes, np.array([3, 1, 2, 5, 0]), groups=2)
+    assert result.dtype == np.int32 and result[0] == result[1] != result[2] == result[3]
+    assert set(result) == {0, 1}
     assert set(group_codes(codes, np.array([1, 0, 0, 1, 0]), groups=16)) == {0, 1}
     with pytest.raises(ValueError, match="none of 5 codes is used"):
         group_codes(codes, np.zeros(5, int), groups=2)
@@ -80,8 +80,8 @@ def test_means_over_pairs_by_distance_and_by_lag(name):
     row, column = np.divmod(np.arange(16), 4)
     distance = abs(row[:, None] - row) + abs(column[:, None] - column)
     np.testing.assert_allclose(by_image_distance(distance, 4), np.arange(1, 7))
-    way, found = order(name, 4), by_lag(distance, order(name, 4))
+    way, result = order(name, 4), by_lag(distance, order(name, 4))
     for lag in range(1, 16):
-        assert found[lag - 1] == pytest.approx(
+        assert result[lag - 1] == pytest.approx(
             np.mean([distance[way[i], way[i + lag]] for i in range(16 - lag)])
         )

@@ -49,18 +49,18 @@ def done(digits_dir, tmp_path_factory):
 
 def test_systems_cost_the_same_and_are_judged(done):
     out, _ = done
-    found = json.loads((out / "compare.json").read_text())
-    assert found["tokenizers"]["maps"]["tokens"] == 21 and found["tokenizers"]["map"]["tokens"] == 16
-    token, scale = (found["systems"][name]["0"] for name in ("raster, learned_1d, axial", "VAR, rotary_2d"))
+    result = json.loads((out / "compare.json").read_text())
+    assert result["tokenizers"]["maps"]["tokens"] == 21 and result["tokenizers"]["map"]["tokens"] == 16
+    token, scale = (result["systems"][name]["0"] for name in ("raster, learned_1d, axial", "VAR, rotary_2d"))
     assert scale["steps"] == 4 and token["steps"] > scale["steps"]
     step = token["training_flops"] / token["steps"]
     assert abs(token["training_flops"] - scale["training_flops"]) <= step / 2  # to the nearest step
     assert token["parameters"] == pytest.approx(scale["parameters"], rel=0.02)
     assert (token["sampling_steps"], scale["sampling_steps"]) == (16, 3)
     for run in (token, scale):
-        assert 0 <= run["called_right"] <= 1 and run["frechet"] > found["held_out"]["frechet"] > 0
+        assert 0 <= run["called_right"] <= 1 and run["frechet"] > result["held_out"]["frechet"] > 0
         assert run["bits_per_pixel"] == min(bits for _, bits in run["evaluations"])
-    assert found["held_out"]["spread"] == pytest.approx(1, abs=0.1) and found["held_out"]["nearest"] == 1
+    assert result["held_out"]["spread"] == pytest.approx(1, abs=0.1) and result["held_out"]["nearest"] == 1
     with np.load(out / "VAR-rotary_2d" / "0" / "samples.npz") as samples:
         assert samples["arr_0"].shape == (20, 8, 8, 3) and (np.bincount(samples["arr_1"]) == 2).all()
 

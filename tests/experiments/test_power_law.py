@@ -8,11 +8,11 @@ X = np.geomspace(1e-5, 1e-2, 8)
 
 
 def test_a_law_without_noise_is_recovered():
-    found = fit_power_law(X, LAW(X))
-    assert (found.a, found.b, found.c) == pytest.approx((LAW.a, LAW.b, LAW.c), rel=1e-4)
-    assert found.pearson == pytest.approx(-1, abs=1e-6)
-    np.testing.assert_allclose(found(X), LAW(X), rtol=1e-6)
-    np.testing.assert_allclose(found.reducible(X), LAW(X) - LAW.c, rtol=1e-3)
+    result = fit_power_law(X, LAW(X))
+    assert (result.a, result.b, result.c) == pytest.approx((LAW.a, LAW.b, LAW.c), rel=1e-4)
+    assert result.pearson == pytest.approx(-1, abs=1e-6)
+    np.testing.assert_allclose(result(X), LAW(X), rtol=1e-6)
+    np.testing.assert_allclose(result.reducible(X), LAW(X) - LAW.c, rtol=1e-3)
 
 
 @pytest.mark.parametrize("published", [(2.0, -0.23), (490.0, -0.016), (2.2e-5, -0.13)])
@@ -26,8 +26,8 @@ def test_published_laws_without_a_floor_are_recovered(published):
 
 
 def test_three_points_are_met_exactly():
-    found = fit_power_law(X[::3], LAW(X[::3]))
-    np.testing.assert_allclose(found(X), LAW(X), rtol=1e-3)
+    result = fit_power_law(X[::3], LAW(X[::3]))
+    np.testing.assert_allclose(result(X), LAW(X), rtol=1e-3)
 
 
 def test_the_floor_stays_between_zero_and_the_least_loss():
@@ -40,12 +40,12 @@ def test_the_floor_stays_between_zero_and_the_least_loss():
 @pytest.mark.parametrize(
     ("x", "y", "floor", "message"),
     [
-        ([1, 2], [2, 1], True, "3 parameters needs at least 3 different x, found 2"),
-        ([1, 1, 2, 2], [2, 2, 1, 1], True, "3 parameters needs at least 3 different x, found 2"),
-        ([1], [2], False, "2 parameters needs at least 2 different x, found 1"),
+        ([1, 2], [2, 1], True, "3 parameters needs at least 3 different x, got 2"),
+        ([1, 1, 2, 2], [2, 2, 1, 1], True, "3 parameters needs at least 3 different x, got 2"),
+        ([1], [2], False, "2 parameters needs at least 2 different x, got 1"),
         ([1, 2, 3], [2, 1, 0], True, "positive, finite"),
         ([1, 2, 3], [2, 1, np.nan], True, "positive, finite"),
-        ([1, 2, 3], [2, 1], True, r"one shape \[n\], found \(3,\) and \(2,\)"),
+        ([1, 2, 3], [2, 1], True, r"one shape \[n\], got \(3,\) and \(2,\)"),
     ],
 )
 def test_what_cannot_be_fitted_is_refused(x, y, floor, message):

@@ -52,11 +52,11 @@ def result() -> dict:
 def test_the_law_of_the_best_losses_is_found_against_size(result):
     assert best_so_far(result["runs"][0], "loss")[-4:].tolist() == [min(result["runs"][0]["loss"])] * 4
     for name in QUANTITIES:
-        found = result["fits"]["N"][name]
-        assert found["points"] == 10 and found["b"] == pytest.approx(LAW.b, abs=0.005)
-        assert found["pearson"] < -0.9999 and found["b"] < found["b_alone"] < 0
-        low, high = found["interval"]["b"]
-        assert low <= found["b"] <= high and high - low < 0.02
+        fit = result["fits"]["N"][name]
+        assert fit["points"] == 10 and fit["b"] == pytest.approx(LAW.b, abs=0.005)
+        assert fit["pearson"] < -0.9999 and fit["b"] < fit["b_alone"] < 0
+        low, high = fit["interval"]["b"]
+        assert low <= fit["b"] <= high and high - low < 0.02
 
 
 def test_the_frontier_is_below_every_run_after_its_first_tenth(result):
@@ -69,8 +69,8 @@ def test_the_frontier_is_below_every_run_after_its_first_tenth(result):
         assert all(
             least <= reached[known].min() for least, known in zip(y, cheaper, strict=True) if known.any()
         )
-    found = result["fits"]["C"]["loss"]
-    assert found["points"] == len(x) > 5 and found["interval"]["b"][0] <= found["b"] < 0
+    fit = result["fits"]["C"]["loss"]
+    assert fit["points"] == len(x) > 5 and fit["interval"]["b"][0] <= fit["b"] < 0
 
 
 def test_a_frontier_of_too_few_points_has_no_law(tmp_path):
@@ -95,7 +95,7 @@ def test_tables_and_picture(result, tmp_path):
 def test_three_sizes_have_no_intervals_and_two_no_fit():
     result = analyse([made_up(depth) for depth in (1, 2, 4)])
     assert result["fits"]["N"]["loss"]["interval"] is None and "| unknown | unknown |" in tables(result)
-    with pytest.raises(ValueError, match="too few sizes: .* 3 or more, found 2"):
+    with pytest.raises(ValueError, match="too few sizes: .* 3 or more, got 2"):
         analyse([made_up(1), made_up(2), made_up(1, seed=1)])
 
 
@@ -119,9 +119,9 @@ def test_a_size_of_the_published_config_is_the_published_one(tiny_run, token_cac
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["1", "2.5", "3"], "--depths=1,2.5,3: a depth is a whole number from 1, found 2.5"),
-        (["0", "1", "2"], "whole number from 1, found 0"),
-        (["-1", "1", "2"], "whole number from 1, found -1"),
+        (["1", "2.5", "3"], "--depths=1,2.5,3: a depth is a whole number from 1, got 2.5"),
+        (["0", "1", "2"], "whole number from 1, got 0"),
+        (["-1", "1", "2"], "whole number from 1, got -1"),
         (["1", "2", "2"], "--depths=1,2,2: too few sizes, .* needs 3 or more"),
     ],
 )
@@ -169,8 +169,8 @@ def test_the_command_trains_fits_and_is_not_done_twice(tiny_run, digits_dir, tmp
     assert done.returncode == 0, done.stderr[-2000:]
     assert "--- run 3 of 3: depth 3, seed 0" in done.stdout
     result = json.loads((out / "scaling_law.json").read_text())
-    found = [(run["depth"], run["width"], run["step"]) for run in result["runs"]]
-    assert found == [(depth, 8 * depth, [2, 4, 6]) for depth in (1, 2, 3)]
+    sizes = [(run["depth"], run["width"], run["step"]) for run in result["runs"]]
+    assert sizes == [(depth, 8 * depth, [2, 4, 6]) for depth in (1, 2, 3)]
     for run in result["runs"]:
         assert all(0 < loss < 10 for loss in run["loss"]) and all(0 < error <= 1 for error in run["error"])
     assert Image.open(out / "scaling_law.png").size[0] > 800

@@ -357,18 +357,18 @@ class FakeGcs(fsspec.AbstractFileSystem):
         names = [name] if bucket.generation(name) else list(bucket.list(f"{name}/")) if recursive else []
         if not names:
             raise FileNotFoundError(path)
-        for found in names:
+        for result in names:
             with contextlib.suppress(FileNotFoundError):
-                bucket.delete(found)
+                bucket.delete(result)
 
     def mv(self, path, target, recursive=False, **_):
         """Object by object."""
         self.listings.clear()
         (bucket, name), (_, to) = self._split(path), self._split(target)
         names = [name] if bucket.generation(name) else list(bucket.list(f"{name}/"))
-        for found in names:
-            bucket.put(to + found[len(name) :], bucket.get(found))
-            bucket.delete(found)
+        for result in names:
+            bucket.put(to + result[len(name) :], bucket.get(result))
+            bucket.delete(result)
 
     rename = mv
 

@@ -135,8 +135,8 @@ def damaged(data: bytes, others: list[bytes], rng: random.Random) -> bytes:
             size = struct.calcsize(layout)
             value = (rng.choice(EXTREMES) + rng.randint(-1, 1)) % (1 << 8 * size)
             data[at : at + size] = struct.pack(layout, value)
-        elif found := [match.span() for match in NUMBERS.finditer(data)]:
-            start, end = rng.choice(found)
+        elif result := [match.span() for match in NUMBERS.finditer(data)]:
+            start, end = rng.choice(result)
             data[start:end] = str(rng.choice((*EXTREMES, 10**30))).encode()
     return bytes(data)
 
@@ -144,9 +144,9 @@ def damaged(data: bytes, others: list[bytes], rng: random.Random) -> bytes:
 def damaged_zip_fields(data: bytes, rng: random.Random) -> bytes:
     """An archive with one or two extreme numbers in its headers."""
     data = bytearray(data)
-    found = [m.start() for signature in SIGNATURES for m in re.finditer(re.escape(signature), data)]
+    result = [m.start() for signature in SIGNATURES for m in re.finditer(re.escape(signature), data)]
     for _ in range(rng.randint(1, 2)):
-        at = rng.choice(found) + rng.randrange(4, 46, 2)
+        at = rng.choice(result) + rng.randrange(4, 46, 2)
         layout = rng.choice(("<H", "<I", "<Q"))
         size = struct.calcsize(layout)
         data[at : at + size] = struct.pack(layout, rng.choice(EXTREMES) % (1 << 8 * size))

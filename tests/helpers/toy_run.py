@@ -49,10 +49,10 @@ def noted_batches(source, transform, batch, seed, threads, workers, start, rows)
     path = Path(FLAGS.workdir) / "fed" / f"{jax.process_index()}_of_{jax.process_count()}.jsonl"
     path.parent.mkdir(parents=True, exist_ok=True)
     batches = train_batches(source, transform, batch, seed, threads, workers, start, rows)
-    for step, found in enumerate(batches, start + 1):
+    for step, result in enumerate(batches, start + 1):
         with path.open("a") as file:
-            file.write(json.dumps([step, [zlib.crc32(image) for image in found["image"]]]) + "\n")
-        yield found
+            file.write(json.dumps([step, [zlib.crc32(image) for image in result["image"]]]) + "\n")
+        yield result
 
 
 def main(_):

@@ -423,7 +423,7 @@ def test_files_that_are_something_else(tmp_path):
     with pytest.raises(FileNotFoundError, match="no such file: .*nothing.pth"):
         read_tensors(tmp_path / "nothing.pth", "tokenizer")
     (tmp_path / "x.bin").write_bytes(b"x")
-    with pytest.raises(ValueError, match=r"must be a .pth or .pt or .safetensors file, found '.bin'"):
+    with pytest.raises(ValueError, match=r"must be a .pth or .pt or .safetensors file, got '.bin'"):
         read_tensors(tmp_path / "x.bin", "tokenizer")
     (tmp_path / "x.safetensors").write_bytes(os.urandom(64))
     with pytest.raises(ValueError, match="is not a safetensors file"):

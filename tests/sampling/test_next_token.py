@@ -9,8 +9,8 @@ import pytest
 
 from tests.helpers.arrays import close, randomized
 from var_jax.sampling.options import SamplingOptions, guide
-from var_jax.sampling.sampler import Given, generate_in_chunks, teacher_forced_logits
-from var_jax.sampling.teacher_forcing import row_by_row, teacher_forcing
+from var_jax.sampling.sampler import KnownTokens, generate_in_chunks, teacher_forced_logits
+from var_jax.sampling.teacher_forcing import teacher_forcing, to_raster_order
 from var_jax.tokenizer.model import Tokenizer
 from var_jax.tokenizer.quantizer import Quantizer
 from var_jax.transformer.config import NextTokenConfig
@@ -76,9 +76,9 @@ def test_given_tokens_stay_and_what_comes_before_them_does_not_see_them(flat_tok
     other = (tokens + 1) % 16
 
     def drawn(given, anew_cells):
-        anew = np.zeros(tokens.shape, bool)
-        anew[:, anew_cells] = True
-        return draw(flat_tokenizer, spiral, labels, seed=7, given=Given(given, anew))[1]
+        resample = np.zeros(tokens.shape, bool)
+        resample[:, anew_cells] = True
+        return draw(flat_tokenizer, spiral, labels, seed=7, given=KnownTokens(given, resample))[1]
 
     one, two = drawn(tokens, before), drawn(other, before)
     np.testing.assert_array_equal(one[:, after], tokens[:, after])
@@ -109,4 +109,4 @@ def test_teacher_forcing_follows_the_order(flat_tokenizer, spiral):
     targets, inputs = teacher_forcing(config, quantizer, jnp.asarray(tokens))
     np.testing.assert_array_equal(targets, tokens[:, config.cells])
     np.testing.assert_array_equal(inputs, quantizer.codes[targets[:, :-1]])
-    np.testing.assert_array_equal(row_by_row(config, targets), tokens)
+    np.testing.assert_array_equal(to_raster_order(config, targets), tokens)

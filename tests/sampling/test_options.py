@@ -10,10 +10,10 @@ SCALES = Scales((1, 2, 3, 4))
 
 def test_one_value_holds_at_every_scale_and_guidance_is_a_ramp():
     controls = SamplingOptions(guidance=3.0, top_k=7, top_p=0.5).controls(SCALES, num_codes=16)
-    np.testing.assert_allclose(controls.strength, [0, 1, 2, 3], rtol=1e-6)
+    np.testing.assert_allclose(controls.guidance_scale, [0, 1, 2, 3], rtol=1e-6)
     assert controls.top_k == (7,) * 4 and controls.top_p.tolist() == [0.5] * 4
     assert controls.temperature.tolist() == [1.0] * 4 and controls.smooth == (False,) * 4
-    assert controls.guided == controls.scales == 4 and controls.nucleus == (True,) * 4
+    assert controls.num_guided_scales == controls.scales == 4 and controls.use_top_p == (True,) * 4
 
 
 def test_lists_are_taken_as_they_are():
@@ -21,26 +21,26 @@ def test_lists_are_taken_as_they_are():
         guidance=[2, 0.5, 1, 0], top_k=[0, 4, 16, 2], top_p=[0, 1, 0.9, 0], smooth=[True, False, False, True]
     )
     controls = options.controls(SCALES, num_codes=16)
-    assert controls.strength.tolist() == [2, 0.5, 1, 0]
-    assert controls.guided == 3  # nothing to guide at the last scale
+    assert controls.guidance_scale.tolist() == [2, 0.5, 1, 0]
+    assert controls.num_guided_scales == 3  # nothing to guide at the last scale
     assert controls.top_k == (0, 4, 0, 2)  # all 16 is no filter
-    assert controls.nucleus == (False, True, True, False) and controls.smooth == (True, False, False, True)
+    assert controls.use_top_p == (False, True, True, False) and controls.smooth == (True, False, False, True)
 
 
 def test_guidance_can_be_constant_end_early_or_be_absent():
     constant = SamplingOptions(guidance=2.0, guidance_schedule="constant", guidance_until=3)
-    assert constant.controls(SCALES, 999).strength.tolist() == [2, 2, 2, 0]
-    assert constant.controls(SCALES, 999).guided == 3
-    assert SamplingOptions(guidance=0.0).controls(SCALES, 999).guided == 0
-    assert SamplingOptions(guidance_until=0).controls(SCALES, 999).guided == 0
-    assert SamplingOptions(guidance_until=7).controls(Scales(SCALES_256), 4096).guided == 7
+    assert constant.controls(SCALES, 999).guidance_scale.tolist() == [2, 2, 2, 0]
+    assert constant.controls(SCALES, 999).num_guided_scales == 3
+    assert SamplingOptions(guidance=0.0).controls(SCALES, 999).num_guided_scales == 0
+    assert SamplingOptions(guidance_until=0).controls(SCALES, 999).num_guided_scales == 0
+    assert SamplingOptions(guidance_until=7).controls(Scales(SCALES_256), 4096).num_guided_scales == 7
 
 
 def test_the_published_top_k_fits_every_codebook_but_no_other_may_be_larger():
     assert SamplingOptions().controls(SCALES, num_codes=64).top_k == (0,) * 4
-    with pytest.raises(ValueError, match="top_k must be at most the 64 codes of the codebook.*found 65"):
+    with pytest.raises(ValueError, match="top_k must be at most the 64 codes of the codebook.*got 65"):
         SamplingOptions(top_k=65).controls(SCALES, num_codes=64)
-    with pytest.raises(ValueError, match="found 900"):
+    with pytest.raises(ValueError, match="got 900"):
         SamplingOptions(top_k=[900, 1, 1, 1]).controls(SCALES, num_codes=64)
 
 
@@ -54,30 +54,30 @@ def test_numbers_of_numpy_and_jax_are_numbers():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"top_k": -1}, "top_k must be a whole number.*found -1"),
-        ({"top_k": [1, 2.5, 1, 1]}, "top_k must be a whole number.*found 2.5"),
+        ({"top_k": -1}, "top_k must be a whole number.*got -1"),
+        ({"top_k": [1, 2.5, 1, 1]}, "top_k must be a whole number.*got 2.5"),
         ({"top_p": 1.5}, r"top_p must be in \[0, 1\]"),
         ({"guidance": float("nan")}, "guidance must be a finite number"),
         ({"temperature": 0.0}, "temperature must be above 0"),
-        ({"guidance_schedule": "cosine"}, "must be ramp or constant, found 'cosine'"),
+        ({"guidance_schedule": "cosine"}, "must be ramp or constant, got 'cosine'"),
         ({"guidance": [1, 2]}, r"guidance must be one value or one for each of the 4 scales \(1, 2, 3, 4\)"),
-        ({"guidance_until": 5}, r"guidance_until must be a whole number in 0 .. 4, found 5"),
-        ({"upto": 0}, r"upto must be a whole number of at least 1, found 0"),
-        ({"upto": 5}, r"upto must be a whole number in 1 .. 4, found 5"),
-        ({"upto": 2.0}, r"upto must be a whole number of at least 1, found 2.0"),
-        ({"guidance_until": True}, r"guidance_until must be a whole number of at least 0, found True"),
-        ({"guidance": "4"}, "guidance must be a finite number, found '4'"),
-        ({"guidance": [0, 1, True, 1]}, "guidance must be a finite number, found True"),
-        ({"guidance": None}, "guidance must be a finite number, found None"),
-        ({"top_p": None}, r"top_p must be in \[0, 1\], 0 for all codes, found None"),
-        ({"top_p": float("nan")}, r"top_p must be in \[0, 1\], 0 for all codes, found nan"),
-        ({"top_k": None}, "top_k must be a whole number.*found None"),
-        ({"top_k": True}, "top_k must be a whole number.*found True"),
-        ({"temperature": "1"}, "temperature must be above 0, found '1'"),
-        ({"temperature": float("inf")}, "temperature must be above 0, found inf"),
-        ({"smooth": "false"}, "smooth must be True or False, found 'false'"),
-        ({"smooth": [True, 0, True, True]}, "smooth must be True or False, found 0"),
-        ({"smooth": None}, "smooth must be True or False, found None"),
+        ({"guidance_until": 5}, r"guidance_until must be a whole number in 0 .. 4, got 5"),
+        ({"upto": 0}, r"upto must be a whole number of at least 1, got 0"),
+        ({"upto": 5}, r"upto must be a whole number in 1 .. 4, got 5"),
+        ({"upto": 2.0}, r"upto must be a whole number of at least 1, got 2.0"),
+        ({"guidance_until": True}, r"guidance_until must be a whole number of at least 0, got True"),
+        ({"guidance": "4"}, "guidance must be a finite number, got '4'"),
+        ({"guidance": [0, 1, True, 1]}, "guidance must be a finite number, got True"),
+        ({"guidance": None}, "guidance must be a finite number, got None"),
+        ({"top_p": None}, r"top_p must be in \[0, 1\], 0 for all codes, got None"),
+        ({"top_p": float("nan")}, r"top_p must be in \[0, 1\], 0 for all codes, got nan"),
+        ({"top_k": None}, "top_k must be a whole number.*got None"),
+        ({"top_k": True}, "top_k must be a whole number.*got True"),
+        ({"temperature": "1"}, "temperature must be above 0, got '1'"),
+        ({"temperature": float("inf")}, "temperature must be above 0, got inf"),
+        ({"smooth": "false"}, "smooth must be True or False, got 'false'"),
+        ({"smooth": [True, 0, True, True]}, "smooth must be True or False, got 0"),
+        ({"smooth": None}, "smooth must be True or False, got None"),
     ],
 )
 def test_impossible_options_are_refused(options, message):

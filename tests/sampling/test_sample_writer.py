@@ -33,10 +33,10 @@ def test_the_npz_is_what_numpy_would_write(tmp_path):
     store.append(IMAGES[6:], TOKENS[6:])
     np.testing.assert_array_equal(store.tokens(), TOKENS)
     store.finish(LABELS)
-    with np.load(tmp_path / "samples.npz") as found:
-        np.testing.assert_array_equal(found["arr_0"], IMAGES)
-        np.testing.assert_array_equal(found["arr_1"], LABELS)
-        assert found["arr_0"].dtype == np.uint8 and found["arr_1"].dtype == np.int64
+    with np.load(tmp_path / "samples.npz") as result:
+        np.testing.assert_array_equal(result["arr_0"], IMAGES)
+        np.testing.assert_array_equal(result["arr_1"], LABELS)
+        assert result["arr_0"].dtype == np.uint8 and result["arr_1"].dtype == np.int64
     np.testing.assert_array_equal(np.load(tmp_path / "tokens.npy"), TOKENS)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["samples.npz", "tokens.npy"]
 
@@ -91,8 +91,8 @@ def test_a_kill_while_it_finishes_loses_nothing(tmp_path, monkeypatch, killed_in
     again = opened(tmp_path)
     assert again.resume(chunk=3) == 10
     again.finish(LABELS)
-    with np.load(tmp_path / "samples.npz") as found:
-        np.testing.assert_array_equal(found["arr_0"], IMAGES)
+    with np.load(tmp_path / "samples.npz") as result:
+        np.testing.assert_array_equal(result["arr_0"], IMAGES)
     assert not (tmp_path / "samples.partial").exists()
 
 
@@ -165,8 +165,8 @@ def test_a_disk_that_is_full_says_so_at_every_step_and_nothing_is_lost(small_dis
     assert not (small_disk / "samples.npz").exists()
     filler.unlink()
     start().finish(labels)
-    with np.load(small_disk / "samples.npz") as found:
-        np.testing.assert_array_equal(found["arr_0"], images)
+    with np.load(small_disk / "samples.npz") as result:
+        np.testing.assert_array_equal(result["arr_0"], images)
 
 
 def test_unfinished_samples_of_another_call_are_not_mixed(tmp_path):
@@ -195,5 +195,5 @@ def test_a_disk_that_fills_up_leaves_nothing_under_the_final_name(tmp_path, monk
             store.finish(LABELS)
     assert not (tmp_path / "samples.npz").exists()
     opened(tmp_path).finish(LABELS)
-    with np.load(tmp_path / "samples.npz") as found:
-        np.testing.assert_array_equal(found["arr_0"], IMAGES)
+    with np.load(tmp_path / "samples.npz") as result:
+        np.testing.assert_array_equal(result["arr_0"], IMAGES)

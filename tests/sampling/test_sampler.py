@@ -7,8 +7,8 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from tests.helpers.arrays import all_tokens, close
 from var_jax.images import denormalize_to_uint8
-from var_jax.sampling.options import SamplingOptions, guide, strengths
-from var_jax.sampling.sampler import Given, generate, generate_in_chunks, image_keys, smooth_codes
+from var_jax.sampling.options import SamplingOptions, guidance_per_scale, guide
+from var_jax.sampling.sampler import KnownTokens, generate, generate_in_chunks, image_keys, smooth_codes
 from var_jax.scales import Scales
 from var_jax.tokenizer.config import TokenizerConfig
 from var_jax.tokenizer.model import Tokenizer
@@ -16,7 +16,7 @@ from var_jax.transformer.config import NextScaleConfig
 from var_jax.transformer.flops import generation_flops
 from var_jax.transformer.next_scale import NextScale
 
-HOW = ("given", "start", "sharding", "finish")
+HOW = ("given", "start", "sharding", "postprocess")
 
 
 def draw(tiny_tokenizer, tiny_var, labels, seed=0, chunk=4, **options):
@@ -44,7 +44,7 @@ def test_golden_logits_after_guidance(golden_var, golden_tokenizer):
     unconditional = model.logits(tokens, np.full_like(labels, model.num_classes))
     for k, (start, end) in enumerate(zip(scales.starts, scales.ends, strict=True)):
         both = np.stack([conditional, unconditional], 1).reshape(-1, *conditional.shape[1:])[:, start:end]
-        close(guide(both, strengths(4.0, "ramp", scales)[k]), arrays[f"cfg4.0_logits_{k}"])
+        close(guide(both, guidance_per_scale(4.0, "ramp", scales)[k]), arrays[f"cfg4.0_logits_{k}"])
 
 
 def test_same_seed_same_images(tiny_tokenizer, tiny_var):
@@ -86,9 +86,9 @@ def test_samples_follow_the_probabilities(tiny_tokenizer, tiny_var):
 
 
 def test_guidance_ramp():
-    np.testing.assert_allclose(strengths(3.0, "ramp", Scales((1, 2, 3, 4))), [0, 1, 2, 3], rtol=1e-6)
-    np.testing.assert_array_equal(strengths(3.0, "ramp", Scales((4,))), [3])
-    np.testing.assert_array_equal(strengths(3.0, "constant", Scales((1, 2))), [3, 3])
+    np.testing.assert_allclose(guidance_per_scale(3.0, "ramp", Scales((1, 2, 3, 4))), [0, 1, 2, 3], rtol=1e-6)
+    np.testing.assert_array_equal(guidance_per_scale(3.0, "ramp", Scales((4,))), [3])
+    np.testing.assert_array_equal(guidance_per_scale(3.0, "constant", Scales((1, 2))), [3, 3])
 
 
 def test_smooth_codes_go_from_mixtures_to_single_codes():
@@ -121,9 +121,9 @@ def test_guidance_that_ends_is_guidance_of_strength_zero(tiny_tokenizer, tiny_va
     _, ended = draw(tiny_tokenizer, tiny_var, [0, 1, 2], guidance=[3.0, 3.0, 0.0])
     _, kept = draw(tiny_tokenizer, tiny_var, [0, 1, 2], guidance=[3.0, 3.0, 1e-20])
     np.testing.assert_array_equal(ended, kept)
-    _, guided = draw(tiny_tokenizer, tiny_var, [0, 1, 2], guidance=[3.0, 3.0, 3.0])
-    np.testing.assert_array_equal(ended[:, :5], guided[:, :5])
-    assert (ended[:, 5:] != guided[:, 5:]).any()
+    _, num_guided_scales = draw(tiny_tokenizer, tiny_var, [0, 1, 2], guidance=[3.0, 3.0, 3.0])
+    np.testing.assert_array_equal(ended[:, :5], num_guided_scales[:, :5])
+    assert (ended[:, 5:] != num_guided_scales[:, 5:]).any()
 
 
 def test_flops_fall_where_guidance_ends(tiny_tokenizer):
@@ -142,7 +142,7 @@ def test_flops_fall_where_guidance_ends(tiny_tokenizer):
     def counted(until):
         controls = SamplingOptions(guidance_until=until).controls(config.schedule, 64)
         compiled = generate.lower(*networks, *batch, controls).compile()
-        return compiled.cost_analysis()["flops"] / 2, generation_flops(config, controls.guided)
+        return compiled.cost_analysis()["flops"] / 2, generation_flops(config, controls.num_guided_scales)
 
     (all_guided, expected_all), (ended, expected_ended) = counted(None), counted(2)
     assert expected_ended / expected_all == pytest.approx(0.526, abs=0.001)
@@ -152,8 +152,8 @@ def test_flops_fall_where_guidance_ends(tiny_tokenizer):
 def test_unconditional_images_are_drawn_without_a_second_half(tiny_tokenizer, tiny_var):
     none = tiny_var[0].config.num_classes
     _, plain = draw(tiny_tokenizer, tiny_var, [none] * 3, guidance=0.0)
-    _, guided = draw(tiny_tokenizer, tiny_var, [none] * 3, guidance=4.0)
-    np.testing.assert_array_equal(plain, guided)
+    _, num_guided_scales = draw(tiny_tokenizer, tiny_var, [none] * 3, guidance=4.0)
+    np.testing.assert_array_equal(plain, num_guided_scales)
 
 
 def test_a_coarse_preview_is_the_beginning_of_the_whole(tiny_tokenizer, tiny_var):
@@ -173,14 +173,14 @@ def test_a_low_temperature_is_greedy_at_that_scale_alone(tiny_tokenizer, tiny_va
 
 def test_given_tokens_stay_and_the_others_are_predicted_beside_them(tiny_tokenizer, tiny_var):
     _, tokens = draw(tiny_tokenizer, tiny_var, [0, 1, 2])
-    anew = np.zeros(tokens.shape, bool)
-    anew[:, 9:] = True
-    _, found = draw(tiny_tokenizer, tiny_var, [0, 1, 2], seed=5, given=Given(tokens, anew))
-    np.testing.assert_array_equal(found[:, :9], tokens[:, :9])
-    assert (found[:, 9:] != tokens[:, 9:]).mean() > 0.3
+    resample = np.zeros(tokens.shape, bool)
+    resample[:, 9:] = True
+    _, result = draw(tiny_tokenizer, tiny_var, [0, 1, 2], seed=5, given=KnownTokens(tokens, resample))
+    np.testing.assert_array_equal(result[:, :9], tokens[:, :9])
+    assert (result[:, 9:] != tokens[:, 9:]).mean() > 0.3
     # With the seed that they were drawn with, the same tokens come again.
-    _, found = draw(tiny_tokenizer, tiny_var, [0, 1, 2], given=Given(tokens, anew))
-    np.testing.assert_array_equal(found, tokens)
+    _, result = draw(tiny_tokenizer, tiny_var, [0, 1, 2], given=KnownTokens(tokens, resample))
+    np.testing.assert_array_equal(result, tokens)
 
 
 def test_eight_devices_draw_what_one_does(tiny_tokenizer, tiny_var):
@@ -190,7 +190,7 @@ def test_eight_devices_draw_what_one_does(tiny_tokenizer, tiny_var):
     whole = NamedSharding(mesh, PartitionSpec())
     spread = [(module, jax.device_put(params, whole)) for module, params in (tiny_tokenizer, tiny_var)]
     sharding = NamedSharding(mesh, PartitionSpec("data"))
-    split, split_tokens = draw(*spread, labels, chunk=5, sharding=sharding, finish=denormalize_to_uint8)
+    split, split_tokens = draw(*spread, labels, chunk=5, sharding=sharding, postprocess=denormalize_to_uint8)
     np.testing.assert_array_equal(split_tokens, tokens)
     assert split.dtype == np.uint8 and np.abs(split - images * 255).max() <= 0.51
 

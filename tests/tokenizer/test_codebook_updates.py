@@ -95,8 +95,8 @@ def test_kmeans_lowers_what_is_left_after_all_maps_and_goes_on_from_the_codes_it
     left = lambda codebook: float(  # noqa: E731
         jnp.mean((quantizer.replace(codebook=codebook)(features).f_hat - features) ** 2)
     )
-    anew = kmeans(quantizer, features, jax.random.key(2), jnp.array(True))
-    on = kmeans(quantizer.replace(codebook=anew), features, jax.random.key(3), jnp.array(False))
-    assert left(on) < left(anew) < 0.5 * left(quantizer.codebook)
+    resample = kmeans(quantizer, features, jax.random.key(2), jnp.array(True))
+    on = kmeans(quantizer.replace(codebook=resample), features, jax.random.key(3), jnp.array(False))
+    assert left(on) < left(resample) < 0.5 * left(quantizer.codebook)
     tokens = quantizer.replace(codebook=on).tokenize(features)
     assert float(codebook_use(count_codes(tokens, quantizer.scales, 128), (1, 2, 4), 32)["distinct"]) > 100

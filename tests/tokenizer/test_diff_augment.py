@@ -16,8 +16,8 @@ def images() -> np.ndarray:
 
 
 def test_translation_shifts_by_up_to_an_eighth_with_zeros_moving_in(images):
-    found, shifts = np.asarray(augment(images, KEY, ("translation",))), []
-    for before, after in zip(images, found, strict=True):
+    result, shifts = np.asarray(augment(images, KEY, ("translation",))), []
+    for before, after in zip(images, result, strict=True):
         fits = []
         for dy, dx in np.ndindex(5, 5):  # every shift of -2 to 2
             padded = np.pad(before, ((2, 2), (2, 2), (0, 0)))
@@ -33,9 +33,9 @@ def test_translation_shifts_by_up_to_an_eighth_with_zeros_moving_in(images):
 @pytest.mark.parametrize("side", [16, 10], ids=["even hole", "odd hole"])
 def test_cutout_zeros_a_rectangle_of_half_the_sides_around_a_point_inside(images, side):
     pictures, hole = images[:, :side, :side], side // 2
-    found = np.asarray(augment(pictures, KEY, ("cutout",)))
-    cut, touched = (found == 0).all(-1), [set(), set()]
-    np.testing.assert_array_equal(found, np.where(cut[..., None], 0, pictures))
+    result = np.asarray(augment(pictures, KEY, ("cutout",)))
+    cut, touched = (result == 0).all(-1), [set(), set()]
+    np.testing.assert_array_equal(result, np.where(cut[..., None], 0, pictures))
     for one in cut:
         for axis in (0, 1):
             lines = np.flatnonzero(one.any(1 - axis))
@@ -50,13 +50,13 @@ def test_cutout_zeros_a_rectangle_of_half_the_sides_around_a_point_inside(images
 
 
 def test_color_is_a_brightness_a_saturation_and_a_contrast(images):
-    found = np.asarray(augment(images, KEY, ("color",)))
-    brightness = found.mean((1, 2, 3)) - images.mean((1, 2, 3))  # the other two keep the mean
-    grey, before = found.mean(3), images.mean(3)
+    result = np.asarray(augment(images, KEY, ("color",)))
+    brightness = result.mean((1, 2, 3)) - images.mean((1, 2, 3))  # the other two keep the mean
+    grey, before = result.mean(3), images.mean(3)
     center = lambda x: x - x.mean((1, 2), keepdims=True)  # noqa: E731
     contrast = center(grey).std((1, 2)) / center(before).std((1, 2))
     np.testing.assert_allclose(center(grey), contrast[:, None, None] * center(before), atol=1e-5)
-    tint, before = found - found.mean(3, keepdims=True), images - images.mean(3, keepdims=True)
+    tint, before = result - result.mean(3, keepdims=True), images - images.mean(3, keepdims=True)
     both = tint.std((1, 2, 3)) / before.std((1, 2, 3))
     np.testing.assert_allclose(tint, both[:, None, None, None] * before, atol=1e-5)
     drawn = [(brightness, -0.5, 0.5), (contrast, 0.5, 1.5), (both / contrast, 0, 2)]
@@ -68,10 +68,10 @@ def test_color_is_a_brightness_a_saturation_and_a_contrast(images):
 
 def test_a_key_decides_and_images_differ(images):
     same = np.repeat(images[:1], B, axis=0)
-    found = np.asarray(augment(same, KEY))
-    np.testing.assert_array_equal(found, augment(same, KEY))
-    assert not np.array_equal(found, augment(same, jax.random.key(1)))
-    assert len({image.tobytes() for image in found}) == B
+    result = np.asarray(augment(same, KEY))
+    np.testing.assert_array_equal(result, augment(same, KEY))
+    assert not np.array_equal(result, augment(same, jax.random.key(1)))
+    assert len({image.tobytes() for image in result}) == B
 
 
 def test_gradients_are_those_of_the_augmentation(images):
@@ -96,8 +96,8 @@ def test_eight_devices_do_what_one_does_without_a_word_between_them(images):
     compiled = jax.jit(both, out_shardings=sharding).lower(split).compile()
     for collective in ("all-gather", "all-reduce", "all-to-all", "collective-permute"):
         assert collective not in compiled.as_text()
-    for found, expected in zip(compiled(split), jax.jit(both)(images), strict=True):
-        np.testing.assert_allclose(found, expected, atol=1e-5)
+    for result, expected in zip(compiled(split), jax.jit(both)(images), strict=True):
+        np.testing.assert_allclose(result, expected, atol=1e-5)
 
 
 def test_policies_are_named(images):

@@ -16,14 +16,14 @@ features = jax.jit(dino_features, static_argnames=("layers", "dtype"))
 
 def published(grid: int = GRID) -> dict[str, np.ndarray]:
     """A random DINO in the published layout, its last normalisation with it."""
-    rng, d, found = np.random.default_rng(0), WIDTH, {}
+    rng, d, result = np.random.default_rng(0), WIDTH, {}
     draw = lambda *shape: rng.standard_normal(shape).astype(np.float32)  # noqa: E731
 
     def layer(name: str, *shape: int) -> None:
-        found[f"{name}.weight"] = draw(*shape) / np.float32(np.sqrt(np.prod(shape[1:])))
-        found[f"{name}.bias"] = draw(shape[0])
+        result[f"{name}.weight"] = draw(*shape) / np.float32(np.sqrt(np.prod(shape[1:])))
+        result[f"{name}.bias"] = draw(shape[0])
 
-    found["cls_token"], found["pos_embed"] = draw(1, 1, d), draw(1, 1 + grid**2, d)
+    result["cls_token"], result["pos_embed"] = draw(1, 1, d), draw(1, 1 + grid**2, d)
     layer("patch_embed.proj", d, 3, PATCH, PATCH)
     for i in range(DEPTH):
         layer(f"blocks.{i}.norm1", d)
@@ -33,7 +33,7 @@ def published(grid: int = GRID) -> dict[str, np.ndarray]:
         layer(f"blocks.{i}.mlp.fc1", 4 * d, d)
         layer(f"blocks.{i}.mlp.fc2", d, 4 * d)
     layer("norm", d)
-    return found
+    return result
 
 
 @pytest.fixture(scope="module")
@@ -92,7 +92,7 @@ def reference(t: dict[str, np.ndarray], image: np.ndarray, grid: int) -> list[np
         patch = image[i * PATCH : (i + 1) * PATCH, j * PATCH : (j + 1) * PATCH].reshape(-1)
         x.append(patch @ kernel + t["patch_embed.proj.bias"] + positions[i, j])
     x = np.array(x)
-    found = [as_map(x)]
+    result = [as_map(x)]
     for i in range(DEPTH):
         q, k, v = np.split(linear(f"blocks.{i}.attn.qkv", norm(f"blocks.{i}.norm1", x)), 3, axis=-1)
         heads = []
@@ -103,8 +103,8 @@ def reference(t: dict[str, np.ndarray], image: np.ndarray, grid: int) -> list[np
         hidden = linear(f"blocks.{i}.mlp.fc1", norm(f"blocks.{i}.norm2", x))
         hidden = hidden * (1 + np.vectorize(math.erf)(hidden / math.sqrt(2))) / 2
         x = x + linear(f"blocks.{i}.mlp.fc2", hidden)
-        found.append(as_map(x))
-    return found
+        result.append(as_map(x))
+    return result
 
 
 @pytest.mark.parametrize(("side", "grid"), [(80, 5), (72, 5), (16, 4)], ids=["own", "rounded up", "tiny"])
@@ -113,8 +113,8 @@ def test_features_are_those_of_a_plain_loop(params, side, grid):
     got = features(params, images, (2, 0))
     for b in range(2):
         want = reference(published(), images[b].astype(np.float64), grid)
-        for found, expected in zip(got, (want[0], want[3], want[1]), strict=True):
-            close(found[b], expected, 1e-5)
+        for result, expected in zip(got, (want[0], want[3], want[1]), strict=True):
+            close(result[b], expected, 1e-5)
 
 
 def test_positions_of_a_trained_grid_are_taken_as_they_are(load):
@@ -139,9 +139,9 @@ def test_gradients_reach_the_images_and_bfloat16_is_close(params):
     assert np.isfinite(gradient).all() and (np.abs(gradient) > 0).mean() > 0.99
     maps = features(params, images, (2, 0))
     rough = features(params, images, (2, 0), dtype=jnp.bfloat16)
-    for found, expected in zip(rough, maps, strict=True):
-        assert found.dtype == jnp.bfloat16
-        close(found.astype(jnp.float32), expected, 0.03)
+    for result, expected in zip(rough, maps, strict=True):
+        assert result.dtype == jnp.bfloat16
+        close(result.astype(jnp.float32), expected, 0.03)
 
 
 def test_prefix_and_head_make_no_difference(params, load):
@@ -186,7 +186,7 @@ def test_no_file():
 
 
 def test_images_and_layers_that_cannot_be_are_refused(params):
-    with pytest.raises(ValueError, match=r"square images \[B, H, H, 3\], found \(1, 64, 32, 3\)"):
+    with pytest.raises(ValueError, match=r"square images \[B, H, H, 3\], got \(1, 64, 32, 3\)"):
         dino_features(params, np.zeros((1, 64, 32, 3), np.float32), (0,))
     for layers in ((2, 5, 8, 11), (-1,), ()):
         with pytest.raises(ValueError, match="DINO of 3 blocks has layers 0 to 2, asked for"):

@@ -11,14 +11,14 @@ from tests.helpers.pickles import save_legacy
 from tests.helpers.tiny import tiny_config
 from var_jax.errors import ConfigError
 from var_jax.interop.lpips_weights import load_perceptual
-from var_jax.stages import judges
+from var_jax.stages import load_perceptual_networks
 from var_jax.tokenizer.lpips import CHANNELS, LAYERS, perceptual_by_layer, perceptual_distance, vgg_features
 from var_jax.training.tokenizer_task import TokenizerTask
 
 
 def tensors() -> dict[str, np.ndarray]:
     """The weights that the golden distances were made with, by their names."""
-    found, channels = {}, 3
+    result, channels = {}, 3
     draw = lambda name, shape: (  # noqa: E731
         np.random.default_rng(zlib.crc32(name.encode())).standard_normal(shape).astype(np.float32)
     )
@@ -26,13 +26,13 @@ def tensors() -> dict[str, np.ndarray]:
         out = CHANNELS[layer]
         for i in convolutions:
             name = f"features.{i}.weight"
-            found[name] = draw(name, (out, channels, 3, 3)) * np.float32(np.sqrt(2 / (9 * channels)))
+            result[name] = draw(name, (out, channels, 3, 3)) * np.float32(np.sqrt(2 / (9 * channels)))
             name = f"features.{i}.bias"
-            found[name] = np.float32(0.05) * draw(name, (out,))
+            result[name] = np.float32(0.05) * draw(name, (out,))
             channels = out
         name = f"lin{layer}.model.1.weight"
-        found[name] = np.float32(0.1) * np.abs(draw(name, (1, out, 1, 1)))
-    return found
+        result[name] = np.float32(0.1) * np.abs(draw(name, (1, out, 1, 1)))
+    return result
 
 
 def in_lpips_layout(name: str) -> str:
@@ -93,13 +93,13 @@ def test_it_is_a_term_of_the_loss_where_weights_are_given(params):
 
 def test_without_a_file_it_is_off_with_a_notice(capsys):
     config = tiny_config("none").tokenizer
-    assert judges(config) == {} and capsys.readouterr().out == ""
+    assert load_perceptual_networks(config) == {} and capsys.readouterr().out == ""
     config.loss.perceptual = 1.0
-    assert judges(config) == {}
+    assert load_perceptual_networks(config) == {}
     assert "no perceptual loss, since config.perceptual_weights names no file" in capsys.readouterr().out
     config.perceptual_weights = "nowhere.pth"
     with pytest.raises(ConfigError, match="config.perceptual_weights: no such file: .*nowhere.pth"):
-        judges(config)
+        load_perceptual_networks(config)
 
 
 def test_what_is_missing_or_misshapen_is_named(tmp_path):

@@ -25,7 +25,7 @@ from var_jax.tokenizer.autoencoder import from_patches, to_patches
 from var_jax.tokenizer.config import TokenizerConfig
 from var_jax.tokenizer.model import Tokenizer, decode, encode
 from var_jax.tools.convert import to_file
-from var_jax.training.param_init import fit
+from var_jax.training.param_init import match_params
 
 STEPS = 12
 
@@ -100,8 +100,8 @@ def test_the_codebook_is_all_there_is_to_train():
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"patch": -1}, r"patch must be 0 \(networks\) or a side in pixels, found -1"),
-        ({"patch": 2}, "num_phis must be 0 with patch=2, found 4"),
+        ({"patch": -1}, r"patch must be 0 \(networks\) or a side in pixels, got -1"),
+        ({"patch": 2}, "num_phis must be 0 with patch=2, got 4"),
         ({"patch": 2, "num_phis": 0, "l2_normalized": True}, "l2_normalized must be False with patch=2"),
     ],
 )
@@ -175,12 +175,12 @@ def test_what_can_start_from_patches_and_what_cannot(patch_run, tmp_path):
 
     def start(**changes):
         wanted = dataclasses.replace(config, **changes)
-        return fit(params, config, {"quantizer": tokenizer_shapes(wanted)["quantizer"]}, wanted)
+        return match_params(params, config, {"quantizer": tokenizer_shapes(wanted)["quantizer"]}, wanted)
 
     given, notes = start(scales=(4,))
     assert list(given) == ["quantizer/codebook"] and not notes
     assert start(num_codes=32)[1] == ["quantizer/codebook is [64, 12] there, [32, 12] here: made anew"]
-    with pytest.raises(ValueError, match="config.model.patch must be 2, as there; found 4"):
+    with pytest.raises(ValueError, match="config.model.patch must be 2, as there; got 4"):
         start(patch=4)
     with pytest.raises(ValueError, match="cannot express this network: patch is 2, there always 0"):
         to_file(patch_run, "tokenizer", tmp_path / "x.safetensors")

@@ -33,7 +33,7 @@ def test_golden_tokens_and_partial_sums(golden, quantizer):
 
 def test_golden_teacher_input(golden, quantizer):
     arrays = golden("vae")
-    close(quantizer.teacher_input(quantizer.partial_sums(all_tokens(arrays))), arrays["var_input"])
+    close(quantizer.transformer_inputs(quantizer.partial_sums(all_tokens(arrays))), arrays["var_input"])
 
 
 def test_golden_loss_and_gradients(golden, quantizer):
@@ -54,12 +54,12 @@ def test_the_step_by_step_sum_of_generation_is_the_partial_sums(quantizer):
     tokens = jax.random.randint(jax.random.key(0), (2, 30), 0, 128)
     f_hat, inputs = 0.0, []
     for k, token_map in enumerate(quantizer.split(tokens)):
-        f_hat = f_hat + quantizer.contribution(k, quantizer.codes[token_map])
+        f_hat = f_hat + quantizer.upsample_and_smooth(k, quantizer.codes[token_map])
         if k + 1 < len(GOLDEN_SCALES):
-            inputs.append(quantizer.next_input(k + 1, f_hat))
+            inputs.append(quantizer.next_scale_input(k + 1, f_hat))
     sums = quantizer.partial_sums(tokens)
     np.testing.assert_array_equal(f_hat, sums[-1])
-    np.testing.assert_array_equal(np.concatenate(inputs, 1), quantizer.teacher_input(sums))
+    np.testing.assert_array_equal(np.concatenate(inputs, 1), quantizer.transformer_inputs(sums))
 
 
 def test_published_choice_of_phi():
@@ -104,7 +104,7 @@ def test_the_single_scale_is_an_ordinary_vq():
     )(features, quantizer.codebook)
     np.testing.assert_array_equal(gradients[0], probe)
     assert not gradients[1].any()
-    assert quantizer.teacher_input(quantizer.partial_sums(quantized.tokens)).shape == (2, 0, 8)
+    assert quantizer.transformer_inputs(quantizer.partial_sums(quantized.tokens)).shape == (2, 0, 8)
 
 
 def test_equal_maps_are_a_residual_vq():
@@ -123,7 +123,7 @@ def test_equal_maps_are_a_residual_vq():
     # The next token of a position is predicted from what its tokens before add up to.
     sums = quantizer.partial_sums(quantized.tokens)
     want = np.concatenate([f_hat.reshape(2, 16, 8) for f_hat in sums[:2]], axis=1)
-    np.testing.assert_array_equal(quantizer.teacher_input(sums), want)
+    np.testing.assert_array_equal(quantizer.transformer_inputs(sums), want)
 
 
 def test_normalised_codes_are_matched_by_direction_and_used_as_unit_vectors():
@@ -179,5 +179,5 @@ def test_targets_are_what_is_left_and_pass_the_gradient_of_the_features():
 
 
 def test_features_of_another_side_are_refused():
-    with pytest.raises(ValueError, match="found 4, the features are 8 x 8"):
+    with pytest.raises(ValueError, match="got 4, the features are 8 x 8"):
         random_quantizer((1, 4))(jnp.zeros((1, 8, 8, 8)))

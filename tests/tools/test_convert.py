@@ -20,7 +20,7 @@ from var_jax.sampling.options import SamplingOptions
 from var_jax.scales import SCALES_512, Scales
 from var_jax.stages import _other_tokenizer, given_params
 from var_jax.tools.convert import convert, path_of, to_file, to_run
-from var_jax.training.checkpoint import FOLDER, load_config
+from var_jax.training.checkpoint import CHECKPOINT_DIR, load_config
 from var_jax.training.transformer_task import NextScaleTask
 
 DATA = REPOSITORY / "tests" / "interop" / "data"
@@ -152,7 +152,7 @@ def test_a_converted_run_can_be_started_from(goldens, golden_tokenizer, tmp_path
     stage.model.update(dict(depth=3, width=192, num_heads=3))
     module, params = load_tokenizer(tmp_path / "run")
     task = NextScaleTask(stage, 6, module, params, classes=10)
-    assert load_config(tmp_path / "run" / "next_scale" / FOLDER)[1]["tokenizer"] == task.fingerprint
+    assert load_config(tmp_path / "run" / "next_scale" / CHECKPOINT_DIR)[1]["tokenizer"] == task.fingerprint
     for run in ("run", "without"):
         stage.init_from = str(tmp_path / run)
         given = given_params(stage, task, tmp_path / "new")

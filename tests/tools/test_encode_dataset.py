@@ -9,7 +9,7 @@ import pytest
 from tests.helpers.commands import command
 from tests.helpers.token_cache import BATCH, COMMAND, HOW, altered, content, describe, small, sources
 from var_jax.data import token_writer
-from var_jax.data.token_cache import Note, open_token_cache
+from var_jax.data.token_cache import CacheManifest, open_token_cache
 from var_jax.data.token_writer import BatchEncoder, write_cache
 from var_jax.data.transforms import ToPixels
 from var_jax.images import normalize
@@ -28,11 +28,11 @@ def test_tokens_are_those_of_the_crops_that_seed_image_and_crop_decide(token_cac
     pixels = [transform(images[i], np.random.default_rng((HOW["seed"], i, crop))) for i, crop in which]
     centred = [transform(images_held_out[i]) for i in (0, 354)]
     assert (pixels[0]["image"] != pixels[1]["image"]).any()
-    found = [train[crop * 1442 + i] for i, crop in which] + [held_out[i] for i in (0, 354)]
+    result = [train[crop * 1442 + i] for i, crop in which] + [held_out[i] for i in (0, 354)]
     batch = np.stack([item["image"] for item in pixels + centred])
     want = encode(tokenizer, params, normalize(batch))
-    np.testing.assert_array_equal(np.stack([item["tokens"] for item in found]), want)
-    assert [item["label"] for item in found] == [item["label"] for item in pixels + centred]
+    np.testing.assert_array_equal(np.stack([item["tokens"] for item in result]), want)
+    assert [item["label"] for item in result] == [item["label"] for item in pixels + centred]
     assert len(np.unique(want)) > 4
 
 
@@ -52,7 +52,7 @@ def test_the_command_on_one_device_writes_what_eight_do_and_goes_on(
     assert "1442 images in 2 crops, 355 held out, of digits" in done.stdout
     assert re.search(r"encoding: 100%.* 3239/3239 .*image/s", done.stderr)
     assert content(tmp_path / "tokens") == content(token_cache)
-    note = Note.read(tmp_path / "tokens")
+    note = CacheManifest.read(tmp_path / "tokens")
     assert note.complete and note.command.endswith(f"--out={tmp_path}/tokens --batch=64")
     (tmp_path / "tokens" / "train-00002-of-00005.array_record").unlink()
     done = command(*arguments, "--crops=3")
@@ -87,7 +87,7 @@ def test_killed_and_resumed_equals_unbroken(token_cache, encoder, tiny_run, digi
         "train-00000-of-00005.array_record",
         "train-00001-of-00005.array_record",
     ]
-    assert not Note.read(out).complete
+    assert not CacheManifest.read(out).complete
     (out / "train-00002-of-00005.partial").write_bytes(b"cut short")
     before = len(calls)
     write_cache(*arguments, dies, 2, COMMAND)

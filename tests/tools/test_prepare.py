@@ -323,7 +323,7 @@ def test_killed_anywhere_it_goes_on_with_the_same_command(folder, tmp_path, wher
     [
         ({"name": "My Set"}, "--name must be small letters"),
         ({"name": "digits"}, "not `digits`"),
-        ({"held_out": 1.5}, "--held_out must be a share between 0 and 1, found 1.5"),
+        ({"held_out": 1.5}, "--held_out must be a share between 0 and 1, got 1.5"),
         ({"images": "nowhere"}, "no such folder: .*nowhere"),
         ({"images": "notes"}, r"no images \(.jpg .* under .*notes; passed over: 1 .txt"),
         ({"images": "one"}, "1 images for training and 0 held out"),

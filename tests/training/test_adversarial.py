@@ -142,8 +142,8 @@ def test_r1_is_half_the_squared_slope_at_real_images_and_lecam_uses_the_moving_m
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"network": "resnet"}, r"network must be one of \('patch', 'dino'\), found 'resnet'"),
-        ({"start": 1.0}, r"adversarial.start must be a share in \[0, 1\), found 1.0"),
+        ({"network": "resnet"}, r"network must be one of \('patch', 'dino'\), got 'resnet'"),
+        ({"start": 1.0}, r"adversarial.start must be a share in \[0, 1\), got 1.0"),
         ({"r1": -1.0}, "adversarial.r1 must be 0 or more"),
     ],
 )

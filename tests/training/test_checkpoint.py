@@ -26,10 +26,10 @@ from var_jax.training.checkpoint_integrity import (
     CheckpointDamaged,
     CheckpointNotWritten,
     check_space,
-    explained,
     is_storage_error,
-    set_damaged_aside,
+    quarantine_corrupt,
     steps_under,
+    writing,
 )
 from var_jax.training.state import create_state
 from var_jax.training.tokenizer_task import TokenizerTask
@@ -86,7 +86,7 @@ def test_keeps_the_latest_and_the_best(tmp_path):
         assert config["step"] == step and np.all(params["w"] == step)
     with pytest.raises(CheckpointMissing, match=r"no checkpoint of step 3 under .*there are \[2, 4, 5\]"):
         load_params(tmp_path, 3)
-    with pytest.raises(CheckpointMissing, match="a step must be a number, latest or best, found 'newest'"):
+    with pytest.raises(CheckpointMissing, match="a step must be a number, latest or best, got 'newest'"):
         load_params(tmp_path, "newest")
 
 
@@ -247,7 +247,7 @@ def test_whatever_a_full_disk_raises_is_told_as_that(small_disk, free, tmp_path)
 def test_the_free_space_of_a_folder_that_is_gone_hides_no_error(tmp_path):
     with (
         pytest.raises(CheckpointNotWritten, match="^a checkpoint could not be written under .*: the cable\n"),
-        explained(tmp_path / "gone"),
+        writing(tmp_path / "gone"),
     ):
         raise OSError("the cable")
 
@@ -361,13 +361,13 @@ def test_the_first_process_judges_checkpoints_for_all(tmp_path, monkeypatch):
         (tmp_path / "1" / str(step) / "config" / "metadata").write_text("{")
     processes = TwoProcesses(monkeypatch)
     for processes.index in (0, 1):
-        set_damaged_aside(tmp_path / str(processes.index))
+        quarantine_corrupt(tmp_path / str(processes.index))
     assert steps_under(tmp_path / "0") == [1] and steps_under(tmp_path / "1") == [1, 2]
     (tmp_path / "0" / "1" / "config" / "metadata").write_text("{")
     shutil.rmtree(tmp_path / "1")
     for processes.index in (0, 1):
         with pytest.raises(CheckpointDamaged, match="\n  1: config/metadata has 1 bytes in place of 2"):
-            set_damaged_aside(tmp_path / str(processes.index))
+            quarantine_corrupt(tmp_path / str(processes.index))
 
 
 def test_a_disk_without_room_is_noticed_before_anything_runs(task, tmp_path, monkeypatch):

@@ -8,20 +8,20 @@ import pytest
 from tests.helpers.tiny import tiny_config
 from var_jax.tokenizer.config import TokenizerConfig
 from var_jax.tokenizer.quantizer import Quantized
-from var_jax.training.codebook_updater import CodebookCare
+from var_jax.training.codebook_updater import CodebookUpdater
 from var_jax.training.state import TrainState
 
 MODEL = TokenizerConfig((1, 2), num_codes=4, code_dim=2, ch=8, ch_mult=(1,), norm_groups=4, num_phis=0)
 KEY = jax.random.key(0)
 
 
-def make(given=False, **fields) -> tuple[CodebookCare, TrainState]:
+def make(given=False, **fields) -> tuple[CodebookUpdater, TrainState]:
     cfg = tiny_config("none").tokenizer.codebook
     cfg.update({"kmeans_steps": 0, "ema": 0.0, "restart_every": 0, "hits_decay": 0.5, "window": 12, **fields})
-    care = CodebookCare(cfg, MODEL, steps=20, batch=2)
+    codebook_updater = CodebookUpdater(cfg, MODEL, steps=20, batch=2)
     params = {"quantizer": {"codebook": jnp.arange(8.0).reshape(4, 2)}, "other": jnp.ones(3)}
-    return care, TrainState(
-        jnp.zeros((), jnp.int32), params, jax.tree.map(jnp.copy, params), (), care.init(given)
+    return codebook_updater, TrainState(
+        jnp.zeros((), jnp.int32), params, jax.tree.map(jnp.copy, params), (), codebook_updater.init(given)
     )
 
 
@@ -31,8 +31,10 @@ def quantized(tokens) -> Quantized:
     return Quantized(tokens, jnp.zeros((2, 2, 2, 2)), jnp.zeros(2), jnp.full((2, 5, 2), 10.0))
 
 
-def after(care, state, tokens, step):
-    return care.after_step(state.replace(step=jnp.asarray(step, jnp.int32)), quantized(tokens), KEY)
+def after(codebook_updater, state, tokens, step):
+    return codebook_updater.after_step(
+        state.replace(step=jnp.asarray(step, jnp.int32)), quantized(tokens), KEY
+    )
 
 
 def codebooks(state):
@@ -40,10 +42,10 @@ def codebooks(state):
 
 
 def test_use_is_counted_over_a_window_that_slides_by_halves():
-    care, state = make()  # 12 images: halves of 3 steps
+    codebook_updater, state = make()  # 12 images: halves of 3 steps
     seen = []
     for step in range(1, 10):
-        state, metrics = after(care, state, [0, step % 4, 3, 3, 3], step)
+        state, metrics = after(codebook_updater, state, [0, step % 4, 3, 3, 3], step)
         seen.append(float(metrics["most_0"]))
         images = float(state.extra["window"]["images"].sum())
         assert images == 2 * {1: 1, 2: 2, 3: 3, 4: 4, 5: 5, 6: 6, 7: 4, 8: 5, 9: 6}[step]
@@ -56,12 +58,12 @@ def test_use_is_counted_over_a_window_that_slides_by_halves():
 
 
 def test_dead_codes_move_onto_targets_in_both_codebooks_when_due_and_start_afresh():
-    care, state = make(restart_every=5, ema=0.9, dead_below=0.1, restart_until=0.5)
-    state, metrics = after(care, state, [0, 1, 1, 0, 0], 4)
+    codebook_updater, state = make(restart_every=5, ema=0.9, dead_below=0.1, restart_until=0.5)
+    state, metrics = after(codebook_updater, state, [0, 1, 1, 0, 0], 4)
     assert float(metrics["dead_codes"]) == 2
     np.testing.assert_array_equal(codebooks(state)[0], np.arange(8).reshape(4, 2))  # not due
     state = state.replace(extra={**state.extra, "code_uses": jnp.full(4, 7.0)})
-    moved, _ = after(care, state, [0, 1, 1, 0, 0], 5)
+    moved, _ = after(codebook_updater, state, [0, 1, 1, 0, 0], 5)
     for codebook in codebooks(moved):
         np.testing.assert_array_equal(codebook, [[0, 1], [2, 3], [10, 10], [10, 10]])
     np.testing.assert_array_equal(moved.extra["code_uses"], [7, 7, 0, 0])
@@ -69,44 +71,54 @@ def test_dead_codes_move_onto_targets_in_both_codebooks_when_due_and_start_afres
     np.testing.assert_allclose(hits[:, 2], hits[:, 3])
     share = 0.5 * (0.5 * 2) + 0.5 * 2  # hits a step at the first map
     np.testing.assert_allclose(hits[0], [share, 0, share / 4, share / 4])
-    late, _ = after(care, state, [0, 1, 1, 0, 0], 15)  # after half of the 20 steps
+    late, _ = after(codebook_updater, state, [0, 1, 1, 0, 0], 15)  # after half of the 20 steps
     np.testing.assert_array_equal(codebooks(late)[0], np.arange(8).reshape(4, 2))
 
 
 def test_codes_follow_their_targets_and_the_optimiser_has_no_say():
-    care, state = make(ema=0.5)
+    codebook_updater, state = make(ema=0.5)
     assert (
-        float(jax.grad(lambda p: care.held(p)["quantizer"]["codebook"].sum())(state.params)["other"].sum())
+        float(
+            jax.grad(lambda p: codebook_updater.stop_codebook_gradient(p)["quantizer"]["codebook"].sum())(
+                state.params
+            )["other"].sum()
+        )
         == 0
     )
-    grads = jax.grad(lambda p: (care.held(p)["quantizer"]["codebook"] ** 2).sum())(state.params)
+    grads = jax.grad(
+        lambda p: (codebook_updater.stop_codebook_gradient(p)["quantizer"]["codebook"] ** 2).sum()
+    )(state.params)
     assert not grads["quantizer"]["codebook"].any()
-    state, settle = care.follow(state, quantized([0, 0, 0, 1, 1]))
+    state, post_update = codebook_updater.ema_update(state, quantized([0, 0, 0, 1, 1]))
     decayed = jax.tree.map(lambda x: 0.5 * x, state.params)
-    np.testing.assert_allclose(settle(decayed)["quantizer"]["codebook"], [[10, 10], [10, 10], [4, 5], [6, 7]])
-    np.testing.assert_array_equal(settle(decayed)["other"], 0.5)
+    np.testing.assert_allclose(
+        post_update(decayed)["quantizer"]["codebook"], [[10, 10], [10, 10], [4, 5], [6, 7]]
+    )
+    np.testing.assert_array_equal(post_update(decayed)["other"], 0.5)
     np.testing.assert_array_equal(state.extra["code_uses"], [6, 4, 0, 0])
 
 
 def test_kmeans_in_the_first_steps_unless_the_codebook_was_given():
     features = lambda params: jax.random.normal(KEY, (8, 2, 2, 2))  # noqa: E731
-    care, state = make(kmeans_steps=3)
-    fitted = care.before_step(state, features, KEY)
+    codebook_updater, state = make(kmeans_steps=3)
+    fitted = codebook_updater.before_step(state, features, KEY)
     assert not np.array_equal(codebooks(fitted)[0], codebooks(state)[0])
     np.testing.assert_array_equal(*codebooks(fitted))
-    late = care.before_step(fitted.replace(step=jnp.asarray(3, jnp.int32)), features, KEY)
+    late = codebook_updater.before_step(fitted.replace(step=jnp.asarray(3, jnp.int32)), features, KEY)
     np.testing.assert_array_equal(codebooks(late)[0], codebooks(fitted)[0])
-    care, state = make(kmeans_steps=3, ema=0.9, given=True)
-    np.testing.assert_array_equal(codebooks(care.before_step(state, features, KEY))[0], codebooks(state)[0])
+    codebook_updater, state = make(kmeans_steps=3, ema=0.9, given=True)
+    np.testing.assert_array_equal(
+        codebooks(codebook_updater.before_step(state, features, KEY))[0], codebooks(state)[0]
+    )
     np.testing.assert_allclose(state.extra["code_uses"], 2 * 5 / 4 / 0.1)  # 10 tokens a step, 4 codes
 
 
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"ema": 1.0}, r"codebook.ema must be in \[0, 1\), found 1.0"),
-        ({"kmeans_steps": -1}, "codebook.kmeans_steps must be 0 or more, found -1"),
-        ({"window": 0}, "codebook.window must be 1 or more, found 0"),
+        ({"ema": 1.0}, r"codebook.ema must be in \[0, 1\), got 1.0"),
+        ({"kmeans_steps": -1}, "codebook.kmeans_steps must be 0 or more, got -1"),
+        ({"window": 0}, "codebook.window must be 1 or more, got 0"),
     ],
 )
 def test_impossible_settings_are_refused(fields, message):

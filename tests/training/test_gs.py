@@ -32,7 +32,7 @@ from var_jax.training.checkpoint import (
 )
 from var_jax.training.checkpoint_integrity import CheckpointDamaged, steps_under
 from var_jax.training.metrics import AppendFile, Log, draw_curves, read_metrics
-from var_jax.training.profiling import Profile, Steps
+from var_jax.training.profiling import Profile, StepRange
 from var_jax.training.state import create_state
 from var_jax.training.trainer import train
 
@@ -222,7 +222,7 @@ def test_logs_pictures_and_traces(run):
     save_png(Image.new("RGB", (8, 8)), run / "previews" / "black.png")
     for name in ("curves.png", "previews/black.png"):
         assert (run / name).read_bytes().startswith(b"\x89PNG")
-    loop(Profile(Steps(2, 3), run), 1, 4)
+    loop(Profile(StepRange(2, 3), run), 1, 4)
     traces = [path.name for path in files(run / "profile" / "process_0")]
     assert any(name.endswith(".xplane.pb") for name in traces) and "perfetto_trace.json.gz" in traces
 

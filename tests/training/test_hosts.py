@@ -65,7 +65,7 @@ def start_toy(start, digits_dir):
 
 def ended(processes, within: float) -> list[tuple[int, str, str]]:
     """Exit code, stdout and stderr of each."""
-    deadline, found = time.monotonic() + within, []
+    deadline, result = time.monotonic() + within, []
     for process in processes:
         try:
             out, err = process.communicate(timeout=max(deadline - time.monotonic(), 1))
@@ -73,8 +73,8 @@ def ended(processes, within: float) -> list[tuple[int, str, str]]:
             for other in processes:
                 other.kill()
             raise
-        found.append((process.returncode, out, err))
-    return found
+        result.append((process.returncode, out, err))
+    return result
 
 
 def losses(workdir, stage="toy") -> dict[int, float]:
@@ -94,11 +94,11 @@ def wait_for_step(processes, workdir, step) -> None:
 
 def fed(workdir, processes: int) -> dict[int, list[int]]:
     """Checksums of the images that so many processes fed to each step (the last time, if twice), in order."""
-    found = {}
+    result = {}
     for i in range(processes):
         for step, images in read_metrics(workdir / "fed" / f"{i}_of_{processes}.jsonl"):
-            found.setdefault(step, {})[i] = images
-    whole = {step: parts for step, parts in found.items() if len(parts) == processes}
+            result.setdefault(step, {})[i] = images
+    whole = {step: parts for step, parts in result.items() if len(parts) == processes}
     return {step: [image for i in range(processes) for image in parts[i]] for step, parts in whole.items()}
 
 
@@ -110,22 +110,22 @@ def test_preempted_on_two_hosts_killed_on_four_done_on_one_equals_unbroken(start
     hosts = start(2, broken, "--pause=0.1")
     wait_for_step(hosts, broken, 7)
     hosts[1].send_signal(signal.SIGTERM)
-    found = ended(hosts, within=60)
+    result = ended(hosts, within=60)
     pattern = r"toy: stopped at step (\d+), saved; run the same command again"
-    words = [re.search(pattern, err) for _, _, err in found]
-    assert [code for code, _, _ in found] == [1, 1] and all(words), found
+    words = [re.search(pattern, err) for _, _, err in result]
+    assert [code for code, _, _ in result] == [1, 1] and all(words), result
     assert words[0][1] == words[1][1]
-    assert found[0][1].count(" train ") >= 7 and "toy" not in found[1][1]  # process 0 alone speaks
+    assert result[0][1].count(" train ") >= 7 and "toy" not in result[1][1]  # process 0 alone speaks
     stopped = int(words[0][1])
     # SIGKILL to one of four: the others leave, none with 0.
     hosts = start(4, broken, "--pause=0.1")
     wait_for_step(hosts, broken, stopped + 8)
     killed = time.monotonic()
     hosts[2].send_signal(signal.SIGKILL)
-    found = ended(hosts, within=60)
-    print(f"{time.monotonic() - killed:.0f} s after the kill all had left: {[code for code, _, _ in found]}")
-    assert all(code != 0 for code, _, _ in found)
-    assert f"steps {stopped}..{STEPS}, 8 x" in found[0][1]
+    result = ended(hosts, within=60)
+    print(f"{time.monotonic() - killed:.0f} s after the kill all had left: {[code for code, _, _ in result]}")
+    assert all(code != 0 for code, _, _ in result)
+    assert f"steps {stopped}..{STEPS}, 8 x" in result[0][1]
     # One goes on with two devices, from the last checkpoint that the four wrote.
     ((code, out, err),) = ended(start(1, broken), within=100)
     assert code == 0, err[-2000:]
@@ -164,14 +164,14 @@ def next_scale_flags(tiny_run, digits_dir, tmp_path_factory) -> tuple[str, ...]:
 def test_the_networks_learn_on_two_hosts_as_on_one(start, next_scale_flags, tmp_path):
     """train.py itself; of the two hosts each sees the memory of its own devices alone, which differs."""
     commands = {1: ("train.py",), 2: ("-m", "tests.helpers.uneven_memory")}
-    found = [
+    result = [
         host
         for n, command in commands.items()
         for host in ended(start(n, tmp_path / str(n), *command, *next_scale_flags), within=900)
     ]
-    assert [code for code, _, _ in found] == [0, 0, 0], found[1][2][-2000:] + found[2][2][-2000:]
-    assert ["next_scale train" in out for _, out, _ in found] == [True, True, False]
-    assert "remat none" in found[0][1] and "remat full" in found[1][1]  # for the smaller of the two
+    assert [code for code, _, _ in result] == [0, 0, 0], result[1][2][-2000:] + result[2][2][-2000:]
+    assert ["next_scale train" in out for _, out, _ in result] == [True, True, False]
+    assert "remat none" in result[0][1] and "remat full" in result[1][1]  # for the smaller of the two
     want, got = (losses(tmp_path / str(n), "next_scale") for n in (1, 2))
     assert sorted(got) == [1, 2, 3]
     np.testing.assert_allclose([got[i] for i in sorted(got)], [want[i] for i in sorted(want)], rtol=CLOSE)
@@ -180,9 +180,9 @@ def test_the_networks_learn_on_two_hosts_as_on_one(start, next_scale_flags, tmp_
 
 def test_hosts_that_would_run_different_programs_are_refused(start, next_scale_flags, tmp_path):
     remat = lambda i: ("--config.next_scale.transformer.remat=full",) if i else ()  # noqa: E731
-    found = ended(start(2, tmp_path, "train.py", *next_scale_flags, own=remat), within=900)
-    assert [code for code, _, _ in found] == [1, 1]
-    for _, _, err in found:
+    result = ended(start(2, tmp_path, "train.py", *next_scale_flags, own=remat), within=900)
+    assert [code for code, _, _ in result] == [1, 1]
+    for _, _, err in result:
         assert "train.py: the hosts would run different programs" in err, err[-2000:]
         assert re.search(r"process 0, \S+: dtype float32, attention einsum, remat none, jax [\d.]+\n", err)
         assert re.search(r"process 1, \S+: .* remat full, .* <- another than process 0", err)
@@ -192,27 +192,27 @@ def test_hosts_that_would_run_different_programs_are_refused(start, next_scale_f
 
 def test_hosts_that_do_not_share_a_file_system_are_refused(start_toy, tmp_path):
     local = lambda i: ("--seen_within=1", f"--workdir={tmp_path}/{i}")  # noqa: E731
-    found = ended(start_toy(2, tmp_path, own=local), within=120)
-    assert all(code == 1 for code, _, _ in found)
-    for _, _, err in found:
+    result = ended(start_toy(2, tmp_path, own=local), within=120)
+    assert all(code == 1 for code, _, _ in result)
+    for _, _, err in result:
         assert re.search(r"the hosts do not share --workdir: process 1 \(\S+\) cannot see a file", err), err
 
 
 def test_a_failure_on_one_host_ends_all(start_toy, tmp_path):
     hosts = start_toy(2, tmp_path, "--pause=0.1", "--fails_at=3")
     began = time.monotonic()
-    found = ended(hosts, within=60)
+    result = ended(hosts, within=60)
     print(f"all had left after {time.monotonic() - began:.0f} s")
-    assert all(code != 0 for code, _, _ in found)
-    assert "the cosmic ray" in found[1][2]
+    assert all(code != 0 for code, _, _ in result)
+    assert "the cosmic ray" in result[1][2]
 
 
 def test_a_full_disk_ends_several_hosts_and_loses_nothing(start_toy, small_disk):
     """They do not know of each other's disks, so the first checkpoint that fails ends them."""
     run = lambda processes, *extra: start_toy(processes, small_disk, "--ballast=200000", *extra)  # noqa: E731
-    found = ended(run(2, "--pause=0.1", "--full_at=8"), within=120)
-    assert all(code != 0 for code, _, _ in found)
-    said = "".join(err for _, _, err in found)
+    result = ended(run(2, "--pause=0.1", "--full_at=8"), within=120)
+    assert all(code != 0 for code, _, _ in result)
+    said = "".join(err for _, _, err in result)
     assert "could not be written under" in said and "last complete one is of step 5" in said, said[-3000:]
     (small_disk / "filler").unlink()
     ((code, out, err),) = ended(run(1), within=100)

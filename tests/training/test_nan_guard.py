@@ -21,8 +21,8 @@ def sources(digits_dir):
 
 
 def lines(workdir, kind) -> list[dict]:
-    found = [json.loads(line) for line in (workdir / "toy" / "metrics.jsonl").read_text().splitlines()]
-    return [line for line in found if line["kind"] == kind]
+    result = [json.loads(line) for line in (workdir / "toy" / "metrics.jsonl").read_text().splitlines()]
+    return [line for line in result if line["kind"] == kind]
 
 
 def expected(source, stage, steps, skipped) -> float:
@@ -40,15 +40,15 @@ def test_a_step_that_is_not_finite_changes_nothing_and_is_logged(sources, digits
     train(Toy(bad=(3, 6)), stage, 10, tmp_path, sources)
     params, _ = load_params(tmp_path / "toy" / "checkpoints")
     np.testing.assert_allclose(params["w"], expected(sources[0], stage, 10, {3, 6}), rtol=1e-5)
-    found = lines(tmp_path, "skipped")
-    assert [line["step"] for line in found] == [3, 6] and all(line["loss"] is None for line in found)
-    for line in found:
+    result = lines(tmp_path, "skipped")
+    assert [line["step"] for line in result] == [3, 6] and all(line["loss"] is None for line in result)
+    for line in result:
         want = batch_indices(len(sources[0]), 16, stage.seed, line["step"] - 1)
         assert line["records"] == want.tolist()
     last = lines(tmp_path, "train")[-1]
     assert (last["step"], last["skipped"], last["skipped_in_a_row"]) == (10, 2, 0)
     said = "toy skipped: step 3  loss nan  its loss or gradient is not finite; records "
-    assert f"{said}{found[0]['records'][0]}, " in capsys.readouterr().out
+    assert f"{said}{result[0]['records'][0]}, " in capsys.readouterr().out
 
 
 def test_a_run_that_diverges_ends_with_its_last_sound_checkpoint(sources, digits_dir, tmp_path):

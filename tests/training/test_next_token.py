@@ -66,5 +66,5 @@ def test_a_tokenizer_of_several_maps_is_refused(tiny_run, digits_dir, tmp_path):
 def test_configs_of_next_token():
     config = next_token.get_config("d20")
     assert (config.task, config.scales, config.model.depth) == ("next_token", (16,), 20)
-    with pytest.raises(ValueError, match="d12, d16, .*digits; found 'd36'"):
+    with pytest.raises(ValueError, match="d12, d16, .*digits; got 'd36'"):
         next_token.get_config("d36")

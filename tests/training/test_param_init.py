@@ -15,7 +15,7 @@ from var_jax.sharding import make_mesh
 from var_jax.stages import run
 from var_jax.tokenizer.config import TokenizerConfig
 from var_jax.training.checkpoint import CheckpointMissing, load_params
-from var_jax.training.param_init import fit
+from var_jax.training.param_init import match_params
 from var_jax.training.state import create_state
 from var_jax.training.transformer_task import NextScaleTask
 from var_jax.transformer.config import NextScaleConfig
@@ -27,7 +27,7 @@ def taken_over(path, kind, **changes):
     wanted = dataclasses.replace(config, **changes)
     shapes = next_scale_shapes(wanted) if kind == "next_scale" else tokenizer_shapes(wanted)
     shapes.pop("code_hits", None)
-    given, notes = fit(params, config, shapes, wanted)
+    given, notes = match_params(params, config, shapes, wanted)
     ours = {path: np.zeros(leaf.shape, np.float32) for path, leaf in flatten_dict(shapes, sep="/").items()}
     for path, leaf in given.items():
         ours[path][slice(None) if leaf.rows is None else leaf.rows] = leaf.values
@@ -93,17 +93,17 @@ def test_another_network_is_refused_with_fields_and_tensors(goldens):
     with pytest.raises(ValueError) as error:
         taken_over(goldens / "var.pth", "next_scale", width=96, depth=2, num_classes=4)
     for words in (
-        "config.model.width must be 192, as there; found 96",
-        "config.model.depth must be 3, as there; found 2",
+        "config.model.width must be 192, as there; got 96",
+        "config.model.depth must be 3, as there; got 2",
         "head/kernel is [192, 128] there, [96, 128] here",
         "blocks/layers/attention/qkv/kernel is [3, 192, 576] there, [2, 96, 288] here",
         "class_embedding is [11, 192] there, [5, 96] here",
     ):
         assert words in str(error.value)
     # What no shape shows.
-    with pytest.raises(ValueError, match="config.model.num_heads must be 3, as there; found 6"):
+    with pytest.raises(ValueError, match="config.model.num_heads must be 3, as there; got 6"):
         taken_over(goldens / "var_plain_attention.pth", "next_scale", num_heads=6)
-    with pytest.raises(ValueError, match="config.model.l2_normalized must be False, as there; found True"):
+    with pytest.raises(ValueError, match="config.model.l2_normalized must be False, as there; got True"):
         taken_over(goldens / "vae.pth", "tokenizer", l2_normalized=True)
 
 
@@ -116,7 +116,7 @@ def test_they_live_where_those_of_a_fresh_state_do(goldens, golden_tokenizer, di
     stage = tiny_config(digits_dir).next_scale
     stage.model.update(dict(depth=3, width=192, num_heads=3))
     task = NextScaleTask(stage, 6, golden_tokenizer.module, golden_tokenizer.params, classes=4)
-    given, _ = fit(params, config, next_scale_shapes(task.config), task.config)
+    given, _ = match_params(params, config, next_scale_shapes(task.config), task.config)
     make_state, abstract = create_state(
         task.init, task.optimizer, use_ema, jax.random.key(0), make_mesh(fsdp=4, data=2)
     )

@@ -45,7 +45,12 @@ def test_samples_of_a_preview_are_those_of_the_generator(tiny_task):
         jax.device_get(state.params),
     )
     parts = generate_in_chunks(
-        *networks, labels, tiny_task.stage.seed, tiny_task.options, len(labels), finish=denormalize_to_uint8
+        *networks,
+        labels,
+        tiny_task.stage.seed,
+        tiny_task.options,
+        len(labels),
+        postprocess=denormalize_to_uint8,
     )
     ((want_pixels, want_tokens),) = parts
     assert np.mean(tokens == want_tokens) > 0.99  # sums in another order turn some ties

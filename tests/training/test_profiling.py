@@ -10,17 +10,17 @@ import pytest
 from tests.helpers.commands import command
 from tests.helpers.tiny import tiny_config
 from var_jax.stages import run
-from var_jax.training.profiling import EVENT, Profile, Steps, parse_steps
+from var_jax.training.profiling import EVENT, Profile, StepRange, parse_steps
 
 
 def traced_steps(directory) -> list[list[int]]:
     """Numbers of the steps in each trace of a stage, the oldest trace first."""
-    found = []
+    result = []
     for path in sorted(directory.glob("profile/process_0/plugins/profile/*/perfetto_trace.json.gz")):
         events = json.loads(gzip.decompress(path.read_bytes()))["traceEvents"]
-        found.append([int(e["args"]["step_num"]) for e in events if e.get("name") == EVENT])
+        result.append([int(e["args"]["step_num"]) for e in events if e.get("name") == EVENT])
         assert list(path.parent.glob("*.xplane.pb"))  # what XProf reads
-    return found
+    return result
 
 
 def loop(profile: Profile, first: int, last: int) -> None:
@@ -34,13 +34,13 @@ def loop(profile: Profile, first: int, last: int) -> None:
 
 
 def test_a_run_resumed_within_the_steps_traces_the_rest_of_them(tmp_path):
-    loop(Profile(Steps(2, 4), tmp_path), 1, 2)  # stopped after step 2
+    loop(Profile(StepRange(2, 4), tmp_path), 1, 2)  # stopped after step 2
     assert traced_steps(tmp_path) == [[2]]
     (oldest,) = tmp_path.glob("profile/process_0/plugins/profile/*")
     oldest.rename(oldest.with_name("0"))  # traces are named by the second
-    loop(Profile(Steps(2, 4), tmp_path), 3, 9)
+    loop(Profile(StepRange(2, 4), tmp_path), 3, 9)
     assert traced_steps(tmp_path) == [[2], [3, 4]]
-    loop(Profile(Steps(2, 4), tmp_path), 5, 9)
+    loop(Profile(StepRange(2, 4), tmp_path), 5, 9)
     loop(Profile(None, tmp_path), 1, 9)
     assert traced_steps(tmp_path) == [[2], [3, 4]]
 

@@ -18,11 +18,11 @@ from var_jax.sharding import (
     global_batch,
     make_mesh,
     partition_spec,
+    replicated_fraction,
     tree_shardings,
-    whole_share,
 )
 from var_jax.tokenizer.codebook_updates import dead_codes
-from var_jax.training.jit_steps import train_program
+from var_jax.training.jit_steps import jit_train_step
 from var_jax.training.state import create_state
 from var_jax.training.tokenizer_task import TokenizerTask
 from var_jax.training.transformer_task import NextScaleTask
@@ -43,8 +43,8 @@ def losses(task, mesh, steps=5):
     cfg = task.stage.train
     make_state, abstract = create_state(task.init, task.optimizer, True, jax.random.key(0), mesh)
     state, rng = make_state(), np.random.default_rng(0)
-    step = train_program(task, cfg, 6, mesh, abstract)
-    found = []
+    step = jit_train_step(task, cfg, 6, mesh, abstract)
+    result = []
     for _ in range(steps):
         batch = {
             "image": rng.integers(0, 256, (16, 8, 8, 3), dtype=np.uint8),
@@ -52,8 +52,8 @@ def losses(task, mesh, steps=5):
             "valid": np.ones(16, np.float32),
         }
         state, metrics = step(state, task.frozen, global_batch(batch, mesh), jax.random.key(1))
-        found.append(float(metrics["loss"]))
-    return np.array(found), state
+        result.append(float(metrics["loss"]))
+    return np.array(result), state
 
 
 @pytest.mark.parametrize("name", ["tokenizer", "next_scale"])
@@ -90,7 +90,7 @@ def test_each_device_encodes_its_own_images_and_none_are_gathered(tasks):
     _, state = create_state(task.init, task.optimizer, True, jax.random.key(0), mesh)
     put = lambda shape, dtype: jax.ShapeDtypeStruct(shape, dtype, sharding=batch_sharding(mesh))  # noqa: E731
     batch = {"image": put((16, 8, 8, 3), jnp.uint8), "label": put((16,), jnp.int32)}
-    step = train_program(task, task.stage.train, 6, mesh, state)
+    step = jit_train_step(task, task.stage.train, 6, mesh, state)
     program = step.lower(state, task.frozen, batch, jax.random.key(1)).compile()
     text = program.as_text()
     of = lambda kind: re.findall(rf"\w+\[([\d,]*)\]\S* {kind}\(", text)  # noqa: E731
@@ -125,7 +125,7 @@ def test_the_table_keeps_whole_what_does_not_divide():
 
 def test_parameters_that_fsdp_does_not_divide_are_counted(tasks):
     task = tasks["next_scale"]  # width 32
-    share = lambda **sizes: whole_share(  # noqa: E731
+    share = lambda **sizes: replicated_fraction(  # noqa: E731
         create_state(task.init, task.optimizer, False, jax.random.key(0), make_mesh(**sizes))[1].params
     )
     assert share(fsdp=8) < 0.1
@@ -171,8 +171,8 @@ def test_accumulation_of_the_tokenizer_equals_one_go_where_nothing_is_drawn(tmp_
     config.model.quantizer_dropout = 0.0
     config.codebook.update(dict(kmeans_steps=0, restart_every=0))
     config.adversarial.update(dict(adaptive=False, augment=False))
-    mesh, found = make_mesh(devices=jax.devices()[:1]), []
+    mesh, result = make_mesh(devices=jax.devices()[:1]), []
     for config.train.accumulate in (1, 2):
-        found.append(losses(TokenizerTask(config, 6), mesh, steps=3))
-    close(found[1][0], found[0][0], 1e-5)
-    chex.assert_trees_all_close(found[1][1].extra, found[0][1].extra, atol=1e-4, rtol=1e-3)
+        result.append(losses(TokenizerTask(config, 6), mesh, steps=3))
+    close(result[1][0], result[0][0], 1e-5)
+    chex.assert_trees_all_close(result[1][1].extra, result[0][1].extra, atol=1e-4, rtol=1e-3)

@@ -17,7 +17,7 @@ from var_jax.data.sources import open_source
 from var_jax.sharding import make_mesh
 from var_jax.training import trainer
 from var_jax.training.checkpoint import Checkpoints, load_config
-from var_jax.training.jit_steps import train_program
+from var_jax.training.jit_steps import jit_train_step
 from var_jax.training.metrics import Log
 from var_jax.training.state import create_state
 from var_jax.training.trainer import Preempted, train
@@ -54,8 +54,8 @@ def stage_of(data_dir, every=2, **train):
 
 
 def lines(workdir, kind) -> list[tuple[int, float]]:
-    found = [json.loads(line) for line in (workdir / "toy" / "metrics.jsonl").read_text().splitlines()]
-    return [(line["step"], line["loss"]) for line in found if line["kind"] == kind]
+    result = [json.loads(line) for line in (workdir / "toy" / "metrics.jsonl").read_text().splitlines()]
+    return [(line["step"], line["loss"]) for line in result if line["kind"] == kind]
 
 
 def steps_under(workdir) -> list[int]:
@@ -210,7 +210,7 @@ def test_pictures_that_a_full_disk_refuses_are_a_warning(
     ("change", "message"),
     [
         (lambda m: {"accuracy": m["loss"]}, "must return the metrics gradient_norm, loss"),
-        (lambda m: {**m, "per_image": jnp.zeros(3)}, r"must be scalars, found shapes {'per_image': \(3,\)}"),
+        (lambda m: {**m, "per_image": jnp.zeros(3)}, r"must be scalars, got shapes {'per_image': \(3,\)}"),
     ],
 )
 def test_metrics_that_break_the_contract_of_a_task_are_named(digits_dir, change, message):
@@ -221,7 +221,7 @@ def test_metrics_that_break_the_contract_of_a_task_are_named(digits_dir, change,
 
     task, stage, mesh = Other(), toy_stage(digits_dir, 1), make_mesh()
     _, state = create_state(task.init, task.optimizer, False, jax.random.key(0), mesh)
-    program = train_program(task, stage.train, 5, mesh, state)
+    program = jit_train_step(task, stage.train, 5, mesh, state)
     batch = {"image": jax.ShapeDtypeStruct((16, 8, 8, 3), jnp.uint8)}
     with pytest.raises(TypeError, match=message):
         program.trace(state, {}, batch, jax.random.key(0))

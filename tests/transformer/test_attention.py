@@ -30,8 +30,8 @@ def same(function, reference, *arrays):
         loss = lambda *x: (lambda y: (jnp.sum(y * weights), y))(f(*x))  # noqa: E731
         return jax.jit(jax.grad(loss, argnums=(0, 1, 2), has_aux=True))(*arrays)
 
-    for found, right in zip(*map(jax.tree.leaves, (both(function), both(reference))), strict=True):
-        close(found, right, 2e-6)
+    for result, right in zip(*map(jax.tree.leaves, (both(function), both(reference))), strict=True):
+        close(result, right, 2e-6)
 
 
 @pytest.mark.parametrize("size", MASKS)
@@ -59,9 +59,9 @@ def test_splash_of_new_positions_to_a_cache_equals_einsum():
 
 def test_groups_cover_all_queries_and_large_maps_need_no_mask():
     ends = key_ends(MASKS["256"])
-    found = groups(ends)
-    assert found == [(0, 91), (91, 155), (155, 255), (255, 424), (424, 680)]
-    assert all(len(set(ends[start:stop])) == 1 for start, stop in found[1:])
+    result = groups(ends)
+    assert result == [(0, 91), (91, 155), (155, 255), (255, 424), (424, 680)]
+    assert all(len(set(ends[start:stop])) == 1 for start, stop in result[1:])
     assert groups(key_ends(MASKS["odd"])) == [(0, 84)]
 
 
@@ -124,7 +124,7 @@ def test_auto_goes_by_platform():
     platforms = (("cpu", f32), ("tpu", bf16), ("gpu", bf16), ("tpu", f32), ("gpu", f32))
     names = [choose_attention("auto", *platform, 64) for platform in platforms]
     assert names == ["einsum", "splash", "cudnn", "grouped", "grouped"]
-    with pytest.raises(ValueError, match=r"splash runs on TPU in bfloat16 \(.*found float32 on tpu"):
+    with pytest.raises(ValueError, match=r"splash runs on TPU in bfloat16 \(.*got float32 on tpu"):
         choose_attention("splash", "tpu", f32, 64)
 
 
@@ -132,7 +132,7 @@ def test_auto_goes_by_platform():
 def test_auto_on_a_gpu_leaves_heads_that_cudnn_refuses_to_grouped(head_dim):
     """JAX demands a multiple of 8, and at most 128 before Hopper."""
     assert choose_attention("auto", "gpu", jnp.bfloat16, head_dim) == "grouped"
-    with pytest.raises(ValueError, match=f"multiple of 8 channels, at most 128, found {head_dim}"):
+    with pytest.raises(ValueError, match=f"multiple of 8 channels, at most 128, got {head_dim}"):
         choose_attention("cudnn", "gpu", jnp.bfloat16, head_dim)
     assert choose_attention("auto", "gpu", jnp.bfloat16, 8 * (head_dim // 16)) == "cudnn"
 
@@ -140,9 +140,9 @@ def test_auto_on_a_gpu_leaves_heads_that_cudnn_refuses_to_grouped(head_dim):
 @pytest.mark.parametrize(
     ("name", "platform", "says"),
     [
-        ("flash", "tpu", "one of auto, einsum, grouped, cudnn, splash; found 'flash'"),
-        ("splash", "gpu", "splash runs on TPU in bfloat16 .*, found bfloat16 on gpu"),
-        ("cudnn", "tpu", "cudnn runs on an NVIDIA GPU in bfloat16, found bfloat16 on tpu"),
+        ("flash", "tpu", "one of auto, einsum, grouped, cudnn, splash; got 'flash'"),
+        ("splash", "gpu", "splash runs on TPU in bfloat16 .*, got bfloat16 on gpu"),
+        ("cudnn", "tpu", "cudnn runs on an NVIDIA GPU in bfloat16, got bfloat16 on tpu"),
     ],
 )
 def test_what_cannot_run_is_refused(name, platform, says):

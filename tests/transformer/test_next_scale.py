@@ -68,10 +68,10 @@ def test_losses_in_one_go_and_in_chunks_are_those_of_the_logits(tiny_var, monkey
         return losses.mean(), (losses, 1.0 * right)
 
     want = jax.jit(jax.grad(of_logits, has_aux=True))(params)
-    monkeypatch.setattr(model_module, "MOST_LOGITS", most)
-    found = jax.jit(jax.grad(ours, has_aux=True))(params)
-    jax.tree.map(lambda got, right: close(got, right, 1e-5), found, want)
-    assert found[1][1].any()
+    monkeypatch.setattr(model_module, "LOGITS_CHUNK", most)
+    result = jax.jit(jax.grad(ours, has_aux=True))(params)
+    jax.tree.map(lambda got, right: close(got, right, 1e-5), result, want)
+    assert result[1][1].any()
     # Of one chunk the logits are worked out again for its gradient, and none are kept.
     kept = jax.eval_shape(lambda params: jax.tree.leaves(jax.vjp(ours, params, has_aux=True)[1]), params)
     assert not [leaf.shape for leaf in kept if leaf.shape[-1:] == (16,) and leaf.ndim == 3]

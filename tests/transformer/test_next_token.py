@@ -49,8 +49,8 @@ def test_cached_equals_uncached_and_nothing_leaks(order, positions, mask):
 
         def step(cache, i):
             before = jax.lax.dynamic_slice_in_dim(inputs, jnp.maximum(i - 1, 0), 1, axis=1)
-            found, cache = module.apply({"params": params}, i, before, condition, cache, method="step")
-            return cache, found[:, 0]
+            result, cache = module.apply({"params": params}, i, before, condition, cache, method="step")
+            return cache, result[:, 0]
 
         cache = module.apply({"params": params}, 2, method="empty_cache")
         return jax.lax.scan(step, cache, jnp.arange(LENGTH))[1].swapaxes(0, 1)
@@ -73,8 +73,8 @@ def test_next_scale_cached_equals_uncached_and_leaks_nothing_by_scale(positions)
     condition, cache, parts = apply(labels, method="condition"), apply(2, method="empty_cache"), []
     for k in range(len(scales)):
         own = None if k == 0 else inputs[:, scales.starts[k] - 1 : scales.ends[k] - 1]
-        found, cache = apply(k, own, condition, cache, method="step")
-        parts.append(found)
+        result, cache = apply(k, own, condition, cache, method="step")
+        parts.append(result)
     close(jnp.concatenate(parts, axis=1), logits, 1e-5)
     for j in (1, 8):  # an input of scale 1, and one of scale 2
         changed = np.abs(whole(inputs.at[:, j].add(1.0)) - logits).max((0, 2))
@@ -84,10 +84,10 @@ def test_next_scale_cached_equals_uncached_and_leaks_nothing_by_scale(positions)
 
 def reached(config: NextTokenConfig, blocks: int) -> np.ndarray:
     """bool [L, L]: what reaches a position through so many blocks."""
-    found = np.eye(config.length, dtype=bool)
+    result = np.eye(config.length, dtype=bool)
     for block in range(blocks):
-        found = config.masks[block % len(config.masks)] @ found
-    return found
+        result = config.masks[block % len(config.masks)] @ result
+    return result
 
 
 @pytest.mark.parametrize("order", ["raster", "column", "snake"])
@@ -159,16 +159,16 @@ def test_flops_by_hand():
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"scales": (1, 2, 4)}, r"one map, scales=\(n,\), found scales=\(1, 2, 4\)"),
+        ({"scales": (1, 2, 4)}, r"one map, scales=\(n,\), got scales=\(1, 2, 4\)"),
         ({"order": "zigzag"}, "order must be one of .*zigzag"),
         ({"mask": "diagonal"}, "mask must be one of .*diagonal"),
-        ({"mask": "row", "reach": -1}, "reach must be a whole number from 0 up, found -1"),
-        ({"mask": "row", "reach": 1.5}, "reach must be a whole number from 0 up, found 1.5"),
-        ({"order": "random", "order_seed": -1}, "seed of an order must be a whole number .* found -1"),
-        ({"order": "random", "order_seed": 0.5}, "seed of an order must be a whole number .* found 0.5"),
-        ({"positions": "rotary_2d", "width": 24}, "multiple of 4, found 6"),
+        ({"mask": "row", "reach": -1}, "reach must be a whole number from 0 up, got -1"),
+        ({"mask": "row", "reach": 1.5}, "reach must be a whole number from 0 up, got 1.5"),
+        ({"order": "random", "order_seed": -1}, "seed of an order must be a whole number .* got -1"),
+        ({"order": "random", "order_seed": 0.5}, "seed of an order must be a whole number .* got 0.5"),
+        ({"positions": "rotary_2d", "width": 24}, "multiple of 4, got 6"),
         ({"positions": "rotary_1d+rotary_2d"}, "one of each joined by"),
-        ({"positions": "learned"}, "found 'learned'"),
+        ({"positions": "learned"}, "got 'learned'"),
     ],
 )
 def test_impossible_architectures_are_refused(fields, message):
@@ -204,5 +204,5 @@ def test_a_mesh_of_eight_devices_gives_losses_and_gradients_of_one(positions):
     boxed = jax.eval_shape(module.init, jax.random.key(0), labels[:1], inputs[:1])["params"]
     params = jax.device_put(params, tree_shardings(boxed, mesh))
     spread = jax.jit(jax.value_and_grad(on_mesh(loss, mesh)))(params, global_batch(batch, mesh))
-    for found, right in zip(*map(jax.tree.leaves, (spread, alone)), strict=True):
-        close(found, right, 1e-4)
+    for result, right in zip(*map(jax.tree.leaves, (spread, alone)), strict=True):
+        close(result, right, 1e-4)

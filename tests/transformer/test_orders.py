@@ -25,13 +25,13 @@ def steps(name: str, side: int) -> np.ndarray:
 @pytest.mark.parametrize("side", SIDES)
 @pytest.mark.parametrize("name", ORDERS)
 def test_every_order_goes_to_every_cell_once_and_can_be_undone(name, side):
-    found = order(name, side)
-    assert found.shape == (side * side,) and found.dtype == np.int32
-    assert sorted(found.tolist()) == list(range(side * side))
-    back = inverse(found)
+    result = order(name, side)
+    assert result.shape == (side * side,) and result.dtype == np.int32
+    assert sorted(result.tolist()) == list(range(side * side))
+    back = inverse(result)
     assert back.dtype == np.int32
-    np.testing.assert_array_equal(back[found], np.arange(side * side))
-    np.testing.assert_array_equal(found[back], np.arange(side * side))
+    np.testing.assert_array_equal(back[result], np.arange(side * side))
+    np.testing.assert_array_equal(result[back], np.arange(side * side))
 
 
 @pytest.mark.parametrize("name", BY_HAND)
@@ -75,9 +75,9 @@ def test_orders_are_shared_and_cannot_be_written_to():
 
 
 def test_nonsense_is_an_error_that_says_so():
-    with pytest.raises(ValueError, match=f"one of {', '.join(ORDERS)}; found 'zigzag'"):
+    with pytest.raises(ValueError, match=f"one of {', '.join(ORDERS)}; got 'zigzag'"):
         order("zigzag", 4)
-    with pytest.raises(ValueError, match="side of a map must be at least 1, found 0"):
+    with pytest.raises(ValueError, match="side of a map must be at least 1, got 0"):
         order("raster", 0)
     for wrong in ([0, 0, 1], [1, 2, 3], [[0, 1], [2, 3]]):
         with pytest.raises(ValueError, match="must be a permutation"):

@@ -8,78 +8,85 @@ from var_jax.scales import Scales
 from var_jax.transformer import positions
 from var_jax.transformer.attention import attend, choose_attention, einsum
 from var_jax.transformer.config import NextTokenConfig
-from var_jax.transformer.positions import Places, buckets, order, order_places, rotary_angles, scale_places
+from var_jax.transformer.positions import (
+    TokenCoords,
+    buckets,
+    order,
+    order_coords,
+    rotary_angles,
+    scale_coords,
+)
 
 
-def shifted(places: Places, rows: float, columns: float, line: float) -> Places:
+def shifted(coords: TokenCoords, rows: float, columns: float, line: float) -> TokenCoords:
     by = np.array([rows, columns], np.float32)
-    return Places(
-        places.query + by, places.key + by, places.query_line + line, places.key_line + line, places.side
+    return TokenCoords(
+        coords.query + by, coords.key + by, coords.query_index + line, coords.key_index + line, coords.side
     )
 
 
 @pytest.mark.parametrize("kind", ["rotary_1d", "rotary_2d"])
 @pytest.mark.parametrize("where", ["scales", "order"])
 def test_rotary_scores_depend_on_distances_alone(kind, where):
-    places = scale_places(Scales((1, 2, 4))) if where == "scales" else order_places(order("hilbert", 4), 4)
-    q, k = (jax.random.normal(jax.random.key(i), (2, len(places.query), 3, 8)) for i in (0, 1))
+    coords = scale_coords(Scales((1, 2, 4))) if where == "scales" else order_coords(order("hilbert", 4), 4)
+    q, k = (jax.random.normal(jax.random.key(i), (2, len(coords.query), 3, 8)) for i in (0, 1))
 
-    def scores(places):
-        turned = [positions.rotate(x, a) for x, a in zip((q, k), rotary_angles(places, kind, 8), strict=True)]
+    def scores(coords):
+        turned = [positions.rotate(x, a) for x, a in zip((q, k), rotary_angles(coords, kind, 8), strict=True)]
         return jnp.einsum("bqnh,bknh->bnqk", *turned)
 
-    there = scores(places)
-    close(scores(shifted(places, 3, 5, 7)), there, 1e-5)
+    there = scores(coords)
+    close(scores(shifted(coords, 3, 5, 7)), there, 1e-5)
     plain = jnp.einsum("bqnh,bknh->bnqk", q, k)
     assert np.abs(there - plain).max() > 0.5  # and they do depend on these
     # Turning keeps lengths, so normalised attention stays normalised.
-    turned = positions.rotate(q, rotary_angles(places, kind, 8)[0])
+    turned = positions.rotate(q, rotary_angles(coords, kind, 8)[0])
     close(jnp.linalg.norm(turned, axis=-1), jnp.linalg.norm(q, axis=-1), 1e-6)
 
 
 def test_rotary_2d_turns_half_by_the_row_and_half_by_the_column():
-    places = order_places(order("raster", 4), 4)
-    angles, _ = rotary_angles(places, "rotary_2d", 8)
+    coords = order_coords(order("raster", 4), 4)
+    angles, _ = rotary_angles(coords, "rotary_2d", 8)
     by_row, by_column = angles.reshape(4, 4, 2, 2).swapaxes(0, 2)[0], angles.reshape(4, 4, 2, 2)[0, :, 1]
     np.testing.assert_array_equal(by_row[0], by_row[3])  # the same in every column
     np.testing.assert_allclose(by_column[:, 0], np.arange(4))  # a radian a cell, at the shortest wavelength
 
 
 def test_relative_positions_depend_on_distances_alone():
-    places = order_places(order("spiral_in", 8), 8)
-    found = buckets(places)
-    np.testing.assert_array_equal(buckets(shifted(places, 3, 5, 7)), found)
-    rows, columns = np.moveaxis(places.query[:, None] - places.key[None], -1, 0)
-    assert len(np.unique(found)) > 100
+    coords = order_coords(order("spiral_in", 8), 8)
+    result = buckets(coords)
+    np.testing.assert_array_equal(buckets(shifted(coords, 3, 5, 7)), result)
+    rows, columns = np.moveaxis(coords.query[:, None] - coords.key[None], -1, 0)
+    assert len(np.unique(result)) > 100
     for row, column in ((0, 0), (1, -2), (-3, 3)):  # what is near has a bucket of its own
         same = (rows == row) & (columns == column)
-        (bucket,) = np.unique(found[same])
-        np.testing.assert_array_equal(found == bucket, same)
-    assert found.min() >= 0 and found.max() < positions.BUCKETS
-    scales = scale_places(Scales((1, 2, 3, 4)))  # distances are no whole numbers
+        (bucket,) = np.unique(result[same])
+        np.testing.assert_array_equal(result == bucket, same)
+    assert result.min() >= 0 and result.max() < positions.BUCKETS
+    scales = scale_coords(Scales((1, 2, 3, 4)))  # distances are no whole numbers
     np.testing.assert_array_equal(buckets(shifted(scales, 3, 5, 7)), buckets(scales))
 
 
 def test_scales_line_up():
-    places = scale_places(Scales((1, 2, 4)))
-    np.testing.assert_array_equal(places.query[0], [1.5, 1.5])
-    np.testing.assert_array_equal(places.query[1:5], [[0.5, 0.5], [0.5, 2.5], [2.5, 0.5], [2.5, 2.5]])
-    np.testing.assert_array_equal(places.query[5:9], [[0, 0], [0, 1], [0, 2], [0, 3]])
-    weights = positions.interpolation(places.query[:, 0], 4)
+    coords = scale_coords(Scales((1, 2, 4)))
+    np.testing.assert_array_equal(coords.query[0], [1.5, 1.5])
+    np.testing.assert_array_equal(coords.query[1:5], [[0.5, 0.5], [0.5, 2.5], [2.5, 0.5], [2.5, 2.5]])
+    np.testing.assert_array_equal(coords.query[5:9], [[0, 0], [0, 1], [0, 2], [0, 3]])
+    weights = positions.interpolation(coords.query[:, 0], 4)
     np.testing.assert_allclose(weights.sum(1), 1)
     np.testing.assert_array_equal(weights[0], [0, 0.5, 0.5, 0])  # the middle is between rows 1 and 2
 
 
 def test_a_query_stands_at_its_cell_and_a_key_at_the_one_before():
     cells = order("column", 3)
-    places = order_places(cells, 3)
-    np.testing.assert_array_equal(places.query[:4], [[0, 0], [1, 0], [2, 0], [0, 1]])
-    np.testing.assert_array_equal(places.key[:4], [[-1, -1], [0, 0], [1, 0], [2, 0]])
-    np.testing.assert_array_equal(places.query_line - places.key_line, 1)
+    coords = order_coords(cells, 3)
+    np.testing.assert_array_equal(coords.query[:4], [[0, 0], [1, 0], [2, 0], [0, 1]])
+    np.testing.assert_array_equal(coords.key[:4], [[-1, -1], [0, 0], [1, 0], [2, 0]])
+    np.testing.assert_array_equal(coords.query_index - coords.key_index, 1)
 
 
 def test_sinusoids_are_as_large_as_learned_positions_and_tell_all_cells():
-    table = positions.sinusoids(order_places(order("raster", 8), 8), 64)
+    table = positions.sinusoids(order_coords(order("raster", 8), 8), 64)
     assert np.sqrt((table**2).mean()) == pytest.approx((1 / (3 * 64)) ** 0.5, rel=1e-3)
     distances = np.linalg.norm(table[:, None] - table[None], axis=-1) + np.eye(64)
     assert distances.min() > 0.01
@@ -115,5 +122,5 @@ def test_attention_is_chosen_by_what_it_must_know():
 def test_a_mask_known_only_when_the_program_runs_is_for_einsum():
     q, k, v = (jax.random.normal(jax.random.key(i), (2, 84, 3, 8)) for i in range(3))
     mask = Scales((1, 3, 5, 7)).mask
-    found = jax.jit(lambda mask: attend(q, k, v, 0.3, mask, "grouped"))(jnp.asarray(mask))
-    close(found, einsum(q, k, v, 0.3, mask), 1e-6)
+    result = jax.jit(lambda mask: attend(q, k, v, 0.3, mask, "grouped"))(jnp.asarray(mask))
+    close(result, einsum(q, k, v, 0.3, mask), 1e-6)

@@ -11,7 +11,7 @@ from var_jax.sharding import make_mesh
 from var_jax.training import hardware
 from var_jax.transformer.config import NextScaleConfig
 from var_jax.transformer.model import Blocks
-from var_jax.transformer.remat import KEPT, choose_remat, kept_bytes
+from var_jax.transformer.remat import SAVED_NAMES, choose_remat, saved_activation_bytes
 
 CONFIG = NextScaleConfig(depth=4, width=128, num_heads=4, scales=(1, 2, 3, 4))
 HALF = jnp.dtype(jnp.bfloat16)
@@ -35,30 +35,30 @@ def residual_bytes(policy: str) -> int:
     return sum(np.prod(leaf.shape) * leaf.dtype.itemsize for leaf in by_position)
 
 
-@pytest.mark.parametrize("policy", [name for name in KEPT if name != "none"])
+@pytest.mark.parametrize("policy", [name for name in SAVED_NAMES if name != "none"])
 def test_policies_keep_what_the_table_says(policy):
     heads = 4 * CONFIG.num_heads * CONFIG.schedule.length * CONFIG.depth  # log-sum-exp, of a kernel only
-    assert residual_bytes(policy) == kept_bytes(CONFIG, policy, 2, True) - heads
+    assert residual_bytes(policy) == saved_activation_bytes(CONFIG, policy, 2, True) - heads
 
 
 def test_without_a_policy_nearly_everything_is_kept():
-    assert 0.8 < residual_bytes("none") / kept_bytes(CONFIG, "none", 2, True) < 1.2
+    assert 0.8 < residual_bytes("none") / saved_activation_bytes(CONFIG, "none", 2, True) < 1.2
 
 
 def test_auto_takes_the_fastest_that_fits():
-    sizes = {policy: kept_bytes(CONFIG, policy, 2, False) for policy in KEPT}
+    sizes = {policy: saved_activation_bytes(CONFIG, policy, 2, False) for policy in SAVED_NAMES}
     assert list(sizes.values()) == sorted(sizes.values(), reverse=True)
     for policy, size in sizes.items():
         assert choose_remat(CONFIG, "auto", 3, 3 * size, 2, False, "tpu") == policy
     assert choose_remat(CONFIG, "auto", 3, 0, 2, False, "tpu") == "full"
     assert choose_remat(CONFIG, "mlp", 3, 0, 2, False, "tpu") == "mlp"
-    with pytest.raises(ValueError, match="one of auto, none, mlp, flat_qkv, full; found 'some'"):
+    with pytest.raises(ValueError, match="one of auto, none, mlp, flat_qkv, full; got 'some'"):
         choose_remat(CONFIG, "some", 3, 0, 2, False, "tpu")
 
 
 def test_auto_on_a_gpu_keeps_what_was_measured_to_be_fastest():
     """On an H200 `none` was slower than every policy that keeps less."""
-    size = lambda policy: 3 * kept_bytes(CONFIG, policy, 2, False)  # noqa: E731
+    size = lambda policy: 3 * saved_activation_bytes(CONFIG, policy, 2, False)  # noqa: E731
     resolve = lambda room: choose_remat(CONFIG, "auto", 3, room, 2, False, "gpu")  # noqa: E731
     assert resolve(2 * size("none")) == "mlp"
     assert resolve(size("mlp") - 1) == "flat_qkv"

@@ -26,7 +26,7 @@ SPLITS = ("train", "eval")  # as files are called, whatever their splits are cal
 
 
 @dataclasses.dataclass(frozen=True)
-class Description:
+class CacheSpec:
     """What a cache holds: all that its tokens depend on, so that equal descriptions mean equal tokens.
 
     Attributes:
@@ -84,7 +84,7 @@ class Description:
             for i in range(count)
         }
 
-    def differences(self, asked: "Description") -> list[str]:
+    def differences(self, asked: "CacheSpec") -> list[str]:
         """One line for each field in which another description is not this one."""
         fields = [field.name for field in dataclasses.fields(self)]
         pairs = [(name, getattr(self, name), getattr(asked, name)) for name in fields]
@@ -126,7 +126,7 @@ class Description:
 
 
 @dataclasses.dataclass(frozen=True)
-class Note:
+class CacheManifest:
     """The content of `description.json`.
 
     Attributes:
@@ -135,7 +135,7 @@ class Note:
       complete: whether everything is there.
     """
 
-    holds: Description
+    holds: CacheSpec
     command: str
     complete: bool = False
 
@@ -146,12 +146,12 @@ class Note:
         partial.replace(directory / DESCRIPTION)
 
     @classmethod
-    def read(cls, directory: epath.Path) -> "Note":
+    def read(cls, directory: epath.Path) -> "CacheManifest":
         """Raises FileNotFoundError where there is none, ValueError on what is no description."""
         note = json.loads((directory / DESCRIPTION).read_text())
         try:
             holds = {name: tuple(v) if isinstance(v, list) else v for name, v in note["holds"].items()}
-            return cls(Description(**holds), note["command"], note["complete"])
+            return cls(CacheSpec(**holds), note["command"], note["complete"])
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{directory / DESCRIPTION} describes no token cache: {error!r}") from error
 
@@ -165,7 +165,7 @@ class TokenSource(Source):
       crops: records that each image has.
     """
 
-    description: Description
+    description: CacheSpec
     crops: int
 
     @property
@@ -189,7 +189,7 @@ def open_token_cache(directory: str | os.PathLike) -> tuple[TokenSource, TokenSo
     """
     directory = readable_path(directory, "config.data.tokens")
     try:
-        note = Note.read(directory)
+        note = CacheManifest.read(directory)
     except FileNotFoundError as error:
         raise DataSetMissing(
             f"no token cache at {directory} (config.data.tokens).  To make one:\n  "

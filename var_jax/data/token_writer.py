@@ -16,7 +16,7 @@ from tqdm import tqdm
 from var_jax.data import transforms
 from var_jax.data.loader import read_ahead
 from var_jax.data.sources import Source
-from var_jax.data.token_cache import SPLITS, Description, Note
+from var_jax.data.token_cache import SPLITS, CacheManifest, CacheSpec
 from var_jax.data.transforms import ToPixels
 from var_jax.images import normalize
 from var_jax.paths import is_remote
@@ -27,7 +27,7 @@ from var_jax.tokenizer.model import Tokenizer, fingerprint
 OVERHEAD = 128  # bytes at most that a record takes in a file beside its own
 
 
-class OtherCache(ValueError):
+class CacheMismatch(ValueError):
     """A directory holds something else than what is to be written; names every difference."""
 
 
@@ -60,7 +60,7 @@ class BatchEncoder:
         return np.asarray(tokens)[: len(images)]
 
 
-def cut_out(source: Source, transform: ToPixels, seed: int | None, record: int) -> dict:
+def crop_record(source: Source, transform: ToPixels, seed: int | None, record: int) -> dict:
     """Record c * images + i of a cache, not encoded yet: crop c of image i; the centre without a seed."""
     crop, image = divmod(record, source.num_records)
     return transform(source[image], None if seed is None else np.random.default_rng((seed, image, crop)))
@@ -89,26 +89,26 @@ def write_records(path: epath.Path, records: np.ndarray) -> None:
     partial_path.rename(path)
 
 
-def claim(out: epath.Path, description: Description, command: str) -> None:
+def claim_directory(out: epath.Path, description: CacheSpec, command: str) -> None:
     """Notes down what a directory is going to hold, or finds that it holds just that, or a part of it.
 
     Raises:
       OtherCache: where it holds something else; names every difference.
     """
     try:
-        different = Note.read(out).holds.differences(description)
+        different = CacheManifest.read(out).holds.differences(description)
     except FileNotFoundError:
         different = [path.name for path in sorted(out.glob("*.array_record"))[:1]]
         out.mkdir(parents=True, exist_ok=True)
-        Note(description, command).write(out)
+        CacheManifest(description, command).write(out)
     if different:
-        raise OtherCache(
+        raise CacheMismatch(
             f"{out} holds something else already; remove it, or choose another --out\n  "
             + "\n  ".join(different)
         )
 
 
-def check_space(out: epath.Path, description: Description, records: int) -> None:
+def check_space(out: epath.Path, description: CacheSpec, records: int) -> None:
     """Raises OSError unless the disk has room for so many records; object storage always has."""
     if is_remote(out):
         return
@@ -119,7 +119,7 @@ def check_space(out: epath.Path, description: Description, records: int) -> None
 
 def write_cache(
     out: epath.Path,
-    description: Description,
+    description: CacheSpec,
     sources: tuple[Source, Source],
     encode: BatchEncoder,
     threads: int,
@@ -140,28 +140,28 @@ def write_cache(
       OSError: where there is no room.
       CorruptImage: naming a record that is no image.
     """
-    claim(out, description, command)
+    claim_directory(out, description, command)
     train, held_out = sources
-    look, side = description, encode.image_size
-    pixels = ToPixels(train.name, side, look.resize, look.flip, look.shift)
+    spec, side = description, encode.image_size
+    pixels = ToPixels(train.name, side, spec.resize, spec.flip, spec.shift)
     crops = {
-        "train": partial(cut_out, train, pixels, look.seed),
-        "eval": partial(cut_out, held_out, ToPixels(held_out.name, side, look.resize, False), None),
+        "train": partial(crop_record, train, pixels, spec.seed),
+        "eval": partial(crop_record, held_out, ToPixels(held_out.name, side, spec.resize, False), None),
     }
-    shards = [(split, *shard) for split in SPLITS for shard in look.shards(out, split).items()]
+    shards = [(split, *shard) for split in SPLITS for shard in spec.shards(out, split).items()]
     missing = [shard for shard in shards if not shard[1].exists()]
     total, left = (sum(len(records) for *_, records in some) for some in (shards, missing))
-    check_space(out, look, left)
+    check_space(out, spec, left)
     with tqdm(total=total, initial=total - left, unit="image", desc="encoding") as bar:
         for split, path, which in missing:
             dataset = grain.MapDataset.range(which.start, which.stop).map(crops[split])
             parts = []
             for batch in read_ahead(dataset, encode.batch, threads).batch(encode.batch):
-                parts.append(np.zeros(len(batch["label"]), look.layout))
+                parts.append(np.zeros(len(batch["label"]), spec.layout))
                 parts[-1]["label"], parts[-1]["tokens"] = batch["label"], encode(batch["image"])
                 bar.update(len(parts[-1]))
             write_records(path, np.concatenate(parts))
-    Note(look, command, complete=True).write(out)
+    CacheManifest(spec, command, complete=True).write(out)
 
 
 def describe(
@@ -172,18 +172,18 @@ def describe(
     crops: int,
     seed: int,
     shard: int = 2**16,
-) -> Description:
+) -> CacheSpec:
     """What a cache of these images by this tokenizer holds.
 
     Args:
       tokenizer, params: that encode.
       sources: training and held-out images.
       data: name, train_split, eval_split, resize, flip and shift, as a config's section `data` has them.
-      crops, seed, shard: as `Description` has them.
+      crops, seed, shard: as `CacheSpec` has them.
     """
     train, held_out = sources
     same = ("train_split", "eval_split", "resize", "flip", "shift")
-    return Description(
+    return CacheSpec(
         data=data["name"],
         **{name: data[name] for name in same},
         train_images=train.num_images,

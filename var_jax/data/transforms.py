@@ -100,9 +100,9 @@ class ToPixels:
 
     def __init__(self, name: str, size: int, resize: float, flip: bool, shift: int = 0):
         if resize < 1:
-            raise ValueError(f"data.resize must be at least 1 (the crop must fit), found {resize}")
+            raise ValueError(f"data.resize must be at least 1 (the crop must fit), got {resize}")
         if shift < 0:
-            raise ValueError(f"data.shift must be 0 or more pixels, found {shift}")
+            raise ValueError(f"data.shift must be 0 or more pixels, got {shift}")
         self.name, self.size, self.resize, self.flip, self.shift = name, size, resize, flip, shift
 
     def __call__(self, record: dict, rng: np.random.Generator | None = None) -> dict:

@@ -37,12 +37,12 @@ class Classifier:
     def frechet(self, a: np.ndarray, b: np.ndarray) -> float:
         """Frechet distance of two sets of images in these features."""
         moments = Moments(), Moments()
-        for found, images in zip(moments, (a, b), strict=True):
-            found.add(self.features(images))
+        for result, images in zip(moments, (a, b), strict=True):
+            result.add(self.features(images))
         return frechet_distance(*moments)
 
 
-class Jury:
+class SampleJudge:
     """Judges samples beside held-out images, all by as many as these are, since a Frechet distance falls with
     the number of images.
 

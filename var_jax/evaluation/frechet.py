@@ -34,7 +34,7 @@ class Moments:
     def covariance(self) -> np.ndarray:
         """[D, D], without bias.  Raises ValueError on fewer than two features."""
         if self.count < 2:
-            raise ValueError(f"a Frechet distance needs at least 2 images on each side, found {self.count}")
+            raise ValueError(f"a Frechet distance needs at least 2 images on each side, got {self.count}")
         return (self.products - self.count * np.outer(self.mean, self.mean)) / (self.count - 1)
 
 

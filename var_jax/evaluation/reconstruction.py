@@ -25,14 +25,14 @@ class Extremes:
 
     psnr: np.ndarray
     images: np.ndarray
-    again: np.ndarray
+    recon: np.ndarray
 
-    def with_more(self, psnr: np.ndarray, images: np.ndarray, again: np.ndarray, sign: int) -> "Extremes":
+    def with_more(self, psnr: np.ndarray, images: np.ndarray, recon: np.ndarray, sign: int) -> "Extremes":
         """Keeps SHOWN of the old and the new; sign -1 keeps those of the greatest PSNR instead."""
         psnr = np.concatenate([self.psnr, psnr])
         order = np.argsort(sign * psnr, kind="stable")[:SHOWN]
-        images, again = np.concatenate([self.images, images]), np.concatenate([self.again, again])
-        return Extremes(psnr[order], images[order], again[order])
+        images, recon = np.concatenate([self.images, images]), np.concatenate([self.recon, recon])
+        return Extremes(psnr[order], images[order], recon[order])
 
 
 def evaluate_reconstruction(
@@ -66,20 +66,20 @@ def evaluate_reconstruction(
     def step(params, vgg, pixels, valid):
         real = normalize(pixels)
         tokens = tokenizer.apply({"params": params}, real, method="encode")
-        again = tokenizer.apply({"params": params}, tokens, method="decode")
-        l2 = jnp.mean((again - real) ** 2, axis=(1, 2, 3))
-        found = {
+        recon = tokenizer.apply({"params": params}, tokens, method="decode")
+        l2 = jnp.mean((recon - real) ** 2, axis=(1, 2, 3))
+        result = {
             "l2": l2,
             "psnr": 10 * jnp.log10(4 / jnp.maximum(l2, 1e-10)),  # values span 2
-            "ssim": dm_pix.ssim(real / 2 + 0.5, again / 2 + 0.5, filter_size=window),
+            "ssim": dm_pix.ssim(real / 2 + 0.5, recon / 2 + 0.5, filter_size=window),
         }
         if vgg is not None:
-            found["lpips"] = perceptual_distance(vgg, real, again)
+            result["lpips"] = perceptual_distance(vgg, real, recon)
         counts = count_codes(tokens, config.schedule, config.num_codes, valid)
-        written = ((again / 2 + 0.5) * 255 + 0.5).astype(jnp.uint8)
+        written = ((recon / 2 + 0.5) * 255 + 0.5).astype(jnp.uint8)
         # Of files' values, as others measure it.
         seen = () if features is None else (features(real), features(normalize(written)))
-        return found, counts, written, seen
+        return result, counts, written, seen
 
     parts, counts, moments = [], 0, (Moments(), Moments())
     nothing = np.zeros((0, config.image_size, config.image_size, 3), np.uint8)
@@ -88,12 +88,12 @@ def evaluate_reconstruction(
         for batch in batches:
             valid = batch["valid"] > 0
             done = step(params, vgg, batch["image"], batch["valid"])
-            found, counted, again, seen = jax.device_get(done)
+            result, counted, recon, seen = jax.device_get(done)
             for side, values in zip(moments, seen, strict=False):  # none without features
                 side.add(values[valid])
-            parts.append({name: values[valid] for name, values in found.items()})
+            parts.append({name: values[valid] for name, values in result.items()})
             counts = counts + counted
-            shown = (parts[-1]["psnr"], batch["image"][valid], again[valid])
+            shown = (parts[-1]["psnr"], batch["image"][valid], recon[valid])
             worst, best = worst.with_more(*shown, sign=1), best.with_more(*shown, sign=-1)
             bar.update(int(valid.sum()))
     metrics = {name: float(np.concatenate([part[name] for part in parts]).mean()) for name in parts[0]}

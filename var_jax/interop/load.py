@@ -14,10 +14,10 @@ from var_jax.paths import as_path
 from var_jax.sampling.options import SamplingOptions
 from var_jax.tokenizer.config import TokenizerConfig
 from var_jax.tokenizer.model import Tokenizer
-from var_jax.training.checkpoint import FOLDER, SavedArrays, load_config, load_params
+from var_jax.training.checkpoint import CHECKPOINT_DIR, SavedArrays, load_config, load_params
 from var_jax.training.task import compute_dtype
 from var_jax.transformer.config import NextScaleConfig, NextTokenConfig, TransformerConfig
-from var_jax.transformer.model import Trunk
+from var_jax.transformer.model import ARTransformer
 from var_jax.transformer.next_scale import NextScale
 from var_jax.transformer.next_token import NextToken
 
@@ -44,11 +44,11 @@ def load_tokenizer(
     """
     path, computed = as_path(path), _tokenizer_dtypes(dtype)
     if not _is_weights(path):
-        if not (path / "tokenizer").exists() and (path / _transformer_of(path) / FOLDER).exists():
-            stage = load_config(path / _transformer_of(path) / FOLDER)[1]["stage"]
+        if not (path / "tokenizer").exists() and (path / _transformer_of(path) / CHECKPOINT_DIR).exists():
+            stage = load_config(path / _transformer_of(path) / CHECKPOINT_DIR)[1]["stage"]
             if stage["tokenizer"]:
                 return load_tokenizer(stage["tokenizer"], scales or stage["scales"] or None, "latest", dtype)
-        params, record = load_params(path / "tokenizer" / FOLDER, step)
+        params, record = load_params(path / "tokenizer" / CHECKPOINT_DIR, step)
         config = TokenizerConfig(**record["model"])
         if scales is not None and tuple(scales) != config.scales:
             raise ValueError(
@@ -67,7 +67,7 @@ def _tokenizer_dtypes(name: str) -> dict:
 
 def load_transformer(
     path: str | Path, tokenizer: TokenizerConfig, step: int | str = "latest", dtype: str = "auto"
-) -> tuple[Trunk, dict, SamplingOptions]:
+) -> tuple[ARTransformer, dict, SamplingOptions]:
     """A transformer for a tokenizer, its float32 parameters on the host, and how its run samples.
 
     Args:
@@ -84,7 +84,7 @@ def load_transformer(
     path, computed = as_path(path), compute_dtype(dtype)
     if not _is_weights(path):
         kind = _transformer_of(path)
-        params, record = load_params(path / kind / FOLDER, step)
+        params, record = load_params(path / kind / CHECKPOINT_DIR, step)
         config = CONFIGS[kind](**record["model"])
         _check_fit(path, config, tokenizer)
         return NETWORKS[kind](config, computed), params, SamplingOptions(**record["stage"]["sampling"])
@@ -95,7 +95,7 @@ def load_transformer(
 
 def _transformer_of(run: Path) -> str:
     """The kind of transformer that a run has; next_scale where it has none, or both."""
-    return next((kind for kind in NETWORKS if (run / kind / FOLDER).exists()), "next_scale")
+    return next((kind for kind in NETWORKS if (run / kind / CHECKPOINT_DIR).exists()), "next_scale")
 
 
 def read_network(path: str | Path, kind: str) -> tuple[TokenizerConfig | TransformerConfig, dict]:
@@ -123,7 +123,7 @@ def read_network(path: str | Path, kind: str) -> tuple[TokenizerConfig | Transfo
         hits = tensors.get("quantize.ema_vocab_hit_SV")
         known = hits is not None and hits.ndim == 2 and len(hits) <= published.MAX_SCALES
         return _from_file(path, kind, tensors, (1,) * len(hits) if known else None)
-    folder = path / kind / FOLDER
+    folder = path / kind / CHECKPOINT_DIR
     step, record = load_config(folder)
     saved = SavedArrays(folder, step, "params")
     params = unflatten_dict({name: saved.read(name) for name in saved}, sep="/")

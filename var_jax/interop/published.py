@@ -305,12 +305,12 @@ def published_shapes(table: list[Entry], shapes: dict) -> dict[str, tuple[int, .
       table: of the network.
       shapes: our tree of parameters, as anything with a shape.
     """
-    ours, found = flatten_dict(shapes, sep="/"), {}
+    ours, result = flatten_dict(shapes, sep="/"), {}
     for entry in table:
         shape = ours[entry.path].shape[1:] if entry.stacked else ours[entry.path].shape
         layout = entry.layout.published(np.broadcast_to(np.float32(0), shape))
-        found |= dict.fromkeys(entry.names, layout.shape)
-    return found
+        result |= dict.fromkeys(entry.names, layout.shape)
+    return result
 
 
 def check_tensors(

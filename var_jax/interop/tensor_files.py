@@ -59,7 +59,7 @@ def read_networks(path: str | Path) -> dict[str | None, Mapping[str, np.ndarray]
     if path.suffix == ".safetensors":
         return {None: _read_safetensors(path)}
     if path.suffix not in SUFFIXES:
-        raise ValueError(f"{path}: weights must be a {' or '.join(SUFFIXES)} file, found {path.suffix!r}")
+        raise ValueError(f"{path}: weights must be a {' or '.join(SUFFIXES)} file, got {path.suffix!r}")
     content = read_pth(path)
     if _is_state_dict(content):
         return {None: content}

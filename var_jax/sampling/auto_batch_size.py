@@ -5,22 +5,22 @@ import os
 import jax
 import jax.numpy as jnp
 
-from var_jax.sampling.options import Controls
+from var_jax.sampling.options import ScaleControls
 from var_jax.tokenizer.model import Tokenizer
-from var_jax.transformer.model import Trunk
+from var_jax.transformer.model import ARTransformer
 
 LARGEST = 128  # images a device; more gains nothing
 SHARE = 0.7  # of the free memory that is asked for: the estimate is rough
 CODEC_BYTES = 2**31  # activations of the encoder or the decoder at once; fits a 16 GB chip with a d30
 
 
-def bytes_per_image(tokenizer: Tokenizer, model: Trunk, controls: Controls) -> int:
+def bytes_per_image(tokenizer: Tokenizer, model: ARTransformer, controls: ScaleControls) -> int:
     """Memory that one more image in a batch takes while it is generated, roughly, from above.
 
     The larger of the two ends: the cache with the logits of the last map, and the decoder's widest level.
     """
     cfg, width = model.config, jnp.dtype(model.dtype).itemsize
-    sequences = 2 if controls.guided else 1
+    sequences = 2 if controls.num_guided_scales else 1
     positions = cfg.scales[controls.scales - 1] ** 2
     cache = 2 * cfg.depth * cfg.schedule.length * cfg.width * width
     # Kept twice where it is written in a loop; scores of attention in float32 and as they are read.
@@ -55,7 +55,7 @@ def free_bytes(device: jax.Device) -> int:
     return free // jax.local_device_count()
 
 
-def largest_batch(tokenizer: Tokenizer, model: Trunk, controls: Controls, images: int) -> int:
+def largest_batch(tokenizer: Tokenizer, model: ARTransformer, controls: ScaleControls, images: int) -> int:
     """Images to make at once over all devices: a power of two a device, and not far over `images`."""
     free = min(free_bytes(device) for device in jax.local_devices())
     fits = int(SHARE * free) // bytes_per_image(tokenizer, model, controls)

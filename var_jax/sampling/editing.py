@@ -7,7 +7,7 @@ from var_jax.scales import Scales
 from var_jax.tokenizer.resize import area_matrix, bilinear_matrix
 
 
-def anew_under_mask(mask: np.ndarray, scales: Scales) -> np.ndarray:
+def mask_from_pixels(mask: np.ndarray, scales: Scales) -> np.ndarray:
     """Tokens to draw anew where pixels are masked, as in the published zero-shot editing.
 
     The mask lives on the grid of the last map: a cell is drawn anew if a masked pixel touches it.  From there
@@ -24,17 +24,17 @@ def anew_under_mask(mask: np.ndarray, scales: Scales) -> np.ndarray:
     where the mask is given on the grid of the last map.
     """
     rows, columns = (area_matrix(size, scales.side) for size in mask.shape[1:])
-    touched = np.einsum("th,bhw,uw->btu", rows, mask.astype(np.float32), columns) > 0
-    keep = 1 - touched.astype(np.float32)
+    touching_tokens = np.einsum("th,bhw,uw->btu", rows, mask.astype(np.float32), columns) > 0
+    keep = 1 - touching_tokens.astype(np.float32)
     maps = []
     for side in scales.sides:
         resize = bilinear_matrix(scales.side, side)
-        anew = np.einsum("th,bhw,uw->btu", resize, keep, resize) <= 0.5
-        maps.append(anew.reshape(len(keep), -1) & (side > 1))
+        resample = np.einsum("th,bhw,uw->btu", resize, keep, resize) <= 0.5
+        maps.append(resample.reshape(len(keep), -1) & (side > 1))
     return np.concatenate(maps, axis=1)
 
 
-def anew_from_scale(first: int, batch: int, scales: Scales) -> np.ndarray:
+def mask_from_scale(first: int, batch: int, scales: Scales) -> np.ndarray:
     """bool [B, L]: all tokens of the maps from number `first` on (0 is the coarsest).
 
     Raises:

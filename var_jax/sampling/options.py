@@ -11,7 +11,7 @@ import numpy as np
 from var_jax.scales import Scales
 
 
-def strengths(guidance: float, schedule: str, scales: Scales) -> np.ndarray:
+def guidance_per_scale(guidance: float, schedule: str, scales: Scales) -> np.ndarray:
     """float32 [K]: guidance at each scale.
 
     Args:
@@ -24,12 +24,12 @@ def strengths(guidance: float, schedule: str, scales: Scales) -> np.ndarray:
     return np.array([guidance * scales.progress(k) for k in range(len(scales))], np.float32)
 
 
-def guide(logits: jax.Array, strength: jax.Array) -> jax.Array:
+def guide(logits: jax.Array, guidance_scale: jax.Array) -> jax.Array:
     """Logits [2 B, n, V], of each image with and then without class, -> [B, n, V].
 
     (1 + t) conditional - t unconditional.
     """
-    return (1 + strength) * logits[::2] - strength * logits[1::2]
+    return (1 + guidance_scale) * logits[::2] - guidance_scale * logits[1::2]
 
 
 PUBLISHED_TOP_K = 900  # the default everywhere; where there are fewer codes it keeps them all
@@ -37,7 +37,7 @@ MAX_SEED = 2**32 - 1  # keys of JAX are seeded with 32 bits; larger seeds would 
 
 
 @flax.struct.dataclass
-class Controls:
+class ScaleControls:
     """Options worked out for every one of K scales; arrays change without compiling, the rest is static.
 
     Attributes:
@@ -51,12 +51,12 @@ class Controls:
       scales: the first so many are drawn.
     """
 
-    strength: jax.Array
+    guidance_scale: jax.Array
     top_p: jax.Array
     temperature: jax.Array
-    guided: int = flax.struct.field(pytree_node=False)
+    num_guided_scales: int = flax.struct.field(pytree_node=False)
     top_k: tuple[int, ...] = flax.struct.field(pytree_node=False)
-    nucleus: tuple[bool, ...] = flax.struct.field(pytree_node=False)
+    use_top_p: tuple[bool, ...] = flax.struct.field(pytree_node=False)
     smooth: tuple[bool, ...] = flax.struct.field(pytree_node=False)
     scales: int = flax.struct.field(pytree_node=False)
 
@@ -106,43 +106,43 @@ class SamplingOptions:
         _check("temperature must be above 0", self.temperature, lambda t: _is_number(t) and t > 0)
         _check("smooth must be True or False", self.smooth, lambda s: isinstance(s, (bool, np.bool_)))
         if self.guidance_schedule not in ("ramp", "constant"):
-            raise ValueError(f"guidance_schedule must be ramp or constant, found {self.guidance_schedule!r}")
+            raise ValueError(f"guidance_schedule must be ramp or constant, got {self.guidance_schedule!r}")
         for name in ("guidance_until", "upto"):  # their upper bounds are known with the scales
             if (value := getattr(self, name)) is not None:
                 check_integer(name, value, 0 if name == "guidance_until" else 1)
 
-    def controls(self, scales: Scales, num_codes: int) -> Controls:
+    def controls(self, scales: Scales, num_codes: int) -> ScaleControls:
         """These options at every scale of a schedule.
 
         Raises:
           ValueError: on a list that is not of one value a scale, a scale that there is not, or a top_k over
             the size of the codebook.
         """
-        top_k = tuple(int(k) for k in self._each("top_k", scales))
+        top_k = tuple(int(k) for k in self._per_scale("top_k", scales))
         if max(top_k) > num_codes and set(top_k) != {PUBLISHED_TOP_K}:
             raise ValueError(
-                f"top_k must be at most the {num_codes} codes of the codebook, 0 for all; found {max(top_k)}"
+                f"top_k must be at most the {num_codes} codes of the codebook, 0 for all; got {max(top_k)}"
             )
         until = self._scale("guidance_until", 0, len(scales))
         if isinstance(self.guidance, tuple):
-            strength = np.array(self._each("guidance", scales), np.float32)
+            guidance_scale = np.array(self._per_scale("guidance", scales), np.float32)
         else:
-            strength = strengths(self.guidance, self.guidance_schedule, scales)
-        strength[until:] = 0
-        top_p = np.array(self._each("top_p", scales), np.float32)
-        used = np.flatnonzero(strength)
-        return Controls(
-            strength=strength,
+            guidance_scale = guidance_per_scale(self.guidance, self.guidance_schedule, scales)
+        guidance_scale[until:] = 0
+        top_p = np.array(self._per_scale("top_p", scales), np.float32)
+        used = np.flatnonzero(guidance_scale)
+        return ScaleControls(
+            guidance_scale=guidance_scale,
             top_p=top_p,
-            temperature=np.array(self._each("temperature", scales), np.float32),
-            guided=int(used[-1]) + 1 if len(used) else 0,
+            temperature=np.array(self._per_scale("temperature", scales), np.float32),
+            num_guided_scales=int(used[-1]) + 1 if len(used) else 0,
             top_k=tuple(0 if k >= num_codes else k for k in top_k),
-            nucleus=tuple(bool(p) for p in top_p > 0),
-            smooth=tuple(bool(s) for s in self._each("smooth", scales)),
+            use_top_p=tuple(bool(p) for p in top_p > 0),
+            smooth=tuple(bool(s) for s in self._per_scale("smooth", scales)),
             scales=self._scale("upto", 1, len(scales)),
         )
 
-    def _each(self, name: str, scales: Scales) -> tuple:
+    def _per_scale(self, name: str, scales: Scales) -> tuple:
         """The value of an option at each scale."""
         value = getattr(self, name)
         if not isinstance(value, tuple):
@@ -150,7 +150,7 @@ class SamplingOptions:
         if len(value) != len(scales):
             raise ValueError(
                 f"{name} must be one value or one for each of the {len(scales)} scales {scales.sides}, "
-                f"found {len(value)}: {value}"
+                f"got {len(value)}: {value}"
             )
         return value
 
@@ -168,7 +168,7 @@ def check_integer(name: str, value, lowest: int, highest: int | None = None) -> 
     """
     if not (_is_integer(value) and lowest <= value and (highest is None or value <= highest)):
         bounds = f"of at least {lowest}" if highest is None else f"in {lowest} .. {highest}"
-        raise ValueError(f"{name} must be a whole number {bounds}, found {value!r}")
+        raise ValueError(f"{name} must be a whole number {bounds}, got {value!r}")
     return int(value)
 
 
@@ -185,4 +185,4 @@ def _check(message: str, value, holds) -> None:
     """Raises ValueError unless a value, or each of a tuple, holds what it must."""
     for one in value if isinstance(value, tuple) else (value,):
         if not holds(one):
-            raise ValueError(f"{message}, found {one!r}")
+            raise ValueError(f"{message}, got {one!r}")

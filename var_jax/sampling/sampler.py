@@ -17,11 +17,11 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from var_jax.errors import UserError
 from var_jax.images import denormalize
-from var_jax.sampling.options import Controls, SamplingOptions, guide
-from var_jax.sampling.teacher_forcing import row_by_row, teacher_forcing
+from var_jax.sampling.options import SamplingOptions, ScaleControls, guide
+from var_jax.sampling.teacher_forcing import teacher_forcing, to_raster_order
 from var_jax.tokenizer.model import Tokenizer
 from var_jax.tokenizer.quantizer import Quantizer
-from var_jax.transformer.model import Trunk
+from var_jax.transformer.model import ARTransformer
 from var_jax.transformer.next_token import NextToken
 
 
@@ -55,7 +55,7 @@ def filter_logits(logits: jax.Array, top_k: int, top_p: float | jax.Array | None
 
 
 @flax.struct.dataclass
-class Given:
+class KnownTokens:
     """Tokens that are there already, and which of them are to be drawn anew.
 
     Attributes:
@@ -64,7 +64,7 @@ class Given:
     """
 
     tokens: jax.Array
-    anew: jax.Array
+    resample: jax.Array
 
 
 class NonFiniteImages(UserError, FloatingPointError):
@@ -94,8 +94,8 @@ def _draw(
     logits: jax.Array,
     keys: jax.Array,
     quantizer: Quantizer,
-    controls: Controls,
-    given: Given | None,
+    controls: ScaleControls,
+    given: KnownTokens | None,
     fold: int | jax.Array,
 ):
     """Logits [B, n, V] of map k -> tokens int32 [B, n] and codes [B, n, C], drawn or given.
@@ -105,15 +105,15 @@ def _draw(
     drawn, codes = _drawn(k, logits, keys, quantizer, controls, fold)
     if given is None:
         return drawn, codes
-    tokens = jnp.where(given.anew, drawn, given.tokens)
-    return tokens, jnp.where(given.anew[..., None], codes, quantizer.codes[given.tokens])
+    tokens = jnp.where(given.resample, drawn, given.tokens)
+    return tokens, jnp.where(given.resample[..., None], codes, quantizer.codes[given.tokens])
 
 
 def _drawn(k, logits, keys, quantizer, controls, fold):
     """See `_draw`.  Where the logits of an image are not finite, its codes are NaN, and so is the image."""
     logits = logits / controls.temperature[k]
     finite = jnp.isfinite(logits).all(axis=(1, 2))[:, None, None]
-    logits = filter_logits(logits, controls.top_k[k], controls.top_p[k] if controls.nucleus[k] else None)
+    logits = filter_logits(logits, controls.top_k[k], controls.top_p[k] if controls.use_top_p[k] else None)
     noise = _noise(keys, fold, logits.shape[1:])
     if controls.smooth[k]:
         codes = smooth_codes(logits, noise, quantizer.codes, quantizer.scales.progress(k))
@@ -127,13 +127,13 @@ def _drawn(k, logits, keys, quantizer, controls, fold):
 @partial(jax.jit, static_argnames=("tokenizer", "model"))
 def generate(
     tokenizer: Tokenizer,
-    model: Trunk,
+    model: ARTransformer,
     tokenizer_params: dict,
     params: dict,
     labels: jax.Array,
     keys: jax.Array,
-    controls: Controls,
-    given: Given | None = None,
+    controls: ScaleControls,
+    given: KnownTokens | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Draws one image a label.
 
@@ -150,7 +150,7 @@ def generate(
       that are not finite is NaN.
     """
     quantizer = Quantizer.create(tokenizer_params["quantizer"], tokenizer.config)
-    if controls.guided:  # with and without class side by side, so that both stay on one device
+    if controls.num_guided_scales:  # with and without class side by side, so that both stay on one device
         labels = jnp.stack([labels, jnp.full_like(labels, model.config.num_classes)], axis=1).ravel()
     draw = _draw_tokens if isinstance(model, NextToken) else _draw_maps
     apply = partial(model.apply, {"params": params})
@@ -166,18 +166,18 @@ def _draw_maps(apply, config, quantizer, labels, keys, controls, given):
     f_hat = jnp.zeros((batch, scales.side, scales.side, config.code_dim))
     tokens = []
     for k in range(controls.scales):
-        guided = k < controls.guided
-        if k == controls.guided > 0:
+        num_guided_scales = k < controls.num_guided_scales
+        if k == controls.num_guided_scales > 0:
             condition, cache = condition.conditional(), cache.conditional()
-        inputs = None if k == 0 else quantizer.next_input(k, f_hat)
-        if guided and k:
+        inputs = None if k == 0 else quantizer.next_scale_input(k, f_hat)
+        if num_guided_scales and k:
             inputs = jnp.repeat(inputs, 2, axis=0)
         logits, cache = apply(k, inputs, condition, cache, method="step")
-        logits = guide(logits, controls.strength[k]) if guided else logits
+        logits = guide(logits, controls.guidance_scale[k]) if num_guided_scales else logits
         here = slice(scales.starts[k], scales.ends[k])
         own = jax.tree.map(lambda x: x[:, here], given)  # noqa: B023
         token_map, codes = _draw(k, logits, keys, quantizer, controls, own, fold=k)
-        f_hat = f_hat + quantizer.contribution(k, codes)
+        f_hat = f_hat + quantizer.upsample_and_smooth(k, codes)
         tokens.append(token_map)
     return f_hat, jnp.concatenate(tokens, axis=1)
 
@@ -189,9 +189,9 @@ def _draw_tokens(apply, config, quantizer, labels, keys, controls, given):
 
     def step(carry, i):
         before, cache = carry
-        inputs = jnp.repeat(before, 2, axis=0) if controls.guided else before
+        inputs = jnp.repeat(before, 2, axis=0) if controls.num_guided_scales else before
         logits, cache = apply(i, inputs, condition, cache, method="step")
-        logits = guide(logits, controls.strength[0]) if controls.guided else logits
+        logits = guide(logits, controls.guidance_scale[0]) if controls.num_guided_scales else logits
         own = jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, i, 1, axis=1), given)
         token, code = _draw(0, logits, keys, quantizer, controls, own, fold=i)
         return (code, cache), (token[:, 0], code[:, 0])
@@ -199,14 +199,14 @@ def _draw_tokens(apply, config, quantizer, labels, keys, controls, given):
     nothing = jnp.zeros((keys.shape[0], 1, config.code_dim))
     start = (nothing, apply(labels.shape[0], method="empty_cache"))
     _, drawn = jax.lax.scan(step, start, jnp.arange(config.length))
-    tokens, codes = (row_by_row(config, x.swapaxes(0, 1)) for x in drawn)
-    return quantizer.contribution(0, codes), tokens
+    tokens, codes = (to_raster_order(config, x.swapaxes(0, 1)) for x in drawn)
+    return quantizer.upsample_and_smooth(0, codes), tokens
 
 
 @partial(jax.jit, static_argnames=("tokenizer", "model"))
 def teacher_forced_logits(
     tokenizer: Tokenizer,
-    model: Trunk,
+    model: ARTransformer,
     tokenizer_params: dict,
     params: dict,
     labels: jax.Array,
@@ -215,10 +215,10 @@ def teacher_forced_logits(
     """Logits float32 [B, L, V] of tokens int32 [B, L], each given the true ones before it."""
     quantizer = Quantizer.create(tokenizer_params["quantizer"], tokenizer.config)
     _, inputs = teacher_forcing(model.config, quantizer, tokens)
-    return row_by_row(model.config, model.apply({"params": params}, labels, inputs))
+    return to_raster_order(model.config, model.apply({"params": params}, labels, inputs))
 
 
-def put(x: jax.Array | np.ndarray, sharding: NamedSharding) -> jax.Array:
+def device_put_global(x: jax.Array | np.ndarray, sharding: NamedSharding) -> jax.Array:
     """An array that every host holds whole, onto the devices of all hosts."""
     if sharding.is_fully_addressable:
         return jax.device_put(x, sharding)
@@ -226,16 +226,16 @@ def put(x: jax.Array | np.ndarray, sharding: NamedSharding) -> jax.Array:
     return jax.make_array_from_callback(whole.shape, sharding, lambda index: whole[index])
 
 
-@partial(jax.jit, static_argnames=("finish", "sharding"))
-def _finished(images: jax.Array, tokens: jax.Array, finish, sharding: NamedSharding | None):
+@partial(jax.jit, static_argnames=("postprocess", "sharding"))
+def _finished(images: jax.Array, tokens: jax.Array, postprocess, sharding: NamedSharding | None):
     """What leaves the devices, whole on every host: images, tokens, and whether each image is finite."""
-    found = finish(images), tokens, jnp.isfinite(images).all(axis=(1, 2, 3))
-    return found if sharding is None else jax.lax.with_sharding_constraint(found, sharding)
+    result = postprocess(images), tokens, jnp.isfinite(images).all(axis=(1, 2, 3))
+    return result if sharding is None else jax.lax.with_sharding_constraint(result, sharding)
 
 
 def generate_in_chunks(
     tokenizer: Tokenizer,
-    model: Trunk,
+    model: ARTransformer,
     tokenizer_params: dict,
     params: dict,
     labels: np.ndarray,
@@ -243,10 +243,10 @@ def generate_in_chunks(
     options: SamplingOptions,
     chunk: int,
     *,
-    given: Given | None = None,
+    given: KnownTokens | None = None,
     start: int = 0,
     sharding: NamedSharding | None = None,
-    finish=denormalize,
+    postprocess=denormalize,
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Images of many labels, `chunk` at a time; the last chunk is filled up, so nothing is compiled twice.
 
@@ -259,7 +259,7 @@ def generate_in_chunks(
       given: tokens to keep, [N, L].
       start: the first image to make, where those before it are there already.
       sharding: of the leading axis of a batch, over the devices that hold the parameters.
-      finish: what to make of images in [-1, 1] on the device: `denormalize` or `denormalize_to_uint8`.
+      postprocess: what to make of images in [-1, 1] on the device: `denormalize` or `denormalize_to_uint8`.
 
     Yields:
       Images [n, H, W, 3] and tokens int32 [n, L], n = chunk but for the last.
@@ -270,11 +270,11 @@ def generate_in_chunks(
     controls = options.controls(model.config.schedule, model.config.num_codes)
     labels, whole = np.asarray(labels, np.int32), None
     if (labels == model.config.num_classes).all():
-        controls = controls.replace(guided=0)  # both halves would be the same
+        controls = controls.replace(num_guided_scales=0)  # both halves would be the same
     if sharding is not None:
         whole = NamedSharding(sharding.mesh, PartitionSpec())
         chunk = -(-chunk // sharding.num_devices) * sharding.num_devices
-    place = jnp.asarray if sharding is None else partial(put, sharding=sharding)
+    place = jnp.asarray if sharding is None else partial(device_put_global, sharding=sharding)
     waiting = None
     for first in range(start, len(labels), chunk):
         indices = np.arange(first, first + chunk)
@@ -285,7 +285,7 @@ def generate_in_chunks(
             made = generate(
                 tokenizer, model, tokenizer_params, params, place(labels[rows]), keys, controls, part
             )
-        made = (*_finished(*made, finish, whole), first, labels[first : first + chunk])
+        made = (*_finished(*made, postprocess, whole), first, labels[first : first + chunk])
         if waiting is not None:
             yield _to_host(*waiting)
         waiting = made

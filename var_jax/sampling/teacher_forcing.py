@@ -23,9 +23,9 @@ def teacher_forcing(
     if isinstance(config, NextTokenConfig):
         targets = tokens[:, config.cells]
         return targets, quantizer.codes[targets[:, :-1]]
-    return tokens, quantizer.teacher_input(quantizer.partial_sums(tokens))
+    return tokens, quantizer.transformer_inputs(quantizer.partial_sums(tokens))
 
 
-def row_by_row(config: TransformerConfig, predicted: jax.Array) -> jax.Array:
+def to_raster_order(config: TransformerConfig, predicted: jax.Array) -> jax.Array:
     """[B, L, ...] in the order of prediction -> as the tokenizer lays tokens out."""
     return predicted[:, inverse(config.cells)] if isinstance(config, NextTokenConfig) else predicted

@@ -142,7 +142,7 @@ def moving_mean(
     return jnp.where(new_uses[:, None] > 0, mean, codebook), weight + new_uses
 
 
-def kmeans(quantizer: Quantizer, features: jax.Array, key: jax.Array, anew: jax.Array) -> jax.Array:
+def kmeans(quantizer: Quantizer, features: jax.Array, key: jax.Array, resample: jax.Array) -> jax.Array:
     """A codebook fitted to features, all scales together.
 
     The targets of scale k depend on the codes of the scales before it, so that every round quantises anew
@@ -169,4 +169,4 @@ def kmeans(quantizer: Quantizer, features: jax.Array, key: jax.Array, anew: jax.
 
     pools = [area_resize(features, side).reshape(b, -1, c) for side in scales.sides]
     first = draw(jnp.concatenate(pools, axis=1), key)
-    return jax.lax.fori_loop(0, KMEANS_ROUNDS, fit, jnp.where(anew, first, quantizer.codebook))
+    return jax.lax.fori_loop(0, KMEANS_ROUNDS, fit, jnp.where(resample, first, quantizer.codebook))

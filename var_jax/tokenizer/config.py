@@ -55,22 +55,22 @@ class TokenizerConfig:
     def __post_init__(self):
         object.__setattr__(self, "scales", Scales(self.scales).sides)
         if self.patch < 0:
-            raise ValueError(f"tokenizer patch must be 0 (networks) or a side in pixels, found {self.patch}")
+            raise ValueError(f"tokenizer patch must be 0 (networks) or a side in pixels, got {self.patch}")
         if self.patch:
             self._become_patches()
         object.__setattr__(self, "ch_mult", tuple(self.ch_mult))
         for name in ("num_codes", "code_dim", "ch", "num_blocks", "norm_groups"):
             if getattr(self, name) < 1:
-                raise ValueError(f"tokenizer {name} must be at least 1, found {getattr(self, name)}")
+                raise ValueError(f"tokenizer {name} must be at least 1, got {getattr(self, name)}")
         if self.gradient not in GRADIENTS:
-            raise ValueError(f"tokenizer gradient must be one of {GRADIENTS}, found {self.gradient!r}")
+            raise ValueError(f"tokenizer gradient must be one of {GRADIENTS}, got {self.gradient!r}")
         if self.num_phis < 0:
-            raise ValueError(f"tokenizer num_phis must be 0 (none) or more, found {self.num_phis}")
+            raise ValueError(f"tokenizer num_phis must be 0 (none) or more, got {self.num_phis}")
         for name in ("dropout", "quantizer_dropout"):
             if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"tokenizer {name} must be in [0, 1), found {getattr(self, name)}")
+                raise ValueError(f"tokenizer {name} must be in [0, 1), got {getattr(self, name)}")
         if not self.ch_mult or min(self.ch_mult) < 1:
-            raise ValueError(f"tokenizer ch_mult must be multipliers of at least 1, found {self.ch_mult}")
+            raise ValueError(f"tokenizer ch_mult must be multipliers of at least 1, got {self.ch_mult}")
         for mult in (1, *self.ch_mult):  # the first level starts from `ch`
             if self.ch * mult % self.norm_groups:
                 raise ValueError(
@@ -83,7 +83,7 @@ class TokenizerConfig:
         # Codes are decoded as they are, so that they must be pixels.
         for name, off in (("num_phis", 0), ("l2_normalized", False)):
             if (value := getattr(self, name)) != off:
-                raise ValueError(f"tokenizer {name} must be {off} with patch={self.patch}, found {value}")
+                raise ValueError(f"tokenizer {name} must be {off} with patch={self.patch}, got {value}")
         for name, value in (NO_NETWORK | {"code_dim": 3 * self.patch**2}).items():
             object.__setattr__(self, name, value)
 

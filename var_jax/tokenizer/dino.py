@@ -58,7 +58,7 @@ def _embed(params: dict, images: jax.Array, dtype: jnp.dtype) -> jax.Array:
     """Images -> tokens [B, 1 + h * h, D], the class token first, positions added."""
     kernel, positions = params["patch"]["kernel"], params["positions"]
     if images.ndim != 4 or images.shape[1] != images.shape[2] or images.shape[3] != 3:
-        raise ValueError(f"DINO needs square images [B, H, H, 3], found {images.shape}")
+        raise ValueError(f"DINO needs square images [B, H, H, 3], got {images.shape}")
     patch, width = kernel.shape[0], kernel.shape[-1]
     grid = max(-(-images.shape[1] // patch), SMALLEST_GRID)
     x = (bilinear_resize(images, grid * patch) - SHIFT) / SCALE

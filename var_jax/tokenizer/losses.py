@@ -10,7 +10,7 @@ from var_jax.tokenizer.lpips import perceptual_distance
 
 
 def image_terms(
-    images: jax.Array, again: jax.Array, vgg: dict | None = None, precision: str = "highest"
+    images: jax.Array, recon: jax.Array, vgg: dict | None = None, precision: str = "highest"
 ) -> dict[str, jax.Array]:
     """What a reconstruction is held to, unweighted.
 
@@ -22,13 +22,13 @@ def image_terms(
     Returns:
       float32 [B] each: `l2` and `l1`, means over the pixel values; `perceptual`, LPIPS.
     """
-    error = again - images
+    error = recon - images
     terms = {
         "l2": jnp.mean(error**2, axis=(1, 2, 3)),
         "l1": jnp.mean(jnp.abs(error), axis=(1, 2, 3)),
     }
     if vgg is not None:
-        terms["perceptual"] = perceptual_distance(vgg, images, again, precision)
+        terms["perceptual"] = perceptual_distance(vgg, images, recon, precision)
     return terms
 
 

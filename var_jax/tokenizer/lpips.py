@@ -32,8 +32,8 @@ def vgg_features(params: dict, images: jax.Array, precision: str = "highest") ->
       ValueError: on images that the poolings leave nothing of.
     """
     if min(images.shape[1:3]) < 16:
-        raise ConfigError(f"the perceptual distance needs at least 16 x 16 pixels, found {images.shape[1:3]}")
-    x, found = (images - SHIFT) / SCALE, []
+        raise ConfigError(f"the perceptual distance needs at least 16 x 16 pixels, got {images.shape[1:3]}")
+    x, result = (images - SHIFT) / SCALE, []
     for layer, convolutions in enumerate(LAYERS):
         if layer:
             x = jax.lax.reduce_window(x, -jnp.inf, jax.lax.max, (1, 2, 2, 1), (1, 2, 2, 1), "VALID")
@@ -48,8 +48,8 @@ def vgg_features(params: dict, images: jax.Array, precision: str = "highest") ->
                 precision=precision,
             )
             x = jax.nn.relu(x + conv["bias"])
-        found.append(x)
-    return found
+        result.append(x)
+    return result
 
 
 def perceptual_by_layer(params: dict, x: jax.Array, y: jax.Array, precision: str = "highest") -> jax.Array:

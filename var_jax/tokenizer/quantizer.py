@@ -83,7 +83,7 @@ class Quantizer:
             return dots.argmax(-1).astype(jnp.int32)
         return (jnp.sum(codes**2, -1) - 2 * dots).argmin(-1).astype(jnp.int32)
 
-    def contribution(self, k: int, codes: jax.Array) -> jax.Array:
+    def upsample_and_smooth(self, k: int, codes: jax.Array) -> jax.Array:
         """What map k adds to f_hat: codes [B, s_k^2, C] -> [B, h, w, C]."""
         side = self.scales.sides[k]
         h = bicubic_resize(codes.reshape(codes.shape[0], side, side, -1), self.scales.side)
@@ -100,7 +100,7 @@ class Quantizer:
         )
         return (1 - PHI_SHARE) * h + PHI_SHARE * (conv + self.phi_bias[i])
 
-    def next_input(self, k: int, f_hat: jax.Array) -> jax.Array:
+    def next_scale_input(self, k: int, f_hat: jax.Array) -> jax.Array:
         """What the transformer sees at scale k > 0: f_hat of the maps before k -> [B, s_k^2, C]."""
         small = area_resize(f_hat, self.scales.sides[k])
         return small.reshape(small.shape[0], -1, small.shape[-1])
@@ -114,13 +114,13 @@ class Quantizer:
         """Tokens of the first n maps -> f_hat [B, h, w, C] after 1, 2, ... n maps."""
         sums, f_hat = [], 0.0
         for k, token_map in enumerate(self.split(tokens)):
-            f_hat = f_hat + self.contribution(k, self.codes[token_map])
+            f_hat = f_hat + self.upsample_and_smooth(k, self.codes[token_map])
             sums.append(f_hat)
         return sums
 
-    def teacher_input(self, sums: Sequence[jax.Array]) -> jax.Array:
+    def transformer_inputs(self, sums: Sequence[jax.Array]) -> jax.Array:
         """All partial sums -> [B, L - s_0^2, C]: what the transformer sees at the scales k > 0."""
-        inputs = [self.next_input(k, sums[k - 1]) for k in range(1, len(self.scales))]
+        inputs = [self.next_scale_input(k, sums[k - 1]) for k in range(1, len(self.scales))]
         b, *_, c = sums[0].shape
         return jnp.concatenate([jnp.zeros((b, 0, c), sums[0].dtype), *inputs], axis=1)
 
@@ -148,7 +148,7 @@ class Quantizer:
         for k, side in enumerate(self.scales.sides):
             target = area_resize(residual, side).reshape(f.shape[0], side * side, -1)
             token_map = self.nearest(jax.lax.stop_gradient(target))
-            h = self.contribution(k, self.codes[token_map])
+            h = self.upsample_and_smooth(k, self.codes[token_map])
             f_hat = f_hat + h
             kept = f_hat if keep is None else jnp.where((keep > k)[:, None, None, None], f_hat, kept)
             residual = residual - jax.lax.stop_gradient(h)

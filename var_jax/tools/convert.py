@@ -33,7 +33,7 @@ from var_jax.sampling.options import SamplingOptions
 from var_jax.tokenizer.config import TokenizerConfig
 from var_jax.tokenizer.model import fingerprint
 from var_jax.training.checkpoint import (
-    FOLDER,
+    CHECKPOINT_DIR,
     CheckpointMissing,
     SavedArrays,
     check_is_new,
@@ -68,7 +68,7 @@ def to_run(source: Path, run: Path, scales: tuple[int, ...] | None = None) -> li
     try:  # whatever can be wrong, before anything is written
         for kind, tensors in read_networks(source).items():
             kind = kind or ("tokenizer" if "quantize.embedding.weight" in tensors else "next_scale")
-            check_is_new(run / kind / FOLDER)
+            check_is_new(run / kind / CHECKPOINT_DIR)
             read = published_tokenizer if kind == "tokenizer" else published_next_scale
             networks.append((kind, tensors, *read(source, tensors, scales)))
     except ValueError as error:
@@ -80,14 +80,14 @@ def to_run(source: Path, run: Path, scales: tuple[int, ...] | None = None) -> li
         params, extra = published.to_ours(tensors, table, shapes), {}
         if kind == "tokenizer":
             extra, tokenizer = {"code_hits": params.pop("code_hits")}, fingerprint(params)
-        save_params(run / kind / FOLDER, params, extra, _record(kind, config, source, tokenizer))
+        save_params(run / kind / CHECKPOINT_DIR, params, extra, _record(kind, config, source, tokenizer))
         lines.append(f"{run / kind}: {kind} of {source}, {len(tensors)} tensors, scales {config.scales}")
     return lines
 
 
 def _fingerprint_in(run: Path) -> str:
     """Fingerprint of the tokenizer of a run; "" where it has none yet."""
-    folder = run / "tokenizer" / FOLDER
+    folder = run / "tokenizer" / CHECKPOINT_DIR
     return fingerprint(load_params(folder)[0]) if steps_under(folder) else ""
 
 
@@ -114,13 +114,13 @@ def to_file(run: Path, stage: str | None, target: Path, step: int | str = "lates
       ConfigError: on a stage that is not there, or a network that the layout cannot express.
       CheckpointMissing: where the run has no checkpoint.
     """
-    there = [name for name in STAGES if (run / name / FOLDER).exists()]
+    there = [name for name in STAGES if (run / name / CHECKPOINT_DIR).exists()]
     if not there:
         raise CheckpointMissing(f"{run} is no run: it has neither {' nor '.join(STAGES)}")
     if stage is None and len(there) > 1:
         raise ConfigError(f"{run} has {' and '.join(there)}: say which with --stage")
     stage = stage or there[0]
-    folder = run / stage / FOLDER
+    folder = run / stage / CHECKPOINT_DIR
     step, record = load_config(folder, step)
     if stage == "tokenizer":
         config = TokenizerConfig(**record["model"])

@@ -18,15 +18,15 @@ from etils import epath
 
 from var_jax import cli
 from var_jax.data.sources import Source, open_source, readable_path
-from var_jax.data.token_cache import Description
-from var_jax.data.token_writer import BatchEncoder, OtherCache, describe, write_cache
+from var_jax.data.token_cache import CacheSpec
+from var_jax.data.token_writer import BatchEncoder, CacheMismatch, describe, write_cache
 from var_jax.data.transforms import CorruptImage
 from var_jax.interop.load import load_tokenizer
 
 FLAGS = flags.FLAGS
 
 
-def from_flags() -> tuple[epath.Path, Description, tuple[Source, Source], BatchEncoder]:
+def from_flags() -> tuple[epath.Path, CacheSpec, tuple[Source, Source], BatchEncoder]:
     """Open and check all that the flags name: directory, description, images and encoder.
 
     Raises:
@@ -55,7 +55,7 @@ def main(argv):
     command = shlex.join(["python", "-m", "var_jax.tools.encode_dataset", *sys.argv[1:]])
     try:
         write_cache(out, description, sources, encode, FLAGS.threads, command)
-    except (OtherCache, CorruptImage, OSError) as error:
+    except (CacheMismatch, CorruptImage, OSError) as error:
         sys.exit(f"encode_dataset: {error}")
     print(
         f"{description.train_images} images in {description.crops} crops, {description.eval_images} held "

@@ -240,9 +240,9 @@ def check_arguments(
       ValueError: on a name that TFDS cannot have, a share that is none, or a URL.
     """
     if not re.fullmatch(r"[a-z][a-z0-9_]*", name) or name == "digits":
-        raise ValueError(f"--name must be small letters, digits and _, and not `digits`; found {name!r}")
+        raise ValueError(f"--name must be small letters, digits and _, and not `digits`; got {name!r}")
     if not 0 < held_out < 1:
-        raise ValueError(f"--held_out must be a share between 0 and 1, found {held_out}")
+        raise ValueError(f"--held_out must be a share between 0 and 1, got {held_out}")
     return Path(local_path(images, "--images")), Path(local_path(data_dir, "--data_dir"))
 
 

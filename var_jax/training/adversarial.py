@@ -25,13 +25,13 @@ class Adversary:
     def __init__(self, cfg: ConfigDict, train: ConfigDict, steps: int, image_size: int, dtype: jnp.dtype):
         """Raises ConfigError on a field that cannot be."""
         if cfg.network not in NETWORKS:
-            raise ConfigError(f"config.adversarial.network must be one of {NETWORKS}, found {cfg.network!r}")
+            raise ConfigError(f"config.adversarial.network must be one of {NETWORKS}, got {cfg.network!r}")
         for name in ("start", "warmup"):
             if not 0 <= cfg[name] < 1:
-                raise ConfigError(f"config.adversarial.{name} must be a share in [0, 1), found {cfg[name]}")
+                raise ConfigError(f"config.adversarial.{name} must be a share in [0, 1), got {cfg[name]}")
         for name in ("weight", "r1", "lecam", "min_ratio"):
             if cfg[name] < 0:
-                raise ConfigError(f"config.adversarial.{name} must be 0 or more, found {cfg[name]}")
+                raise ConfigError(f"config.adversarial.{name} must be 0 or more, got {cfg[name]}")
         if cfg.network == "patch" and image_size < 2 ** (cfg.layers + 1):
             raise ConfigError(
                 f"config.adversarial.layers={cfg.layers} leaves nothing of images of {image_size} pixels: "

@@ -28,19 +28,25 @@ from var_jax.paths import as_path, is_remote, storage_errors
 from var_jax.training.checkpoint_integrity import (
     CheckpointDamaged,
     CheckpointNotWritten,
-    add_sealed,
-    check_whole,
-    explained,
-    readable,
-    set_damaged_aside,
+    add_to_manifest,
+    quarantine_corrupt,
+    reading,
     steps_under,
     temporary_path_class,
+    verify,
+    writing,
 )
 from var_jax.training.state import TrainState
 
-FOLDER = "checkpoints"
+CHECKPOINT_DIR = "checkpoints"
 READS = 5  # times that the newest checkpoint is asked for while others take its place
-REST = ("step", "opt_state", "extra", "skipped", "skipped_in_a_row")  # of the state, beside parameters
+STATE_FIELDS = (
+    "step",
+    "opt_state",
+    "extra",
+    "skipped",
+    "skipped_in_a_row",
+)  # of the state, beside parameters
 
 
 def _item_handlers() -> dict:
@@ -112,7 +118,7 @@ class Checkpoints:
         self.directory = as_path(directory)
         self._pending, self._failed = False, 0  # a save not yet waited for; how many failed in a row
         self._scores: dict[int, float] = {}  # of checkpoints that may still be being written
-        set_damaged_aside(self.directory)
+        quarantine_corrupt(self.directory)
         best = checkpoint_managers.BestN(
             get_metric_fn=_score, reverse=True, n=1, keep_checkpoints_without_metrics=False
         )
@@ -138,7 +144,7 @@ class Checkpoints:
         Raises:
           CheckpointNotWritten: if this and the one before it could not be written.
         """
-        self.settle()
+        self.finish_pending_save()
         params, rest = _split(state)
         items = ocp.args.Composite(
             params=ocp.args.StandardSave(params),
@@ -171,7 +177,7 @@ class Checkpoints:
         for step, score in scores.items() if jax.process_index() == 0 else ():
             name = f"{METRIC_ITEM_NAME}/{METRIC_ITEM_NAME}"
             try:
-                add_sealed(as_path(self.directory) / str(step), name, json.dumps({"score": score}))
+                add_to_manifest(as_path(self.directory) / str(step), name, json.dumps({"score": score}))
             except storage_errors() as error:
                 logging.warning("the score %g of step %d could not be written: %s", score, step, error)
         if jax.process_count() > 1:
@@ -189,7 +195,7 @@ class Checkpoints:
         items = ocp.args.Composite(
             params=ocp.args.StandardRestore(params), state=ocp.args.StandardRestore(rest)
         )
-        with readable(self.directory / str(step)):
+        with reading(self.directory / str(step)):
             saved = [_metadata(self._manager, step, item) for item in ("params", "state")]
             if differences := _differences(saved[0], params) + _differences(saved[1], rest):
                 raise CheckpointMismatch(
@@ -202,7 +208,7 @@ class Checkpoints:
 
     def config(self, step: int) -> dict:
         """What was trained, as it was saved."""
-        with readable(self.directory / str(step)):
+        with reading(self.directory / str(step)):
             restored = self._manager.restore(step, args=ocp.args.Composite(config=ocp.args.JsonRestore()))
         return restored["config"]
 
@@ -216,19 +222,19 @@ class Checkpoints:
         Raises:
           CheckpointNotWritten: if it could not be written.
         """
-        self.settle()
+        self.finish_pending_save()
         if self._failed:
             raise self._not_written
 
     def poll(self) -> None:
         """Warns of a save that has failed meanwhile, without waiting for one that goes on."""
         if jax.process_count() == 1 and not self._manager.is_saving_in_progress():
-            self.settle()
+            self.finish_pending_save()
 
     def close(self) -> None:
         self._manager.close()
 
-    def settle(self) -> None:
+    def finish_pending_save(self) -> None:
         """Waits for the save before, and says if it failed."""
         if self._pending:
             self._pending = False
@@ -240,7 +246,7 @@ class Checkpoints:
     def _attempt(self, write: Callable[[], object]) -> bool:
         """Whether writing succeeded, in so far as it is done when the call returns."""
         try:
-            with explained(self.directory, self._not_lost):
+            with writing(self.directory, self._not_lost):
                 write()
         except CheckpointNotWritten as error:
             self._failed, self._not_written = self._failed + 1, error
@@ -263,7 +269,7 @@ class Checkpoints:
 
 def _split(state: TrainState) -> tuple[dict, dict]:
     """The parameters to sample with, and the rest of the state, as plain trees."""
-    rest = {name: getattr(state, name) for name in REST}
+    rest = {name: getattr(state, name) for name in STATE_FIELDS}
     if state.ema is not None:
         rest["params"] = state.params
     return state.sampling_params, rest
@@ -271,7 +277,9 @@ def _split(state: TrainState) -> tuple[dict, dict]:
 
 def _join(params: dict, rest: dict, like: TrainState) -> TrainState:
     ema = None if like.ema is None else params
-    return TrainState(params=rest.get("params", params), ema=ema, **{name: rest[name] for name in REST})
+    return TrainState(
+        params=rest.get("params", params), ema=ema, **{name: rest[name] for name in STATE_FIELDS}
+    )
 
 
 def _metadata(manager: ocp.CheckpointManager, step: int, item: str):
@@ -389,7 +397,7 @@ def save_params(directory: os.PathLike, params: dict, extra: dict, config: dict)
         state=ocp.args.PyTreeSave({"extra": extra}),
         config=ocp.args.JsonSave(config),
     )
-    with manager, explained(directory):
+    with manager, writing(directory):
         manager.save(0, args=items)
 
 
@@ -423,7 +431,7 @@ def _read(directory: os.PathLike, step: int | str, restore: Callable[[ocp.Checkp
         steps = steps_under(directory)
         try:
             manager, number = _open(directory, step)
-            with manager, readable(directory / str(number)):
+            with manager, reading(directory / str(number)):
                 return restore(manager, number)
         except (CheckpointDamaged, OSError) as error:
             failure = error
@@ -440,11 +448,11 @@ def _open(directory: epath.Path, step: int | str) -> tuple[ocp.CheckpointManager
         read_only=True, create=False, save_interval_steps=0, best_fn=_score, best_mode="min"
     )
     try:
-        with readable(directory):
+        with reading(directory):
             manager = ocp.CheckpointManager(directory, options=options, item_handlers=_item_handlers())
     except CheckpointDamaged:  # it reads a little of every checkpoint, and does not say of which
         for number in steps_under(directory):
-            check_whole(directory / str(number))
+            verify(directory / str(number))
         raise
     steps = sorted(manager.all_steps())
     if not steps:
@@ -456,8 +464,8 @@ def _open(directory: epath.Path, step: int | str) -> tuple[ocp.CheckpointManager
     elif step == "latest":
         step = steps[-1]
     elif not str(step).isdecimal():
-        raise CheckpointMissing(f"a step must be a number, latest or best, found {step!r}; there are {steps}")
+        raise CheckpointMissing(f"a step must be a number, latest or best, got {step!r}; there are {steps}")
     if int(step) not in steps:
         raise CheckpointMissing(f"no checkpoint of step {step} under {directory}; there are {steps}")
-    check_whole(directory / str(step))
+    verify(directory / str(step))
     return manager, int(step)

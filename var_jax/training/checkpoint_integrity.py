@@ -41,7 +41,7 @@ def is_storage_error(error: BaseException | None) -> bool:
 
 
 @contextlib.contextmanager
-def explained(directory: os.PathLike, note: Callable[[], str] = lambda: "  "):
+def writing(directory: os.PathLike, note: Callable[[], str] = lambda: "  "):
     """Turns an error of the storage while a checkpoint is written into what to do about it.
 
     Of a full disk Orbax says in one thread that there is no space, and in another, which may come first, that
@@ -98,7 +98,7 @@ class SealedPath(atomicity.AtomicRenameTemporaryPath):
 
     async def finalize(self) -> None:
         if self.get_final().name.isdecimal():  # and not one of the items in it
-            await asyncio.to_thread(seal, self.get())
+            await asyncio.to_thread(write_manifest, self.get())
         await super().finalize()
 
 
@@ -110,7 +110,7 @@ class SealedObjects(atomicity.CommitFileTemporaryPath):
 
     async def finalize(self) -> None:
         if self.get_final().name.isdecimal():
-            await asyncio.to_thread(seal, self.get())
+            await asyncio.to_thread(write_manifest, self.get())
         await super().finalize()
 
 
@@ -119,13 +119,13 @@ def temporary_path_class(directory: os.PathLike) -> type[atomicity.TemporaryPath
     return SealedObjects if is_remote(directory) else SealedPath
 
 
-def seal(directory: os.PathLike) -> None:
+def write_manifest(directory: os.PathLike) -> None:
     """Writes the list of all files under a directory."""
     directory = as_path(directory)
     (directory / FILE).write_text(json.dumps(_sizes(directory), indent=1))
 
 
-def add_sealed(directory: epath.Path, name: str, content: str) -> None:
+def add_to_manifest(directory: epath.Path, name: str, content: str) -> None:
     """Adds a text file, by its path under the directory, to a checkpoint that is complete, and to its list.
 
     Stopped anywhere, it leaves a checkpoint that is whole, with the file or without it.
@@ -139,18 +139,18 @@ def add_sealed(directory: epath.Path, name: str, content: str) -> None:
         partial.replace(path)
 
 
-def damage(directory: os.PathLike) -> str | None:
+def find_corruption(directory: os.PathLike) -> str | None:
     """What is wrong with the files of a checkpoint; None where they are all there."""
-    directory, found = as_path(directory), {}
+    directory, result = as_path(directory), {}
     for name in (FILE, NOTES):
         try:
-            found[name] = json.loads((directory / name).read_text())
+            result[name] = json.loads((directory / name).read_text())
         except FileNotFoundError:
             return f"{name} is missing: it was not written to its end, or by an older version"
         except ValueError:
             return f"{name} is cut short"
     there = _sizes(directory)
-    for name, size in found[FILE].items():
+    for name, size in result[FILE].items():
         if name not in there:
             return f"{name} is missing"
         if there[name] != size:
@@ -194,16 +194,16 @@ def steps_under(directory: os.PathLike) -> list[int]:
     return sorted(int(path.name) for path in paths)
 
 
-def check_whole(directory: os.PathLike) -> None:
+def verify(directory: os.PathLike) -> None:
     """Raises CheckpointDamaged if a checkpoint has lost something; those of older versions list no files."""
-    if (as_path(directory) / FILE).exists() and (wrong := damage(directory)):
+    if (as_path(directory) / FILE).exists() and (wrong := find_corruption(directory)):
         raise CheckpointDamaged(
             f"the checkpoint {directory} is damaged: {wrong}.  "
             "Move it away, put back a copy, or name another step."
         )
 
 
-def set_damaged_aside(directory: os.PathLike) -> None:
+def quarantine_corrupt(directory: os.PathLike) -> None:
     """Renames checkpoints that are not whole to STEP.damaged, with a warning each.
 
     On several processes the first one looks, and all go by what it saw.
@@ -212,19 +212,19 @@ def set_damaged_aside(directory: os.PathLike) -> None:
       CheckpointDamaged: where none is whole, on all processes; nothing is renamed.
     """
     directory = as_path(directory)
-    found = {}
+    result = {}
     if jax.process_index() == 0:
-        found = {step: damage(directory / str(step)) for step in reversed(steps_under(directory))}
+        result = {step: find_corruption(directory / str(step)) for step in reversed(steps_under(directory))}
     if jax.process_count() > 1:
-        found = dict(_from_first_process(list(found.items())))
-    whole = [step for step, wrong in found.items() if not wrong]
-    if found and not whole:
+        result = dict(_from_first_process(list(result.items())))
+    whole = [step for step, wrong in result.items() if not wrong]
+    if result and not whole:
         raise CheckpointDamaged(
             f"no checkpoint under {directory} is whole, so that training cannot go on from there\n  "
-            + "\n  ".join(f"{step}: {wrong}" for step, wrong in found.items())
+            + "\n  ".join(f"{step}: {wrong}" for step, wrong in result.items())
             + "\n  Put back a copy of one, or start again in another --workdir."
         )
-    damaged = {step: wrong for step, wrong in found.items() if wrong}
+    damaged = {step: wrong for step, wrong in result.items() if wrong}
     if jax.process_index() == 0:
         for step, wrong in damaged.items():
             logging.warning("%s is damaged: %s.", directory / str(step), wrong)
@@ -246,7 +246,7 @@ def _from_first_process(value):
 
 
 @contextlib.contextmanager
-def readable(directory: os.PathLike):
+def reading(directory: os.PathLike):
     """Names the checkpoint that is being read where its files are missing, cut short or unreadable.
 
     Whatever is not damage, such as a parameter of another name, passes as it is.

@@ -20,7 +20,7 @@ from var_jax.tokenizer.quantizer import Quantized, Quantizer
 from var_jax.training.state import TrainState
 
 
-class CodebookCare:
+class CodebookUpdater:
     """What happens to the codebook beside the gradient.
 
     In the state it keeps `code_hits` [K, V], a moving average of uses a step; `window`, the uses
@@ -39,10 +39,10 @@ class CodebookCare:
         """
         for name in ("ema", "hits_decay"):
             if not 0 <= cfg[name] < 1:
-                raise ConfigError(f"config.codebook.{name} must be in [0, 1), found {cfg[name]}")
+                raise ConfigError(f"config.codebook.{name} must be in [0, 1), got {cfg[name]}")
         for name, least in (("kmeans_steps", 0), ("restart_every", 0), ("window", 1)):
             if cfg[name] < least:
-                raise ConfigError(f"config.codebook.{name} must be {least} or more, found {cfg[name]}")
+                raise ConfigError(f"config.codebook.{name} must be {least} or more, got {cfg[name]}")
         self.cfg, self.model, self.steps, self.batch = cfg, model, steps, batch
         self.half_window = max(1, cfg.window // (2 * batch))  # steps
 
@@ -72,20 +72,20 @@ class CodebookCare:
 
         def fit(codebook):
             quantizer = Quantizer.create(state.params["quantizer"], self.model)
-            return kmeans(quantizer, features(state.params), key, anew=state.step == 0)
+            return kmeans(quantizer, features(state.params), key, resample=state.step == 0)
 
         due = (state.step < self.cfg.kmeans_steps) & ~state.extra["fitted"]
         codebook = state.params["quantizer"]["codebook"]
         codebook = jax.lax.cond(due, fit, lambda codebook: codebook, codebook)
         return _with_codebook(state, lambda old: jnp.where(due, codebook, old))
 
-    def held(self, params: dict) -> dict:
+    def stop_codebook_gradient(self, params: dict) -> dict:
         """The parameters as the loss sees them: no gradient to codes that follow means."""
         if not self.cfg.ema:
             return params
         return _moved(params, jax.lax.stop_gradient)
 
-    def follow(self, state: TrainState, quantized: Quantized) -> tuple[TrainState, Callable]:
+    def ema_update(self, state: TrainState, quantized: Quantized) -> tuple[TrainState, Callable]:
         """Takes the targets of a step into the moving means.
 
         Returns:

@@ -12,13 +12,13 @@ from ml_collections import ConfigDict
 
 from var_jax.errors import ConfigError, config_errors
 from var_jax.sampling.auto_batch_size import bytes_per_image
-from var_jax.sampling.options import Controls
+from var_jax.sampling.options import ScaleControls
 from var_jax.sharding import TENSOR
 from var_jax.tokenizer.model import Tokenizer
 from var_jax.transformer.config import TransformerConfig
 from var_jax.transformer.flops import matrix_parameters
-from var_jax.transformer.model import MOST_LOGITS, Trunk
-from var_jax.transformer.remat import WITH_SCORES, choose_remat, kept_bytes
+from var_jax.transformer.model import LOGITS_CHUNK, ARTransformer
+from var_jax.transformer.remat import WITH_SCORES, choose_remat, saved_activation_bytes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,12 +54,12 @@ CHIPS = {
 
 def chip(device: jax.Device) -> Chip | None:
     """The data sheet of a device, where it is known."""
-    return next((found for name, found in CHIPS.items() if name in device.device_kind), None)
+    return next((result for name, result in CHIPS.items() if name in device.device_kind), None)
 
 
 def peak_flops(device: jax.Device) -> float | None:
     """Peak of the device in FLOP/s, where known."""
-    return found.flops if (found := chip(device)) else None
+    return result.flops if (result := chip(device)) else None
 
 
 def memory_bytes(device: jax.Device) -> float | None:
@@ -119,8 +119,8 @@ def state_bytes(stage: ConfigDict, cfg: TransformerConfig, mesh: Mesh) -> float:
 def preview_images(
     stage: ConfigDict,
     tokenizer: Tokenizer,
-    model: Trunk,
-    controls: Controls,
+    model: ARTransformer,
+    controls: ScaleControls,
     memory: float | None,
     mesh: Mesh,
 ) -> int:
@@ -152,8 +152,10 @@ def remat_that_fits(stage: ConfigDict, cfg: TransformerConfig, mesh: Mesh, atten
     itemsize, scores = jnp.dtype(dtype).itemsize, attention in WITH_SCORES
     tensor = mesh.shape.get(TENSOR, 1)
     images = stage.train.batch / stage.train.accumulate / (mesh.size / tensor)
-    logits = 3 * 4 * min(MOST_LOGITS, cfg.schedule.length) * cfg.num_codes / tensor
-    block = kept_bytes(cfg, "none", itemsize, scores) / cfg.depth / tensor  # being worked out again
+    logits = 3 * 4 * min(LOGITS_CHUNK, cfg.schedule.length) * cfg.num_codes / tensor
+    block = (
+        saved_activation_bytes(cfg, "none", itemsize, scores) / cfg.depth / tensor
+    )  # being worked out again
     room = SHARE * memory - state_bytes(stage, cfg, mesh) - images * (logits + block)
     platform = mesh.devices.flat[0].platform
     with config_errors():

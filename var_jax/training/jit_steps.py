@@ -14,7 +14,7 @@ from var_jax.training.state import TrainState
 from var_jax.training.task import Task
 
 
-def train_program(task: Task, cfg: ConfigDict, steps: int, mesh: Mesh, abstract: TrainState) -> Callable:
+def jit_train_step(task: Task, cfg: ConfigDict, steps: int, mesh: Mesh, abstract: TrainState) -> Callable:
     """Jitted (state, frozen, global batch, key of the run) -> state, metrics; the state is donated.
 
     Args:
@@ -43,6 +43,6 @@ def eval_batch_size(cfg: ConfigDict) -> int:
     return cfg.batch // cfg.accumulate
 
 
-def eval_program(task: Task, mesh: Mesh) -> Callable:
+def jit_eval_step(task: Task, mesh: Mesh) -> Callable:
     """Jitted (parameters to sample with, frozen, global batch) -> sums, whole on every device."""
     return jax.jit(on_mesh(task.eval_step, mesh), out_shardings=replicated(mesh))

@@ -11,7 +11,7 @@ from var_jax.errors import UserError
 from var_jax.training.metrics import Log
 from var_jax.training.state import TrainState
 
-WINDOW, FEWEST = 200, 20  # losses that a spike is told from, at most and at least
+WINDOW, MIN_LOSSES = 200, 20  # losses that a spike is told from, at most and at least
 SPIKE = 6.0  # standard deviations above the median
 
 
@@ -45,7 +45,7 @@ def check_metrics(metrics: dict[str, jax.Array]) -> None:
     if missing := {"loss", "gradient_norm"} - metrics.keys():
         raise TypeError(f"a task's train_step must return the metrics {', '.join(sorted(missing))}")
     if other := {name: jnp.shape(value) for name, value in metrics.items() if jnp.shape(value)}:
-        raise TypeError(f"metrics of a task's train_step must be scalars, found shapes {other}")
+        raise TypeError(f"metrics of a task's train_step must be scalars, got shapes {other}")
 
 
 def _must_be_finite(name: str) -> bool:
@@ -58,7 +58,7 @@ def is_finite(state: TrainState) -> jax.Array:
     return jnp.stack([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(state)]).all()
 
 
-class Watch:
+class LossMonitor:
     """Reads the loss and the counts of every step, on all processes, where a log line waits for them anyway.
 
     A step that was skipped, and a loss far above what is usual, are said with the records of the batch.
@@ -85,11 +85,11 @@ class Watch:
           TrainingDiverged: where `most_skipped` in a row (0 is 1) were not finite; on all processes alike.
         """
         waiting, self._waiting = self._waiting, []
-        for (step, _), found in zip(waiting, jax.device_get([found for _, found in waiting]), strict=True):
-            loss, in_a_row = float(found["loss"]), int(found["skipped_in_a_row"])
+        for (step, _), result in zip(waiting, jax.device_get([result for _, result in waiting]), strict=True):
+            loss, in_a_row = float(result["loss"]), int(result["skipped_in_a_row"])
             self.skipping = in_a_row > 0
             if self.skipping:
-                self._say(step, "skipped", {"loss": loss}, "its loss or gradient is not finite")
+                self._report(step, "skipped", {"loss": loss}, "its loss or gradient is not finite")
             if self.skipping and in_a_row >= self.most_skipped:
                 self.log.sync()
                 raise TrainingDiverged(
@@ -106,11 +106,11 @@ class Watch:
         """
         usual = np.median(self._losses) if self._losses else loss
         spread = 1.4826 * np.median(np.abs(np.array(self._losses) - usual)) if self._losses else 0.0
-        high = len(self._losses) >= FEWEST and loss > usual + SPIKE * max(spread, 1e-3 * abs(usual))
+        high = len(self._losses) >= MIN_LOSSES and loss > usual + SPIKE * max(spread, 1e-3 * abs(usual))
         if high and not self._high:
-            self._say(step, "spike", {"loss": loss, "usual": float(usual)}, f"usual are {usual:.4g}")
+            self._report(step, "spike", {"loss": loss, "usual": float(usual)}, f"usual are {usual:.4g}")
         self._high = high
         self._losses.append(loss)
 
-    def _say(self, step: int, kind: str, metrics: dict[str, float], note: str) -> None:
+    def _report(self, step: int, kind: str, metrics: dict[str, float], note: str) -> None:
         self.log.event(step, kind, metrics, note, self.records(step))

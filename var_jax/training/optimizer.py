@@ -31,7 +31,7 @@ def _decay(kind: str, end: float) -> Schedule:
             raise ValueError
     except ValueError:
         kinds = "cos, lin, lin0, lin00, linX with 0 < X < 1 (for instance lin0.3), exp, constant"
-        raise ConfigError(f"train.schedule must be one of {kinds}, found {kind!r}") from None
+        raise ConfigError(f"train.schedule must be one of {kinds}, got {kind!r}") from None
     # Two lines that meet at `bend`, half-way between the peak and where one line would be.
     middle = (1 + end + (1 - end) * (1 - bend)) / 2
     early = lambda p: 1 + (middle - 1) * p / bend  # noqa: E731

@@ -1,7 +1,7 @@
 """Starting a run from parameters that were trained elsewhere, for other classes, scales or codes.
 
-`fit` compares two networks, on the host; `place` puts what fits onto the devices and `fill` into freshly made
-parameters.  Parameters go by their paths, like `head/kernel`.
+`match_params` compares two networks on the host; `shard_params` puts what fits onto the devices, and
+`merge_params` into fresh parameters.  Parameters go by their paths, like `head/kernel`.
 """
 
 import dataclasses
@@ -22,7 +22,7 @@ Config = TokenizerConfig | TransformerConfig
 
 
 @flax.struct.dataclass
-class Given:
+class InitialValue:
     """A parameter that a run starts from.
 
     Attributes:
@@ -43,8 +43,8 @@ class Rules:
       anew: parameters that are made anew where they do not fit.
     """
 
-    same: tuple[str, ...]
-    anew: tuple[str, ...]
+    must_match: tuple[str, ...]
+    may_reinit: tuple[str, ...]
 
 
 _SAME = ("depth", "width", "num_heads", "shared_adaln", "normalized_attention", "positions")
@@ -61,15 +61,17 @@ _ANEW = (
 )
 RULES = {
     TokenizerConfig: Rules(
-        same=("patch", "ch", "ch_mult", "num_blocks", "norm_groups", "code_dim", "l2_normalized"),
-        anew=("quantizer/codebook", "quantizer/phi_kernel", "quantizer/phi_bias"),
+        must_match=("patch", "ch", "ch_mult", "num_blocks", "norm_groups", "code_dim", "l2_normalized"),
+        may_reinit=("quantizer/codebook", "quantizer/phi_kernel", "quantizer/phi_bias"),
     ),
     NextScaleConfig: Rules(_SAME, (*_ANEW, "level_embedding")),
     NextTokenConfig: Rules((*_SAME, "order", "order_seed", "mask", "reach"), _ANEW),
 }
 
 
-def fit(params: dict, config: Config, shapes: dict, wanted: Config) -> tuple[dict[str, Given], list[str]]:
+def match_params(
+    params: dict, config: Config, shapes: dict, wanted: Config
+) -> tuple[dict[str, InitialValue], list[str]]:
     """What a network can take over from another one.
 
     Args:
@@ -87,8 +89,8 @@ def fit(params: dict, config: Config, shapes: dict, wanted: Config) -> tuple[dic
     """
     rules, there, here = RULES[type(wanted)], flatten_dict(params, sep="/"), flatten_dict(shapes, sep="/")
     fields = [
-        f"config.model.{name} must be {getattr(config, name)}, as there; found {getattr(wanted, name)}"
-        for name in rules.same
+        f"config.model.{name} must be {getattr(config, name)}, as there; got {getattr(wanted, name)}"
+        for name in rules.must_match
         if getattr(config, name) != getattr(wanted, name)
     ]
     unfit = {
@@ -96,18 +98,18 @@ def fit(params: dict, config: Config, shapes: dict, wanted: Config) -> tuple[dic
         for path in sorted(there.keys() | here.keys())
         if _shape(there.get(path)) != _shape(here.get(path))
     }
-    if fields or unfit.keys() - set(rules.anew):
+    if fields or unfit.keys() - set(rules.may_reinit):
         raise ValueError("it is another network\n  " + "\n  ".join([*fields, *unfit.values()]))
 
     given, notes = {}, []
     for path, shape in here.items():
         if path not in unfit and not _moved(path, config, wanted):
-            given[path] = Given(there[path])
+            given[path] = InitialValue(there[path])
             continue
         note = unfit.get(path, f"{path} is of other maps")
         if pairs := _kept_rows(path, config, wanted):
             old, new = np.array(pairs, np.int32).T
-            given[path] = Given(there[path][old], new)
+            given[path] = InitialValue(there[path][old], new)
             notes.append(f"{note}: {len(new)} of {shape.shape[0]} rows taken, the others made anew")
         else:
             notes.append(f"{note}: made anew")
@@ -115,7 +117,7 @@ def fit(params: dict, config: Config, shapes: dict, wanted: Config) -> tuple[dic
     return given, notes
 
 
-def place(given: dict[str, Given], abstract: dict) -> dict[str, Given]:
+def shard_params(given: dict[str, InitialValue], abstract: dict) -> dict[str, InitialValue]:
     """Host arrays -> global arrays, sharded as the parameters are.
 
     Args:
@@ -136,7 +138,7 @@ def place(given: dict[str, Given], abstract: dict) -> dict[str, Given]:
     return placed
 
 
-def fill(params: dict, given: dict[str, Given]) -> dict:
+def merge_params(params: dict, given: dict[str, InitialValue]) -> dict:
     """Parameters (with or without axis names) where those given take the place of the initial ones."""
     flat = flatten_dict(nn.meta.unbox(params), sep="/")
     for path, leaf in given.items():

@@ -8,8 +8,8 @@ import numpy as np
 from jax.sharding import Mesh
 
 from var_jax.images import denormalize_to_uint8
-from var_jax.sampling.sampler import put
-from var_jax.sharding import BATCH_AXES, batch_sharding, on_mesh, replicated, split
+from var_jax.sampling.sampler import device_put_global
+from var_jax.sharding import BATCH_AXES, batch_sharding, constrain, on_mesh, replicated
 from var_jax.tokenizer.model import Tokenizer
 from var_jax.tokenizer.quantizer import Quantizer
 
@@ -50,7 +50,7 @@ def run_in_chunks(
     chunks = []
     for start in range(0, count, size):
         indices = np.minimum(np.arange(start, start + size), count - 1)
-        batch = (put(x[indices], shape.sharding) for x, shape in zip(rows, shapes, strict=True))
+        batch = (device_put_global(x[indices], shape.sharding) for x, shape in zip(rows, shapes, strict=True))
         results = jax.tree.leaves(function(params, frozen, *batch))
         chunks.append([np.asarray(leaf)[: count - start] for leaf in results])
     return tuple(np.concatenate(parts) for parts in zip(*chunks, strict=True))
@@ -69,7 +69,7 @@ def decode_step_by_step(tokenizer: Tokenizer, params: dict, tokens: jax.Array) -
     """
 
     def decode(f_hat):
-        images = tokenizer.apply({"params": params}, split(f_hat), method="decode_features")
+        images = tokenizer.apply({"params": params}, constrain(f_hat), method="decode_features")
         return denormalize_to_uint8(images)
 
     sums = jnp.stack(Quantizer.create(params["quantizer"], tokenizer.config).partial_sums(tokens))

@@ -13,7 +13,7 @@ from jax import profiler
 from var_jax.errors import ConfigError
 from var_jax.paths import as_path, is_remote
 
-FOLDER = "profile"
+PROFILE_DIR = "profile"
 EVENT = "train"  # name of a step's event in the trace; its number is the argument step_num
 
 
@@ -39,13 +39,13 @@ def parse_steps(text: str) -> Steps:
     Raises:
       ConfigError: on something else.
     """
-    found = re.fullmatch(r"(\d+):(\d+)", text)
-    if not found or not 1 <= int(found[1]) <= int(found[2]):
+    result = re.fullmatch(r"(\d+):(\d+)", text)
+    if not result or not 1 <= int(result[1]) <= int(result[2]):
         raise ConfigError(
             f"--profile={text}: must be START:STOP, the first and the last step to trace, e.g. 10:12; steps "
             "are numbered from 1"
         )
-    return Steps(int(found[1]), int(found[2]))
+    return Steps(int(result[1]), int(result[2]))
 
 
 class Profile:
@@ -58,7 +58,7 @@ class Profile:
     def __init__(self, steps: Steps | None, directory: os.PathLike):
         """`directory`: of the stage.  None as `steps` traces nothing."""
         self.steps = steps
-        self.folder = as_path(directory) / FOLDER / f"process_{jax.process_index()}"
+        self.folder = as_path(directory) / PROFILE_DIR / f"process_{jax.process_index()}"
         self.tracing = False
 
     def __enter__(self) -> "Profile":

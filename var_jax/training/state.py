@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 
 from var_jax.sharding import tree_shardings
 from var_jax.training.optimizer import update_ema
-from var_jax.training.param_init import fill, place
+from var_jax.training.param_init import merge_params, shard_params
 
 
 @flax.struct.dataclass
@@ -61,7 +61,7 @@ def create_state(
 
     def boxed_state(given):
         params, extra = init(key, given.keys())
-        params = fill(params, given)
+        params = merge_params(params, given)
         ema = jax.tree.map(jnp.copy, params) if use_ema else None
         none = jnp.zeros((), jnp.int32)
         return TrainState(none, params, ema, optimizer.init(params), extra, none, none)
@@ -74,7 +74,7 @@ def create_state(
         shardings,
     )
     make = jax.jit(lambda given: nn.meta.unbox(boxed_state(given)), out_shardings=shardings)
-    return lambda given=None: make(place(given or {}, abstract.params)), abstract
+    return lambda given=None: make(shard_params(given or {}, abstract.params)), abstract
 
 
 def apply_gradients(
@@ -82,14 +82,14 @@ def apply_gradients(
     grads: dict,
     optimizer: optax.GradientTransformation,
     ema_decay: float,
-    settle: Callable[[dict], dict] = lambda params: params,
+    post_update: Callable[[dict], dict] = lambda params: params,
 ) -> TrainState:
     """The state after one optimiser step; the moving average follows where there is one.
 
-    `settle` has the last word on the new parameters.
+    `post_update` has the last word on the new parameters.
     """
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-    params, ema = settle(optax.apply_updates(state.params, updates)), state.ema
+    params, ema = post_update(optax.apply_updates(state.params, updates)), state.ema
     if ema is not None:
         ema = update_ema(ema, params, ema_decay, state.step)
     return state.replace(step=state.step + 1, params=params, ema=ema, opt_state=opt_state)

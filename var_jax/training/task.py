@@ -76,7 +76,7 @@ def compute_dtype(name: str) -> jnp.dtype:
     if name == "auto":
         return jnp.dtype(jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16)
     if name not in ("float32", "bfloat16"):
-        raise ConfigError(f"dtype or config.train.dtype must be auto, float32 or bfloat16, found {name!r}")
+        raise ConfigError(f"dtype or config.train.dtype must be auto, float32 or bfloat16, got {name!r}")
     return jnp.dtype(name)
 
 

@@ -20,7 +20,7 @@ from var_jax.tokenizer.lpips import vgg_features
 from var_jax.tokenizer.model import Tokenizer, fingerprint
 from var_jax.tokenizer.quantizer import Quantizer
 from var_jax.training.adversarial import Adversary
-from var_jax.training.codebook_updater import CodebookCare
+from var_jax.training.codebook_updater import CodebookUpdater
 from var_jax.training.optimizer import accumulated_gradients, make_optimizer
 from var_jax.training.preview import (
     chunk_size,
@@ -33,14 +33,14 @@ from var_jax.training.state import apply_gradients
 from var_jax.training.task import Task, compute_dtype, model_config, program_flops
 
 LAST_LAYER = ("decoder", "conv_out", "kernel")  # where the adversary's weight is weighed
-RATIO_MOST = 1e4
+MAX_RATIO = 1e4
 PREVIEW_IMAGES = 32
 
 
 class TokenizerTask(Task):
     """See `Task`.
 
-    The state carries what `CodebookCare` and `Adversary` keep.  `frozen` holds the parameters of networks
+    The state carries what `CodebookUpdater` and `Adversary` keep.  `frozen` holds the parameters of networks
     that judge: `vgg` of the perceptual distance, `dino` of the discriminator, where they are used.
     """
 
@@ -60,13 +60,13 @@ class TokenizerTask(Task):
         self.evaluated = dataclasses.replace(self.model, encoder_dtype=jnp.dtype(jnp.float32))
         self.optimizer = make_optimizer(stage.train, steps)
         self.image_size = self.config.image_size
-        self.care = CodebookCare(stage.codebook, self.config, steps, stage.train.batch)
+        self.codebook_updater = CodebookUpdater(stage.codebook, self.config, steps, stage.train.batch)
         self.adversary = None
         if stage.adversarial.weight:
             if self.config.patch:
                 raise ConfigError(
                     "config.adversarial.weight must be 0 with config.model.patch, which leaves no network "
-                    f"for an adversary to train; found {stage.adversarial.weight}"
+                    f"for an adversary to train; got {stage.adversarial.weight}"
                 )
             size, dtype = self.image_size, self.model.dtype
             self.adversary = Adversary(stage.adversarial, stage.train, steps, size, dtype)
@@ -79,7 +79,7 @@ class TokenizerTask(Task):
     def init(self, key, given=()):
         blank = jnp.zeros((1, self.image_size, self.image_size, 3))
         params = self.model.init(key, blank)["params"]
-        extra = self.care.init("quantizer/codebook" in given)
+        extra = self.codebook_updater.init("quantizer/codebook" in given)
         if self.adversary:
             extra["adversary"] = self.adversary.init(jax.random.fold_in(key, 1), self.frozen)
         return params, extra
@@ -87,22 +87,22 @@ class TokenizerTask(Task):
     def train_step(self, state, frozen, batch, key):
         dropout_key, restart_key, fit_key, adversary_key = jax.random.split(key, 4)
         some = batch["image"][:: self.stage.train.accumulate]  # as many as there is memory for
-        state = self.care.before_step(state, lambda params: self._features(params, some), fit_key)
+        state = self.codebook_updater.before_step(state, lambda params: self._features(params, some), fit_key)
         gradient = lambda params, part, key: self._gradient(  # noqa: E731
             params, state.extra, frozen, part, state.step, key
         )
-        grads, (metrics, (quantized, again)) = accumulated_gradients(
+        grads, (metrics, (quantized, recon)) = accumulated_gradients(
             gradient, state.params, batch, dropout_key, self.stage.train.accumulate
         )
         if self.adversary:
             real, step = normalize(batch["image"]), state.step
-            adversary, found = self.adversary.train_step(
-                state.extra["adversary"], frozen, real, again, adversary_key, step
+            adversary, result = self.adversary.train_step(
+                state.extra["adversary"], frozen, real, recon, adversary_key, step
             )
-            state, metrics = state.replace(extra={**state.extra, "adversary": adversary}), metrics | found
-        state, settle = self.care.follow(state, quantized)
-        state = apply_gradients(state, grads, self.optimizer, self.stage.train.ema, settle)
-        state, use = self.care.after_step(state, quantized, restart_key)
+            state, metrics = state.replace(extra={**state.extra, "adversary": adversary}), metrics | result
+        state, post_update = self.codebook_updater.ema_update(state, quantized)
+        state = apply_gradients(state, grads, self.optimizer, self.stage.train.ema, post_update)
+        state, use = self.codebook_updater.after_step(state, quantized, restart_key)
         return state, {**metrics, **use, "gradient_norm": optax.tree.norm(grads)}
 
     def _features(self, params, images):
@@ -118,26 +118,26 @@ class TokenizerTask(Task):
         images = normalize(batch["image"])
 
         def forward(params):
-            params = self.care.held(params)
+            params = self.codebook_updater.stop_codebook_gradient(params)
             output = self.model.apply({"params": params}, images, train=True, rngs={"dropout": key})
             return (output.images, self._codebook_terms(params, output.quantized)), output.quantized
 
-        def objective(again, codebook_terms):
+        def objective(recon, codebook_terms):
             precision = product_precision(self.model.dtype)
-            terms = image_terms(images, again, frozen.get("vgg"), precision) | codebook_terms
+            terms = image_terms(images, recon, frozen.get("vgg"), precision) | codebook_terms
             terms = {"loss": weighted_sum(terms, self.weights), **terms}
             metrics = jax.tree.map(jnp.mean, terms)
             return metrics["loss"], metrics
 
-        (again, codebook_terms), backward, quantized = jax.vjp(forward, params, has_aux=True)
-        (pull, inner), metrics = jax.grad(objective, (0, 1), has_aux=True)(again, codebook_terms)
+        (recon, codebook_terms), backward, quantized = jax.vjp(forward, params, has_aux=True)
+        (pull, inner), metrics = jax.grad(objective, (0, 1), has_aux=True)(recon, codebook_terms)
         if self.adversary:
             augment_key = jax.random.fold_in(key, 1)
-            loss, push = self.adversary.pull(extra["adversary"], frozen, again, augment_key, step)
+            loss, push = self.adversary.pull(extra["adversary"], frozen, recon, augment_key, step)
             weight = self.adversary.weight(step) * self._ratio(backward, pull, push, inner)
             pull += weight * push
             metrics |= {"adversarial": loss, "adversarial_weight": weight}
-        return backward((pull, inner))[0], (metrics, (quantized, again if self.adversary else ()))
+        return backward((pull, inner))[0], (metrics, (quantized, recon if self.adversary else ()))
 
     def _codebook_terms(self, params, quantized):
         terms = {"codebook": quantized.loss}
@@ -162,13 +162,13 @@ class TokenizerTask(Task):
             return jnp.linalg.norm(leaf)
 
         ratio = size(pull) / (size(push) + 1e-4)
-        return jnp.clip(ratio, self.stage.adversarial.min_ratio, RATIO_MOST)
+        return jnp.clip(ratio, self.stage.adversarial.min_ratio, MAX_RATIO)
 
     def eval_step(self, params, frozen, batch):
         images, valid = normalize(batch["image"]), batch["valid"]
         output = self.evaluated.apply({"params": params}, images)
-        again = jnp.clip(output.images, -1, 1)
-        terms = image_terms(images, again, frozen.get("vgg"))
+        recon = jnp.clip(output.images, -1, 1)
+        terms = image_terms(images, recon, frozen.get("vgg"))
         terms["codebook"] = output.quantized.loss
         # The entropy of a batch is no sum over its images.
         weights = {name: weight for name, weight in self.weights.items() if name != "entropy"}

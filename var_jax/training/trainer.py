@@ -25,7 +25,14 @@ from var_jax.data.transforms import ToPixels
 from var_jax.errors import ConfigError, config_errors
 from var_jax.images import save_png
 from var_jax.paths import as_path, storage_errors
-from var_jax.sharding import batch_sharding, check_batch, global_batch, make_mesh, replicated, whole_share
+from var_jax.sharding import (
+    batch_sharding,
+    check_batch,
+    global_batch,
+    make_mesh,
+    replicated,
+    replicated_fraction,
+)
 from var_jax.training import checkpoint
 from var_jax.training.checkpoint_integrity import check_space
 from var_jax.training.hosts import (
@@ -34,20 +41,20 @@ from var_jax.training.hosts import (
     from_primary,
     succeeded_everywhere,
 )
-from var_jax.training.jit_steps import eval_batch_size, eval_program, train_program
+from var_jax.training.jit_steps import eval_batch_size, jit_eval_step, jit_train_step
 from var_jax.training.lock import RunLock
 from var_jax.training.metrics import Log, draw_curves, read_metrics
-from var_jax.training.nan_guard import TrainingDiverged, Watch, is_finite
-from var_jax.training.param_init import Given
-from var_jax.training.profiling import Profile, Steps
+from var_jax.training.nan_guard import LossMonitor, TrainingDiverged, is_finite
+from var_jax.training.param_init import InitialValue
+from var_jax.training.profiling import Profile, StepRange
 from var_jax.training.state import TrainState, count_parameters, create_state
 from var_jax.training.task import Task
 
 # What may differ between the run that wrote a checkpoint and the one that goes on from it.
-FREE_TO_CHANGE = ("log_every", "eval_every", "checkpoint_every", "preview_every", "keep", "max_skipped")
+RESUMABLE_FIELDS = ("log_every", "eval_every", "checkpoint_every", "preview_every", "keep", "max_skipped")
 # Files and folders whose content is compared instead: a cache by its description, networks by fingerprints.
 WEIGHTS = ("stage.perceptual_weights", "stage.adversarial.dino_weights")
-FREE_TO_MOVE = (
+PATH_FIELDS = (
     *WEIGHTS,
     "stage.tokenizer",
     "stage.init_from",  # not read where there is a checkpoint
@@ -78,15 +85,15 @@ def check_training(cfg: ConfigDict) -> Mesh:
     least = dict.fromkeys(("batch", "log_every", "eval_every", "checkpoint_every", "keep"), 1)
     for name, bound in (least | {"preview_every": 0, "max_skipped": 0}).items():
         if cfg.get(name, bound) < bound:
-            raise ConfigError(f"train.{name} must be at least {bound}, found {cfg[name]}")
+            raise ConfigError(f"train.{name} must be at least {bound}, got {cfg[name]}")
     if not 0 <= cfg.ema < 1:
-        raise ConfigError(f"train.ema must be in [0, 1), 0 for no moving average, found {cfg.ema}")
+        raise ConfigError(f"train.ema must be in [0, 1), 0 for no moving average, got {cfg.ema}")
     mesh = make_mesh(**cfg.mesh)
     check_batch(cfg.batch, mesh, cfg.accumulate)
     return mesh
 
 
-def check_same_run(saved: dict, now: dict, where: Path, defaults: dict | None = None) -> str:
+def check_resume_compatible(saved: dict, now: dict, where: Path, defaults: dict | None = None) -> str:
     """Check that a checkpoint is of the same config, model, tokenizer and frozen networks.
 
     Args:
@@ -131,8 +138,8 @@ def check_same_run(saved: dict, now: dict, where: Path, defaults: dict | None = 
         f"{field.replace('stage.', 'config.')}: {saved.get(field)!r} there, {now.get(field)!r} now"
         for field in sorted(set(saved) | set(now))
         if (saved.get(field) or None) != (now.get(field) or None)  # absent is off: it may be newer
-        and field.rsplit(".", 1)[-1] not in FREE_TO_CHANGE
-        and not field.startswith(FREE_TO_MOVE)
+        and field.rsplit(".", 1)[-1] not in RESUMABLE_FIELDS
+        and not field.startswith(PATH_FIELDS)
     ]
     if different:
         raise ConfigError(
@@ -158,8 +165,8 @@ def train(
     steps: int,
     workdir: epath.PathLike,
     data: tuple[Source, Source],
-    given: dict[str, Given] | None = None,
-    profile: Steps | None = None,
+    given: dict[str, InitialValue] | None = None,
+    profile: StepRange | None = None,
 ) -> None:
     """Trains a task to its last step, going on from the newest checkpoint under `workdir`.
 
@@ -201,35 +208,35 @@ def _train(task, stage, steps, workdir, data, given, profile, mesh, lock) -> Non
     make_state, abstract = create_state(task.init, task.optimizer, cfg.ema > 0, init_key, mesh)
     frozen = jax.device_put(jax.device_get(task.frozen), replicated(mesh))
 
-    train_step, eval_step = train_program(task, cfg, steps, mesh, abstract), eval_program(task, mesh)
+    train_step, eval_step = jit_train_step(task, cfg, steps, mesh, abstract), jit_eval_step(task, mesh)
     finite = jax.jit(is_finite, out_shardings=replicated(mesh))
     previews = task.preview_programs(mesh, abstract.sampling_params, frozen) if cfg.preview_every else {}
 
     # ------------------------------------------------------------------ input
     source, held_out = data
-    look = stage.data
+    data_cfg = stage.data
     transform = transform_held_out = None
-    if not look.tokens:
+    if not data_cfg.tokens:
         with config_errors("config."):
-            transform = ToPixels(source.name, task.image_size, look.resize, look.flip, look.shift)
+            transform = ToPixels(source.name, task.image_size, data_cfg.resize, data_cfg.flip, data_cfg.shift)
             transform_held_out = ToPixels(held_out.name, task.image_size, stage.data.resize, False)
     rows = local_rows(batch_sharding(mesh), cfg.batch)
     eval_batch = eval_batch_size(cfg)
     eval_rows = local_rows(batch_sharding(mesh), eval_batch)
 
     # ------------------------------------------------------------------ start or resume
-    saved = checkpoint.Checkpoints(directory / checkpoint.FOLDER, cfg.keep)
+    saved = checkpoint.Checkpoints(directory / checkpoint.CHECKPOINT_DIR, cfg.keep)
     choices = task.choices()
     record = {"task": task.name, "model": task.model_fields(), "stage": stage.to_dict(), "steps": steps}
     record["tokenizer"] = task.fingerprint
     record["weights"] = task.frozen_fingerprints()
-    record["transform"] = 0 if look.tokens else transforms.VERSION
+    record["transform"] = 0 if data_cfg.tokens else transforms.VERSION
     record["dtype"] = choices.get("dtype", "")
-    record["cache"] = dataclasses.asdict(source.description) if look.tokens else {}
+    record["cache"] = dataclasses.asdict(source.description) if data_cfg.tokens else {}
     start, notice = saved.latest() or 0, ""
     owed = Owed()
     if saved.latest() is not None:
-        notice = check_same_run(saved.config(start), record, directory, task.model_defaults())
+        notice = check_resume_compatible(saved.config(start), record, directory, task.model_defaults())
         owed = _owed(saved, directory, start, steps, cfg, task.best_metric, bool(previews))
         if start >= steps and not owed.any:
             print(f"{task.name}: already trained for {start} steps under {directory}", flush=True)
@@ -237,7 +244,7 @@ def _train(task, stage, steps, workdir, data, given, profile, mesh, lock) -> Non
             return
     with config_errors():
         batches = train_batches(
-            source, transform, cfg.batch, stage.seed, look.threads, look.workers, start, rows
+            source, transform, cfg.batch, stage.seed, data_cfg.threads, data_cfg.workers, start, rows
         )
     if start < steps:
         first = next(batches)
@@ -261,14 +268,14 @@ def _train(task, stage, steps, workdir, data, given, profile, mesh, lock) -> Non
     if notice:
         log.say(f"{task.name}: {notice}")
 
-    share = whole_share(abstract.params)
+    share = replicated_fraction(abstract.params)
     if mesh.shape["fsdp"] > 1 and share > 0.5 and size > WORTH_SPLITTING:
         log.say(
             f"{task.name}: {share:.0%} of the parameters are whole on every device, since train.mesh.fsdp="
             f"{mesh.shape['fsdp']} does not divide their axes; give an fsdp that divides the width, and data"
         )
 
-    watch = Watch(
+    monitor = LossMonitor(
         log,
         cfg.log_every,
         cfg.get("max_skipped", 20),
@@ -278,7 +285,9 @@ def _train(task, stage, steps, workdir, data, given, profile, mesh, lock) -> Non
     def evaluate(step: int, state: TrainState, stop: threading.Event) -> None:
         """Evaluates; does nothing more where SIGTERM comes meanwhile."""
         with log.pause(state.step):
-            held_out_batches = eval_batches(held_out, transform_held_out, eval_batch, look.threads, eval_rows)
+            held_out_batches = eval_batches(
+                held_out, transform_held_out, eval_batch, data_cfg.threads, eval_rows
+            )
             sums = _sums(eval_step, state, frozen, held_out_batches, mesh, stop)
         if sums is not None:
             metrics = task.summarize(sums)
@@ -299,10 +308,10 @@ def _train(task, stage, steps, workdir, data, given, profile, mesh, lock) -> Non
     def save(step: int, state: TrainState, at_once: bool) -> bool:
         """Saves, unless the step was skipped and there is no need; returns whether it did."""
         with log.pause(state.step):
-            watch.read()
+            monitor.read()
             if not finite(state):
                 raise TrainingDiverged(f"{task.name}: the state after step {step} is not finite")
-            if watch.skipping and not at_once:  # checkpoints of before push each other out
+            if monitor.skipping and not at_once:  # checkpoints of before push each other out
                 log.say(f"{task.name}: no checkpoint of step {step}, which was skipped")
                 return False
             saved.save(step, state, record)
@@ -328,7 +337,7 @@ def _train(task, stage, steps, workdir, data, given, profile, mesh, lock) -> Non
                 state, metrics = train_step(state, frozen, global_batch(next(batches), mesh), step_key)
             traced.end(step, after=metrics)
             log.flush()  # of the step before, while the device works on this one
-            watch.take(step, metrics)
+            monitor.take(step, metrics)
             log.advance(step)
             last = step == steps
             if step == start + 1:
@@ -481,7 +490,7 @@ def _checkpoints_settled(saved: checkpoint.Checkpoints):
         ) from error
     except BaseException:
         if jax.process_count() == 1:  # one of several must not wait for the others
-            saved.settle()  # or the next call in this process would read what this one is deleting
+            saved.finish_pending_save()  # the next call would read what this deletes
         raise
 
 

@@ -32,7 +32,7 @@ from var_jax.training.task import Task, compute_dtype, model_config
 from var_jax.transformer.attention import choose_attention
 from var_jax.transformer.config import NextScaleConfig, NextTokenConfig, TransformerConfig
 from var_jax.transformer.flops import training_flops
-from var_jax.transformer.model import Trunk
+from var_jax.transformer.model import ARTransformer
 from var_jax.transformer.next_scale import NextScale
 from var_jax.transformer.next_token import NextToken
 
@@ -48,7 +48,7 @@ def encoder_precision(section: ConfigDict) -> str:
     precision = section.get("encoder_precision", "high")
     if precision not in PRECISIONS:
         raise ConfigError(
-            f"transformer.encoder_precision must be one of {', '.join(PRECISIONS)}; found {precision!r}"
+            f"transformer.encoder_precision must be one of {', '.join(PRECISIONS)}; got {precision!r}"
         )
     return precision
 
@@ -64,7 +64,7 @@ class TransformerTask(Task):
     """
 
     architecture: type[TransformerConfig]
-    network: type[Trunk]
+    network: type[ARTransformer]
 
     def __init__(
         self,

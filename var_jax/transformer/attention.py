@@ -27,11 +27,13 @@ from jax.experimental.pallas.ops.tpu.splash_attention import (
 )
 
 from var_jax.dtypes import product_precision
-from var_jax.sharding import on_each_device
+from var_jax.sharding import shard_map_batch
 
 LANES = 128  # lengths are padded to a multiple of it
 BLOCKS = (512, 384, 256, 128)  # rows of a block, the largest that divides a padded length
-OUTPUT = "attention_out"  # name by which a remat policy can keep the output, and a kernel's log-sum-exp
+ATTENTION_OUT = (
+    "attention_out"  # name by which a remat policy can keep the output, and a kernel's log-sum-exp
+)
 
 
 def splash(
@@ -66,7 +68,7 @@ def splash(
         out = jax.vmap(attention)(heads(q, lengths[0]), heads(k, lengths[1]), heads(v, lengths[1]))
         return out[:, :, : q.shape[1]].swapaxes(1, 2)
 
-    return on_each_device(local, (q * scale).astype(q.dtype), k, v, tensor=2)
+    return shard_map_batch(local, (q * scale).astype(q.dtype), k, v, tensor=2)
 
 
 def _kernel(mask: np.ndarray, heads: int, interpret: bool):
@@ -84,14 +86,14 @@ def _kernel(mask: np.ndarray, heads: int, interpret: bool):
     return kernels.make_splash_mha_single_device(
         masks.MultiHeadMask([masks.NumpyMask(mask)] * heads),
         block_sizes=sizes,
-        residual_checkpoint_name=OUTPUT,
+        residual_checkpoint_name=ATTENTION_OUT,
         interpret=interpret,
     )
 
 
 IMPLEMENTATIONS = ("einsum", "grouped", "cudnn", "splash")
 CUDNN_HEAD_MULTIPLE, CUDNN_HEAD_MAX = 8, 128  # channels of a head; from Hopper on cuDNN takes 256
-LEAST_ROWS = 64  # queries that are worth a kernel, or a group of their own
+MIN_KERNEL_ROWS = 64  # queries that are worth a kernel, or a group of their own
 MAX_LOG_TEMPERATURE = math.log(100)
 
 
@@ -113,29 +115,29 @@ def choose_attention(
     Raises:
       ValueError: on a name that is none, or an implementation that cannot run there, or cannot do that.
     """
-    able, half = _able(masks, bias), jnp.dtype(dtype).itemsize == 2
+    able, half = _supported(masks, bias), jnp.dtype(dtype).itemsize == 2
     fits_cudnn = head_dim % CUDNN_HEAD_MULTIPLE == 0 and head_dim <= CUDNN_HEAD_MAX
     if name == "auto":
         kernels = {"tpu": ("splash",) if half else (), "gpu": ("cudnn",) if half and fits_cudnn else ()}
         best = {on: (*kernels[on], "grouped") for on in kernels}
-        return next((found for found in best.get(platform, ()) if found in able), "einsum")
+        return next((result for result in best.get(platform, ()) if result in able), "einsum")
     if name not in IMPLEMENTATIONS:
         known = ", ".join(("auto", *IMPLEMENTATIONS))
-        raise ValueError(f"transformer.attention must be one of {known}; found {name!r}")
+        raise ValueError(f"transformer.attention must be one of {known}; got {name!r}")
     if name == "splash" and (platform != "tpu" or not half):
         raise ValueError(
-            "transformer.attention=splash runs on TPU in bfloat16 (it rounds float32 to that), found "
+            "transformer.attention=splash runs on TPU in bfloat16 (it rounds float32 to that), got "
             f"{jnp.dtype(dtype).name} on {platform}; try auto or grouped"
         )
     if name == "cudnn" and (platform != "gpu" or not half):
         raise ValueError(
-            "transformer.attention=cudnn runs on an NVIDIA GPU in bfloat16, found "
+            "transformer.attention=cudnn runs on an NVIDIA GPU in bfloat16, got "
             f"{jnp.dtype(dtype).name} on {platform}; try auto or grouped"
         )
     if name == "cudnn" and not fits_cudnn:
         raise ValueError(
             f"transformer.attention=cudnn needs heads of a multiple of {CUDNN_HEAD_MULTIPLE} channels, "
-            f"at most {CUDNN_HEAD_MAX}, found {head_dim} (model.width / model.num_heads); try auto or grouped"
+            f"at most {CUDNN_HEAD_MAX}, got {head_dim} (model.width / model.num_heads); try auto or grouped"
         )
     if name not in able:
         raise ValueError(
@@ -145,7 +147,7 @@ def choose_attention(
     return name
 
 
-def _able(masks: Sequence[np.ndarray], bias: bool) -> list[str]:
+def _supported(masks: Sequence[np.ndarray], bias: bool) -> list[str]:
     """The implementations that know these masks and, where it is needed, a bias."""
     able = ["einsum"]
     ends = all(_sees_up_to_an_end(mask) for mask in masks)
@@ -153,15 +155,15 @@ def _able(masks: Sequence[np.ndarray], bias: bool) -> list[str]:
         able.append("grouped")
     if len(masks) < 2 and not bias:
         able.append("splash")
-        if ends and all(any(_is_free(mask, group) for group in groups(mask.sum(1))) for mask in masks):
+        if ends and all(any(_needs_no_mask(mask, group) for group in groups(mask.sum(1))) for mask in masks):
             able.append("cudnn")
     return able
 
 
-def _is_free(mask: np.ndarray, group: tuple[int, int]) -> bool:
+def _needs_no_mask(mask: np.ndarray, group: tuple[int, int]) -> bool:
     """Whether all queries of a group see the same keys, so that a kernel needs no mask."""
     ends = mask[slice(*group)].sum(1)
-    return group[1] - group[0] >= LEAST_ROWS and (ends == ends[0]).all()
+    return group[1] - group[0] >= MIN_KERNEL_ROWS and (ends == ends[0]).all()
 
 
 def attend(
@@ -194,7 +196,7 @@ def attend(
     if name == "auto":
         known = () if mask is None or traced else (mask,)
         name = choose_attention(name, jax.default_backend(), q.dtype, q.shape[-1], known, bias is not None)
-    if name == "einsum" or traced or (mask is None and q.shape[1] < LEAST_ROWS):
+    if name == "einsum" or traced or (mask is None and q.shape[1] < MIN_KERNEL_ROWS):
         return einsum(q, k, v, scale, mask, bias)
     if name == "splash":
         return splash(q, k, v, scale, mask)
@@ -217,7 +219,7 @@ def einsum(
         scores = jnp.where(mask, scores, jnp.finfo(jnp.float32).min)
     shares = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
     y = jnp.einsum("bnqk,bnkh->bnqh", shares, v, precision=precision)
-    return checkpoint_name(y.swapaxes(1, 2), OUTPUT)
+    return checkpoint_name(y.swapaxes(1, 2), ATTENTION_OUT)
 
 
 def cudnn(q: jax.Array, k: jax.Array, v: jax.Array, scale: float, mask: None) -> jax.Array:
@@ -235,7 +237,7 @@ def cudnn(q: jax.Array, k: jax.Array, v: jax.Array, scale: float, mask: None) ->
         )
         return out[:, : q.shape[1]]
 
-    return on_each_device(local, q, k, v, tensor=2)  # XLA would not split the lengths with the images
+    return shard_map_batch(local, q, k, v, tensor=2)  # XLA would not split the lengths with the images
 
 
 def key_ends(mask: np.ndarray) -> np.ndarray:
@@ -257,23 +259,23 @@ def _sees_up_to_an_end(mask: np.ndarray) -> bool:
     return ends.min() >= 1 and np.array_equal(mask, np.arange(mask.shape[1]) < ends[:, None])
 
 
-def groups(ends: np.ndarray, least: int = LEAST_ROWS) -> list[tuple[int, int]]:
+def groups(ends: np.ndarray, least: int = MIN_KERNEL_ROWS) -> list[tuple[int, int]]:
     """Cuts queries into runs (start, stop): of at least `least` with one end, or of several ends together.
 
     A run of several ends, which needs a mask, has at most 4 * `least` queries.
     """
     cuts = [0, *(np.flatnonzero(np.diff(ends)) + 1).tolist(), len(ends)]
-    found, mixed = [], None
+    result, mixed = [], None
     for start, stop in itertools.pairwise(cuts):
         if stop - start >= least:
-            found.append((start, stop))
+            result.append((start, stop))
             mixed = None
-        elif mixed is not None and stop - found[mixed][0] <= 4 * least:
-            found[mixed] = (found[mixed][0], stop)
+        elif mixed is not None and stop - result[mixed][0] <= 4 * least:
+            result[mixed] = (result[mixed][0], stop)
         else:
-            mixed = len(found)
-            found.append((start, stop))
-    return found
+            mixed = len(result)
+            result.append((start, stop))
+    return result
 
 
 def grouped(
@@ -297,7 +299,7 @@ def grouped(
     for start, stop in groups(ends):
         end = int(ends[start:stop].max())
         own = None if (ends[start:stop] == end).all() else np.arange(end) < ends[start:stop, None]
-        attention = free if own is None and stop - start >= LEAST_ROWS else einsum
+        attention = free if own is None and stop - start >= MIN_KERNEL_ROWS else einsum
         added = {} if bias is None else {"bias": bias[:, start:stop, :end]}
         parts.append(attention(q[:, start:stop], k[:, :end], v[:, :end], scale, own, **added))
     return jnp.concatenate(parts, axis=1)

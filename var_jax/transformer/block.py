@@ -10,7 +10,7 @@ import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
 from var_jax.dtypes import product_precision
-from var_jax.sharding import split, tensor_shards
+from var_jax.sharding import constrain, tensor_shards
 from var_jax.transformer.attention import attend, normalize_qk
 from var_jax.transformer.config import TransformerConfig
 from var_jax.transformer.positions import rotate
@@ -93,7 +93,7 @@ def dense(
 
 
 @flax.struct.dataclass
-class View:
+class AttentionContext:
     """Where the positions of x stand and what they see, beside the mask of the architecture; the same in all
     blocks.
 
@@ -122,7 +122,7 @@ class Modulation(nn.Module):
         cfg = self.config
         init = adaln_init(cfg.width, cfg.gamma_init)
         six = dense(6 * cfg.width, ("embed", "mlp"), init, self.dtype, "adaln")(condition)
-        return condition, split(six.reshape(-1, 6, cfg.width)).astype(jnp.float32)
+        return condition, constrain(six.reshape(-1, 6, cfg.width)).astype(jnp.float32)
 
 
 class SelfAttention(nn.Module):
@@ -138,7 +138,7 @@ class SelfAttention(nn.Module):
     start: int
 
     @nn.compact
-    def __call__(self, x: jax.Array, layer: jax.Array, cache: KVCache | None, view: View):
+    def __call__(self, x: jax.Array, layer: jax.Array, cache: KVCache | None, context: AttentionContext):
         cfg, (b, n, d) = self.config, x.shape
         q, k, v = self._qkv(x)
         scale = 0.25 / math.sqrt(cfg.head_dim)
@@ -146,17 +146,17 @@ class SelfAttention(nn.Module):
             init = nn.with_logical_partitioning(nn.initializers.constant(math.log(4)), (None,))
             q, k = normalize_qk(q, k, self.param("log_temperature", init, (cfg.num_heads,)))
             scale = 1.0
-        if view.angles is not None:
-            q, k = rotate(q, view.angles[0]), rotate(k, view.angles[1])
+        if context.angles is not None:
+            q, k = rotate(q, context.angles[0]), rotate(k, context.angles[1])
         q, k = q.astype(self.dtype), k.astype(self.dtype)
         mask = cfg.masks[0]  # not an argument: rematerialisation would trace it
         if cache is not None:
-            cache, k, v = cache.extend(layer, self.start if view.at is None else view.at, k, v)
+            cache, k, v = cache.extend(layer, self.start if context.at is None else context.at, k, v)
             mask = None
-        if view.masks is not None:
-            mask = view.masks[layer % len(view.masks)]
-        q, k, v = (split(x, tensor=2) for x in (q, k, v))
-        y = attend(q, k, v, scale, mask, self.attention, view.bias).reshape(b, n, d)
+        if context.masks is not None:
+            mask = context.masks[layer % len(context.masks)]
+        q, k, v = (constrain(x, tensor=2) for x in (q, k, v))
+        y = attend(q, k, v, scale, mask, self.attention, context.bias).reshape(b, n, d)
         out_init = normal(d, 1 / math.sqrt(2 * cfg.depth))
         return dense(d, ("heads", "embed"), out_init, self.dtype, "proj")(y), cache
 
@@ -173,7 +173,7 @@ class SelfAttention(nn.Module):
         layer = dense(
             3 * d, ("embed", "heads"), normal(d), self.dtype, "qkv", use_bias=False, product=product
         )
-        qkv = split(layer(x) + beside(bias)[0], tensor=2)
+        qkv = constrain(layer(x) + beside(bias)[0], tensor=2)
         qkv = checkpoint_name(qkv, "qkv").reshape(b, n, shards, 3, -1, cfg.head_dim)
         return [qkv[:, :, :, i].reshape(b, n, cfg.num_heads, cfg.head_dim) for i in range(3)]
 
@@ -188,7 +188,7 @@ class MLP(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         d = self.config.width
         h = dense(4 * d, ("embed", "mlp"), normal(d), self.dtype, "fc1")(x)
-        h = nn.gelu(checkpoint_name(split(h, tensor=2), "fc1"), approximate=True)
+        h = nn.gelu(checkpoint_name(constrain(h, tensor=2), "fc1"), approximate=True)
         out_init = normal(d, 1 / math.sqrt(2 * self.config.depth))
         return dense(d, ("mlp", "embed"), out_init, self.dtype, "fc2")(h)
 
@@ -213,15 +213,15 @@ class Block(nn.Module):
     train: bool = False
 
     @nn.compact
-    def __call__(self, carry: tuple, scanned: tuple, view: View = View()):  # noqa: B008  (immutable)
+    def __call__(self, carry: tuple, scanned: tuple, context: AttentionContext = AttentionContext()):  # noqa: B008  (immutable)
         (x, cache), (layer, six, drop_rate) = carry, scanned
         gamma1, gamma2, scale1, scale2, shift1, shift2 = jnp.moveaxis(six, 1, 0)
         h = modulate(x, scale1, shift1).astype(self.dtype)
         attention = SelfAttention(self.config, self.dtype, self.attention, self.start, name="attention")
-        h, cache = attention(h, layer, cache, view)
+        h, cache = attention(h, layer, cache, context)
         x = x + gamma1[:, None] * self._drop(h, drop_rate)
         h = MLP(self.config, self.dtype, name="mlp")(modulate(x, scale2, shift2).astype(self.dtype))
-        return (split(x + gamma2[:, None] * self._drop(h, drop_rate)), cache), None
+        return (constrain(x + gamma2[:, None] * self._drop(h, drop_rate)), cache), None
 
     def _drop(self, y: jax.Array, drop_rate: jax.Array) -> jax.Array:
         """Dropout, then stochastic depth: the whole branch of an image, with `drop_rate`."""

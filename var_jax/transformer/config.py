@@ -6,7 +6,14 @@ import functools
 import numpy as np
 
 from var_jax.scales import SCALES_256, Scales
-from var_jax.transformer.positions import Places, order, order_places, parse, scale_places, sequence_masks
+from var_jax.transformer.positions import (
+    TokenCoords,
+    order,
+    order_coords,
+    parse,
+    scale_coords,
+    sequence_masks,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,7 +60,7 @@ class TransformerConfig:
         set_("scales", Scales(self.scales).sides)
         for name in ("depth", "num_classes", "num_codes", "code_dim"):
             if getattr(self, name) < 1:
-                raise ValueError(f"transformer {name} must be at least 1, found {getattr(self, name)}")
+                raise ValueError(f"transformer {name} must be at least 1, got {getattr(self, name)}")
         set_("width", self.width or 64 * self.depth)
         set_("num_heads", self.num_heads or max(self.width // 64, 1))
         if self.width < 1 or self.num_heads < 1 or self.width % self.num_heads:
@@ -62,7 +69,7 @@ class TransformerConfig:
             )
         for name in ("label_drop", "drop_path", "dropout"):
             if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"transformer {name} must be in [0, 1), found {getattr(self, name)}")
+                raise ValueError(f"transformer {name} must be in [0, 1), got {getattr(self, name)}")
         parse(self.positions, self.width, self.head_dim)
 
     @functools.cached_property
@@ -110,9 +117,9 @@ class NextScaleConfig(TransformerConfig):
         return (self.schedule.mask,)
 
     @functools.cached_property
-    def places(self) -> Places:
+    def coords(self) -> TokenCoords:
         """Where positions lie in the image."""
-        return scale_places(self.schedule)
+        return scale_coords(self.schedule)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -140,7 +147,7 @@ class NextTokenConfig(TransformerConfig):
         if len(self.scales) != 1:
             raise ValueError(
                 "a next-token transformer needs a tokenizer of one map, scales=(n,), "
-                f"found scales={self.scales}"
+                f"got scales={self.scales}"
             )
         self.masks  # noqa: B018  (names what is wrong with order and mask)
 
@@ -157,9 +164,9 @@ class NextTokenConfig(TransformerConfig):
     @functools.cached_property
     def masks(self) -> tuple[np.ndarray, ...]:
         """bool [L, L], True where a query (row) sees a key; of M masks, block i has number i modulo M."""
-        return sequence_masks(self.mask, self.places, self.reach)
+        return sequence_masks(self.mask, self.coords, self.reach)
 
     @functools.cached_property
-    def places(self) -> Places:
+    def coords(self) -> TokenCoords:
         """Where positions lie in the image."""
-        return order_places(self.cells, self.scales[0])
+        return order_coords(self.cells, self.scales[0])

@@ -30,7 +30,7 @@ def training_flops(cfg: TransformerConfig) -> int:
 
 
 def generation_flops(
-    cfg: TransformerConfig, guided: int, steps: int | None = None, cached: bool = True
+    cfg: TransformerConfig, num_guided_scales: int, steps: int | None = None, cached: bool = True
 ) -> int:
     """Of one image drawn step by step: token maps, or tokens, in turn; attention to the keys so far.
 
@@ -41,7 +41,7 @@ def generation_flops(
       steps: how many are made; None for all.
       cached: keys and values are kept; without, every step computes all positions so far anew.
     """
-    total = _adaln(cfg) * (2 if guided else 1)
+    total = _adaln(cfg) * (2 if num_guided_scales else 1)
     for i, (start, end) in enumerate(cfg.steps[:steps]):
-        total += _maps(cfg, end - start if cached else end, end) * (2 if i < guided else 1)
+        total += _maps(cfg, end - start if cached else end, end) * (2 if i < num_guided_scales else 1)
     return total

@@ -13,13 +13,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from var_jax.dtypes import product_precision
-from var_jax.sharding import gathered, split
+from var_jax.sharding import constrain, replicate
 from var_jax.transformer import positions
-from var_jax.transformer.block import Block, KVCache, Modulation, View, dense, modulate, normal
+from var_jax.transformer.block import AttentionContext, Block, KVCache, Modulation, dense, modulate, normal
 from var_jax.transformer.config import NextScaleConfig, TransformerConfig
 from var_jax.transformer.remat import rematerialized
 
-MOST_LOGITS = 1024  # positions whose logits live at once in training: all at 256px, a part at 512px
+LOGITS_CHUNK = 1024  # positions whose logits live at once in training: all at 256px, a part at 512px
 
 
 def _all(table):
@@ -59,7 +59,7 @@ class Blocks(nn.Module):
     remat: str
 
     @nn.compact
-    def __call__(self, x, modulations, view=View(), cache=None, start=0, train=False):  # noqa: B008
+    def __call__(self, x, modulations, context=AttentionContext(), cache=None, start=0, train=False):  # noqa: B008
         cfg = self.config
         stack = nn.scan(
             rematerialized(Block, self.remat if train else "none"),
@@ -70,7 +70,7 @@ class Blocks(nn.Module):
             metadata_params={nn.PARTITION_NAME: "layers"},
         )(cfg, self.dtype, self.attention, start, train, name="layers")
         rates = jnp.linspace(0.0, cfg.drop_path, cfg.depth)
-        (x, cache), _ = stack((x, cache), (jnp.arange(cfg.depth), modulations, rates), view)
+        (x, cache), _ = stack((x, cache), (jnp.arange(cfg.depth), modulations, rates), context)
         return x, cache
 
 
@@ -120,7 +120,7 @@ class Head(nn.Module):
         return _project(x.astype(self.dtype), kernel.astype(self.dtype)) + bias
 
 
-class Trunk(nn.Module):
+class ARTransformer(nn.Module):
     """Logits of every token given those before it in the order of prediction, and a label.
 
     Attributes:
@@ -169,8 +169,8 @@ class Trunk(nn.Module):
         if cfg.absolute == "learned_1d":
             self.position_embedding = self.param("position_embedding", init, (cfg.length, cfg.width))
         if cfg.absolute == "learned_2d":
-            self.row_embedding = self.param("row_embedding", init, (cfg.places.side, cfg.width))
-            self.column_embedding = self.param("column_embedding", init, (cfg.places.side, cfg.width))
+            self.row_embedding = self.param("row_embedding", init, (cfg.coords.side, cfg.width))
+            self.column_embedding = self.param("column_embedding", init, (cfg.coords.side, cfg.width))
         if cfg.relative == "relative_2d":
             none = nn.with_logical_partitioning(nn.initializers.zeros_init(), (None, "heads"))
             self.distance_bias = self.param("distance_bias", none, (positions.BUCKETS, cfg.num_heads))
@@ -191,7 +191,7 @@ class Trunk(nn.Module):
         return self._logits(x, condition.head)
 
     def losses(self, labels: jax.Array, inputs: jax.Array, tokens: jax.Array, train: bool = False):
-        """Cross-entropy of every token; no more than `MOST_LOGITS` positions' logits live at once.
+        """Cross-entropy of every token; no more than `LOGITS_CHUNK` positions' logits live at once.
 
         Args:
           labels, inputs, train: as for `__call__`.
@@ -202,7 +202,7 @@ class Trunk(nn.Module):
         """
         x, condition = self._body(labels, inputs, train)
         length = tokens.shape[1]
-        chunks = -(-length // MOST_LOGITS)
+        chunks = -(-length // LOGITS_CHUNK)
         size = -(-length // chunks)
 
         def loss(module, x, tokens, head):
@@ -212,11 +212,11 @@ class Trunk(nn.Module):
             wanted = jnp.sum(jnp.where(true, logits, 0.0), -1)
             return jax.nn.logsumexp(logits, -1) - wanted, wanted >= logits.max(-1)
 
-        loss, found = nn.remat(loss), []
+        loss, result = nn.remat(loss), []
         for start in range(0, length, size):
             part = slice(start, start + size)
-            found.append(loss(self, x[:, part], tokens[:, part], condition.head))
-        return tuple(jnp.concatenate(parts, axis=1) for parts in zip(*found, strict=True))
+            result.append(loss(self, x[:, part], tokens[:, part], condition.head))
+        return tuple(jnp.concatenate(parts, axis=1) for parts in zip(*result, strict=True))
 
     def _body(self, labels, inputs, train):
         """The residual stream float32 [B, L, D] after all blocks, and the condition."""
@@ -226,20 +226,23 @@ class Trunk(nn.Module):
             labels = jnp.where(dropped, cfg.num_classes, labels)
         condition = self.condition(labels)
         x = jnp.concatenate([self._start(condition), self._embed(inputs)], axis=1)
-        x, masks = split(self._placed(x)), jnp.asarray(np.stack(cfg.masks)) if len(cfg.masks) > 1 else None
-        x, _ = self.blocks(x, condition.blocks, self._view(masks=masks), train=train)
+        x, masks = (
+            constrain(self._add_positions(x)),
+            jnp.asarray(np.stack(cfg.masks)) if len(cfg.masks) > 1 else None,
+        )
+        x, _ = self.blocks(x, condition.blocks, self._attention_context(masks=masks), train=train)
         return x, condition
 
     def condition(self, labels: jax.Array) -> Condition:
         """Labels int32 [B] -> all adaLN vectors."""
-        cfg, embedded = self.config, split(gathered(self.class_embedding)[labels])
+        cfg, embedded = self.config, constrain(replicate(self.class_embedding)[labels])
         active = nn.silu(embedded)
         if cfg.shared_adaln:
-            six = split(self.shared_adaln(active).reshape(-1, 6, cfg.width)).astype(jnp.float32)
+            six = constrain(self.shared_adaln(active).reshape(-1, 6, cfg.width)).astype(jnp.float32)
             blocks = self.adaln_offset[:, None] + six
         else:
             _, blocks = self.adaln(active, None)
-        head = split(self.head_adaln(active).reshape(-1, 2, cfg.width)).astype(jnp.float32)
+        head = constrain(self.head_adaln(active).reshape(-1, 2, cfg.width)).astype(jnp.float32)
         return Condition(embedded, blocks, head)
 
     def empty_cache(self, batch: int) -> KVCache:
@@ -254,26 +257,26 @@ class Trunk(nn.Module):
         return self.code_embedding(inputs)
 
     def _logits(self, x: jax.Array, scale_shift: jax.Array) -> jax.Array:
-        return split(self.head(modulate(x, scale_shift[:, 0], scale_shift[:, 1])), tensor=2)
+        return constrain(self.head(modulate(x, scale_shift[:, 0], scale_shift[:, 1])), tensor=2)
 
-    def _placed(self, x: jax.Array, take: Callable = _all) -> jax.Array:
+    def _add_positions(self, x: jax.Array, take: Callable = _all) -> jax.Array:
         """x [B, n, D] with what tells the places of its positions (and their scales) added.
 
         Args:
           take: of a table [L, ...], the rows of these positions.
         """
-        cfg, places = self.config, self.config.places
+        cfg, coords = self.config, self.config.coords
         if isinstance(cfg, NextScaleConfig):
-            x = x + gathered(self.level_embedding)[take(cfg.schedule.levels)]
+            x = x + replicate(self.level_embedding)[take(cfg.schedule.levels)]
         if cfg.absolute == "learned_1d":
             return x + take(self.position_embedding)
         if cfg.absolute == "learned_2d":
-            rows, columns = (take(positions.interpolation(axis, places.side)) for axis in places.query.T)
+            rows, columns = (take(positions.interpolation(axis, coords.side)) for axis in coords.query.T)
             product = partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
             return x + product(rows, self.row_embedding) + product(columns, self.column_embedding)
-        return x + take(positions.sinusoids(places, cfg.width)) if cfg.absolute else x
+        return x + take(positions.sinusoids(coords, cfg.width)) if cfg.absolute else x
 
-    def _view(self, take: Callable = _all, seen: Callable = _all, **more) -> View:
+    def _attention_context(self, take: Callable = _all, seen: Callable = _all, **more) -> AttentionContext:
         """How attention tells places.
 
         Args:
@@ -282,8 +285,8 @@ class Trunk(nn.Module):
         """
         cfg, bias, angles = self.config, None, None
         if cfg.relative == "relative_2d":
-            distances = seen(take(positions.buckets(cfg.places)))
-            bias = jnp.moveaxis(gathered(self.distance_bias)[distances], -1, 0)
+            distances = seen(take(positions.buckets(cfg.coords)))
+            bias = jnp.moveaxis(replicate(self.distance_bias)[distances], -1, 0)
         elif cfg.relative:
-            angles = tuple(map(take, positions.rotary_angles(cfg.places, cfg.relative, cfg.head_dim)))
-        return View(bias=bias, angles=angles, **more)
+            angles = tuple(map(take, positions.rotary_angles(cfg.coords, cfg.relative, cfg.head_dim)))
+        return AttentionContext(bias=bias, angles=angles, **more)

@@ -3,12 +3,13 @@
 import jax
 
 from var_jax.transformer.block import KVCache
-from var_jax.transformer.model import Condition, Trunk
+from var_jax.transformer.model import ARTransformer, Condition
 
 
-class NextScale(Trunk):
-    """See `Trunk`; its config is a `NextScaleConfig`.  The input of scale k > 0 is the resized f_hat of the
-    maps before it (`Quantizer.teacher_input`).
+class NextScale(ARTransformer):
+    """Next-scale `ARTransformer`, of a `NextScaleConfig`.
+
+    The input of scale k > 0 is the resized f_hat of the maps before it (`Quantizer.transformer_inputs`).
     """
 
     def step(self, k: int, inputs: jax.Array | None, condition: Condition, cache: KVCache):
@@ -26,6 +27,6 @@ class NextScale(Trunk):
         start, end = self.config.steps[k]
         x = self._start(condition) if k == 0 else self._embed(inputs)
         take = lambda table: table[start:end]  # noqa: E731
-        x, view = self._placed(x, take), self._view(take, lambda table: table[:, :end])
-        x, cache = self.blocks(x, condition.blocks, view, cache, start)
+        x, context = self._add_positions(x, take), self._attention_context(take, lambda table: table[:, :end])
+        x, cache = self.blocks(x, condition.blocks, context, cache, start)
         return self._logits(x, condition.head), cache

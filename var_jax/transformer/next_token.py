@@ -10,12 +10,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from var_jax.transformer.block import KVCache
-from var_jax.transformer.model import Condition, Trunk
+from var_jax.transformer.model import ARTransformer, Condition
 
 
-class NextToken(Trunk):
-    """See `Trunk`; its config is a `NextTokenConfig`.  The input of position i > 0 is the code vector of the
-    token before it in the order.
+class NextToken(ARTransformer):
+    """Next-token `ARTransformer`, of a `NextTokenConfig`.
+
+    The input of position i > 0 is the code vector of the token before it in the order.
     """
 
     def step(self, i: jax.Array, inputs: jax.Array, condition: Condition, cache: KVCache):
@@ -33,6 +34,9 @@ class NextToken(Trunk):
         take = lambda table, axis=0: jax.lax.dynamic_slice_in_dim(jnp.asarray(table), i, 1, axis)  # noqa: E731
         x = jnp.where(i == 0, self._start(condition), self._embed(inputs))
         masks = take(np.stack(self.config.masks), 1)
-        x, view = self._placed(x, take), self._view(take, at=jnp.asarray(i, jnp.int32), masks=masks)
-        x, cache = self.blocks(x, condition.blocks, view, cache)
+        x, context = (
+            self._add_positions(x, take),
+            self._attention_context(take, at=jnp.asarray(i, jnp.int32), masks=masks),
+        )
+        x, cache = self.blocks(x, condition.blocks, context, cache)
         return self._logits(x, condition.head), cache

@@ -27,11 +27,11 @@ def order(name: str, side: int, seed: int = 0) -> np.ndarray:
       ValueError: on an unknown name, a side below 1, or no such seed.
     """
     if name not in _MAKE:
-        raise ValueError(f"order must be one of {', '.join(ORDERS)}; found {name!r}")
+        raise ValueError(f"order must be one of {', '.join(ORDERS)}; got {name!r}")
     if side < 1:
-        raise ValueError(f"the side of a map must be at least 1, found {side}")
+        raise ValueError(f"the side of a map must be at least 1, got {side}")
     if seed != int(seed) or not 0 <= seed < 2**32:
-        raise ValueError(f"the seed of an order must be a whole number from 0 to 2^32 - 1, found {seed}")
+        raise ValueError(f"the seed of an order must be a whole number from 0 to 2^32 - 1, got {seed}")
     return _order(name, side, int(seed) if name == "random" else 0)
 
 
@@ -49,17 +49,17 @@ def inverse(order: np.ndarray) -> np.ndarray:
     """
     order = np.asarray(order)
     if order.ndim != 1 or not np.array_equal(np.sort(order), np.arange(order.size)):
-        raise ValueError(f"an order must be a permutation of 0 .. L - 1, found shape {order.shape}")
-    found = np.empty(order.size, np.int32)
-    found[order] = np.arange(order.size, dtype=np.int32)
-    return found
+        raise ValueError(f"an order must be a permutation of 0 .. L - 1, got shape {order.shape}")
+    result = np.empty(order.size, np.int32)
+    result[order] = np.arange(order.size, dtype=np.int32)
+    return result
 
 
 @functools.lru_cache(maxsize=64)
 def _order(name: str, side: int, seed: int) -> np.ndarray:
-    found = np.asarray(_MAKE[name](side, seed), np.int32).reshape(-1)
-    found.setflags(write=False)  # shared by all who ask
-    return found
+    result = np.asarray(_MAKE[name](side, seed), np.int32).reshape(-1)
+    result.setflags(write=False)  # shared by all who ask
+    return result
 
 
 def _cells(side: int) -> np.ndarray:
@@ -159,7 +159,7 @@ BUCKETS = (2 * HALF - 1) ** 2  # of `relative_2d`
 
 
 @dataclasses.dataclass(frozen=True)
-class Places:
+class TokenCoords:
     """Where the positions of a sequence lie.
 
     Attributes:
@@ -171,12 +171,12 @@ class Places:
 
     query: np.ndarray
     key: np.ndarray
-    query_line: np.ndarray
-    key_line: np.ndarray
+    query_index: np.ndarray
+    key_index: np.ndarray
     side: int
 
 
-def scale_places(scales: Scales) -> Places:
+def scale_coords(scales: Scales) -> TokenCoords:
     """Of the positions of all token maps, each cell at its middle in the finest map; lines run row by row."""
     parts = []
     for side in scales.sides:
@@ -184,15 +184,15 @@ def scale_places(scales: Scales) -> Places:
         parts.append(np.stack(np.meshgrid(middle, middle, indexing="ij"), -1).reshape(-1, 2))
     cells = np.concatenate(parts).astype(np.float32)
     line = cells @ np.array([scales.side, 1], np.float32)
-    return Places(cells, cells, line, line, scales.side)
+    return TokenCoords(cells, cells, line, line, scales.side)
 
 
-def order_places(cells: np.ndarray, side: int) -> Places:
+def order_coords(cells: np.ndarray, side: int) -> TokenCoords:
     """Of a next-token sequence: cells int [L], row by row, in the order in which they are predicted."""
-    places = np.stack(np.divmod(cells, side), -1).astype(np.float32)
+    coords = np.stack(np.divmod(cells, side), -1).astype(np.float32)
     line = np.arange(len(cells), dtype=np.float32)
-    held = np.concatenate([np.full((1, 2), -1, np.float32), places[:-1]])
-    return Places(places, held, line, line - 1, side)
+    key_coords = np.concatenate([np.full((1, 2), -1, np.float32), coords[:-1]])
+    return TokenCoords(coords, key_coords, line, line - 1, side)
 
 
 def parse(positions: str, width: int, head_dim: int) -> tuple[str | None, str | None]:
@@ -206,7 +206,7 @@ def parse(positions: str, width: int, head_dim: int) -> tuple[str | None, str | 
     if len(absolute) > 1 or len(relative) > 1 or len(absolute) + len(relative) != len(names):
         raise ValueError(
             f"transformer positions must be none, one of {', '.join(ABSOLUTE)}, one of "
-            f"{', '.join(RELATIVE)}, or one of each joined by '+'; found {positions!r}"
+            f"{', '.join(RELATIVE)}, or one of each joined by '+'; got {positions!r}"
         )
     for name, what, size, factor in (
         ("sinusoidal_2d", "width", width, 4),
@@ -214,33 +214,33 @@ def parse(positions: str, width: int, head_dim: int) -> tuple[str | None, str | 
         ("rotary_2d", "the size of a head", head_dim, 4),
     ):
         if name in names and size % factor:
-            raise ValueError(f"positions={name} needs {what} to be a multiple of {factor}, found {size}")
+            raise ValueError(f"positions={name} needs {what} to be a multiple of {factor}, got {size}")
     return next(iter(absolute), None), next(iter(relative), None)
 
 
-def interpolation(places: np.ndarray, side: int) -> np.ndarray:
+def interpolation(coords: np.ndarray, side: int) -> np.ndarray:
     """Places float [L] along an axis -> weights float32 [L, side] of the whole cells to both sides."""
-    return np.maximum(1 - np.abs(places[:, None] - np.arange(side)), 0).astype(np.float32)
+    return np.maximum(1 - np.abs(coords[:, None] - np.arange(side)), 0).astype(np.float32)
 
 
-def _angles(places: np.ndarray, count: int) -> np.ndarray:
+def _angles(coords: np.ndarray, count: int) -> np.ndarray:
     """Places [L] -> float32 [L, count], at wavelengths from 2 pi to nearly 2 pi LONGEST."""
-    return (places[:, None] * LONGEST ** (-np.arange(count) / count)).astype(np.float32)
+    return (coords[:, None] * LONGEST ** (-np.arange(count) / count)).astype(np.float32)
 
 
-def sinusoids(places: Places, width: int) -> np.ndarray:
+def sinusoids(coords: TokenCoords, width: int) -> np.ndarray:
     """float32 [L, D]: sines and cosines of the row, then of the column, as large as learned ones at first."""
-    angles = [_angles(places.query[:, axis], width // 4) for axis in (0, 1)]
+    angles = [_angles(coords.query[:, axis], width // 4) for axis in (0, 1)]
     table = np.concatenate([wave(a) for a in angles for wave in (np.sin, np.cos)], axis=1)
     return table * np.float32(math.sqrt(2 / (3 * width)))
 
 
-def rotary_angles(places: Places, kind: str, head_dim: int) -> tuple[np.ndarray, np.ndarray]:
+def rotary_angles(coords: TokenCoords, kind: str, head_dim: int) -> tuple[np.ndarray, np.ndarray]:
     """Angles float32 [L, H / 2] that queries and keys are turned by; `kind` is rotary_1d or rotary_2d."""
     if kind == "rotary_1d":
-        return _angles(places.query_line, head_dim // 2), _angles(places.key_line, head_dim // 2)
+        return _angles(coords.query_index, head_dim // 2), _angles(coords.key_index, head_dim // 2)
     both = lambda cells: np.concatenate([_angles(cells[:, axis], head_dim // 4) for axis in (0, 1)], axis=1)  # noqa: E731
-    return both(places.query), both(places.key)
+    return both(coords.query), both(coords.key)
 
 
 def rotate(x: jax.Array, angles: jax.Array) -> jax.Array:
@@ -258,30 +258,30 @@ def _bucket(distance: np.ndarray, longest: int) -> np.ndarray:
     return (HALF - 1 + np.sign(distance) * np.floor(bucket)).astype(np.int32)
 
 
-def buckets(places: Places) -> np.ndarray:
+def buckets(coords: TokenCoords) -> np.ndarray:
     """int32 [L, L] in 0 .. BUCKETS - 1: of the row and column distance of each query and key together."""
-    rows, columns = np.moveaxis(_bucket(places.query[:, None] - places.key[None], places.side), -1, 0)
+    rows, columns = np.moveaxis(_bucket(coords.query[:, None] - coords.key[None], coords.side), -1, 0)
     return rows * (2 * HALF - 1) + columns
 
 
 MASKS = ("causal", "row", "column", "axial", "local")
 
 
-def sequence_masks(name: str, places: Places, reach: int) -> tuple[np.ndarray, ...]:
+def sequence_masks(name: str, coords: TokenCoords, reach: int) -> tuple[np.ndarray, ...]:
     """The masks of the blocks, in turn: one, or two of `axial`; bool [L, L], True where a query sees a key.
 
     Raises:
       ValueError: on a name that is none, or a reach that is no whole number from 0 up.
     """
     if name not in MASKS:
-        raise ValueError(f"transformer mask must be one of {', '.join(MASKS)}; found {name!r}")
+        raise ValueError(f"transformer mask must be one of {', '.join(MASKS)}; got {name!r}")
     if reach < 0 or reach != int(reach):
-        raise ValueError(f"transformer reach must be a whole number from 0 up, found {reach}")
-    length = len(places.query)
+        raise ValueError(f"transformer reach must be a whole number from 0 up, got {reach}")
+    length = len(coords.query)
     causal = np.tri(length, dtype=bool)
     always = np.eye(length, dtype=bool)
     always[:, 0] = True
-    rows, columns = np.moveaxis(np.abs(places.query[:, None] - places.key[None]) <= reach, -1, 0)
+    rows, columns = np.moveaxis(np.abs(coords.query[:, None] - coords.key[None]) <= reach, -1, 0)
     near = {
         "causal": (causal,),
         "row": (rows,),
