@@ -153,8 +153,10 @@ def attention_parts(options: Options) -> list[Part]:
 def attention_config(tiny: bool) -> NextScaleConfig:
     """Two blocks of d16 on 680 tokens; for a CPU, narrow ones on 85."""
     if tiny:
-        return NextScaleConfig(2, 32, 2, num_classes=10, num_codes=16, code_dim=4, scales=(1, 2, 4, 8))
-    return NextScaleConfig(2, 1024, 16, scales=SCALES_256, label_drop=0.0)
+        return NextScaleConfig(
+            depth=2, width=32, num_heads=2, num_classes=10, num_codes=16, code_dim=4, scales=(1, 2, 4, 8)
+        )
+    return NextScaleConfig(depth=2, width=1024, num_heads=16, scales=SCALES_256, label_drop=0.0)
 
 
 def forward_and_backward(function: Callable, weights: jax.Array) -> Callable:

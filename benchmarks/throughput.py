@@ -207,7 +207,7 @@ def random_tokens(config: NextScaleConfig, batch: int) -> tuple[jax.Array, jax.A
     rng, length = np.random.default_rng(0), config.length
     labels = jnp.asarray(rng.integers(0, config.num_classes, batch), jnp.int32)
     tokens = jnp.asarray(rng.integers(0, config.num_codes, (batch, length)), jnp.int32)
-    inputs = rng.standard_normal((batch, length - config.first, config.code_dim))
+    inputs = rng.standard_normal((batch, length - config.num_start_tokens, config.code_dim))
     return labels, tokens, jnp.asarray(inputs, jnp.float32)
 
 

@@ -105,7 +105,9 @@ def golden_var(request, goldens, golden, golden_tokenizer):
 @pytest.fixture(scope="session")
 def tiny_tokenizer() -> tuple[Tokenizer, dict]:
     """8x8 images, three scales, 16 codes."""
-    config = TokenizerConfig((1, 2, 4), 16, 4, ch=8, ch_mult=(1, 1), num_blocks=1, norm_groups=4)
+    config = TokenizerConfig(
+        scales=(1, 2, 4), num_codes=16, code_dim=4, ch=8, ch_mult=(1, 1), num_blocks=1, norm_groups=4
+    )
     module = Tokenizer(config)
     return module, randomized(
         jax.eval_shape(module.init, jax.random.key(0), jnp.zeros((1, 8, 8, 3)))["params"]
@@ -115,7 +117,9 @@ def tiny_tokenizer() -> tuple[Tokenizer, dict]:
 @pytest.fixture(scope="session")
 def tiny_var(tiny_tokenizer) -> tuple[NextScale, dict]:
     """Two blocks of width 32 on the tokens of the tiny tokenizer, 5 classes."""
-    config = NextScaleConfig(2, 32, 4, num_classes=5, num_codes=16, code_dim=4, scales=(1, 2, 4))
+    config = NextScaleConfig(
+        depth=2, width=32, num_heads=4, num_classes=5, num_codes=16, code_dim=4, scales=(1, 2, 4)
+    )
     module = NextScale(config)
     blank = (jnp.zeros(1, jnp.int32), jnp.zeros((1, 20, 4)))
     return module, randomized(jax.eval_shape(module.init, jax.random.key(0), *blank)["params"], 1)

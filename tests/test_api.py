@@ -99,7 +99,9 @@ def test_encoding_and_decoding_go_in_batches_of_one_shape(loaded, monkeypatch):
     np.testing.assert_allclose(steps[:, -1], whole, atol=1e-5)
     np.testing.assert_allclose(steps[:, 0], tokenizer.decode(tokens, upto=1), atol=1e-5)
     # As many as take 2 GiB by default: eight images of 256 pixels through the published network.
-    published = TokenizerConfig(SCALES_256, 4096, 32, ch=160, ch_mult=(1, 1, 2, 2, 4))
+    published = TokenizerConfig(
+        scales=SCALES_256, num_codes=4096, code_dim=32, ch=160, ch_mult=(1, 1, 2, 2, 4)
+    )
     assert codec_batch(Tokenizer(published)) == 8
     for module_batch in (None, 2):
         monkeypatch.setattr(api, "codec_batch", lambda module: 2)

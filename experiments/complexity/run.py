@@ -102,7 +102,7 @@ class NoDecoder(nn.Module):
 def parameters(model: ARTransformer) -> dict:
     """The shapes of the network's parameters, float32."""
     cfg = model.config
-    blank = jnp.zeros(1, jnp.int32), jnp.zeros((1, cfg.length - cfg.first, cfg.code_dim))
+    blank = jnp.zeros(1, jnp.int32), jnp.zeros((1, cfg.length - cfg.num_start_tokens, cfg.code_dim))
     return nn.meta.unbox(jax.eval_shape(model.init, jax.random.key(0), *blank))["params"]
 
 
@@ -126,7 +126,7 @@ def counted_flops(model: ARTransformer) -> float:
     cache = jax.eval_shape(bind("empty_cache", 1), params)
     total = count(bind("condition"), labels)
     inputs = lambda n: jax.ShapeDtypeStruct((1, n, cfg.code_dim), jnp.float32)  # noqa: E731
-    if isinstance(model, NextToken):
+    if not model.config.predicts_maps:
         i = jax.ShapeDtypeStruct((), jnp.int32)
         return total + cfg.length * count(bind("step"), i, inputs(1), condition, cache)
     for k, (start, end) in enumerate(cfg.steps):
@@ -141,7 +141,7 @@ def sampler(model: ARTransformer) -> Callable[[], jax.Array]:
     cfg, rng = model.config, np.random.default_rng(0)
     random = lambda x: jnp.asarray(rng.standard_normal(x.shape) * cfg.width**-0.5, jnp.float32)  # noqa: E731
     params, codebook = jax.tree.map(random, parameters(model)), rng.standard_normal((CODES, CODE_DIM))
-    tokenizer = NoDecoder(TokenizerConfig(cfg.scales, CODES, CODE_DIM, num_phis=0))
+    tokenizer = NoDecoder(TokenizerConfig(scales=cfg.scales, num_codes=CODES, code_dim=CODE_DIM, num_phis=0))
     tokenizer_params = {"quantizer": {"codebook": jnp.asarray(codebook, jnp.float32)}}
     controls = SamplingOptions(guidance=0.0, top_k=0, top_p=0.0).controls(cfg.schedule, CODES)
     keys, label = image_keys(0, jnp.arange(1)), jnp.zeros(1, jnp.int32)

@@ -1,4 +1,4 @@
-"""Transformers that keep no keys and values: every step of generation computes all positions so far anew.
+"""Transformers that keep no keys and values: every step of generation recomputes all positions so far.
 
 What a cache saves is measured against them.  They stand in for the real ones in the real sampler
 (`sampling/sampler.py`), with the same parameters, and draw the same tokens; their cache is nothing but the
@@ -7,27 +7,25 @@ inputs so far, float32 [B, positions, C].
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from var_jax.transformer.model import ARTransformer, Condition
 from var_jax.transformer.next_scale import NextScale
 from var_jax.transformer.next_token import NextToken
 
 
-def _resample(module: ARTransformer, count: int, inputs: jax.Array, condition: Condition) -> jax.Array:
-    """The residual stream float32 [B, count, D] of the first positions, after all blocks.
+def _residual_stream(
+    module: ARTransformer, count: int, inputs: jax.Array | None, condition: Condition
+) -> jax.Array:
+    """Compute the residual stream float32 [B, count, D] of the first positions, after all blocks.
 
     Args:
       module: bound.
       count: positions.
-      inputs: float32 [B, count - first, C], of all of them but the first ones.
+      inputs: float32 [B, count - num_start_tokens, C], of all of them but the first ones.
       condition: of the labels [B].
     """
-    take = lambda table: table[:count]  # noqa: E731
-    masks = jnp.asarray(np.stack(module.config.masks)[:, :count, :count])
-    context = module._attention_context(take, lambda table: table[:, :count], masks=masks)
-    x = jnp.concatenate([module._start(condition), module._embed(inputs)], axis=1)
-    return module.blocks(module._add_positions(x, take), condition.blocks, context)[0]
+    context = module.attention_context(module.config.position_tables.at(0, count, count), masked=True)
+    return module.blocks(module.embed(condition, inputs), condition.blocks, context)[0]
 
 
 class UncachedNextToken(NextToken):
@@ -42,8 +40,8 @@ class UncachedNextToken(NextToken):
     def step(self, i: jax.Array, inputs: jax.Array, condition: Condition, cache: jax.Array):
         """See `NextToken.step`."""
         cache = jax.lax.dynamic_update_slice_in_dim(cache, inputs, i, axis=1)
-        x = _resample(self, self.config.length, cache[:, 1:], condition)
-        return self._logits(jax.lax.dynamic_slice_in_dim(x, i, 1, axis=1), condition.head), cache
+        x = _residual_stream(self, self.config.length, cache[:, 1:], condition)
+        return self.logits(jax.lax.dynamic_slice_in_dim(x, i, 1, axis=1), condition.head), cache
 
 
 class UncachedNextScale(NextScale):
@@ -57,5 +55,5 @@ class UncachedNextScale(NextScale):
         """See `NextScale.step`."""
         start, end = self.config.steps[k]
         cache = cache if k == 0 else jnp.concatenate([cache, inputs], axis=1)
-        x = _resample(self, end, cache, condition)
-        return self._logits(x[:, start:], condition.head), cache
+        x = _residual_stream(self, end, cache, condition)
+        return self.logits(x[:, start:], condition.head), cache

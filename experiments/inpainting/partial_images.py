@@ -27,7 +27,7 @@ from var_jax.scales import Scales
 from var_jax.tokenizer.model import Tokenizer
 from var_jax.tokenizer.quantizer import Quantizer
 from var_jax.tokenizer.resize import area_matrix, area_resize
-from var_jax.transformer.config import NextTokenConfig, TransformerConfig
+from var_jax.transformer.config import TransformerConfig
 from var_jax.transformer.positions import inverse
 
 BATCH = 256  # images made at once
@@ -86,7 +86,7 @@ def share_seen(config: TransformerConfig, resample: np.ndarray) -> float:
     scales = config.schedule
     last = resample & (scales.levels == len(scales) - 1)
     when = scales.levels  # of VAR, a map at once
-    if isinstance(config, NextTokenConfig):
+    if not config.predicts_maps:
         when = inverse(config.cells)
     return float((when[last][:, None] > when[~resample]).mean())
 

@@ -10,7 +10,7 @@ import pytest
 from tests.helpers.arrays import close, randomized
 from var_jax.sampling.options import SamplingOptions, guide
 from var_jax.sampling.sampler import KnownTokens, generate_in_chunks, teacher_forced_logits
-from var_jax.sampling.teacher_forcing import teacher_forcing, to_raster_order
+from var_jax.sampling.teacher_forcing import teacher_forcing
 from var_jax.tokenizer.model import Tokenizer
 from var_jax.tokenizer.quantizer import Quantizer
 from var_jax.transformer.config import NextTokenConfig
@@ -28,7 +28,19 @@ def flat_tokenizer(tiny_tokenizer):
 
 def next_token(order):
     """A network of two blocks along an order, and its parameters."""
-    module = NextToken(NextTokenConfig(2, 32, 4, 5, 16, 4, (4,), positions="rotary_2d", order=order))
+    module = NextToken(
+        NextTokenConfig(
+            depth=2,
+            width=32,
+            num_heads=4,
+            num_classes=5,
+            num_codes=16,
+            code_dim=4,
+            scales=(4,),
+            positions="rotary_2d",
+            order=order,
+        )
+    )
     blank = (jnp.zeros(1, jnp.int32), jnp.zeros((1, 15, 4)))
     return module, randomized(jax.eval_shape(module.init, jax.random.key(0), *blank)["params"], 1)
 
@@ -109,4 +121,4 @@ def test_teacher_forcing_follows_the_order(flat_tokenizer, spiral):
     targets, inputs = teacher_forcing(config, quantizer, jnp.asarray(tokens))
     np.testing.assert_array_equal(targets, tokens[:, config.cells])
     np.testing.assert_array_equal(inputs, quantizer.codes[targets[:, :-1]])
-    np.testing.assert_array_equal(to_raster_order(config, targets), tokens)
+    np.testing.assert_array_equal(config.to_raster_order(targets), tokens)

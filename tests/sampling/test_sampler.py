@@ -128,10 +128,14 @@ def test_guidance_that_ends_is_guidance_of_strength_zero(tiny_tokenizer, tiny_va
 
 def test_flops_fall_where_guidance_ends(tiny_tokenizer):
     """From the third-last scale of five on: 41 percent less, and so in the compiled program (one block)."""
-    config = NextScaleConfig(1, 64, 4, num_classes=5, num_codes=64, code_dim=4, scales=(1, 2, 3, 4, 8))
+    config = NextScaleConfig(
+        depth=1, width=64, num_heads=4, num_classes=5, num_codes=64, code_dim=4, scales=(1, 2, 3, 4, 8)
+    )
     model = NextScale(config)
     tokenizer = Tokenizer(
-        TokenizerConfig(config.scales, 64, 4, ch=8, ch_mult=(1,), num_blocks=1, norm_groups=4)
+        TokenizerConfig(
+            scales=config.scales, num_codes=64, code_dim=4, ch=8, ch_mult=(1,), num_blocks=1, norm_groups=4
+        )
     )
     key, n = jax.random.key(0), config.schedule.length - 1
     shapes = lambda net, *x: nn.meta.unbox(jax.eval_shape(net.init, key, *x))["params"]  # noqa: E731

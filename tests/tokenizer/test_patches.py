@@ -79,21 +79,24 @@ def test_with_as_many_codes_as_distinct_patches_the_image_comes_back_exactly(sca
     codes = np.unique(to_patches(images, 2).reshape(-1, 12), axis=0)
     if len(scales) == 2:  # the second map adds nothing
         codes = np.concatenate([codes, np.zeros((1, 12), np.float32)])
-    tokenizer = Tokenizer(TokenizerConfig(scales, len(codes), num_phis=0, patch=2))
+    tokenizer = Tokenizer(TokenizerConfig(scales=scales, num_codes=len(codes), num_phis=0, patch=2))
     params = {"quantizer": {"codebook": jnp.asarray(codes)}}
     tokens = encode(tokenizer, params, images)
     np.testing.assert_array_equal(decode(tokenizer, params, tokens), images)
 
 
 def test_the_codebook_is_all_there_is_to_train():
-    config = TokenizerConfig((4,), 64, num_phis=0, patch=2)
+    config = TokenizerConfig(scales=(4,), num_codes=64, num_phis=0, patch=2)
     shapes = tokenizer_shapes(config)
     assert shapes.pop("code_hits").shape == (1, 64)
     assert jax.tree.map(lambda leaf: leaf.shape, shapes) == {"quantizer": {"codebook": (64, 12)}}
     assert (config.image_size, config.downsample, config.code_dim) == (8, 2, 12)
     # What the networks would have is nothing that two of them could differ in.
     other = dict(code_dim=16, ch=32, ch_mult=(1, 2), num_blocks=1, norm_groups=8, quantizer_dropout=0.2)
-    assert TokenizerConfig((4,), 64, num_phis=0, patch=2, gradient="rotation", **other) == config
+    assert (
+        TokenizerConfig(scales=(4,), num_codes=64, num_phis=0, patch=2, gradient="rotation", **other)
+        == config
+    )
     assert TokenizerConfig(**dataclasses.asdict(config)) == config
 
 

@@ -11,7 +11,7 @@ from var_jax.tokenizer.quantizer import Quantized
 from var_jax.training.codebook_updater import CodebookUpdater
 from var_jax.training.state import TrainState
 
-MODEL = TokenizerConfig((1, 2), num_codes=4, code_dim=2, ch=8, ch_mult=(1,), norm_groups=4, num_phis=0)
+MODEL = TokenizerConfig(scales=(1, 2), num_codes=4, code_dim=2, ch=8, ch_mult=(1,), norm_groups=4, num_phis=0)
 KEY = jax.random.key(0)
 
 

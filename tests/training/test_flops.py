@@ -75,7 +75,9 @@ def test_a_loop_of_unknown_length_is_refused():
 @pytest.mark.parametrize("method", ["encode", "__call__"])
 def test_a_tokenizer_counts_as_in_xla_but_for_what_is_no_product(method):
     """XLA counts norms and activations too: little beside convolutions of 64 channels."""
-    model = Tokenizer(TokenizerConfig((1, 2, 4), 64, 16, ch=64, ch_mult=(1, 2, 2), num_blocks=1))
+    model = Tokenizer(
+        TokenizerConfig(scales=(1, 2, 4), num_codes=64, code_dim=16, ch=64, ch_mult=(1, 2, 2), num_blocks=1)
+    )
     images = jnp.zeros((1, 16, 16, 3))
     params = jax.eval_shape(model.init, jax.random.key(0), images)["params"]
     apply = lambda params, images: model.apply({"params": params}, images, method=method)  # noqa: E731

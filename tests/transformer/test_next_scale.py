@@ -115,7 +115,9 @@ def test_a_position_sees_its_own_scale_and_coarser_ones_only(tiny_var):
 
 
 def test_published_initialisation():
-    config = NextScaleConfig(4, 256, 4, num_classes=100, num_codes=64, scales=(1, 2, 4), gamma_init=1e-3)
+    config = NextScaleConfig(
+        depth=4, width=256, num_heads=4, num_classes=100, num_codes=64, scales=(1, 2, 4), gamma_init=1e-3
+    )
     blank = (jnp.zeros(1, jnp.int32), jnp.zeros((1, 20, 32)))
     params = nn.meta.unbox(NextScale(config).init(jax.random.key(0), *blank))["params"]
     std = math.sqrt(1 / (3 * 256))
@@ -153,7 +155,9 @@ def test_dropped_labels_are_no_class(tiny_var):
 
 
 def test_stochastic_depth_drops_whole_branches_and_keeps_the_mean():
-    config = NextScaleConfig(1, 8, 1, num_classes=2, num_codes=4, code_dim=4, scales=(1,), drop_path=0.5)
+    config = NextScaleConfig(
+        depth=1, width=8, num_heads=1, num_classes=2, num_codes=4, code_dim=4, scales=(1,), drop_path=0.5
+    )
     block = Block(config, jnp.float32, train=True)
     six = jnp.zeros((2000, 6, 8)).at[:, :2].set(1.0)
     x = jnp.ones((2000, 1, 8)) * jnp.arange(8.0)

@@ -29,7 +29,17 @@ CASES = [
 
 def make(order="raster", positions="learned_1d", mask="causal", **fields):
     config = NextTokenConfig(
-        2, 32, 4, 5, 16, 4, (SIDE,), positions=positions, order=order, mask=mask, **fields
+        depth=2,
+        width=32,
+        num_heads=4,
+        num_classes=5,
+        num_codes=16,
+        code_dim=4,
+        scales=(SIDE,),
+        positions=positions,
+        order=order,
+        mask=mask,
+        **fields,
     )
     module = NextToken(config)
     blank = (jnp.zeros(1, jnp.int32), jnp.zeros((1, LENGTH - 1, 4)))
@@ -63,7 +73,16 @@ def test_cached_equals_uncached_and_nothing_leaks(order, positions, mask):
 
 @pytest.mark.parametrize("positions", POSITIONS)
 def test_next_scale_cached_equals_uncached_and_leaks_nothing_by_scale(positions):
-    config = NextScaleConfig(2, 32, 4, 5, 16, 4, (1, 2, 4), positions=positions)
+    config = NextScaleConfig(
+        depth=2,
+        width=32,
+        num_heads=4,
+        num_classes=5,
+        num_codes=16,
+        code_dim=4,
+        scales=(1, 2, 4),
+        positions=positions,
+    )
     module, scales = NextScale(config), config.schedule
     labels, inputs = jnp.array([0, 5]), jax.random.normal(jax.random.key(0), (2, 20, 4))
     params = randomized(jax.eval_shape(module.init, jax.random.key(0), labels, inputs)["params"])
@@ -93,7 +112,7 @@ def reached(config: NextTokenConfig, blocks: int) -> np.ndarray:
 @pytest.mark.parametrize("order", ["raster", "column", "snake"])
 @pytest.mark.parametrize("side", [4, 7, 8, 16])
 def test_two_axial_blocks_reach_all_that_comes_before(order, side):
-    config = NextTokenConfig(2, 32, 4, scales=(side,), order=order, mask="axial")
+    config = NextTokenConfig(depth=2, width=32, num_heads=4, scales=(side,), order=order, mask="axial")
     causal = np.tri(side**2, dtype=bool)
     np.testing.assert_array_equal(reached(config, 2), causal)
     assert (reached(config, 1) != causal).any()
@@ -104,7 +123,7 @@ def test_two_axial_blocks_reach_all_that_comes_before(order, side):
 @pytest.mark.parametrize("order", ["spiral_in", "spiral_out", "z_curve", "hilbert", "random"])
 def test_along_other_orders_two_axial_blocks_leave_gaps_that_more_blocks_fill(order):
     """Every detour must lead forwards: the docstring's remark."""
-    config = NextTokenConfig(2, 32, 4, scales=(16,), order=order, mask="axial")
+    config = NextTokenConfig(depth=2, width=32, num_heads=4, scales=(16,), order=order, mask="axial")
     two, four = (reached(config, blocks).sum() / np.tri(256).sum() for blocks in (2, 4))
     assert 0.72 < two < 0.87 and four > 0.95
 
@@ -121,7 +140,7 @@ def test_axial_attention_carries_what_its_masks_reach():
 
 @pytest.mark.parametrize("mask", MASKS)
 def test_masks_look_back_only_and_at_the_right_cells(mask):
-    config = NextTokenConfig(2, 32, 4, scales=(4,), order="raster", mask=mask)
+    config = NextTokenConfig(depth=2, width=32, num_heads=4, scales=(4,), order="raster", mask=mask)
     for seen in config.masks:
         assert not np.triu(seen, 1).any() and seen.diagonal().all() and seen[:, 0].all()
     # The token at row 2, column 2 (number 10): which of the cells 0 .. 9 are seen as keys 1 .. 10.
@@ -135,7 +154,11 @@ def test_masks_look_back_only_and_at_the_right_cells(mask):
 def test_parameters_and_blocks_are_those_of_next_scale():
     """The prediction scheme is all that differs: same tree, but for levels and rows of positions."""
     token = make()[1]
-    module = NextScale(NextScaleConfig(2, 32, 4, 5, 16, 4, (1, 2, 4)))
+    module = NextScale(
+        NextScaleConfig(
+            depth=2, width=32, num_heads=4, num_classes=5, num_codes=16, code_dim=4, scales=(1, 2, 4)
+        )
+    )
     blank = (jnp.zeros(1, jnp.int32), jnp.zeros((1, 20, 4)))
     scale = randomized(jax.eval_shape(module.init, jax.random.key(0), *blank)["params"])
     assert set(scale) - set(token) == {"level_embedding"}
@@ -147,7 +170,9 @@ def test_parameters_and_blocks_are_those_of_next_scale():
 
 
 def test_flops_by_hand():
-    config = NextTokenConfig(1, 8, 1, num_classes=2, num_codes=3, code_dim=4, scales=(2,))
+    config = NextTokenConfig(
+        depth=1, width=8, num_heads=1, num_classes=2, num_codes=3, code_dim=4, scales=(2,)
+    )
     block = lambda q, k: 24 * q * 64 + 4 * q * k * 8 + 2 * q * 8 * (3 + 4)  # noqa: E731
     adaln = 16 * 64
     assert training_flops(config) == 3 * (block(4, 4) + adaln)
@@ -178,12 +203,17 @@ def test_impossible_architectures_are_refused(fields, message):
 
 def test_every_pair_of_absolute_and_relative_positions_is_known():
     for absolute, relative in itertools.product(ABSOLUTE, RELATIVE):
-        config = NextTokenConfig(2, 32, 4, scales=(4,), positions=f"{absolute}+{relative}")
+        config = NextTokenConfig(
+            depth=2, width=32, num_heads=4, scales=(4,), positions=f"{absolute}+{relative}"
+        )
         assert (config.absolute, config.relative) == (absolute, relative)
 
 
 def test_random_orders_follow_their_seed():
-    cells = [NextTokenConfig(2, 32, 4, scales=(4,), order="random", order_seed=s).cells for s in (0, 0, 1)]
+    cells = [
+        NextTokenConfig(depth=2, width=32, num_heads=4, scales=(4,), order="random", order_seed=s).cells
+        for s in (0, 0, 1)
+    ]
     np.testing.assert_array_equal(cells[0], cells[1])
     assert (cells[0] != cells[2]).any()
 

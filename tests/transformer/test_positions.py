@@ -102,9 +102,9 @@ def test_a_bias_is_added_to_the_scores(implementation):
 
 
 def test_attention_is_chosen_by_what_it_must_know():
-    row = NextTokenConfig(2, 32, 4, scales=(4,), mask="row").masks
-    axial = NextTokenConfig(2, 32, 4, scales=(4,), mask="axial").masks
-    causal = NextTokenConfig(2, 32, 4, scales=(4,)).masks
+    row = NextTokenConfig(depth=2, width=32, num_heads=4, scales=(4,), mask="row").masks
+    axial = NextTokenConfig(depth=2, width=32, num_heads=4, scales=(4,), mask="axial").masks
+    causal = NextTokenConfig(depth=2, width=32, num_heads=4, scales=(4,)).masks
     half = jnp.bfloat16
     assert choose_attention("auto", "tpu", half, 64, causal) == "splash"
     assert choose_attention("auto", "tpu", half, 64, row) == "splash"

@@ -18,11 +18,10 @@ from jax.sharding import NamedSharding, PartitionSpec
 from var_jax.errors import UserError
 from var_jax.images import denormalize
 from var_jax.sampling.options import SamplingOptions, ScaleControls, guide
-from var_jax.sampling.teacher_forcing import teacher_forcing, to_raster_order
+from var_jax.sampling.teacher_forcing import teacher_forcing
 from var_jax.tokenizer.model import Tokenizer
 from var_jax.tokenizer.quantizer import Quantizer
 from var_jax.transformer.model import ARTransformer
-from var_jax.transformer.next_token import NextToken
 
 
 def filter_logits(logits: jax.Array, top_k: int, top_p: float | jax.Array | None) -> jax.Array:
@@ -152,7 +151,7 @@ def generate(
     quantizer = Quantizer.create(tokenizer_params["quantizer"], tokenizer.config)
     if controls.num_guided_scales:  # with and without class side by side, so that both stay on one device
         labels = jnp.stack([labels, jnp.full_like(labels, model.config.num_classes)], axis=1).ravel()
-    draw = _draw_tokens if isinstance(model, NextToken) else _draw_maps
+    draw = _draw_maps if model.config.predicts_maps else _draw_tokens
     apply = partial(model.apply, {"params": params})
     f_hat, tokens = draw(apply, model.config, quantizer, labels, keys, controls, given)
     return tokenizer.apply({"params": tokenizer_params}, f_hat, method="decode_features"), tokens
@@ -185,7 +184,7 @@ def _draw_maps(apply, config, quantizer, labels, keys, controls, given):
 def _draw_tokens(apply, config, quantizer, labels, keys, controls, given):
     """Next-token: f_hat [B, h, w, C] and tokens [B, L], one token after another, in their order."""
     condition = apply(labels, method="condition")
-    given = jax.tree.map(lambda x: x[:, config.cells], given)
+    given = jax.tree.map(config.to_prediction_order, given)
 
     def step(carry, i):
         before, cache = carry
@@ -199,7 +198,7 @@ def _draw_tokens(apply, config, quantizer, labels, keys, controls, given):
     nothing = jnp.zeros((keys.shape[0], 1, config.code_dim))
     start = (nothing, apply(labels.shape[0], method="empty_cache"))
     _, drawn = jax.lax.scan(step, start, jnp.arange(config.length))
-    tokens, codes = (to_raster_order(config, x.swapaxes(0, 1)) for x in drawn)
+    tokens, codes = (config.to_raster_order(x.swapaxes(0, 1)) for x in drawn)
     return quantizer.upsample_and_smooth(0, codes), tokens
 
 
@@ -215,7 +214,7 @@ def teacher_forced_logits(
     """Logits float32 [B, L, V] of tokens int32 [B, L], each given the true ones before it."""
     quantizer = Quantizer.create(tokenizer_params["quantizer"], tokenizer.config)
     _, inputs = teacher_forcing(model.config, quantizer, tokens)
-    return to_raster_order(model.config, model.apply({"params": params}, labels, inputs))
+    return model.config.to_raster_order(model.apply({"params": params}, labels, inputs))
 
 
 def device_put_global(x: jax.Array | np.ndarray, sharding: NamedSharding) -> jax.Array:

@@ -11,7 +11,7 @@ NO_NETWORK = dict(ch=3, ch_mult=(1,), num_blocks=1, norm_groups=1, dropout=0.0)
 NO_NETWORK |= dict(gradient="straight_through", quantizer_dropout=0.0)
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class TokenizerConfig:
     """Architecture of a multi-scale VQ-VAE, the published one for 256px by default; or patches of pixels.
 

@@ -18,7 +18,7 @@ EVENT = "train"  # name of a step's event in the trace; its number is the argume
 
 
 @dataclasses.dataclass(frozen=True)
-class Steps:
+class StepRange:
     """The steps first .. last, both among them; numbered from 1, as the log does."""
 
     first: int
@@ -33,7 +33,7 @@ class Steps:
             )
 
 
-def parse_steps(text: str) -> Steps:
+def parse_steps(text: str) -> StepRange:
     """START:STOP -> those steps.
 
     Raises:
@@ -45,7 +45,7 @@ def parse_steps(text: str) -> Steps:
             f"--profile={text}: must be START:STOP, the first and the last step to trace, e.g. 10:12; steps "
             "are numbered from 1"
         )
-    return Steps(int(result[1]), int(result[2]))
+    return StepRange(int(result[1]), int(result[2]))
 
 
 class Profile:
@@ -55,7 +55,7 @@ class Profile:
     that goes on from a checkpoint traces those of the steps that it does itself.
     """
 
-    def __init__(self, steps: Steps | None, directory: os.PathLike):
+    def __init__(self, steps: StepRange | None, directory: os.PathLike):
         """`directory`: of the stage.  None as `steps` traces nothing."""
         self.steps = steps
         self.folder = as_path(directory) / PROFILE_DIR / f"process_{jax.process_index()}"

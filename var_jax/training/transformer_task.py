@@ -110,7 +110,7 @@ class TransformerTask(Task):
             self.options.controls(self.config.schedule, self.config.num_codes)
 
     def init(self, key, given=()):
-        inputs = jnp.zeros((1, self.config.length - self.config.first, self.config.code_dim))
+        inputs = jnp.zeros((1, self.config.length - self.config.num_start_tokens, self.config.code_dim))
         return self.model.init(key, jnp.zeros(1, jnp.int32), inputs)["params"], {}
 
     def _tokens(self, tokenizer, frozen, batch):

@@ -94,20 +94,20 @@ def dense(
 
 @flax.struct.dataclass
 class AttentionContext:
-    """Where the positions of x stand and what they see, beside the mask of the architecture; the same in all
-    blocks.
+    """Positional terms of attention, the same in all blocks.
 
     Attributes:
-      at: int32 scalar, the first position of x, where it is known only when the program runs.
-      masks: bool [M, n, keys], True where a query sees a key; block i has number i modulo M.
+      cache_index: int32 scalar, first position of x in the cache, where it is known only at run time.
+      masks: bool [M, n, keys], True where a query sees a key; block i has number i modulo M.  None for the
+        mask of the architecture, or, with a cache, for no mask.
       bias: float32 [N, n, keys], added to the scores.
-      angles: float32 [n, H / 2] each, that queries and keys are turned by.
+      rope_angles: float32 [n, H / 2] each, that queries and keys are rotated by.
     """
 
-    at: jax.Array | None = None
+    cache_index: jax.Array | None = None
     masks: jax.Array | None = None
     bias: jax.Array | None = None
-    angles: tuple[jax.Array, jax.Array] | None = None
+    rope_angles: tuple[jax.Array, jax.Array] | None = None
 
 
 class Modulation(nn.Module):
@@ -146,12 +146,14 @@ class SelfAttention(nn.Module):
             init = nn.with_logical_partitioning(nn.initializers.constant(math.log(4)), (None,))
             q, k = normalize_qk(q, k, self.param("log_temperature", init, (cfg.num_heads,)))
             scale = 1.0
-        if context.angles is not None:
-            q, k = rotate(q, context.angles[0]), rotate(k, context.angles[1])
+        if context.rope_angles is not None:
+            q, k = rotate(q, context.rope_angles[0]), rotate(k, context.rope_angles[1])
         q, k = q.astype(self.dtype), k.astype(self.dtype)
         mask = cfg.masks[0]  # not an argument: rematerialisation would trace it
         if cache is not None:
-            cache, k, v = cache.extend(layer, self.start if context.at is None else context.at, k, v)
+            cache, k, v = cache.extend(
+                layer, self.start if context.cache_index is None else context.cache_index, k, v
+            )
             mask = None
         if context.masks is not None:
             mask = context.masks[layer % len(context.masks)]

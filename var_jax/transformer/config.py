@@ -1,24 +1,30 @@
 """Hyperparameters of the transformers, next-scale and next-token."""
 
+import abc
 import dataclasses
 import functools
+from typing import ClassVar
 
+import jax
 import numpy as np
 
 from var_jax.scales import SCALES_256, Scales
 from var_jax.transformer.positions import (
+    PositionTables,
     TokenCoords,
+    inverse,
     order,
     order_coords,
     parse,
+    position_tables,
     scale_coords,
     sequence_masks,
 )
 
 
-@dataclasses.dataclass(frozen=True)
-class TransformerConfig:
-    """What both transformers have in common; the defaults are the published d16.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TransformerConfig(abc.ABC):
+    """Architecture of a transformer and its order of prediction; the defaults are the published d16.
 
     Attributes:
       depth: number of blocks.
@@ -86,10 +92,47 @@ class TransformerConfig:
         """L, positions of the sequence."""
         return self.schedule.length
 
+    predicts_maps: ClassVar[bool]  # whole token maps, or single tokens
+
     @property
-    def first(self) -> int:
-        """Positions whose input is the label alone: those of the first step."""
+    @abc.abstractmethod
+    def steps(self) -> list[tuple[int, int]]:
+        """Positions start .. end that are predicted together, in the order of prediction."""
+
+    @property
+    @abc.abstractmethod
+    def masks(self) -> tuple[np.ndarray, ...]:
+        """bool [L, L], True where a query (row) sees a key; of M masks, block i has number i modulo M."""
+
+    @property
+    @abc.abstractmethod
+    def coords(self) -> TokenCoords:
+        """Coordinates of the positions in the image."""
+
+    @property
+    @abc.abstractmethod
+    def levels(self) -> np.ndarray | None:
+        """int [L], the scale of each position; None where the transformer is not told."""
+
+    @abc.abstractmethod
+    def to_prediction_order(self, tokens: jax.Array) -> jax.Array:
+        """Reorder [B, L, ...] from the tokenizer's layout to the order of prediction."""
+
+    @abc.abstractmethod
+    def to_raster_order(self, predicted: jax.Array) -> jax.Array:
+        """Reorder [B, L, ...] from the order of prediction to the tokenizer's layout."""
+
+    @property
+    def num_start_tokens(self) -> int:
+        """Number of positions whose input is the label alone: those of the first step."""
         return self.steps[0][1]
+
+    @functools.cached_property
+    def position_tables(self) -> PositionTables:
+        """Constants of all positions."""
+        return position_tables(
+            self.positions, self.coords, self.levels, self.masks, self.width, self.head_dim
+        )
 
     @property
     def relative(self) -> str | None:
@@ -102,9 +145,11 @@ class TransformerConfig:
         return parse(self.positions, self.width, self.head_dim)[0]
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class NextScaleConfig(TransformerConfig):
     """Architecture of a VAR transformer, which predicts whole token maps; the defaults are for 256px."""
+
+    predicts_maps: ClassVar[bool] = True
 
     @property
     def steps(self) -> list[tuple[int, int]]:
@@ -113,8 +158,21 @@ class NextScaleConfig(TransformerConfig):
 
     @property
     def masks(self) -> tuple[np.ndarray, ...]:
-        """bool [L, L], True where a query (row) sees a key; of M masks, block i has number i modulo M."""
+        """bool [L, L], True where a query (row) sees a key."""
         return (self.schedule.mask,)
+
+    @property
+    def levels(self) -> np.ndarray:
+        """int [L], the scale of each position."""
+        return self.schedule.levels
+
+    def to_prediction_order(self, tokens: jax.Array) -> jax.Array:
+        """Return [B, L, ...] as it is: maps are laid out as they are predicted."""
+        return tokens
+
+    def to_raster_order(self, predicted: jax.Array) -> jax.Array:
+        """Return [B, L, ...] as it is: maps are laid out as they are predicted."""
+        return predicted
 
     @functools.cached_property
     def coords(self) -> TokenCoords:
@@ -122,7 +180,7 @@ class NextScaleConfig(TransformerConfig):
         return scale_coords(self.schedule)
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class NextTokenConfig(TransformerConfig):
     """Architecture of a transformer that predicts the tokens of one map one after another.
 
@@ -135,6 +193,8 @@ class NextTokenConfig(TransformerConfig):
     Raises:
       ValueError: on several token maps, or an order or a mask that there is not.
     """
+
+    predicts_maps: ClassVar[bool] = False
 
     scales: tuple[int, ...] = (16,)
     order: str = "raster"
@@ -150,6 +210,16 @@ class NextTokenConfig(TransformerConfig):
                 f"got scales={self.scales}"
             )
         self.masks  # noqa: B018  (names what is wrong with order and mask)
+
+    levels = None
+
+    def to_prediction_order(self, tokens: jax.Array) -> jax.Array:
+        """Reorder [B, L, ...] from row by row to the order of prediction."""
+        return tokens[:, self.cells]
+
+    def to_raster_order(self, predicted: jax.Array) -> jax.Array:
+        """Reorder [B, L, ...] from the order of prediction to row by row."""
+        return predicted[:, inverse(self.cells)]
 
     @functools.cached_property
     def cells(self) -> np.ndarray:

@@ -16,14 +16,10 @@ from var_jax.dtypes import product_precision
 from var_jax.sharding import constrain, replicate
 from var_jax.transformer import positions
 from var_jax.transformer.block import AttentionContext, Block, KVCache, Modulation, dense, modulate, normal
-from var_jax.transformer.config import NextScaleConfig, TransformerConfig
+from var_jax.transformer.config import TransformerConfig
 from var_jax.transformer.remat import rematerialized
 
 LOGITS_CHUNK = 1024  # positions whose logits live at once in training: all at 256px, a part at 512px
-
-
-def _all(table):
-    return table
 
 
 @flax.struct.dataclass
@@ -31,27 +27,22 @@ class Condition:
     """All that a label decides, worked out once an image: float32.
 
     Attributes:
-      start: [B, D], the class embedding, input of the first positions.
+      class_embedding: [B, D], input of the first positions.
       blocks: [layers, B, 6, D], adaLN vectors of every block.
       head: [B, 2, D], scale and shift before the head.
     """
 
-    start: jax.Array
+    class_embedding: jax.Array
     blocks: jax.Array
     head: jax.Array
 
     def conditional(self) -> "Condition":
         """Of every other label, from the first on: what is left when guidance ends."""
-        return Condition(self.start[::2], self.blocks[:, ::2], self.head[::2])
+        return Condition(self.class_embedding[::2], self.blocks[:, ::2], self.head[::2])
 
 
 class Blocks(nn.Module):
-    """All blocks, scanned over a leading axis of their parameters.
-
-    Takes the residual stream x float32 [B, n, D], the adaLN vectors of all blocks float32 [depth, B, 6, D],
-    how attention tells places, and when tokens are drawn the cache and the first position of x, where that is
-    static.  Returns x and the cache.
-    """
+    """All blocks, scanned over a leading axis of their parameters."""
 
     config: TransformerConfig
     dtype: jnp.dtype
@@ -60,6 +51,18 @@ class Blocks(nn.Module):
 
     @nn.compact
     def __call__(self, x, modulations, context=AttentionContext(), cache=None, start=0, train=False):  # noqa: B008
+        """Apply all blocks.
+
+        Args:
+          x: residual stream, float32 [B, n, D].
+          modulations: adaLN vectors of every block, float32 [depth, B, 6, D].
+          context: positional terms of attention.
+          cache, start: KV cache, and first position of x where that is static; generation only.
+          train: drop paths and activations.
+
+        Returns:
+          x and the cache.
+        """
         cfg = self.config
         stack = nn.scan(
             rematerialized(Block, self.remat if train else "none"),
@@ -139,8 +142,8 @@ class ARTransformer(nn.Module):
         cfg = self.config
         d, init = cfg.width, nn.with_logical_partitioning(normal(cfg.width), (None, "embed"))
         self.class_embedding = self.param("class_embedding", init, (cfg.num_classes + 1, d))
-        self.start_embedding = self.param("start_embedding", init, (cfg.first, d))
-        if isinstance(cfg, NextScaleConfig):
+        self.start_embedding = self.param("start_embedding", init, (cfg.num_start_tokens, d))
+        if cfg.levels is not None:
             self.level_embedding = self.param("level_embedding", init, (len(cfg.scales), d))
         self._setup_positions(init)
         self.code_embedding = dense(d, (None, "embed"), normal(d), jnp.float32, None)  # as published
@@ -180,7 +183,7 @@ class ARTransformer(nn.Module):
 
         Args:
           labels: int32 [B]; num_classes means "no class".
-          inputs: float32 [B, L - first, C], what each position but the first ones is given
+          inputs: float32 [B, L - num_start_tokens, C], what each position but the first ones is given
             (`sampling/teacher_forcing.py`).
           train: drop labels, paths and activations; needs the rng stream "dropout".
 
@@ -188,7 +191,7 @@ class ARTransformer(nn.Module):
           float32 [B, L, V].
         """
         x, condition = self._body(labels, inputs, train)
-        return self._logits(x, condition.head)
+        return self.logits(x, condition.head)
 
     def losses(self, labels: jax.Array, inputs: jax.Array, tokens: jax.Array, train: bool = False):
         """Cross-entropy of every token; no more than `LOGITS_CHUNK` positions' logits live at once.
@@ -206,7 +209,7 @@ class ARTransformer(nn.Module):
         size = -(-length // chunks)
 
         def loss(module, x, tokens, head):
-            logits = module._logits(x, head)
+            logits = module.logits(x, head)
             # A sum in place of a lookup, and no argmax: of codes split over devices, neither gathers logits.
             true = jnp.arange(logits.shape[-1]) == tokens[..., None]
             wanted = jnp.sum(jnp.where(true, logits, 0.0), -1)
@@ -225,12 +228,10 @@ class ARTransformer(nn.Module):
             dropped = jax.random.bernoulli(self.make_rng("dropout"), cfg.label_drop, labels.shape)
             labels = jnp.where(dropped, cfg.num_classes, labels)
         condition = self.condition(labels)
-        x = jnp.concatenate([self._start(condition), self._embed(inputs)], axis=1)
-        x, masks = (
-            constrain(self._add_positions(x)),
-            jnp.asarray(np.stack(cfg.masks)) if len(cfg.masks) > 1 else None,
-        )
-        x, _ = self.blocks(x, condition.blocks, self._attention_context(masks=masks), train=train)
+        x = constrain(self.embed(condition, inputs))
+        tables = cfg.position_tables.at(0, cfg.length, cfg.length)
+        context = self.attention_context(tables, masked=len(cfg.masks) > 1)
+        x, _ = self.blocks(x, condition.blocks, context, train=train)
         return x, condition
 
     def condition(self, labels: jax.Array) -> Condition:
@@ -250,43 +251,59 @@ class ARTransformer(nn.Module):
         cfg = self.config
         return KVCache.zeros(cfg.depth, batch, cfg.length, cfg.num_heads, cfg.head_dim, self.dtype)
 
-    def _start(self, condition: Condition) -> jax.Array:
-        return condition.start[:, None] + self.start_embedding
-
-    def _embed(self, inputs: jax.Array) -> jax.Array:
-        return self.code_embedding(inputs)
-
-    def _logits(self, x: jax.Array, scale_shift: jax.Array) -> jax.Array:
-        return constrain(self.head(modulate(x, scale_shift[:, 0], scale_shift[:, 1])), tensor=2)
-
-    def _add_positions(self, x: jax.Array, take: Callable = _all) -> jax.Array:
-        """x [B, n, D] with what tells the places of its positions (and their scales) added.
+    def embed(self, condition: Condition, inputs: jax.Array | None, start: int | jax.Array = 0) -> jax.Array:
+        """Compute the residual stream that enters the blocks, positions added.
 
         Args:
-          take: of a table [L, ...], the rows of these positions.
+          condition: of the labels [B].
+          inputs: float32 [B, n, C] of the positions from `start` on, without those whose input is the label
+            alone; None for these alone.
+          start: first position, an int; or an int32 scalar known only at run time, then of one position,
+            whose input is not looked at where it is the first.
+
+        Returns:
+          float32 [B, n, D].
         """
-        cfg, coords = self.config, self.config.coords
-        if isinstance(cfg, NextScaleConfig):
-            x = x + replicate(self.level_embedding)[take(cfg.schedule.levels)]
+        first = condition.class_embedding[:, None] + self.start_embedding
+        if inputs is None:
+            x = first
+        elif not isinstance(start, int):
+            x = jnp.where(start == 0, first, self.code_embedding(inputs))
+        elif start == 0:
+            x = jnp.concatenate([first, self.code_embedding(inputs)], axis=1)
+        else:
+            x = self.code_embedding(inputs)
+        return self._add_positions(x, start)
+
+    def _add_positions(self, x: jax.Array, start: int | jax.Array) -> jax.Array:
+        """Add level and absolute position embeddings to x [B, n, D], of the positions from `start` on."""
+        cfg, size = self.config, x.shape[1]
+        tables = cfg.position_tables.at(start, size, cfg.length)
+        if tables.levels is not None:
+            x = x + replicate(self.level_embedding)[tables.levels]
         if cfg.absolute == "learned_1d":
-            return x + take(self.position_embedding)
+            return x + positions.rows(self.position_embedding, start, size)
         if cfg.absolute == "learned_2d":
-            rows, columns = (take(positions.interpolation(axis, coords.side)) for axis in coords.query.T)
             product = partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
-            return x + product(rows, self.row_embedding) + product(columns, self.column_embedding)
-        return x + take(positions.sinusoids(coords, cfg.width)) if cfg.absolute else x
+            x = x + product(tables.row_weights, self.row_embedding)
+            return x + product(tables.column_weights, self.column_embedding)
+        return x if tables.added is None else x + tables.added
 
-    def _attention_context(self, take: Callable = _all, seen: Callable = _all, **more) -> AttentionContext:
-        """How attention tells places.
+    def attention_context(self, tables: positions.PositionTables, masked: bool) -> AttentionContext:
+        """Compute the positional terms of attention.
 
         Args:
-          take: of a table [L, ...], the rows of these positions.
-          seen: of a table [n, L], the columns of the keys that they see.
+          tables: of the positions that attend, and the keys that they see.
+          masked: whether to pass their masks; otherwise they see all keys, or, without a cache, as the
+            architecture says.
         """
-        cfg, bias, angles = self.config, None, None
-        if cfg.relative == "relative_2d":
-            distances = seen(take(positions.buckets(cfg.coords)))
-            bias = jnp.moveaxis(replicate(self.distance_bias)[distances], -1, 0)
-        elif cfg.relative:
-            angles = tuple(map(take, positions.rotary_angles(cfg.coords, cfg.relative, cfg.head_dim)))
-        return AttentionContext(bias=bias, angles=angles, **more)
+        bias = None
+        if tables.distance_buckets is not None:
+            bias = jnp.moveaxis(replicate(self.distance_bias)[tables.distance_buckets], -1, 0)
+        masks = jnp.asarray(tables.masks) if masked else None
+        return AttentionContext(masks=masks, bias=bias, rope_angles=tables.rope_angles)
+
+    def logits(self, x: jax.Array, head_modulation: jax.Array) -> jax.Array:
+        """Compute logits float32 [B, n, V] from x [B, n, D] after the blocks; adaLN vectors [B, 2, D]."""
+        normed = modulate(x, head_modulation[:, 0], head_modulation[:, 1])
+        return constrain(self.head(normed), tensor=2)

@@ -25,8 +25,9 @@ class NextScale(ARTransformer):
           Logits float32 [B, s_k^2, V] and the cache with scale k in it.
         """
         start, end = self.config.steps[k]
-        x = self._start(condition) if k == 0 else self._embed(inputs)
-        take = lambda table: table[start:end]  # noqa: E731
-        x, context = self._add_positions(x, take), self._attention_context(take, lambda table: table[:, :end])
+        x = self.embed(condition, inputs, start)
+        context = self.attention_context(
+            self.config.position_tables.at(start, end - start, end), masked=False
+        )
         x, cache = self.blocks(x, condition.blocks, context, cache, start)
-        return self._logits(x, condition.head), cache
+        return self.logits(x, condition.head), cache

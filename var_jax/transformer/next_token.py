@@ -7,7 +7,6 @@ differs.
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from var_jax.transformer.block import KVCache
 from var_jax.transformer.model import ARTransformer, Condition
@@ -31,12 +30,8 @@ class NextToken(ARTransformer):
         Returns:
           Logits float32 [B, 1, V] and the cache with position i in it.
         """
-        take = lambda table, axis=0: jax.lax.dynamic_slice_in_dim(jnp.asarray(table), i, 1, axis)  # noqa: E731
-        x = jnp.where(i == 0, self._start(condition), self._embed(inputs))
-        masks = take(np.stack(self.config.masks), 1)
-        x, context = (
-            self._add_positions(x, take),
-            self._attention_context(take, at=jnp.asarray(i, jnp.int32), masks=masks),
-        )
+        x = self.embed(condition, inputs, i)
+        tables = self.config.position_tables.at(i, 1, self.config.length)
+        context = self.attention_context(tables, masked=True).replace(cache_index=jnp.asarray(i, jnp.int32))
         x, cache = self.blocks(x, condition.blocks, context, cache)
-        return self._logits(x, condition.head), cache
+        return self.logits(x, condition.head), cache

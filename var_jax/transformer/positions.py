@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -150,6 +151,13 @@ _MAKE = {
 ORDERS = tuple(_MAKE)
 
 
+def rows(table: np.ndarray | jax.Array, start: int | jax.Array, size: int, axis: int = 0):
+    """Slice rows start .. start + size of a table; a `start` that is traced gives a dynamic slice."""
+    if isinstance(start, int):
+        return table[(slice(None),) * axis + (slice(start, start + size),)]
+    return jax.lax.dynamic_slice_in_dim(jnp.asarray(table), start, size, axis)
+
+
 ABSOLUTE = ("learned_1d", "learned_2d", "sinusoidal_2d")
 RELATIVE = ("relative_2d", "rotary_1d", "rotary_2d")
 LONGEST = 10_000  # of the wavelengths of sines and rotations, over 2 pi
@@ -290,3 +298,72 @@ def sequence_masks(name: str, coords: TokenCoords, reach: int) -> tuple[np.ndarr
         "local": (rows & columns,),
     }
     return tuple(causal & (always | seen) for seen in near[name])
+
+
+class PositionTables(NamedTuple):
+    """Constants of the positions of a sequence, a row each; None for what its kinds of positions do not use.
+
+    Attributes:
+      levels: int32 [L], the scale of each position.
+      added: float32 [L, D], added to the residual stream.
+      row_weights, column_weights: float32 [L, side], weights of the learned row and column embeddings.
+      distance_buckets: int32 [L, L], the bucket of each query and key.
+      rope_angles: float32 [L, H / 2] each, of queries and keys.
+      masks: bool [M, L, L], True where a query sees a key; block i has number i modulo M.
+    """
+
+    levels: np.ndarray | jax.Array | None
+    added: np.ndarray | jax.Array | None
+    row_weights: np.ndarray | jax.Array | None
+    column_weights: np.ndarray | jax.Array | None
+    distance_buckets: np.ndarray | jax.Array | None
+    rope_angles: tuple[np.ndarray | jax.Array, np.ndarray | jax.Array] | None
+    masks: np.ndarray | jax.Array
+
+    def at(self, start: int | jax.Array, size: int, num_keys: int) -> "PositionTables":
+        """Take the rows start .. start + size, and of tables over pairs the first `num_keys` keys.
+
+        Args:
+          start: an int, or an int32 scalar that is known only when the program runs.
+          size: number of positions.
+          num_keys: number of keys that these positions attend to.
+        """
+        take = lambda table: rows(table, start, size)  # noqa: E731
+        optional = lambda table: None if table is None else take(table)  # noqa: E731
+        return PositionTables(
+            *map(optional, self[:4]),
+            None if self.distance_buckets is None else take(self.distance_buckets)[:, :num_keys],
+            None if self.rope_angles is None else (take(self.rope_angles[0]), take(self.rope_angles[1])),
+            rows(self.masks, start, size, axis=1)[..., :num_keys],
+        )
+
+
+def position_tables(
+    positions: str,
+    coords: TokenCoords,
+    levels: np.ndarray | None,
+    masks: tuple[np.ndarray, ...],
+    width: int,
+    head_dim: int,
+) -> PositionTables:
+    """Build the tables of a whole sequence.
+
+    Args:
+      positions: kinds of positions, as `parse` takes them.
+      coords: coordinates of the L positions.
+      levels: int [L], the scale of each position; None without scales.
+      masks: bool [L, L] each.
+      width, head_dim: D and H.
+    """
+    absolute, relative = parse(positions, width, head_dim)
+    weights = (None, None)
+    if absolute == "learned_2d":
+        weights = tuple(interpolation(axis, coords.side) for axis in coords.query.T)
+    return PositionTables(
+        levels,
+        sinusoids(coords, width) if absolute == "sinusoidal_2d" else None,
+        *weights,
+        buckets(coords) if relative == "relative_2d" else None,
+        rotary_angles(coords, relative, head_dim) if relative in ("rotary_1d", "rotary_2d") else None,
+        np.stack(masks),
+    )
