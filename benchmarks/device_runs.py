@@ -273,7 +273,7 @@ def trace_step(options: Options) -> dict:
     )
     _, task = throughput.make_networks(args)
     state, batch_inputs = throughput.initial_state(task), throughput.random_tokens(task.config, batch)
-    step = jax.jit(task.train_on_tokens, donate_argnums=0)
+    step = throughput.jit_step(task.train_on_tokens)
     key = jax.random.key(0)
     step = step.lower(state, *batch_inputs, key).compile()
     for _ in range(2):  # warm up

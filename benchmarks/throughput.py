@@ -202,6 +202,11 @@ def initial_state(task: NextScaleTask) -> TrainState:
     return TrainState(jnp.zeros((), jnp.int32), params, None, jax.jit(task.optimizer.init)(params), {})
 
 
+def jit_step(train_step: Callable) -> Callable:
+    """Jit a task's training step; returns state and metrics, and donates the state."""
+    return jax.jit(lambda *args: train_step(*args).state_and_metrics(), donate_argnums=0)
+
+
 def random_tokens(config: NextScaleConfig, batch: int) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Labels [B], tokens [B, L] and teacher-forcing inputs [B, L - first, C] of a training step."""
     rng, length = np.random.default_rng(0), config.length
@@ -215,7 +220,7 @@ def train(args: argparse.Namespace, tokenizer: Tokenizer, task: NextScaleTask) -
     run = partial(measure, repeats=args.repeats, carry=True)
     labels, tokens, inputs = random_tokens(task.config, args.batch)
     key, count = jax.random.key(0), count_parameters(jax.eval_shape(lambda: initial_state(task)).params)
-    step = jax.jit(task.train_on_tokens, donate_argnums=0)
+    step = jit_step(task.train_on_tokens)
     result = run(step, initial_state(task), labels, tokens, inputs, key)
     flops = training_flops(task.config) * args.batch
     result |= {"tflops": flops / result["seconds"] / 1e12, "parameters": count}
@@ -224,7 +229,7 @@ def train(args: argparse.Namespace, tokenizer: Tokenizer, task: NextScaleTask) -
         images = jnp.asarray(rng.integers(0, 256, (args.batch, side, side, 3)), jnp.uint8)
         frozen = {"tokenizer": tokenizer_parameters(tokenizer)}
         batch = {"image": images, "label": labels}
-        whole = run(jax.jit(task.train_step, donate_argnums=0), initial_state(task), frozen, batch, key)
+        whole = run(jit_step(task.train_step), initial_state(task), frozen, batch, key)
         whole |= {"images_per_s": round(args.batch / whole["seconds"], 3)}
         result["with_encoder"] = whole | {"ratio": round(whole["seconds"] / result["seconds"], 3)}
     return result
@@ -249,7 +254,7 @@ def train_tokenizer(args: argparse.Namespace, tokenizer: Tokenizer, task: NextSc
     count = count_parameters(state.params)
     side = own.image_size
     batch = {"image": jnp.asarray(rng.integers(0, 256, (args.batch, side, side, 3), dtype=np.uint8))}
-    step = jax.jit(own.train_step, donate_argnums=0)
+    step = jit_step(own.train_step)
     result = measure(step, state, own.frozen, batch, jax.random.key(1), repeats=args.repeats, carry=True)
     return result | {
         "tflops": own.flops_per_image() * args.batch / result["seconds"] / 1e12,

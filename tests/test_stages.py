@@ -8,7 +8,7 @@ from var_jax.data.sources import DataSetMissing
 from var_jax.errors import ConfigError
 from var_jax.stages import num_steps, run, stages_of
 from var_jax.training.checkpoint import CheckpointMissing, load_config
-from var_jax.training.trainer import check_resume_compatible
+from var_jax.training.resume import check_resume_compatible
 
 
 def test_stages_of_a_config():

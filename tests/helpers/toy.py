@@ -7,8 +7,8 @@ import numpy as np
 import optax
 
 from tests.helpers.tiny import tiny_config
-from var_jax.training.state import apply_gradients
-from var_jax.training.task import Task
+from var_jax.training.state import advance, optimizer_step
+from var_jax.training.task import StepOutput, Task
 
 RATE, WIDTH = 0.1, 8
 
@@ -42,9 +42,9 @@ class Toy(Task):
             return jnp.where(jnp.isin(state.step + 1, self.bad), jnp.nan, loss)
 
         loss, grads = jax.value_and_grad(loss_fn)(state.params)
-        state = apply_gradients(state, grads, self.optimizer, 0.0)
+        state = advance(state, *optimizer_step(state, grads, self.optimizer), 0.0)
         loss *= jnp.where(state.step == self.high, 100.0, 1.0)
-        return state, {"loss": loss, "gradient_norm": optax.tree.norm(grads)}
+        return StepOutput(state=state, loss=loss, gradient_norm=optax.tree.norm(grads))
 
     def eval_step(self, params, frozen, batch):
         return {"images": batch["valid"].sum()}

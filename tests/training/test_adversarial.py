@@ -41,13 +41,13 @@ def at(state, step):
 @pytest.fixture(scope="module")
 def with_adversary():
     task, state = make()
-    return task, state, jax.jit(lambda state: task.train_step(state, {}, BATCH, KEY))
+    return task, state, jax.jit(lambda state: task.train_step(state, {}, BATCH, KEY).state_and_metrics())
 
 
 @pytest.fixture(scope="module")
 def plain():
     task, state = make(weight=0.0)
-    return jax.jit(lambda state: task.train_step(state, {}, BATCH, KEY))(state)
+    return jax.jit(lambda state: task.train_step(state, {}, BATCH, KEY).state_and_metrics())(state)
 
 
 def test_before_its_start_the_numbers_are_those_of_the_plain_losses(with_adversary, plain):

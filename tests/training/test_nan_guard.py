@@ -12,6 +12,7 @@ from var_jax.data.transforms import ToPixels
 from var_jax.training.checkpoint import load_params
 from var_jax.training.nan_guard import TrainingDiverged, is_finite, skip_if_not_finite
 from var_jax.training.state import TrainState
+from var_jax.training.task import StepOutput
 from var_jax.training.trainer import train
 
 
@@ -98,10 +99,17 @@ def test_any_loss_or_gradient_that_is_not_finite_keeps_the_state_of_before(name,
     zero = jnp.zeros((), jnp.int32)
     old = TrainState(zero + 4, {"w": jnp.ones(2)}, None, (), {}, zero + 2, zero)
     new = old.replace(step=zero + 5, params={"w": jnp.full(2, 7.0)})
-    metrics = {"loss": 1.0, "perplexity": jnp.inf, "gradient_norm": 1.0}
-    state, _ = jax.jit(skip_if_not_finite)(old, new, metrics)
+    finite = dict.fromkeys(("loss_last", "discriminator", "discriminator_gradient_norm"), 1.0)
+    scalars = {"loss": 1.0, "gradient_norm": 1.0}
+    output = lambda changed: StepOutput(  # noqa: E731
+        state=new,
+        **{key: changed.get(key, value) for key, value in scalars.items()},
+        metrics={"perplexity": jnp.inf} | {key: changed.get(key, value) for key, value in finite.items()},
+        must_be_finite=tuple(finite),
+    )
+    state, _ = jax.jit(skip_if_not_finite)(old, output({}))
     assert (state.params["w"][0], state.step, state.skipped, state.skipped_in_a_row) == (7, 5, 2, 0)
-    state, metrics = jax.jit(skip_if_not_finite)(old, new, {**metrics, name: number})
+    state, metrics = jax.jit(skip_if_not_finite)(old, output({name: number}))
     assert (state.params["w"][0], state.step, state.skipped, state.skipped_in_a_row) == (1, 5, 3, 1)
     assert (metrics["skipped"], metrics["skipped_in_a_row"]) == (3, 1)
 

@@ -206,22 +206,14 @@ def test_pictures_that_a_full_disk_refuses_are_a_warning(
     assert steps_under(small_disk) == [2, 4] and not list(small_disk.rglob("*.partial"))
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (lambda m: {"accuracy": m["loss"]}, "must return the metrics gradient_norm, loss"),
-        (lambda m: {**m, "per_image": jnp.zeros(3)}, r"must be scalars, got shapes {'per_image': \(3,\)}"),
-    ],
-)
-def test_metrics_that_break_the_contract_of_a_task_are_named(digits_dir, change, message):
+def test_metrics_that_break_the_contract_of_a_task_are_named(digits_dir):
     class Other(Toy):
         def train_step(self, *args):
-            state, metrics = super().train_step(*args)
-            return state, change(metrics)
+            return super().train_step(*args).replace(metrics={"per_image": jnp.zeros(3)})
 
     task, stage, mesh = Other(), toy_stage(digits_dir, 1), make_mesh()
     _, state = create_state(task.init, task.optimizer, False, jax.random.key(0), mesh)
     program = jit_train_step(task, stage.train, 5, mesh, state)
     batch = {"image": jax.ShapeDtypeStruct((16, 8, 8, 3), jnp.uint8)}
-    with pytest.raises(TypeError, match=message):
+    with pytest.raises(TypeError, match=r"must be scalars, got shapes {'per_image': \(3,\)}"):
         program.trace(state, {}, batch, jax.random.key(0))

@@ -72,7 +72,7 @@ class Adversary:
             images = diff_augment(images, key)
         return self.model.apply({"params": params}, self._seen(frozen, images))
 
-    def pull(
+    def generator_loss_and_grad(
         self, adversary: dict, frozen: dict, images: jax.Array, key: jax.Array, step: jax.Array
     ) -> tuple[jax.Array, jax.Array]:
         """The generator's loss: how far reconstructions [B, H, W, 3] are from looking real.

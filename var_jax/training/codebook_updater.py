@@ -77,23 +77,23 @@ class CodebookUpdater:
         due = (state.step < self.cfg.kmeans_steps) & ~state.extra["fitted"]
         codebook = state.params["quantizer"]["codebook"]
         codebook = jax.lax.cond(due, fit, lambda codebook: codebook, codebook)
-        return _with_codebook(state, lambda old: jnp.where(due, codebook, old))
+        return _map_codebook(state, lambda old: jnp.where(due, codebook, old))
 
     def stop_codebook_gradient(self, params: dict) -> dict:
         """The parameters as the loss sees them: no gradient to codes that follow means."""
         if not self.cfg.ema:
             return params
-        return _moved(params, jax.lax.stop_gradient)
+        return with_codebook(params, jax.lax.stop_gradient(params["quantizer"]["codebook"]))
 
-    def ema_update(self, state: TrainState, quantized: Quantized) -> tuple[TrainState, Callable]:
-        """Takes the targets of a step into the moving means.
+    def ema_update(self, state: TrainState, quantized: Quantized) -> tuple[TrainState, jax.Array | None]:
+        """Update the moving means of the codes' targets.
 
         Returns:
-          The state, and what to do to the parameters after the optimiser's step: give codes that follow their
-          means, which the optimiser only decays, their new places.
+          The state, and the codebook to set after the optimiser's step, float32 [V, C]; None where the codes
+          follow their gradient.
         """
         if not self.cfg.ema:
-            return state, lambda params: params
+            return state, None
         codebook, uses = moving_mean(
             state.params["quantizer"]["codebook"],
             state.extra["code_uses"],
@@ -101,8 +101,7 @@ class CodebookUpdater:
             quantized.targets,
             self.cfg.ema,
         )
-        extra = {**state.extra, "code_uses": uses}
-        return state.replace(extra=extra), lambda params: _moved(params, lambda _: codebook)
+        return state.replace(extra={**state.extra, "code_uses": uses}), codebook
 
     def after_step(self, state: TrainState, quantized: Quantized, key: jax.Array) -> tuple[TrainState, dict]:
         """Restarts codes and counts; returns the state and metrics."""
@@ -132,7 +131,7 @@ class CodebookUpdater:
         if cfg.ema:  # and forgets what it was the mean of
             extra["code_uses"] = jnp.where(moved, 0, extra["code_uses"])
         move = lambda codebook: restart(codebook, moved, targets, self.model.schedule, key)  # noqa: E731
-        state = _with_codebook(state, lambda codebook: jax.lax.cond(due, move, lambda c: c, codebook))
+        state = _map_codebook(state, lambda codebook: jax.lax.cond(due, move, lambda c: c, codebook))
         return state.replace(extra=extra), dead.sum()
 
     def _slide(self, state: TrainState, counts) -> dict:
@@ -147,12 +146,12 @@ class CodebookUpdater:
         return {"counts": add(window["counts"], counts), "images": add(window["images"], self.batch)}
 
 
-def _moved(params: dict, move: Callable) -> dict:
-    """Parameters with a function applied to the codebook."""
-    return {**params, "quantizer": {**params["quantizer"], "codebook": move(params["quantizer"]["codebook"])}}
+def with_codebook(params: dict, codebook: jax.Array) -> dict:
+    """Replace the codebook of a tokenizer's parameters."""
+    return {**params, "quantizer": {**params["quantizer"], "codebook": codebook}}
 
 
-def _with_codebook(state: TrainState, move: Callable) -> TrainState:
-    """Applies a function to the codebook, and to its moving average where there is one."""
-    ema = None if state.ema is None else _moved(state.ema, move)
-    return state.replace(params=_moved(state.params, move), ema=ema)
+def _map_codebook(state: TrainState, function: Callable) -> TrainState:
+    """Apply a function to the codebook, and to its moving average where there is one."""
+    apply = lambda params: with_codebook(params, function(params["quantizer"]["codebook"]))  # noqa: E731
+    return state.replace(params=apply(state.params), ema=None if state.ema is None else apply(state.ema))

@@ -8,7 +8,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from var_jax.sharding import on_mesh, replicated
-from var_jax.training.nan_guard import check_metrics, skip_if_not_finite
+from var_jax.training.nan_guard import skip_if_not_finite
 from var_jax.training.optimizer import schedules
 from var_jax.training.state import TrainState
 from var_jax.training.task import Task
@@ -30,9 +30,8 @@ def jit_train_step(task: Task, cfg: ConfigDict, steps: int, mesh: Mesh, abstract
     def train_step(state, frozen, batch, step_key):  # an argument, so that all seeds share a program
         taken = state.step - state.skipped  # as the optimiser counts them
         now = {"learning_rate": rate(taken), "weight_decay": decay(taken)}
-        new, metrics = step(state, frozen, batch, jax.random.fold_in(step_key, state.step))
-        check_metrics(metrics)
-        state, metrics = skip_if_not_finite(state, new, metrics)
+        output = step(state, frozen, batch, jax.random.fold_in(step_key, state.step))
+        state, metrics = skip_if_not_finite(state, output)
         return state, metrics | now
 
     return train_step

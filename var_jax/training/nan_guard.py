@@ -10,6 +10,7 @@ import numpy as np
 from var_jax.errors import UserError
 from var_jax.training.metrics import Log
 from var_jax.training.state import TrainState
+from var_jax.training.task import StepOutput
 
 WINDOW, MIN_LOSSES = 200, 20  # losses that a spike is told from, at most and at least
 SPIKE = 6.0  # standard deviations above the median
@@ -19,38 +20,32 @@ class TrainingDiverged(UserError, RuntimeError):
     """Too many steps in a row were not finite."""
 
 
-def skip_if_not_finite(
-    old: TrainState, new: TrainState, metrics: dict[str, jax.Array]
-) -> tuple[TrainState, dict[str, jax.Array]]:
-    """The state after a step; where a loss or the gradient is not finite, that before it, but for the step.
+def skip_if_not_finite(old: TrainState, output: StepOutput) -> tuple[TrainState, dict[str, jax.Array]]:
+    """Keep the old state, but for the step count, where a loss or a gradient norm is not finite.
 
-    To be traced by `jit`.  The metrics gain `skipped` and `skipped_in_a_row`, as they are after the step.
+    To be traced by `jit`.
+
+    Args:
+      old: before the step.
+      output: of the step.
+
+    Returns:
+      The state after the step, and all metrics, with `skipped` and `skipped_in_a_row` as they are after it.
+
+    Raises:
+      TypeError: where a metric is no scalar.
     """
-    looked_at = [value for name, value in metrics.items() if _must_be_finite(name)]
-    fine = jnp.isfinite(jnp.stack(looked_at)).all()
+    new, metrics = output.state_and_metrics()
+    if other := {name: jnp.shape(value) for name, value in metrics.items() if jnp.shape(value)}:
+        raise TypeError(f"metrics of a task's train_step must be scalars, got shapes {other}")
+    checked = ("loss", *output.must_be_finite, "gradient_norm")
+    fine = jnp.isfinite(jnp.stack([metrics[name] for name in checked])).all()
     state = jax.tree.map(lambda now, before: jnp.where(fine, now, before), new, old)
     counts = {
         "skipped": old.skipped + ~fine,
         "skipped_in_a_row": jnp.where(fine, 0, old.skipped_in_a_row + 1),
     }
     return state.replace(step=new.step, **counts), metrics | counts
-
-
-def check_metrics(metrics: dict[str, jax.Array]) -> None:
-    """Check the metrics of a training step against the contract of `Task.train_step`.
-
-    Raises:
-      TypeError: where `loss` or `gradient_norm` is missing, or a metric is no scalar.
-    """
-    if missing := {"loss", "gradient_norm"} - metrics.keys():
-        raise TypeError(f"a task's train_step must return the metrics {', '.join(sorted(missing))}")
-    if other := {name: jnp.shape(value) for name, value in metrics.items() if jnp.shape(value)}:
-        raise TypeError(f"metrics of a task's train_step must be scalars, got shapes {other}")
-
-
-def _must_be_finite(name: str) -> bool:
-    """Whether a step is skipped where this metric is not finite; see `Task.train_step`."""
-    return name == "discriminator" or name.startswith("loss") or name.endswith("gradient_norm")
 
 
 def is_finite(state: TrainState) -> jax.Array:
@@ -72,13 +67,13 @@ class LossMonitor:
         self._high = False
         self.skipping = False  # whether the last step read was skipped
 
-    def take(self, step: int, metrics: dict[str, jax.Array]) -> None:
+    def add(self, step: int, metrics: dict[str, jax.Array]) -> None:
         """Keeps a step's device arrays; reads those of the steps before it where their turn has come."""
         if self._waiting and self._waiting[-1][0] % self.every == 0:
-            self.read()
+            self.check()
         self._waiting.append((step, {name: metrics[name] for name in ("loss", "skipped_in_a_row")}))
 
-    def read(self) -> None:
+    def check(self) -> None:
         """Looks at all steps that were taken.
 
         Raises:

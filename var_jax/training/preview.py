@@ -5,13 +5,20 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 import numpy as np
+from absl import logging
+from etils import epath
 from jax.sharding import Mesh
 
-from var_jax.images import denormalize_to_uint8
+from var_jax.data.sources import Source
+from var_jax.data.transforms import ToPixels
+from var_jax.images import denormalize_to_uint8, save_png
+from var_jax.paths import storage_errors
 from var_jax.sampling.sampler import device_put_global
 from var_jax.sharding import BATCH_AXES, batch_sharding, constrain, on_mesh, replicated
 from var_jax.tokenizer.model import Tokenizer
 from var_jax.tokenizer.quantizer import Quantizer
+from var_jax.training.hosts import succeeded_everywhere
+from var_jax.training.metrics import draw_curves
 
 
 def preview_program(function: Callable, mesh: Mesh) -> Callable:
@@ -74,3 +81,39 @@ def decode_step_by_step(tokenizer: Tokenizer, params: dict, tokens: jax.Array) -
 
     sums = jnp.stack(Quantizer.create(params["quantizer"], tokenizer.config).partial_sums(tokens))
     return jnp.moveaxis(jax.lax.map(decode, sums), 0, 1)
+
+
+def draw_or_warn(preview: Callable[[], dict], name: str, step: int) -> dict:
+    """Draw the pictures of a preview; where memory runs out on one process, warn on all and return none."""
+    drawn, failure = {}, None
+    try:
+        drawn = preview()
+    except (jax.errors.JaxRuntimeError, MemoryError) as error:
+        if isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        failure = str(error) or "MemoryError"
+    if not succeeded_everywhere(failure is None):
+        reason = failure or "another host ran out of memory"
+        logging.warning("%s: no pictures of step %d; training goes on. %s", name, step, reason)
+        return {}
+    return drawn
+
+
+def save_previews(drawn: dict, workdir: epath.Path, directory: epath.Path, name: str, step: int) -> None:
+    """Write pictures and curves; warn where that fails."""
+    try:
+        for title, picture in drawn.items():
+            save_png(picture, directory / "previews" / f"{title}_{step:07d}.png")
+            save_png(picture, workdir / f"{title}.png")
+        draw_curves(directory, workdir / f"curves_{name}.png", name)
+    except storage_errors() as error:
+        logging.warning(
+            "%s: the pictures of step %d could not be written; training goes on. %s", name, step, error
+        )
+
+
+def example_images(source: Source, transform: ToPixels | None, count: int = 32) -> np.ndarray | None:
+    """Load the first images of a source, uint8 [count, H, W, 3]; None where it holds tokens."""
+    if transform is None:
+        return None
+    return np.stack([transform(source[i])["image"] for i in range(min(count, source.num_records))])

@@ -77,19 +77,17 @@ def create_state(
     return lambda given=None: make(shard_params(given or {}, abstract.params)), abstract
 
 
-def apply_gradients(
-    state: TrainState,
-    grads: dict,
-    optimizer: optax.GradientTransformation,
-    ema_decay: float,
-    post_update: Callable[[dict], dict] = lambda params: params,
-) -> TrainState:
-    """The state after one optimiser step; the moving average follows where there is one.
-
-    `post_update` has the last word on the new parameters.
-    """
+def optimizer_step(
+    state: TrainState, grads: dict, optimizer: optax.GradientTransformation
+) -> tuple[dict, optax.OptState]:
+    """Compute the parameters and the optimiser's state after one step."""
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-    params, ema = post_update(optax.apply_updates(state.params, updates)), state.ema
+    return optax.apply_updates(state.params, updates), opt_state
+
+
+def advance(state: TrainState, params: dict, opt_state: optax.OptState, ema_decay: float) -> TrainState:
+    """Put new parameters into the state, count the step and update the moving average if there is one."""
+    ema = state.ema
     if ema is not None:
         ema = update_ema(ema, params, ema_decay, state.step)
     return state.replace(step=state.step + 1, params=params, ema=ema, opt_state=opt_state)

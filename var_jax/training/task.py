@@ -5,6 +5,7 @@ import dataclasses
 import math
 from collections.abc import Callable, Collection
 
+import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -104,6 +105,30 @@ def program_flops(function: Callable, *inputs) -> float:
     return count_flops(jax.make_jaxpr(function)(*inputs).jaxpr)
 
 
+@flax.struct.dataclass
+class StepOutput:
+    """Result of one training step.
+
+    Attributes:
+      state: after the step.
+      loss: scalar, watched for spikes.
+      gradient_norm: scalar, of the gradient before clipping.
+      metrics: further scalars to log.
+      must_be_finite: names of metrics that must be finite, as loss and gradient norm must: a step where one
+        is not changes nothing and counts as skipped.
+    """
+
+    state: TrainState
+    loss: jax.Array
+    gradient_norm: jax.Array
+    metrics: dict[str, jax.Array] = flax.struct.field(default_factory=dict)
+    must_be_finite: tuple[str, ...] = flax.struct.field(pytree_node=False, default=())
+
+    def state_and_metrics(self) -> tuple[TrainState, dict[str, jax.Array]]:
+        """Return the state, and all metrics, loss and gradient norm among them."""
+        return self.state, {"loss": self.loss, **self.metrics, "gradient_norm": self.gradient_norm}
+
+
 class Task(abc.ABC):
     """One thing to train: parameters, a step, an evaluation, pictures.
 
@@ -131,15 +156,8 @@ class Task(abc.ABC):
         """
 
     @abc.abstractmethod
-    def train_step(
-        self, state: TrainState, frozen: dict, batch: dict, key: jax.Array
-    ) -> tuple[TrainState, dict]:
-        """One optimiser step on a global batch -> new state, scalar metrics.
-
-        The metrics must have `loss`, which the log watches for spikes, and `gradient_norm`.  A step is
-        skipped where one of these is not finite: `discriminator`, and all whose names start with `loss` or
-        end with `gradient_norm`.  Other metrics are only logged.
-        """
+    def train_step(self, state: TrainState, frozen: dict, batch: dict, key: jax.Array) -> StepOutput:
+        """Take one optimiser step on a global batch."""
 
     @abc.abstractmethod
     def eval_step(self, params: dict, frozen: dict, batch: dict) -> dict:

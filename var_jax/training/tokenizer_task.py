@@ -20,7 +20,7 @@ from var_jax.tokenizer.lpips import vgg_features
 from var_jax.tokenizer.model import Tokenizer, fingerprint
 from var_jax.tokenizer.quantizer import Quantizer
 from var_jax.training.adversarial import Adversary
-from var_jax.training.codebook_updater import CodebookUpdater
+from var_jax.training.codebook_updater import CodebookUpdater, with_codebook
 from var_jax.training.optimizer import accumulated_gradients, make_optimizer
 from var_jax.training.preview import (
     chunk_size,
@@ -29,8 +29,8 @@ from var_jax.training.preview import (
     row_shapes,
     run_in_chunks,
 )
-from var_jax.training.state import apply_gradients
-from var_jax.training.task import Task, compute_dtype, model_config, program_flops
+from var_jax.training.state import advance, optimizer_step
+from var_jax.training.task import StepOutput, Task, compute_dtype, model_config, program_flops
 
 LAST_LAYER = ("decoder", "conv_out", "kernel")  # where the adversary's weight is weighed
 MAX_RATIO = 1e4
@@ -100,10 +100,20 @@ class TokenizerTask(Task):
                 state.extra["adversary"], frozen, real, recon, adversary_key, step
             )
             state, metrics = state.replace(extra={**state.extra, "adversary": adversary}), metrics | result
-        state, post_update = self.codebook_updater.ema_update(state, quantized)
-        state = apply_gradients(state, grads, self.optimizer, self.stage.train.ema, post_update)
+        state, codebook = self.codebook_updater.ema_update(state, quantized)
+        params, opt_state = optimizer_step(state, grads, self.optimizer)
+        if codebook is not None:  # follows its targets; the optimiser only decayed it
+            params = with_codebook(params, codebook)
+        state = advance(state, params, opt_state, self.stage.train.ema)
         state, use = self.codebook_updater.after_step(state, quantized, restart_key)
-        return state, {**metrics, **use, "gradient_norm": optax.tree.norm(grads)}
+        loss = metrics.pop("loss")
+        return StepOutput(
+            state=state,
+            loss=loss,
+            gradient_norm=optax.tree.norm(grads),
+            metrics={**metrics, **use},
+            must_be_finite=("discriminator", "discriminator_gradient_norm") if self.adversary else (),
+        )
 
     def _features(self, params, images):
         return self.model.apply({"params": params}, normalize(images), method="features")
@@ -130,14 +140,17 @@ class TokenizerTask(Task):
             return metrics["loss"], metrics
 
         (recon, codebook_terms), backward, quantized = jax.vjp(forward, params, has_aux=True)
-        (pull, inner), metrics = jax.grad(objective, (0, 1), has_aux=True)(recon, codebook_terms)
+        (rec_grad, codebook_grad), metrics = jax.grad(objective, (0, 1), has_aux=True)(recon, codebook_terms)
         if self.adversary:
             augment_key = jax.random.fold_in(key, 1)
-            loss, push = self.adversary.pull(extra["adversary"], frozen, recon, augment_key, step)
-            weight = self.adversary.weight(step) * self._ratio(backward, pull, push, inner)
-            pull += weight * push
+            loss, adv_grad = self.adversary.generator_loss_and_grad(
+                extra["adversary"], frozen, recon, augment_key, step
+            )
+            ratio = self._ratio(backward, rec_grad, adv_grad, codebook_grad)
+            weight = self.adversary.weight(step) * ratio
+            rec_grad += weight * adv_grad
             metrics |= {"adversarial": loss, "adversarial_weight": weight}
-        return backward((pull, inner))[0], (metrics, (quantized, recon if self.adversary else ()))
+        return backward((rec_grad, codebook_grad))[0], (metrics, (quantized, recon if self.adversary else ()))
 
     def _codebook_terms(self, params, quantized):
         terms = {"codebook": quantized.loss}
@@ -147,7 +160,7 @@ class TokenizerTask(Task):
             terms["entropy"] = entropy_penalty(quantized.targets, codes, temperature)
         return terms
 
-    def _ratio(self, backward, pull, push, inner):
+    def _ratio(self, backward, rec_grad, adv_grad, codebook_grad):
         """Size of the image losses' gradient at the last layer over the adversary's (Esser et al. 2021).
 
         With `train.accumulate`, of each part of the batch by itself.
@@ -156,12 +169,12 @@ class TokenizerTask(Task):
             return jnp.ones(())
 
         def size(cotangent):
-            leaf = backward((cotangent, jax.tree.map(jnp.zeros_like, inner)))[0]
+            leaf = backward((cotangent, jax.tree.map(jnp.zeros_like, codebook_grad)))[0]
             for name in LAST_LAYER:
                 leaf = leaf[name]
             return jnp.linalg.norm(leaf)
 
-        ratio = size(pull) / (size(push) + 1e-4)
+        ratio = size(rec_grad) / (size(adv_grad) + 1e-4)
         return jnp.clip(ratio, self.stage.adversarial.min_ratio, MAX_RATIO)
 
     def eval_step(self, params, frozen, batch):

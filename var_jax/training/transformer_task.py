@@ -27,8 +27,8 @@ from var_jax.training.preview import (
     row_shapes,
     run_in_chunks,
 )
-from var_jax.training.state import apply_gradients
-from var_jax.training.task import Task, compute_dtype, model_config
+from var_jax.training.state import advance, optimizer_step
+from var_jax.training.task import StepOutput, Task, compute_dtype, model_config
 from var_jax.transformer.attention import choose_attention
 from var_jax.transformer.config import NextScaleConfig, NextTokenConfig, TransformerConfig
 from var_jax.transformer.flops import training_flops
@@ -146,8 +146,16 @@ class TransformerTask(Task):
         grads, (metrics, _) = accumulated_gradients(
             jax.grad(loss_fn, has_aux=True), state.params, parts, key, self.stage.train.accumulate
         )
-        state = apply_gradients(state, grads, self.optimizer, self.stage.train.ema)
-        return state, {**metrics, "gradient_norm": optax.tree.norm(grads)}
+        params, opt_state = optimizer_step(state, grads, self.optimizer)
+        state = advance(state, params, opt_state, self.stage.train.ema)
+        loss = metrics.pop("loss")
+        return StepOutput(
+            state=state,
+            loss=loss,
+            gradient_norm=optax.tree.norm(grads),
+            metrics=metrics,
+            must_be_finite=tuple(name for name in metrics if name.startswith("loss")),
+        )
 
     def eval_step(self, params, frozen, batch):
         tokens, inputs = self._tokens(self.tokenizer, frozen, batch)
