@@ -234,7 +234,7 @@ def main(argv):
         model = cli.load()
         labels, options = chosen_labels(model), cli.options(model)
         what = job(model, labels, options) if jax.process_index() == 0 else {}
-        tokenizer, model = model.tokenizer, model.spread()  # lets go of the copy on one device
+        tokenizer, model = model.tokenizer, model.replicate()  # lets go of the copy on one device
         try:
             sample(model, tokenizer, what, labels, options, out)
         except UserError as error:

@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec as P
 from benchmarks.workload import STEPS, tokenizer_shapes
 from var_jax.sampling.cast_params import in_compute_dtype, tokenizer_in_compute_dtype
 from var_jax.sampling.options import ScaleControls
-from var_jax.sampling.sampler import generate, image_keys
+from var_jax.sampling.sampler import Networks, generate, image_keys
 from var_jax.sharding import batch_sharding, on_mesh, replicated
 from var_jax.training.jit_steps import eval_batch_size, jit_eval_step, jit_train_step
 from var_jax.training.state import TrainState, create_state
@@ -85,5 +85,9 @@ def sampling_program(task: TransformerTask, mesh: Mesh, batch: int, controls: Sc
         jax.ShapeDtypeStruct((batch,), jnp.int32, sharding=split),
         jax.ShapeDtypeStruct(keys.shape, keys.dtype, sharding=split),
     )
-    draw = on_mesh(lambda *inputs: generate(task.tokenizer, task.model, *inputs, controls), mesh)
-    return {"sampling": (jax.jit(draw), inputs)}
+
+    def draw(tokenizer_params, params, labels, keys):
+        networks = Networks(task.tokenizer, task.model, tokenizer_params, params)
+        return generate(networks, labels, keys, controls)
+
+    return {"sampling": (jax.jit(on_mesh(draw, mesh)), inputs)}

@@ -35,7 +35,7 @@ from configs import tokenizer as tokenizer_config
 from configs import var
 from var_jax.sampling.cast_params import in_compute_dtype, tokenizer_in_compute_dtype
 from var_jax.sampling.options import SamplingOptions
-from var_jax.sampling.sampler import generate, image_keys
+from var_jax.sampling.sampler import Networks, generate, image_keys
 from var_jax.scales import SCALES_256, SCALES_512
 from var_jax.sharding import make_mesh
 from var_jax.tokenizer import model as tokenizer_model
@@ -180,16 +180,10 @@ def sample(args: argparse.Namespace, tokenizer: Tokenizer, task: NextScaleTask) 
     options = SamplingOptions(guidance_until=args.guidance_until)
     controls = options.controls(task.config.schedule, task.config.num_codes)
     labels = jnp.arange(args.batch, dtype=jnp.int32) % CLASSES
-    inputs = (
-        tokenizer_parameters(tokenizer),
-        params,
-        labels,
-        image_keys(0, jnp.arange(args.batch)),
-        controls,
-    )
-    draw = partial(generate, tokenizer, task.model)
-    result = measure(jax.jit(lambda *inputs: draw(*inputs)[0]), *inputs, repeats=args.repeats)
-    tokens_alone = measure(jax.jit(lambda *inputs: draw(*inputs)[1]), *inputs, repeats=args.repeats)
+    networks = Networks(tokenizer, task.model, tokenizer_parameters(tokenizer), params)
+    inputs = (networks, labels, image_keys(0, jnp.arange(args.batch)), controls)
+    result = measure(jax.jit(lambda *inputs: generate(*inputs)[0]), *inputs, repeats=args.repeats)
+    tokens_alone = measure(jax.jit(lambda *inputs: generate(*inputs)[1]), *inputs, repeats=args.repeats)
     seconds = tokens_alone["seconds"]
     result["without_decoder"] = {"seconds": seconds, "images_per_s": round(args.batch / seconds, 3)}
     flops = generation_flops(task.config, controls.num_guided_scales) * args.batch

@@ -212,7 +212,7 @@ def test_variation_keeps_the_coarse_maps(loaded):
 
 def test_eight_devices_share_a_batch(loaded):
     _, model = loaded
-    spread = model.spread()
+    spread = model.replicate()
     assert len(spread.params["head"]["kernel"].sharding.device_set) == 8
     labels = [0, 1, 2, 3, 4]
     images, tokens = spread.generate(labels, return_tokens=True)

@@ -35,7 +35,7 @@ OTHER_DECODER = """
 import sample
 from absl import app
 
-load = sample.command_line.load
+load = sample.cli.load
 
 def other():
     model = load()
@@ -43,7 +43,7 @@ def other():
     last["bias"] = last["bias"] + 0.5
     return model
 
-sample.command_line.load = other
+sample.cli.load = other
 app.run(sample.main)
 """
 # What sample.py says of its flags.

@@ -20,6 +20,7 @@ from var_jax.sampling.editing import mask_from_pixels, mask_from_scale
 from var_jax.sampling.options import MAX_SEED, SamplingOptions, check_integer
 from var_jax.sampling.sampler import (
     KnownTokens,
+    Networks,
     check_finite,
     device_put_global,
     generate_in_chunks,
@@ -149,8 +150,13 @@ class LoadedVAR:
         self.num_classes, self.depth = model.config.num_classes, model.config.depth
         self._sharding = None
 
-    def spread(self, devices=None) -> "LoadedVAR":
-        """This model with its parameters on all devices (of all hosts), which then share every batch."""
+    @property
+    def networks(self) -> Networks:
+        """Modules and parameters, as the functions of `sampling/sampler.py` take them."""
+        return Networks(self.tokenizer.module, self.module, self.tokenizer.params, self.params)
+
+    def replicate(self, devices=None) -> "LoadedVAR":
+        """Replicate the parameters on all devices (of all hosts), which then share every batch."""
         devices = jax.devices() if devices is None else devices
         mesh = jax.make_mesh((len(devices),), ("data",), axis_types=(AxisType.Auto,), devices=devices)
         everywhere = partial(
@@ -166,8 +172,7 @@ class LoadedVAR:
         tokens, labels = self.tokenizer.check_tokens(tokens), self.check_labels(labels)
         if len(tokens) != len(labels):
             raise ValueError(f"got tokens of {len(tokens)} images and {len(labels)} labels")
-        networks = (self.tokenizer.module, self.module, self.tokenizer.params, self.params)
-        return np.asarray(teacher_forced_logits(*networks, labels, tokens))
+        return np.asarray(teacher_forced_logits(self.networks, labels, tokens))
 
     def generate(
         self,
@@ -310,9 +315,10 @@ class LoadedVAR:
           more: `start`, `given` and `finish` of `generate_in_chunks`.
         """
         batch, seed = check_integer("batch", batch, 1), check_integer("seed", seed, 0, MAX_SEED)
-        networks = (self.tokenizer.module, self.module, self.tokenizer.params, self.params)
         labels = self.check_labels(labels)
-        return generate_in_chunks(*networks, labels, seed, options, batch, sharding=self._sharding, **more)
+        return generate_in_chunks(
+            self.networks, labels, seed, options, batch, sharding=self._sharding, **more
+        )
 
     def _drawn(
         self, labels, seed: int, options: SamplingOptions, batch: int | None, given: KnownTokens | None = None

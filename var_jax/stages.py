@@ -91,7 +91,7 @@ def build_task(
       stage: its config.
       workdir: of the run.
       source: training data.
-      coming: the tokenizer of an earlier stage that is not trained yet, to check a later stage against.
+      pending_tokenizer: of an earlier stage, not trained yet, to check a later stage against.
 
     Raises:
       ConfigError: on a task or a model that does not exist, or tokens of another tokenizer.

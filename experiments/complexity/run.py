@@ -41,7 +41,7 @@ from experiments.complexity.report import draw, exponents, report
 from experiments.complexity.uncached import UncachedNextScale, UncachedNextToken
 from var_jax import cli
 from var_jax.sampling.options import SamplingOptions
-from var_jax.sampling.sampler import generate, image_keys
+from var_jax.sampling.sampler import Networks, generate, image_keys
 from var_jax.tokenizer.config import TokenizerConfig
 from var_jax.transformer.config import NextScaleConfig, NextTokenConfig, TransformerConfig
 from var_jax.transformer.flops import generation_flops
@@ -145,8 +145,8 @@ def sampler(model: ARTransformer) -> Callable[[], jax.Array]:
     tokenizer_params = {"quantizer": {"codebook": jnp.asarray(codebook, jnp.float32)}}
     controls = SamplingOptions(guidance=0.0, top_k=0, top_p=0.0).controls(cfg.schedule, CODES)
     keys, label = image_keys(0, jnp.arange(1)), jnp.zeros(1, jnp.int32)
-    args = (tokenizer_params, params, label, keys, controls)
-    compiled = generate.lower(tokenizer, model, *args).compile()
+    args = (Networks(tokenizer, model, tokenizer_params, params), label, keys, controls)
+    compiled = generate.lower(*args).compile()
     return lambda: compiled(*args)[1]
 
 

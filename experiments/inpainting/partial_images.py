@@ -81,7 +81,7 @@ def share_seen(config: TransformerConfig, resample: np.ndarray) -> float:
 
     Args:
       config: of the transformer.
-      anew: bool [L], True where a token is made anew.
+      resample: bool [L], True where a token is made anew.
     """
     scales = config.schedule
     last = resample & (scales.levels == len(scales) - 1)
@@ -104,7 +104,7 @@ def fill(
     Args:
       model: VAR or next-token.
       images: uint8 [N, H, W, 3], painted over.
-      anew: bool [L], tokens to make anew.
+      resample: bool [L], tokens to make anew.
       labels: int [N]; num_classes for "no class".
       seed: image i depends on (seed, i) alone.
       once: encode the known tokens of all maps at once, as published editing does, and not against what is

@@ -9,7 +9,7 @@ import pytest
 
 from tests.helpers.arrays import close, randomized
 from var_jax.sampling.options import SamplingOptions, guide
-from var_jax.sampling.sampler import KnownTokens, generate_in_chunks, teacher_forced_logits
+from var_jax.sampling.sampler import KnownTokens, Networks, generate_in_chunks, teacher_forced_logits
 from var_jax.sampling.teacher_forcing import teacher_forcing
 from var_jax.tokenizer.model import Tokenizer
 from var_jax.tokenizer.quantizer import Quantizer
@@ -51,8 +51,8 @@ def spiral():
 
 
 def draw(tokenizer, model, labels, seed=0, given=None, **options):
-    networks = (tokenizer[0], model[0], tokenizer[1], model[1])
-    parts = generate_in_chunks(*networks, np.array(labels), seed, SamplingOptions(**options), 4, given=given)
+    networks = Networks(tokenizer[0], model[0], tokenizer[1], model[1])
+    parts = generate_in_chunks(networks, np.array(labels), seed, SamplingOptions(**options), 4, given=given)
     return tuple(np.concatenate(part) for part in zip(*parts, strict=True))
 
 
@@ -60,8 +60,8 @@ def draw(tokenizer, model, labels, seed=0, given=None, **options):
 def test_every_token_is_the_likeliest_of_its_teacher_forced_logits(flat_tokenizer, spiral, guidance):
     labels = np.array([0, 3, 4], np.int32)
     images, tokens = draw(flat_tokenizer, spiral, labels, guidance=guidance, top_k=1, top_p=0.0)
-    networks = (flat_tokenizer[0], spiral[0], flat_tokenizer[1], spiral[1])
-    both = [teacher_forced_logits(*networks, x, tokens) for x in (labels, np.full_like(labels, 5))]
+    networks = Networks(flat_tokenizer[0], spiral[0], flat_tokenizer[1], spiral[1])
+    both = [teacher_forced_logits(networks, x, tokens) for x in (labels, np.full_like(labels, 5))]
     logits = guide(np.stack(both, 1).reshape(-1, 16, 16), guidance)  # a single scale gets all the guidance
     np.testing.assert_array_equal(np.argmax(logits, -1), tokens)
     decoded = flat_tokenizer[0].apply({"params": flat_tokenizer[1]}, tokens, method="decode")
@@ -75,8 +75,8 @@ def test_tokens_are_drawn_with_their_probabilities(flat_tokenizer, spiral):
     partners = tokens[tokens[:, 0] == first, 1]
     known = np.zeros((1, 16), np.int32)
     known[0, 0] = first
-    networks = (flat_tokenizer[0], spiral[0], flat_tokenizer[1], spiral[1])
-    want = np.asarray(jax.nn.softmax(teacher_forced_logits(*networks, np.array([2]), known)[0, 1]))
+    networks = Networks(flat_tokenizer[0], spiral[0], flat_tokenizer[1], spiral[1])
+    want = np.asarray(jax.nn.softmax(teacher_forced_logits(networks, np.array([2]), known)[0, 1]))
     shares = np.bincount(partners, minlength=16) / len(partners)
     np.testing.assert_allclose(shares, want, atol=4 * np.sqrt(want.max() / len(partners)))
 
@@ -104,13 +104,13 @@ def test_given_tokens_stay_and_what_comes_before_them_does_not_see_them(flat_tok
 def test_a_token_moves_no_logit_before_it_in_the_order(flat_tokenizer, name):
     """From the tokens of an image to logits, both row by row: every order really is the one it says."""
     model, cells = next_token(name), order(name, 4)
-    networks = (flat_tokenizer[0], model[0], flat_tokenizer[1], model[1])
+    networks = Networks(flat_tokenizer[0], model[0], flat_tokenizer[1], model[1])
     tokens = np.random.default_rng(0).integers(0, 16, (1, 16)).astype(np.int32)
-    logits = teacher_forced_logits(*networks, np.array([2]), tokens)
+    logits = teacher_forced_logits(networks, np.array([2]), tokens)
     for j in (0, 6, 14):
         other = tokens.copy()
         other[:, cells[j]] = (other[:, cells[j]] + 1) % 16
-        changed = np.abs(teacher_forced_logits(*networks, np.array([2]), other) - logits).max((0, 2))
+        changed = np.abs(teacher_forced_logits(networks, np.array([2]), other) - logits).max((0, 2))
         assert changed[cells[: j + 1]].max() == 0 and changed[cells[j + 1]] > 1e-3
 
 

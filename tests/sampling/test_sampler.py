@@ -8,7 +8,14 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from tests.helpers.arrays import all_tokens, close
 from var_jax.images import denormalize_to_uint8
 from var_jax.sampling.options import SamplingOptions, guidance_per_scale, guide
-from var_jax.sampling.sampler import KnownTokens, generate, generate_in_chunks, image_keys, smooth_codes
+from var_jax.sampling.sampler import (
+    KnownTokens,
+    Networks,
+    generate,
+    generate_in_chunks,
+    image_keys,
+    smooth_codes,
+)
 from var_jax.scales import Scales
 from var_jax.tokenizer.config import TokenizerConfig
 from var_jax.tokenizer.model import Tokenizer
@@ -20,10 +27,10 @@ HOW = ("given", "start", "sharding", "postprocess")
 
 
 def draw(tiny_tokenizer, tiny_var, labels, seed=0, chunk=4, **options):
-    networks = (tiny_tokenizer[0], tiny_var[0], tiny_tokenizer[1], tiny_var[1])
+    networks = Networks(tiny_tokenizer[0], tiny_var[0], tiny_tokenizer[1], tiny_var[1])
     how = {name: options.pop(name) for name in HOW if name in options}
     options = SamplingOptions(**options)
-    parts = list(generate_in_chunks(*networks, np.array(labels), seed, options, chunk, **how))
+    parts = list(generate_in_chunks(networks, np.array(labels), seed, options, chunk, **how))
     return tuple(np.concatenate(part) for part in zip(*parts, strict=True))
 
 
@@ -140,12 +147,12 @@ def test_flops_fall_where_guidance_ends(tiny_tokenizer):
     key, n = jax.random.key(0), config.schedule.length - 1
     shapes = lambda net, *x: nn.meta.unbox(jax.eval_shape(net.init, key, *x))["params"]  # noqa: E731
     params = shapes(model, jnp.zeros(1, jnp.int32), jnp.zeros((1, n, 4)))
-    networks = (tokenizer, model, shapes(tokenizer, jnp.zeros((1, 8, 8, 3))), params)
+    networks = Networks(tokenizer, model, shapes(tokenizer, jnp.zeros((1, 8, 8, 3))), params)
     batch = (jnp.zeros(2, jnp.int32), image_keys(0, jnp.arange(2)))
 
     def counted(until):
         controls = SamplingOptions(guidance_until=until).controls(config.schedule, 64)
-        compiled = generate.lower(*networks, *batch, controls).compile()
+        compiled = generate.lower(networks, *batch, controls).compile()
         return compiled.cost_analysis()["flops"] / 2, generation_flops(config, controls.num_guided_scales)
 
     (all_guided, expected_all), (ended, expected_ended) = counted(None), counted(2)

@@ -7,7 +7,7 @@ import pytest
 
 from tests.helpers.tiny import tiny_config
 from var_jax.images import denormalize_to_uint8, normalize
-from var_jax.sampling.sampler import generate_in_chunks, image_keys
+from var_jax.sampling.sampler import Networks, generate_in_chunks, image_keys
 from var_jax.sharding import make_mesh, replicated
 from var_jax.tokenizer.model import decode_steps, encode
 from var_jax.training.preview import run_in_chunks
@@ -38,14 +38,14 @@ def test_samples_of_a_preview_are_those_of_the_generator(tiny_task):
     assert programs["samples"][1][2].shape == (32,)  # 8 a device, so that 80 take three calls
     keys = np.asarray(jax.random.key_data(image_keys(tiny_task.stage.seed, np.arange(len(labels)))))
     pixels, tokens = run_in_chunks(programs["samples"], state.params, frozen, labels, keys)
-    networks = (
+    networks = Networks(
         tiny_task.tokenizer,
         tiny_task.model,
         tiny_task.frozen["tokenizer"],
         jax.device_get(state.params),
     )
     parts = generate_in_chunks(
-        *networks,
+        networks,
         labels,
         tiny_task.stage.seed,
         tiny_task.options,

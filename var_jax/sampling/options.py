@@ -41,12 +41,12 @@ class ScaleControls:
     """Options worked out for every one of K scales; arrays change without compiling, the rest is static.
 
     Attributes:
-      strength: float32 [K], of guidance.
+      guidance_scale: float32 [K], of guidance.
       top_p: float32 [K].
       temperature: float32 [K].
-      guided: the first so many scales are guided; after them the unconditional half is not computed.
+      num_guided_scales: number of first scales that are guided; later ones skip the unconditional half.
       top_k: of each scale; 0 for all codes.
-      nucleus: whether top-p is used at each scale.
+      use_top_p: whether top-p is used at each scale.
       smooth: whether codes are mixed at each scale.
       scales: the first so many are drawn.
     """

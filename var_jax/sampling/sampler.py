@@ -54,12 +54,27 @@ def filter_logits(logits: jax.Array, top_k: int, top_p: float | jax.Array | None
 
 
 @flax.struct.dataclass
+class Networks:
+    """A tokenizer and a transformer with their parameters; under `jit` the modules are static."""
+
+    tokenizer: Tokenizer = flax.struct.field(pytree_node=False)
+    model: ARTransformer = flax.struct.field(pytree_node=False)
+    tokenizer_params: dict
+    params: dict
+
+    @property
+    def quantizer(self) -> Quantizer:
+        """The tokenizer's quantizer."""
+        return Quantizer.create(self.tokenizer_params["quantizer"], self.tokenizer.config)
+
+
+@flax.struct.dataclass
 class KnownTokens:
-    """Tokens that are there already, and which of them are to be drawn anew.
+    """Tokens of an image to keep, and those to draw again.
 
     Attributes:
       tokens: int32 [B, L].
-      anew: bool [B, L].
+      resample: bool [B, L], True where a token is drawn.
     """
 
     tokens: jax.Array
@@ -123,22 +138,18 @@ def _drawn(k, logits, keys, quantizer, controls, fold):
     return token_map, jnp.where(finite, codes, jnp.nan)
 
 
-@partial(jax.jit, static_argnames=("tokenizer", "model"))
+@jax.jit
 def generate(
-    tokenizer: Tokenizer,
-    model: ARTransformer,
-    tokenizer_params: dict,
-    params: dict,
+    networks: Networks,
     labels: jax.Array,
     keys: jax.Array,
     controls: ScaleControls,
     given: KnownTokens | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """Draws one image a label.
+    """Draw one image a label.
 
     Args:
-      tokenizer, model: the networks; hashable, so part of the program.
-      tokenizer_params, params: their parameters.
+      networks: tokenizer and transformer.
       labels: int32 [B].
       keys: random keys [B] (`image_keys`).
       controls: how to draw.
@@ -148,13 +159,14 @@ def generate(
       Images float32 [B, H, W, 3] in [-1, 1], and tokens int32 [B, n] of the maps drawn.  An image with logits
       that are not finite is NaN.
     """
-    quantizer = Quantizer.create(tokenizer_params["quantizer"], tokenizer.config)
+    config, quantizer = networks.model.config, networks.quantizer
     if controls.num_guided_scales:  # with and without class side by side, so that both stay on one device
-        labels = jnp.stack([labels, jnp.full_like(labels, model.config.num_classes)], axis=1).ravel()
-    draw = _draw_maps if model.config.predicts_maps else _draw_tokens
-    apply = partial(model.apply, {"params": params})
-    f_hat, tokens = draw(apply, model.config, quantizer, labels, keys, controls, given)
-    return tokenizer.apply({"params": tokenizer_params}, f_hat, method="decode_features"), tokens
+        labels = jnp.stack([labels, jnp.full_like(labels, config.num_classes)], axis=1).ravel()
+    draw = _draw_maps if config.predicts_maps else _draw_tokens
+    apply = partial(networks.model.apply, {"params": networks.params})
+    f_hat, tokens = draw(apply, config, quantizer, labels, keys, controls, given)
+    params = {"params": networks.tokenizer_params}
+    return networks.tokenizer.apply(params, f_hat, method="decode_features"), tokens
 
 
 def _draw_maps(apply, config, quantizer, labels, keys, controls, given):
@@ -202,19 +214,12 @@ def _draw_tokens(apply, config, quantizer, labels, keys, controls, given):
     return quantizer.upsample_and_smooth(0, codes), tokens
 
 
-@partial(jax.jit, static_argnames=("tokenizer", "model"))
-def teacher_forced_logits(
-    tokenizer: Tokenizer,
-    model: ARTransformer,
-    tokenizer_params: dict,
-    params: dict,
-    labels: jax.Array,
-    tokens: jax.Array,
-) -> jax.Array:
-    """Logits float32 [B, L, V] of tokens int32 [B, L], each given the true ones before it."""
-    quantizer = Quantizer.create(tokenizer_params["quantizer"], tokenizer.config)
-    _, inputs = teacher_forcing(model.config, quantizer, tokens)
-    return model.config.to_raster_order(model.apply({"params": params}, labels, inputs))
+@jax.jit
+def teacher_forced_logits(networks: Networks, labels: jax.Array, tokens: jax.Array) -> jax.Array:
+    """Compute logits float32 [B, L, V] of tokens int32 [B, L], each given the true ones before it."""
+    model = networks.model
+    _, inputs = teacher_forcing(model.config, networks.quantizer, tokens)
+    return model.config.to_raster_order(model.apply({"params": networks.params}, labels, inputs))
 
 
 def device_put_global(x: jax.Array | np.ndarray, sharding: NamedSharding) -> jax.Array:
@@ -233,10 +238,7 @@ def _finished(images: jax.Array, tokens: jax.Array, postprocess, sharding: Named
 
 
 def generate_in_chunks(
-    tokenizer: Tokenizer,
-    model: ARTransformer,
-    tokenizer_params: dict,
-    params: dict,
+    networks: Networks,
     labels: np.ndarray,
     seed: int,
     options: SamplingOptions,
@@ -252,6 +254,7 @@ def generate_in_chunks(
     The devices work on a chunk while the one before it is handed out.
 
     Args:
+      networks: tokenizer and transformer.
       labels: int [N].
       seed: image i depends on (seed, i) alone.
       chunk: images made at once; over several devices, rounded up to a multiple of their number.
@@ -266,9 +269,10 @@ def generate_in_chunks(
     Raises:
       NonFiniteImages: naming the first images of a chunk that are not finite.
     """
-    controls = options.controls(model.config.schedule, model.config.num_codes)
+    config = networks.model.config
+    controls = options.controls(config.schedule, config.num_codes)
     labels, whole = np.asarray(labels, np.int32), None
-    if (labels == model.config.num_classes).all():
+    if (labels == config.num_classes).all():
         controls = controls.replace(num_guided_scales=0)  # both halves would be the same
     if sharding is not None:
         whole = NamedSharding(sharding.mesh, PartitionSpec())
@@ -281,9 +285,7 @@ def generate_in_chunks(
         part = None if given is None else jax.tree.map(lambda x: place(np.asarray(x)[rows]), given)  # noqa: B023
         keys = image_keys(seed, place(indices))
         with contextlib.nullcontext() if sharding is None else jax.set_mesh(sharding.mesh):
-            made = generate(
-                tokenizer, model, tokenizer_params, params, place(labels[rows]), keys, controls, part
-            )
+            made = generate(networks, place(labels[rows]), keys, controls, part)
         made = (*_finished(*made, postprocess, whole), first, labels[first : first + chunk])
         if waiting is not None:
             yield _to_host(*waiting)

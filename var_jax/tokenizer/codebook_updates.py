@@ -152,7 +152,7 @@ def kmeans(quantizer: Quantizer, features: jax.Array, key: jax.Array, resample: 
       quantizer: where it starts.
       features: [B, h, w, C].
       key: random key.
-      anew: bool scalar; start from random features in place of the quantizer's codes.
+      resample: bool scalar; start from random features in place of the quantizer's codes.
 
     Returns:
       Codebook [V, C].

@@ -15,7 +15,7 @@ def image_terms(
     """What a reconstruction is held to, unweighted.
 
     Args:
-      images, again: float32 [B, H, W, 3] in [-1, 1], and their reconstructions.
+      images, recon: float32 [B, H, W, 3] in [-1, 1], and their reconstructions.
       vgg: parameters for the perceptual distance; None leaves that term out.
       precision: of the convolutions of the perceptual distance.
 

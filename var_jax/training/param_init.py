@@ -39,8 +39,8 @@ class Rules:
     """What makes two networks of a kind different ones.
 
     Attributes:
-      same: fields of the architecture that must be equal; some do not show in any shape.
-      anew: parameters that are made anew where they do not fit.
+      must_match: fields of the architecture that must be equal; some do not show in any shape.
+      may_reinit: parameters that are made anew where they do not fit.
     """
 
     must_match: tuple[str, ...]

@@ -13,7 +13,7 @@ from var_jax.dtypes import PRECISIONS
 from var_jax.errors import ConfigError, config_errors
 from var_jax.images import denormalize_to_uint8, image_grid, image_strips, normalize
 from var_jax.sampling.options import SamplingOptions
-from var_jax.sampling.sampler import generate, image_keys
+from var_jax.sampling.sampler import Networks, generate, image_keys
 from var_jax.sampling.teacher_forcing import teacher_forcing
 from var_jax.sharding import make_mesh
 from var_jax.tokenizer.model import Tokenizer, fingerprint
@@ -191,8 +191,8 @@ class TransformerTask(Task):
 
         def samples(params, frozen, labels, key_data):
             keys = jax.random.wrap_key_data(key_data)
-            networks = (self.tokenizer, self.model, frozen["tokenizer"], params)
-            images, tokens = generate(*networks, labels, keys, controls)
+            networks = Networks(self.tokenizer, self.model, frozen["tokenizer"], params)
+            images, tokens = generate(networks, labels, keys, controls)
             return denormalize_to_uint8(images), tokens
 
         def scales(params, frozen, tokens):

@@ -37,7 +37,7 @@ def generation_flops(
     (The scan over tokens multiplies by the whole cache, under a mask: twice the products of attention.)
 
     Args:
-      guided: the first so many steps are computed with and without class.
+      num_guided_scales: the first so many steps are computed with and without class.
       steps: how many are made; None for all.
       cached: keys and values are kept; without, every step computes all positions so far anew.
     """

@@ -173,7 +173,7 @@ class TokenCoords:
     Attributes:
       query: float32 [L, 2], row and column that a query stands at, in cells of the finest map.
       key: float32 [L, 2], where what a key holds lies.
-      query_line, key_line: float32 [L], the same in one dimension.
+      query_index, key_index: float32 [L], the same in one dimension.
       side: of the finest map.
     """
 
