@@ -8,16 +8,16 @@ Prints the metrics, writes them as JSON, and the worst and the best images besid
 """
 
 import json
-import sys
 
 import numpy as np
-from absl import app, flags
+from absl import flags
 
 import var_jax
 from var_jax import cli
 from var_jax.data.loader import eval_batches
 from var_jax.data.sources import open_source
-from var_jax.data.transforms import CorruptImage, ToPixels
+from var_jax.data.transforms import ToPixels
+from var_jax.errors import config_errors
 from var_jax.evaluation.reconstruction import evaluate_reconstruction
 from var_jax.images import image_grid, save_png
 from var_jax.interop.lpips_weights import load_perceptual
@@ -36,26 +36,18 @@ flags.DEFINE_integer("batch", 64, "Images at once", lower_bound=1)
 flags.DEFINE_string("out", None, "Where to write; by default --workdir, else here")
 
 
-def main(argv):
-    if len(argv) > 1:
-        raise app.UsageError(f"unknown arguments {argv[1:]}")
+def main(_):
     path, scales = cli.tokenizer_source()
-    cli.start()
-    try:
+    with config_errors():
         out = as_path(FLAGS.out or FLAGS.workdir or ".")
         tokenizer = var_jax.load_tokenizer(path, scales=scales, step=FLAGS.step, dtype=FLAGS.dtype)
         vgg = load_perceptual(FLAGS.perceptual_weights) if FLAGS.perceptual_weights else None
         source = open_source(FLAGS.data, FLAGS.split, FLAGS.data_dir)
-    except (FileNotFoundError, ValueError) as error:  # the message names the file, or the data set
-        sys.exit(f"evaluate.py: {error}")
     transform = ToPixels(source.name, tokenizer.module.config.image_size, FLAGS.resize, False)
     batches = eval_batches(source, transform, FLAGS.batch)
-    try:
-        metrics, worst, best = evaluate_reconstruction(
-            tokenizer.module, tokenizer.params, batches, source.num_records, vgg
-        )
-    except CorruptImage as error:
-        sys.exit(f"evaluate.py: {error}")
+    metrics, worst, best = evaluate_reconstruction(
+        tokenizer.module, tokenizer.params, batches, source.num_records, vgg
+    )
     rows = [np.concatenate([side.images, side.again]) for side in (worst, best)]
     grid = image_grid(np.concatenate(rows), columns=len(worst.images))
     path = save_png(grid, out / "reconstruction_extremes.png")
@@ -72,4 +64,4 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    app.run(main)
+    cli.run(main)

@@ -25,7 +25,6 @@ from tqdm import tqdm
 
 import var_jax
 from var_jax import cli
-from var_jax.errors import UserError
 from var_jax.images import denormalize_to_uint8, image_grid, image_strips, save_png
 from var_jax.paths import is_remote, local_path
 from var_jax.sampling.auto_batch_size import largest_batch
@@ -224,22 +223,16 @@ def sample(
         multihost_utils.sync_global_devices("samples.npz")
 
 
-def main(argv):
-    if len(argv) > 1:
-        raise app.UsageError(f"unknown arguments {argv[1:]}")
+def main(_):
     out = out_folder()
-    cli.start()
     cli.join_hosts()
     with cli.failing_at_once():
         model = cli.load()
         labels, options = chosen_labels(model), cli.options(model)
         what = job(model, labels, options) if jax.process_index() == 0 else {}
         tokenizer, model = model.tokenizer, model.replicate()  # lets go of the copy on one device
-        try:
-            sample(model, tokenizer, what, labels, options, out)
-        except UserError as error:
-            sys.exit(f"sample.py: {error}")
+        sample(model, tokenizer, what, labels, options, out)
 
 
 if __name__ == "__main__":
-    app.run(main)
+    cli.run(main)

@@ -20,7 +20,7 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
-from absl import app, flags, logging
+from absl import flags, logging
 from jax.sharding import Mesh, NamedSharding
 from ml_collections import ConfigDict
 
@@ -28,6 +28,7 @@ from benchmarks.compile_ahead import Compiled, compiled, topology_devices
 from benchmarks.programs import sampling_program, training_programs
 from benchmarks.workload import make_task, make_tokenizer_task
 from configs import digits
+from var_jax import cli
 from var_jax.scales import SCALES_256, Scales
 from var_jax.sharding import activation_spec, make_mesh, on_mesh
 from var_jax.training.task import Task
@@ -43,10 +44,10 @@ def small_config() -> ConfigDict:
     """Both stages: the least networks that use each kernel and loss that the published ones use."""
     config = digits.get_config()
     for stage in (config.tokenizer, config.next_scale):
-        stage.train.update(dict(batch=16, dtype="bfloat16", ema=0.99))
+        stage.train.update(dict(batch=16, dtype="bfloat16", ema_decay=0.99))
     # A map of 64 positions, the least that cuDNN's attention takes; images of 16 pixels, the least of VGG.
     config.tokenizer.model.update(dict(scales=(1, 8), num_codes=64, ch=32, ch_mult=(1, 1)))
-    config.tokenizer.codebook.update(dict(kmeans_steps=1, ema=0.99))
+    config.tokenizer.codebook.update(dict(kmeans_steps=1, ema_decay=0.99))
     config.next_scale.model.update(dict(depth=2, width=128, num_heads=2, drop_path=0.1))
     config.next_scale.sampling.update(dict(guidance=1.5, top_k=20, top_p=0.96))
     return config
@@ -56,7 +57,7 @@ def with_all_losses(stage: ConfigDict) -> ConfigDict:
     """A tokenizer stage with perceptual loss and discriminator, as the published recipe has them."""
     stage = stage.copy_and_resolve_references()
     stage.loss.perceptual = 1.0
-    stage.adversarial.update(dict(weight=0.4, start=0.2, layers=1, channels=16))
+    stage.adversarial.update(dict(weight=0.4, start_fraction=0.2, layers=1, channels=16))
     return stage
 
 
@@ -160,9 +161,7 @@ def check(stage: str, topology: str) -> None:
     check_transformer(topology, config, mesh)
 
 
-def main(argv):
-    if len(argv) > 1:
-        raise app.UsageError(f"unknown arguments {argv[1:]}")
+def main(_):
     start = time.perf_counter()
     parts = zip(*itertools.product(("tokenizer", "next_scale"), TOPOLOGY.value), strict=True)
     with concurrent.futures.ProcessPoolExecutor(os.cpu_count(), SPAWN) as pool:
@@ -171,4 +170,4 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    app.run(main)
+    cli.run(main)

@@ -95,7 +95,7 @@ def parse_arguments() -> argparse.Namespace:
 
 def run_stage_here(args: argparse.Namespace) -> None:
     """Runs the parts of a stage and appends each to OUT/STAGE.jsonl as it ends."""
-    cli.start()
+    cli.keep_compiled_programs()
     if args.stage in HOST_STAGES:
         jax.config.update("jax_platforms", "cpu")
     options = Options(

@@ -156,7 +156,7 @@ def attention_config(tiny: bool) -> NextScaleConfig:
         return NextScaleConfig(
             depth=2, width=32, num_heads=2, num_classes=10, num_codes=16, code_dim=4, scales=(1, 2, 4, 8)
         )
-    return NextScaleConfig(depth=2, width=1024, num_heads=16, scales=SCALES_256, label_drop=0.0)
+    return NextScaleConfig(depth=2, width=1024, num_heads=16, scales=SCALES_256, class_dropout_prob=0.0)
 
 
 def forward_and_backward(function: Callable, weights: jax.Array) -> Callable:

@@ -37,7 +37,7 @@ from var_jax.training.task import program_flops
 from var_jax.transformer.config import NextScaleConfig
 from var_jax.transformer.flops import training_flops
 
-RESIZE = 1.125  # as configs/common.py has it
+RESIZE = 1.125  # as configs/schema.py has it
 CHIPS = 8  # of a machine
 MACHINES = ("TPU v5e", "H200")
 ASSUMED_MFU = 0.45  # of encoder and transformer alike

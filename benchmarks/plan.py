@@ -20,12 +20,11 @@ Prints a table, and writes all of it as JSON.
 """
 
 import json
-import sys
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-from absl import app, flags, logging
+from absl import flags
 from jax.sharding import Mesh
 from ml_collections import ConfigDict, config_flags
 
@@ -34,6 +33,8 @@ from benchmarks.compile_ahead import Compiled, compiled, gib, topology_devices
 from benchmarks.programs import abstract_frozen, sampling_program, training_programs
 from benchmarks.roofline import Step, best_mesh, bound
 from benchmarks.workload import make_task, make_tokenizer_task
+from var_jax import cli
+from var_jax.errors import config_errors
 from var_jax.paths import local_path
 from var_jax.sharding import check_batch, make_mesh
 from var_jax.stages import stages_of
@@ -60,7 +61,7 @@ def planned_task(config: ConfigDict, mesh: Mesh) -> Task:
             f"--config must end with a stage tokenizer or next_scale, got {stage.task}; "
             "--config.stages=NAME chooses one"
         )
-    check_batch(stage.train.batch, mesh, stage.train.accumulate)
+    check_batch(stage.train.batch, mesh, stage.train.grad_accum_steps)
     if stage.train.dtype == "auto":
         stage.train.dtype = "bfloat16"
     return make_tokenizer_task(stage) if stage.task == "tokenizer" else make_task(config, mesh)
@@ -255,15 +256,10 @@ def planned(config: ConfigDict, topologies: list[str]) -> list[tuple[str, Task, 
     return plans
 
 
-def main(argv):
-    if len(argv) > 1:
-        raise app.UsageError(f"unknown arguments {argv[1:]}")
-    logging.set_verbosity(logging.ERROR)
-    try:
+def main(_):
+    with config_errors():
         out = FLAGS.out and local_path(FLAGS.out, "--out")
         plans = planned(FLAGS.config, FLAGS.topology)
-    except ValueError as error:  # the message names the flag or field
-        sys.exit(f"plan: {error}")
     rows = []
     for name, task, mesh in plans:
         if FLAGS.what == "train":
@@ -293,4 +289,4 @@ if __name__ == "__main__":
     flags.DEFINE_string("out", None, "JSON file to write")
     flags.DEFINE_string("hlo", None, "Start of the names of files for the compiled programs' text")
     flags.mark_flag_as_required("config")
-    app.run(main)
+    cli.run(main)

@@ -58,7 +58,7 @@ def training_programs(task: Task, mesh: Mesh, from_tokens: bool) -> tuple[Progra
       parameters: both stay on the devices whatever program runs.
     """
     cfg = task.stage.train
-    _, state = create_state(task.init, task.optimizer, cfg.ema > 0, jax.random.key(0), mesh)
+    _, state = create_state(task.init, task.optimizer, cfg.ema_decay > 0, jax.random.key(0), mesh)
     frozen, params = replicate(abstract_frozen(task), mesh), state.sampling_params
     key = replicate(jax.eval_shape(lambda: jax.random.key(0)), mesh)
     batch = abstract_batch(task, mesh, cfg.batch, from_tokens)

@@ -53,11 +53,11 @@ class Step:
         itemsize = jnp.dtype(dtype).itemsize
         return cls(
             train.batch,
-            train.accumulate,
+            train.grad_accum_steps,
             **sizes,
             remat=remat,
             itemsize=itemsize,
-            ema=train.ema > 0,
+            ema=train.ema_decay > 0,
             other_flops=other_flops,
         )
 

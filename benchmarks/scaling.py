@@ -18,7 +18,6 @@ devices are multiples of the number of processes; for fewer, start fewer process
 
 import dataclasses
 import json
-import sys
 import time
 from pathlib import Path
 
@@ -33,6 +32,7 @@ from ml_collections import config_flags
 from benchmarks.scaling_report import MODES, draw, merge, table, with_efficiency, with_rates
 from benchmarks.workload import CLASSES, STEPS, make_task, next_scale_stage, tokenizer_shapes
 from var_jax import cli
+from var_jax.errors import config_errors
 from var_jax.paths import local_path
 from var_jax.sharding import batch_sharding, check_batch, make_mesh, replicated
 from var_jax.training.hardware import peak_flops
@@ -115,7 +115,7 @@ def time_step(task: NextScaleTask, mesh: Mesh, steps: int) -> dict[str, float]:
       compile_s, and the median of `seconds` from step to step.
     """
     cfg = task.stage.train
-    make_state, abstract = create_state(task.init, task.optimizer, cfg.ema > 0, jax.random.key(2), mesh)
+    make_state, abstract = create_state(task.init, task.optimizer, cfg.ema_decay > 0, jax.random.key(2), mesh)
     step = jit_train_step(task, cfg, STEPS, mesh, abstract)
     state, inputs, key = make_state(), random_inputs(task, cfg.batch, mesh), jax.random.key(3)
     start = time.perf_counter()
@@ -162,7 +162,7 @@ def asked() -> tuple[dict[Point, NextScaleTask], dict[int, Mesh]]:
     meshes = {n: make_mesh(**cfg.mesh, devices=subset(n)) for n in counts}
     tasks = {}
     for point in plan(counts, FLAGS.modes, cfg.batch, FLAGS.batch_per_device):
-        check_batch(point.batch, meshes[point.devices], cfg.accumulate)
+        check_batch(point.batch, meshes[point.devices], cfg.grad_accum_steps)
         tasks[point] = make_task(FLAGS.config, meshes[point.devices], point.batch)
     return tasks, meshes
 
@@ -182,22 +182,17 @@ def measured(tasks: dict[Point, NextScaleTask], meshes: dict[int, Mesh]) -> dict
     }
 
 
-def main(argv):
-    if len(argv) > 1:
-        raise app.UsageError(f"unknown arguments {argv[1:]}")
+def main(_):
     if bool(FLAGS.config) == bool(FLAGS.merge):
         raise app.UsageError("give --config of what to measure, or --merge of what was")
     out = cli.local_folder("out")
-    cli.start()
     cli.join_hosts()
-    try:
+    with config_errors():
         if FLAGS.merge:
             folders = [local_path(folder, "--merge") for folder in FLAGS.merge]
             run = merge([json.loads((folder / "scaling.json").read_text()) for folder in folders])
         else:
             job = asked()
-    except (FileNotFoundError, ValueError) as error:  # the message names the flag, field or file
-        sys.exit(f"scaling: {error}")
     if not FLAGS.merge:
         with cli.failing_at_once():
             run = measured(*job)
@@ -225,4 +220,4 @@ if __name__ == "__main__":
     flags.DEFINE_list("merge", None, "Directories of earlier runs to put into one, in place of measuring")
     flags.DEFINE_string("out", None, "Where scaling.json and scaling.png go", required=True)
     cli.define_host_flags()
-    app.run(main)
+    cli.run(main)

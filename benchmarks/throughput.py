@@ -233,7 +233,7 @@ def train_tokenizer(args: argparse.Namespace, tokenizer: Tokenizer, task: NextSc
     """The tokenizer's own step, with all that the published one trains with: LPIPS and a discriminator."""
     stage = tokenizer_config.get_config()
     stage.model.scales = tokenizer.config.scales
-    stage.adversarial.start = 0.0
+    stage.adversarial.start_fraction = 0.0
     stage.codebook.kmeans_steps = 0
     stage.train.update(batch=args.batch, dtype=tokenizer.dtype.name)
     if (

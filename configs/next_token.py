@@ -4,40 +4,43 @@
     python train.py --config=configs/next_token.py:d16 --workdir=runs/raster --config.tokenizer=runs/single
     python train.py --config=configs/next_token.py:digits --workdir=runs/raster_digits   # on a laptop
 
-Depth, width, optimiser and schedule are those of configs/var.py, so that the prediction scheme is all that
-differs.  A way through the map is `--config.model.order=spiral_in`, positions are
-`--config.model.positions=rotary_2d`, masks `--config.model.mask=axial` (var_jax/transformer/positions.py,
-var_jax/transformer/positions.py; with digits: `--config.next_token.model.order=...`).
+Depth, width, optimizer and schedule are those of configs/var.py: only the prediction scheme differs.  Orders
+of prediction are set by `--config.model.order=spiral_in`, positions by `--config.model.positions=rotary_2d`,
+masks by `--config.model.mask=axial` (var_jax/transformer/positions.py; with digits:
+`--config.next_token.model.order=...`).
 
 `d12` to `d30` have not been run at this size: they need ImageNet and accelerators.
 """
 
 from ml_collections import ConfigDict
 
-from configs import digits, var
+from configs import digits, schema, var
 
-SEQUENCE = dict(order="raster", order_seed=0, mask="causal", reach=1)
+SIZES = tuple(name for name in var.RECIPES if name != "d36")
 
 
 def get_config(name: str = "d16") -> ConfigDict:
-    known = [*(name for name in var.RECIPES if name != "d36"), "digits"]
-    if name not in known:
-        raise ValueError(f"configs/next_token.py knows {', '.join(known)}; got {name!r}")
+    if name not in (*SIZES, "digits"):
+        raise ValueError(f"configs/next_token.py knows {', '.join(SIZES)}, digits; got {name!r}")
     if name == "digits":
         return flattened(digits.get_config())
-    config = var.get_config(name)
-    config.task = "next_token"
+    config = schema.next_token_stage()
+    var.set_recipe(config, name)
     config.scales = (16,)
-    config.model.update(SEQUENCE)
     return config
 
 
 def flattened(config: ConfigDict) -> ConfigDict:
-    """What stands against a config of tokenizer and next_scale: one map, the finest, token by token."""
-    tokenizer, stage = (ConfigDict(config[name].to_dict()) for name in ("tokenizer", "next_scale"))
-    # One map: no quantizer dropout, no phi.
-    scales = tuple(tokenizer.model.scales)[-1:]
-    tokenizer.model.update(dict(scales=scales, num_phis=0, quantizer_dropout=0.0))
-    stage.task, stage.tokenizer, stage.scales, stage.data.tokens = "next_token", "", (), ""  # its own
-    stage.model.update(SEQUENCE)
+    """Convert a config of tokenizer and next_scale: one map, the finest, token by token."""
+    tokenizer = ConfigDict(config.tokenizer.to_dict())
+    tokenizer.model.scales = tuple(tokenizer.model.scales)[-1:]
+    tokenizer.model.num_phis = 0
+    tokenizer.model.quantizer_dropout = 0.0
+    stage = schema.next_token_stage()
+    for name, value in config.next_scale.items():
+        if isinstance(value, ConfigDict):
+            stage[name].update(value)
+        elif name not in ("task", "tokenizer", "scales"):  # its tokenizer is that of the run
+            stage[name] = value
+    stage.data.tokens = ""
     return ConfigDict(dict(stages=("tokenizer", "next_token"), tokenizer=tokenizer, next_token=stage))

@@ -34,89 +34,68 @@ None has been run at this size: they need ImageNet and accelerators.
 
 from ml_collections import ConfigDict
 
-from configs import common
+from configs import schema
 
-SIZES = ("published", "small", "single", "residual", "patches")
+VARIANTS = ("published", "small", "single", "residual", "patches")
 
 
-def get_config(size: str = "published") -> ConfigDict:
-    if size not in SIZES:
-        raise ValueError(f"configs/tokenizer.py knows {', '.join(SIZES)}; got {size!r}")
-    config = ConfigDict(
-        dict(task="tokenizer", seed=0, data=common.data("imagenet2012"), train=common.train())
-    )
-    config.data.eval_split = "validation"
-    config.model = dict(
-        scales=(1, 2, 3, 4, 5, 6, 8, 10, 13, 16),
-        num_codes=4096,
-        code_dim=32,
-        ch=160,
-        ch_mult=(1, 1, 2, 2, 4),
-        num_blocks=2,
-        num_phis=4,
-        l2_normalized=False,
-        norm_groups=32,
-        dropout=0.0,
-        quantizer_dropout=0.1,
-        gradient="straight_through",  # or "rotation"
-        patch=0,  # side in pixels of patches that are the features as they are; 0: the networks
-    )
-    config.loss = dict(l2=1.0, l1=0.2, perceptual=1.0, codebook=1.0, entropy=0.0)
-    config.train.remat = True  # keep little for the backward pass, and work the rest out again
-    # Files of VGG-16 (torchvision's) and LPIPS's channel weights, comma between; empty: no perceptual loss.
-    config.perceptual_weights = ""
-    config.init_from = ""  # published file or run directory to fine-tune; empty: from scratch
-    config.codebook = dict(
-        kmeans_steps=10,  # first steps in which the codebook is fitted to the batch; not after init_from
-        ema=0.99,  # decay of the mean of its targets that a code follows; 0: follows its gradient
-        entropy_temperature=0.01,  # of loss.entropy, in units of squared distance
-        hits_decay=0.99,  # of the moving average of code uses
-        dead_below=0.03,  # of an even share of the uses
-        restart_every=100,  # steps; 0 for never
-        restart_until=0.8,  # share of all steps
-        window=10_000,  # images that the use of codes in the log is over, at most (but two batches)
-    )
-    config.adversarial = dict(
-        weight=0.4,  # 0: no discriminator
-        adaptive=True,  # times the ratio of gradients at the last layer
-        min_ratio=0.015,
-        start=0.2,  # share of all steps before it
-        warmup=0.02,  # share of all steps over which its weight rises
-        network="patch",  # PatchGAN; or "dino": heads on features of a frozen ViT-S
-        dino_weights="",  # its file
-        channels=64,
-        layers=3,
-        augment=True,  # images before the discriminator sees them (DiffAugment)
-        r1=0.0,
-        lecam=0.0,
-        train=dict(learning_rate=1e-4, b1=0.5, b2=0.9, clip=10.0, weight_decay=0.005, weight_decay_end=0.005),
-    )
-    config.train.update(
-        dict(
-            epochs=250,
-            learning_rate=1e-4,  # 3e-4 at batch 768
-            b1=0.5,
-            b2=0.9,
-            clip=10.0,
-            weight_decay=0.005,
-            weight_decay_end=0.005,
-            schedule="cos",
-            end=0.3,
-            ema=0.9999,
-        )
-    )
-    if size == "small":
+def get_config(variant: str = "published") -> ConfigDict:
+    if variant not in VARIANTS:
+        raise ValueError(f"configs/tokenizer.py knows {', '.join(VARIANTS)}; got {variant!r}")
+    config = schema.tokenizer_stage()
+
+    # Model
+    config.model.scales = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)
+    config.model.num_codes = 4096
+    config.model.code_dim = 32
+    config.model.ch = 160
+    config.model.ch_mult = (1, 1, 2, 2, 4)
+    config.model.num_blocks = 2
+    config.model.num_phis = 4
+    config.model.quantizer_dropout = 0.1
+
+    # Losses
+    config.loss.l2 = 1.0
+    config.loss.l1 = 0.2
+    config.loss.perceptual = 1.0
+    config.loss.codebook = 1.0
+    config.adversarial.weight = 0.4
+    config.adversarial.start_fraction = 0.2
+
+    # Optimizer
+    config.train.batch = 768
+    config.train.epochs = 250
+    config.train.base_learning_rate = 1e-4  # 3e-4 at batch 768
+    config.train.b1 = 0.5
+    config.train.b2 = 0.9
+    config.train.grad_clip_norm = 10.0
+    config.train.weight_decay = 0.005
+    config.train.weight_decay_end = 0.005
+    config.train.lr_schedule = "cos"
+    config.train.lr_end_fraction = 0.3
+    config.train.ema_decay = 0.9999
+
+    if variant == "small":
         config.model.ch = 64
-        config.train.update(dict(batch=128, epochs=40, ema=0.999))
-    if size == "residual":
-        config.model.update(dict(scales=(16,) * 4, num_phis=0))
-    if size in ("single", "patches"):
-        config.model.update(dict(scales=(16,), num_phis=0, quantizer_dropout=0.0))
-    if size == "patches":
+        config.train.batch = 128
+        config.train.epochs = 40
+        config.train.ema_decay = 0.999
+    if variant == "residual":
+        config.model.scales = (16,) * 4
+        config.model.num_phis = 0
+    if variant in ("single", "patches"):
+        config.model.scales = (16,)
+        config.model.num_phis = 0
+        config.model.quantizer_dropout = 0.0
+    if variant == "patches":
         config.model.patch = 16
-        config.loss.update(dict(l1=0.0, perceptual=0.0, codebook=0.0))  # l2 says it all
+        config.loss.l1 = 0.0
+        config.loss.perceptual = 0.0
+        config.loss.codebook = 0.0  # without networks, l2 is the codebook loss
         config.adversarial.weight = 0.0
-        config.train.update(
-            dict(epochs=2, ema=0.0, eval_every=1000, preview_every=1000, checkpoint_every=1000)
-        )
+        config.train.epochs = 2
+        config.train.ema_decay = 0.0
+        config.train.eval_every = 1000
+        config.train.preview_every = 1000
+        config.train.checkpoint_every = 1000
     return config

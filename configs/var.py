@@ -9,53 +9,46 @@ accelerators.
 
 from ml_collections import ConfigDict
 
-from configs import common
+from configs import schema
 from var_jax.scales import SCALES_256, SCALES_512
 
-# Depth -> epochs, batch, learning rate at 256 images, gamma at the start, end of schedule, end of decay.
+# The published hyperparameters that differ by depth.
 RECIPES = {
-    "d12": (200, 768, 1e-4, 1e-3, 0.1, 0.05),
-    "d16": (200, 768, 1e-4, 1e-3, 0.1, 0.05),
-    "d20": (250, 768, 1e-4, 1e-3, 0.1, 0.05),
-    "d24": (350, 768, 8e-5, 1e-4, 0.01, 0.05),
-    "d30": (350, 1024, 8e-5, 1e-5, 0.01, 0.08),
-    "d36": (350, 768, 8e-5, 5e-6, 0.01, 0.08),
+    "d12": dict(epochs=200, batch=768, base_learning_rate=1e-4, gamma_init=1e-3, lr_end=0.1, decay_end=0.05),
+    "d16": dict(epochs=200, batch=768, base_learning_rate=1e-4, gamma_init=1e-3, lr_end=0.1, decay_end=0.05),
+    "d20": dict(epochs=250, batch=768, base_learning_rate=1e-4, gamma_init=1e-3, lr_end=0.1, decay_end=0.05),
+    "d24": dict(epochs=350, batch=768, base_learning_rate=8e-5, gamma_init=1e-4, lr_end=0.01, decay_end=0.05),
+    "d30": dict(
+        epochs=350, batch=1024, base_learning_rate=8e-5, gamma_init=1e-5, lr_end=0.01, decay_end=0.08
+    ),
+    "d36": dict(epochs=350, batch=768, base_learning_rate=8e-5, gamma_init=5e-6, lr_end=0.01, decay_end=0.08),
 }
 
 
 def get_config(name: str = "d16") -> ConfigDict:
     if name not in RECIPES:
         raise ValueError(f"configs/var.py knows {', '.join(RECIPES)}; got {name!r}")
-    epochs, batch, learning_rate, gamma_init, end, weight_decay_end = RECIPES[name]
-    depth, large = int(name[1:]), name == "d36"
-    config = ConfigDict(
-        dict(task="next_scale", seed=0, data=common.data("imagenet2012"), train=common.train())
-    )
-    config.transformer = common.transformer()
-    config.data.eval_split = "validation"
-    config.tokenizer = ""  # published file or run directory; empty: this run's own
-    config.init_from = ""  # published file or run directory to fine-tune; empty: from scratch
-    config.scales = SCALES_512 if large else SCALES_256  # of the tokenizer; () for whatever it has
-    config.model = dict(
-        depth=depth,
-        width=64 * depth,
-        num_heads=depth,
-        shared_adaln=large,
-        normalized_attention=True,
-        positions="learned_1d",  # see var_jax/transformer/positions.py
-        gamma_init=gamma_init,
-        label_drop=0.1,
-        drop_path=0.1 * depth / 24,
-        dropout=0.0,
-    )
-    config.train.update(
-        dict(
-            epochs=epochs,
-            batch=batch,
-            learning_rate=learning_rate,
-            end=end,
-            weight_decay_end=weight_decay_end,
-        )
-    )
-    config.sampling = dict(guidance=1.5, top_k=900, top_p=0.96, smooth=False)  # of the previews
+    config = schema.transformer_stage()
+    set_recipe(config, name)
+    config.scales = SCALES_512 if name == "d36" else SCALES_256
     return config
+
+
+def set_recipe(config: ConfigDict, name: str) -> None:
+    """Set architecture and optimizer of a published size; configs/next_token.py trains the same sizes."""
+    recipe, depth = RECIPES[name], int(name[1:])
+
+    # Model
+    config.model.depth = depth
+    config.model.width = 64 * depth
+    config.model.num_heads = depth
+    config.model.shared_adaln = name == "d36"
+    config.model.gamma_init = recipe["gamma_init"]
+    config.model.drop_path = 0.1 * depth / 24
+
+    # Optimizer
+    config.train.epochs = recipe["epochs"]
+    config.train.batch = recipe["batch"]
+    config.train.base_learning_rate = recipe["base_learning_rate"]
+    config.train.lr_end_fraction = recipe["lr_end"]
+    config.train.weight_decay_end = recipe["decay_end"]

@@ -7,6 +7,8 @@ import pytest
 from absl import app
 
 from var_jax import cli
+from var_jax.errors import ConfigError
+from var_jax.training.config_fields import with_present_names
 from var_jax.training.trainer import Preempted
 
 
@@ -59,3 +61,43 @@ def test_edits_lead_to_one_class(monkeypatch):
         monkeypatch.setattr(cli, "FLAGS", flag(*words))
         with pytest.raises(app.UsageError, match="--label=.*: must name 1 class, got"):
             cli.labels(model, "label", most=1)
+
+
+def test_an_error_of_a_user_is_a_line_and_a_bug_is_itself(monkeypatch):
+    def fail(error):
+        def main(_):
+            raise error
+
+        return main
+
+    monkeypatch.setattr(cli.sys, "argv", ["edit"])
+    monkeypatch.setattr(cli.app, "run", lambda command, argv: command(argv))
+    monkeypatch.setattr(cli, "keep_compiled_programs", lambda: None)
+    monkeypatch.setattr(cli, "command_name", lambda: "edit")
+    with pytest.raises(SystemExit, match="^edit: --mask is too small$"):
+        cli.run(fail(ConfigError("--mask is too small")))
+    with pytest.raises(ValueError, match="broadcast"):
+        cli.run(fail(ValueError("cannot broadcast")))
+
+
+def test_config_fields_of_the_last_release_are_accepted_with_a_notice(monkeypatch, capsys):
+    flags = ("--config.next_scale.train.learning_rate=1e-3", "--config.train.batch=8", "--out=x")
+    seen = []
+    monkeypatch.setattr(cli.sys, "argv", ["train.py", *flags])
+    monkeypatch.setattr(cli.app, "run", lambda command, argv: seen.extend(argv))
+    cli.run(lambda argv: None)
+    assert seen == ["train.py", "--config.next_scale.train.base_learning_rate=1e-3", *flags[1:]]
+    assert (
+        "train.learning_rate is called --config.next_scale.train.base_learning_rate"
+        in capsys.readouterr().err
+    )
+
+
+def test_saved_configs_of_the_last_release_get_present_names():
+    saved = {"model": {"label_drop": 0.1, "depth": 2}, "stage": {"train": {"keep": 1, "batch": 4}}}
+    saved["stage"]["adversarial"] = {"start": 0.2, "train": {"clip": 1.0}}
+    now = with_present_names(saved)
+    assert now["model"] == {"class_dropout_prob": 0.1, "depth": 2}
+    assert now["stage"]["train"] == {"max_to_keep": 1, "batch": 4}
+    assert now["stage"]["adversarial"] == {"start_fraction": 0.2, "train": {"grad_clip_norm": 1.0}}
+    assert with_present_names(now) == now

@@ -131,7 +131,7 @@ def test_the_commands_of_the_readme_are_those_of_plan_and_run_dry():
             *sections, last = name.split(".")
             section = functools.reduce(lambda result, part: result[part], sections, fields)
             section[last] = type(section[last])(value)  # fails on a field that is not there
-        check_batch(fields.train.batch, mesh_of(fields.train.mesh, chips), fields.train.accumulate)
+        check_batch(fields.train.batch, mesh_of(fields.train.mesh, chips), fields.train.grad_accum_steps)
 
 
 def mesh_of(sizes: dict, chips: int) -> types.SimpleNamespace:

@@ -50,7 +50,7 @@ def test_a_wrong_config_is_a_line_and_a_bug_a_traceback(digits_dir, tmp_path):
         f"--config.tokenizer.data.dir={digits_dir}",
         f"--config.next_scale.data.dir={digits_dir}",
     )
-    done = command("train.py", *flags, "--config.tokenizer.train.accumulate=7")
+    done = command("train.py", *flags, "--config.tokenizer.train.grad_accum_steps=7")
     assert done.returncode == 1
     assert re.search(r"^train.py: train.batch=64 must be a multiple of 7: ", done.stderr, re.M), done.stderr
     assert "Traceback" not in done.stderr

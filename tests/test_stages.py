@@ -62,9 +62,9 @@ def add(section, **fields):
         (lambda c: c.train.update(batch=30), "train.batch=30 must be a multiple of 8"),
         (lambda c: c.train.update(batch=2000), "fewer than one batch of 2000"),
         (lambda c: c.train.update(log_every=0), "train.log_every must be at least 1, got 0"),
-        (lambda c: c.train.update(ema=1.0), r"train.ema must be in \[0, 1\)"),
+        (lambda c: c.train.update(ema_decay=1.0), r"train.ema_decay must be in \[0, 1\)"),
         (lambda c: c.train.update(dtype="float17"), "train.dtype must be auto, float32 or bfloat16"),
-        (lambda c: c.train.update(schedule="up"), "train.schedule must be one of"),
+        (lambda c: c.train.update(lr_schedule="up"), "train.lr_schedule must be one of"),
         (lambda c: c.train.update(steps=0, epochs=0), "make no step"),
         (
             lambda c: c.update(task="gan"),
@@ -129,7 +129,7 @@ def test_512px_and_unknown_sizes():
 def test_rhythm_and_place_may_change_between_runs_and_nothing_else(tmp_path):
     saved = {"steps": 9, "tokenizer": "codebook 1", "stage": digits.get_config().tokenizer.to_dict()}
     now = digits.get_config().tokenizer
-    now.train.update(dict(log_every=1, keep=9, mesh=dict(data=2)))
+    now.train.update(dict(log_every=1, max_to_keep=9, mesh=dict(data=2)))
     now.data.update(dict(dir="/elsewhere", threads=1))
     check_resume_compatible(saved, {**saved, "stage": now.to_dict()}, tmp_path)
     del saved["stage"]["init_from"], saved["stage"]["model"]["patch"]  # a run older than these fields

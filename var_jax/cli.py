@@ -5,6 +5,7 @@ import dataclasses
 import os
 import sys
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
@@ -13,10 +14,11 @@ from absl import app, flags, logging
 from etils import epath
 
 import var_jax
-from var_jax.errors import UserError
+from var_jax.errors import UserError, config_errors
 from var_jax.interop.tensor_files import SUFFIXES
 from var_jax.paths import local_path
 from var_jax.sampling.options import MAX_SEED, SamplingOptions
+from var_jax.training.config_fields import rename_flags
 
 FLAGS = flags.FLAGS
 NO_CLUSTER = "coordinator_address should be defined"  # what JAX says where it knows no cluster around it
@@ -63,10 +65,40 @@ def define_host_flags() -> None:
     flags.DEFINE_integer("host_timeout", 100, "Seconds after which a host that is gone ends the others, too")
 
 
-def start() -> None:
-    """What every script does first: less noise, and compiled programs kept from run to run."""
-    logging.set_verbosity(logging.ERROR)  # Orbax warns of every item that is left unread
-    keep_compiled_programs()
+def run(main: Callable[[list[str]], None], num_arguments: int = 0, verbosity: int = logging.ERROR) -> None:
+    """Parse the flags and run a command, which prints a `UserError` as a line and any other error as it is.
+
+    Config fields of the last release are accepted under their old names, with a notice.
+
+    Args:
+      main: the command; takes what is left of the command line.
+      num_arguments: number of its positional arguments.
+      verbosity: of the log; Orbax warns of every item that is left unread.
+    """
+
+    def command(argv: list[str]) -> None:
+        if len(argv) != 1 + num_arguments:
+            raise app.UsageError(f"takes {num_arguments or 'no'} arguments beside flags, got {argv[1:]}")
+        logging.set_verbosity(verbosity)
+        keep_compiled_programs()
+        try:
+            main(argv)
+        except UserError as error:
+            sys.exit(f"{command_name()}: {error}")
+
+    arguments, notices = rename_flags(sys.argv)
+    for notice in notices:
+        print(notice, file=sys.stderr)
+    app.run(command, argv=arguments)
+
+
+def command_name() -> str:
+    """Name of the running command: `train.py`, `edit`, or the experiment of `experiments.NAME.run`."""
+    spec = sys.modules["__main__"].__spec__
+    if spec is None:
+        return Path(sys.argv[0]).name
+    parts = spec.name.split(".")
+    return parts[-2] if parts[-1] == "run" else parts[-1]
 
 
 def join_hosts() -> None:
@@ -89,7 +121,7 @@ def join_hosts() -> None:
             return
         named = given[0] or "of process 0, as the cluster names it"
         sys.exit(
-            f"{Path(sys.argv[0]).name}: the hosts did not find each other: {error}\n"
+            f"{command_name()}: the hosts did not find each other: {error}\n"
             "  Check that every process was started, with the same number of them and an id of its own, and\n"
             f"  that the address {named} is reachable from all hosts and its port free on process 0."
         )
@@ -114,7 +146,7 @@ def failing_at_once():
         if isinstance(error, SystemExit):
             print(error.code, file=sys.stderr)
         elif isinstance(error, UserError):
-            print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
+            print(f"{command_name()}: {error}", file=sys.stderr)
         else:
             traceback.print_exc()
         sys.stderr.flush()
@@ -141,23 +173,22 @@ def tokenizer_source() -> tuple[str, tuple[int, ...] | None]:
 
 
 def load() -> var_jax.LoadedVAR:
-    """The networks that the flags name; ends the script with a message where they do not load.
+    """Load the networks that the flags name.
 
     Raises:
       UsageError: where the flags name none.
+      ConfigError: naming the file that cannot be read.
     """
     checkpoint = FLAGS.checkpoint or "latest"
     is_file = checkpoint.endswith(SUFFIXES)
     if not (FLAGS.tokenizer or FLAGS.workdir) or not (is_file or FLAGS.workdir):
         raise app.UsageError("give --workdir of a run, or --tokenizer and --checkpoint of published files")
     path, scales = tokenizer_source()
-    try:
+    with config_errors():
         tokenizer = var_jax.load_tokenizer(path, scales=scales, dtype=FLAGS.dtype)
         if is_file:
             return var_jax.load_var(checkpoint, tokenizer=tokenizer, dtype=FLAGS.dtype)
         return var_jax.load_var(FLAGS.workdir, tokenizer=tokenizer, step=checkpoint, dtype=FLAGS.dtype)
-    except (FileNotFoundError, ValueError) as error:  # the message names the file and what is wrong with it
-        sys.exit(f"{Path(sys.argv[0]).name}: {error}")
 
 
 def options(model: var_jax.LoadedVAR, **defaults) -> SamplingOptions:

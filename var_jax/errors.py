@@ -12,18 +12,20 @@ class ConfigError(UserError, ValueError):
 
 
 @contextlib.contextmanager
-def config_errors(prefix: str = ""):
-    """Turn the ValueError or FileNotFoundError of a check into a ConfigError.
+def config_errors(*types: type[Exception], prefix: str = ""):
+    """Convert the errors of a check into a ConfigError.
 
     Only around checks, and the reading, of what the user gave, never around work: there a ValueError is a
     bug, whose traceback is needed.
 
     Args:
+      types: errors to convert; ValueError and FileNotFoundError by default.
       prefix: of the message; names the field or flag where the message does not.
     """
+    types = types or (ValueError, FileNotFoundError)
     try:
         yield
     except UserError:
         raise
-    except (ValueError, FileNotFoundError) as error:
+    except types as error:
         raise ConfigError(f"{prefix}{error}") from error

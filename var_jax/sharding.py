@@ -105,7 +105,7 @@ def check_batch(batch: int, mesh: Mesh, accumulate: int = 1) -> None:
     if accumulate < 1 or batch % (shards * accumulate):
         raise ConfigError(
             f"train.batch={batch} must be a multiple of {shards * accumulate}: {shards} devices share a "
-            f"batch (mesh axes {' and '.join(BATCH_AXES)}) and train.accumulate={accumulate} splits it"
+            f"batch (mesh axes {' and '.join(BATCH_AXES)}) and train.grad_accum_steps={accumulate} splits it"
         )
 
 

@@ -65,7 +65,7 @@ def open_sources(stage: ConfigDict) -> tuple[Source, Source]:
     """
     data = stage.data
     if not data.tokens:
-        with config_errors("config.data: "):
+        with config_errors(prefix="config.data: "):
             train, held_out = (
                 open_source(data.name, split, data.dir) for split in (data.train_split, data.eval_split)
             )
@@ -78,7 +78,7 @@ def open_sources(stage: ConfigDict) -> tuple[Source, Source]:
         raise ConfigError(
             f"config.data.tokens={data.tokens!r}: the stage tokenizer is trained on images; leave it empty"
         )
-    with config_errors("config.data.tokens: "):
+    with config_errors(prefix="config.data.tokens: "):
         return open_token_cache(data.tokens)
 
 
@@ -113,7 +113,7 @@ def build_task(
             )
         return make(stage, steps, pending_tokenizer, {}, source.num_classes, mesh), steps
     path = stage.tokenizer or workdir
-    with config_errors("config.tokenizer: "):
+    with config_errors(prefix="config.tokenizer: "):
         try:
             tokenizer, params = load_tokenizer(path, tuple(stage.scales) or None, dtype=stage.train.dtype)
         except FileNotFoundError as error:
@@ -144,14 +144,14 @@ def load_perceptual_networks(stage: ConfigDict) -> dict:
     result = {}
     if stage.loss.get("perceptual"):
         if stage.perceptual_weights:
-            with config_errors("config.perceptual_weights: "):
+            with config_errors(prefix="config.perceptual_weights: "):
                 result["vgg"] = load_perceptual(stage.perceptual_weights.split(","))
         else:
             print("tokenizer: no perceptual loss, since config.perceptual_weights names no file", flush=True)
     if stage.adversarial.weight and stage.adversarial.network == "dino":
         if not stage.adversarial.dino_weights:
             raise ConfigError("config.adversarial.network=dino needs a file: config.adversarial.dino_weights")
-        with config_errors("config.adversarial.dino_weights: "):
+        with config_errors(prefix="config.adversarial.dino_weights: "):
             result["dino"] = load_dino(stage.adversarial.dino_weights)
     return result
 
@@ -167,7 +167,7 @@ def given_params(stage: ConfigDict, task: Task, workdir: epath.Path) -> dict[str
     if not path or has_checkpoint(workdir / task.name / CHECKPOINT_DIR):
         return {}
     shapes = nn.meta.unbox(jax.eval_shape(task.init, jax.random.key(0))[0])
-    with config_errors("config.init_from: "):
+    with config_errors(prefix="config.init_from: "):
         try:
             config, params = read_network(path, task.name)
         except FileNotFoundError as error:
@@ -207,7 +207,7 @@ def run(config: ConfigDict, workdir: epath.PathLike, profile: StepRange | None =
     for stage in stages_of(config):  # whatever can be wrong with any stage, before the first one starts
         for field in ("tokenizer", "init_from"):
             if stage.get(field):
-                with config_errors(f"config.{field}: "):
+                with config_errors(prefix=f"config.{field}: "):
                     stage[field] = str(as_path(stage[field]))
         sources = open_sources(stage)
         check_training(stage.train)

@@ -11,7 +11,6 @@ codebook that is large for the data, and nothing else.  Each remedy is added to 
 """
 
 import json
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +21,6 @@ from ml_collections import ConfigDict
 from benchmarks.tables import markdown
 from configs import digits, tokenizer
 from var_jax import cli, stages
-from var_jax.errors import UserError
 from var_jax.training.metrics import read_metrics
 
 FLAGS = flags.FLAGS
@@ -33,26 +31,26 @@ VARIANTS = {
     "l2_normalized": {"model.l2_normalized": True},
     "kmeans": {"codebook.kmeans_steps": 10},
     "restart": {"codebook.restart_every": 20},
-    "ema": {"codebook.ema": 0.99},
+    "ema": {"codebook.ema_decay": 0.99},
     "quantizer_dropout": {"model.quantizer_dropout": 0.1},
-    "rotation": {"model.gradient": "rotation"},
+    "rotation": {"model.vq_gradient": "rotation"},
     "entropy": {"loss.entropy": 0.1},
 }
 # A part of the config that only these experiments change.
 BASELINE = {
     "model.l2_normalized": False,
     "model.quantizer_dropout": 0.0,
-    "model.gradient": "straight_through",
+    "model.vq_gradient": "straight_through",
     "codebook.kmeans_steps": 0,
-    "codebook.ema": 0.0,
+    "codebook.ema_decay": 0.0,
     "codebook.restart_every": 0,
     "loss.entropy": 0.0,
     "loss.perceptual": 0.0,
     "adversarial.weight": 0.0,
 }
 RECIPES = ("recipe", "recipe_without_dropout")
-RECIPE = ("model.l2_normalized", "model.quantizer_dropout", "model.gradient", "codebook.kmeans_steps")
-RECIPE += ("codebook.ema", "codebook.restart_every", "loss.entropy")
+RECIPE = ("model.l2_normalized", "model.quantizer_dropout", "model.vq_gradient", "codebook.kmeans_steps")
+RECIPE += ("codebook.ema_decay", "codebook.restart_every", "loss.entropy")
 
 
 def experiment(variant: str, data: str, data_dir: str, seed: int, steps: int) -> ConfigDict:
@@ -62,13 +60,13 @@ def experiment(variant: str, data: str, data_dir: str, seed: int, steps: int) ->
     config.data.update(dict(name=data, dir=data_dir, shift=0))
     if data == "digits":
         config.model.update(dict(scales=(1, 2, 3, 4)))
-        config.train.update(dict(batch=64, learning_rate=2e-3))
+        config.train.update(dict(batch=64, base_learning_rate=2e-3))
     else:  # 32 pixels
         config.model.update(dict(scales=(1, 2, 3, 4, 6, 8), ch=16, ch_mult=(1, 2, 2)))
-        config.train.update(dict(batch=32, learning_rate=4e-3))
+        config.train.update(dict(batch=32, base_learning_rate=4e-3))
     config.model.update(dict(num_codes=512, code_dim=32))
     config.loss.update(dict(l2=1.0, l1=0.2, codebook=1.0))
-    config.codebook.update(dict(hits_decay=0.95, restart_until=0.8, window=4000))
+    config.codebook.update(dict(hits_decay=0.95, restart_until_fraction=0.8, window=4000))
     same = ("b1", "b2", "clip", "weight_decay", "weight_decay_end")
     config.train.update({name: published.train[name] for name in same})
     every = dict.fromkeys(("eval_every", "preview_every", "checkpoint_every"), steps)
@@ -144,23 +142,17 @@ def draw(runs: dict[str, list[list[dict]]], sides: tuple[int, ...], path: Path) 
     figure.savefig(path, dpi=110)
 
 
-def main(argv):
-    if len(argv) > 1:
-        raise app.UsageError(f"unknown arguments {argv[1:]}")
+def main(_):
     known = [*VARIANTS, *RECIPES]
     variants = FLAGS.variants or known
     if unknown := sorted(set(variants) - set(known)):
         raise app.UsageError(f"--variants must be among {', '.join(known)}; got {', '.join(unknown)}")
     seeds, out = cli.numbers("seeds", int), cli.local_folder("out")
-    cli.start()
-    try:
-        for seed in seeds:
-            for variant in variants:
-                print(f"--- {variant}, seed {seed}", flush=True)
-                config = experiment(variant, FLAGS.data, FLAGS.data_dir, seed, FLAGS.steps)
-                stages.run(config, out / variant / str(seed))
-    except UserError as error:
-        sys.exit(f"codebook: {error}")
+    for seed in seeds:
+        for variant in variants:
+            print(f"--- {variant}, seed {seed}", flush=True)
+            config = experiment(variant, FLAGS.data, FLAGS.data_dir, seed, FLAGS.steps)
+            stages.run(config, out / variant / str(seed))
     model = experiment(variants[0], FLAGS.data, FLAGS.data_dir, seeds[0], FLAGS.steps).model
     runs = results(out, known)  # of earlier calls too
     result = summary(runs, model.num_codes, len(model.scales))
@@ -177,4 +169,4 @@ if __name__ == "__main__":
     flags.DEFINE_list("variants", None, "Some of the variants")
     flags.DEFINE_list("seeds", ["0", "1", "2"], "Each variant is trained with each")
     flags.DEFINE_integer("steps", 400, "Of each run", lower_bound=20)
-    app.run(main)
+    cli.run(main)

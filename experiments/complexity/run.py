@@ -197,9 +197,7 @@ def on_paper(cfg: TransformerConfig, cached: bool) -> dict:
     return {"positions": cfg.length, "steps": len(cfg.steps), "paper": flops}
 
 
-def main(argv):
-    if len(argv) > 1:
-        raise app.UsageError(f"unknown arguments {argv[1:]}")
+def main(_):
     sides = sorted(set(cli.numbers("sides", int)))
     if len(sides) < 2 or sides[0] < 2:
         raise app.UsageError(f"--sides={','.join(FLAGS.sides)}: must be two sizes or more, from 2 on")
@@ -207,7 +205,6 @@ def main(argv):
         make("next-scale, KV cache", sides[0], FLAGS.width, FLAGS.depth)
     except ValueError as error:  # a width that its heads do not divide
         raise app.UsageError(f"--width={FLAGS.width}: {error}") from error
-    cli.start()
     out = cli.local_folder("out")
     out.mkdir(parents=True, exist_ok=True)
     say = lambda line: print(line, flush=True)  # noqa: E731
@@ -238,4 +235,4 @@ if __name__ == "__main__":
     flags.DEFINE_float("most_seconds", 240, "An image that would take longer is not timed", lower_bound=0)
     flags.DEFINE_integer("last", 3, "Exponents are fitted to so many of the largest sizes", lower_bound=2)
     flags.DEFINE_string("out", None, "Directory of the results", required=True)
-    app.run(main)
+    cli.run(main)

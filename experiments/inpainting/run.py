@@ -22,19 +22,17 @@ Writes `generality.md` (a table a task), `generality.json` and `generality.png`.
 """
 
 import json
-import sys
 from functools import partial
 from pathlib import Path
 
 import numpy as np
-from absl import app, flags
+from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 import var_jax
 from experiments.inpainting import partial_images, report
 from experiments.next_token import run as next_token
 from var_jax import cli, stages
-from var_jax.errors import UserError
 from var_jax.evaluation.classifier import Classifier
 from var_jax.images import to_uint8
 from var_jax.transformer.positions import ORDERS
@@ -205,17 +203,11 @@ def compared(
     return result, pictures
 
 
-def main(argv):
-    if len(argv) > 1:
-        raise app.UsageError(f"unknown arguments {argv[1:]}")
+def main(_):
     systems, seeds = next_token.named(FLAGS.systems, SYSTEMS), cli.numbers("seeds", int)
     out = cli.local_folder("out")
-    cli.start()
-    try:
-        bases = next_token.bases_of(FLAGS.config, out)
-        result, pictures = compared(bases, systems, seeds, out, FLAGS.steps, FLAGS.draws)
-    except UserError as error:
-        sys.exit(f"inpainting: {error}")
+    bases = next_token.bases_of(FLAGS.config, out)
+    result, pictures = compared(bases, systems, seeds, out, FLAGS.steps, FLAGS.draws)
     (out / "generality.json").write_text(json.dumps(result, indent=1))
     (out / "generality.md").write_text(report.tables(result) + "\n")
     report.draw(pictures, out / "generality.png")
@@ -230,4 +222,4 @@ if __name__ == "__main__":
     flags.DEFINE_integer("steps", 400, "Of VAR; the others take as many as cost the same", lower_bound=1)
     flags.DEFINE_integer("draws", 2, "Of every unknown part", lower_bound=1)
     flags.mark_flag_as_required("config")
-    app.run(main)
+    cli.run(main)

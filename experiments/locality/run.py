@@ -21,11 +21,10 @@ in `orders.png`, and the curves in `locality.png`.
 """
 
 import json
-import sys
 from pathlib import Path
 
 import numpy as np
-from absl import app, flags
+from absl import flags
 from matplotlib.axes import Axes
 from matplotlib.collections import LineCollection
 from matplotlib.figure import Figure
@@ -43,7 +42,8 @@ from experiments.locality.measures import (
 from var_jax import cli
 from var_jax.data.loader import train_batches
 from var_jax.data.sources import Source, open_source
-from var_jax.data.transforms import CorruptImage, ToPixels
+from var_jax.data.transforms import ToPixels
+from var_jax.errors import config_errors
 from var_jax.tokenizer.quantizer import Quantizer
 from var_jax.transformer.positions import ORDERS, order
 
@@ -215,24 +215,16 @@ def _by_doubling(axis: Axes, most: int) -> None:
     axis.set_xlim(0.9, most)
 
 
-def main(argv):
-    if len(argv) > 1:
-        raise app.UsageError(f"unknown arguments {argv[1:]}")
+def main(_):
     out = cli.local_folder("out")
-    cli.start()
     result, side = None, FLAGS.side or SIDE
     if FLAGS.workdir or FLAGS.tokenizer:
         path, scales = cli.tokenizer_source()
-        try:
+        with config_errors():
             tokenizer = var_jax.load_tokenizer(path, scales=scales)
             source = open_source(FLAGS.data, FLAGS.split, FLAGS.data_dir)
             check_map(tokenizer)
-        except (FileNotFoundError, ValueError) as error:  # the message names the flag or file
-            sys.exit(f"locality: {error}")
-        try:
-            result = information(tokenizer, finest_tokens(tokenizer, source, FLAGS.images))
-        except CorruptImage as error:
-            sys.exit(f"locality: {error}")
+        result = information(tokenizer, finest_tokens(tokenizer, source, FLAGS.images))
         result, side = {"data": source.name, **result}, FLAGS.side or result["side"]
     apart = distances(side)
     out.mkdir(parents=True, exist_ok=True)
@@ -258,4 +250,4 @@ if __name__ == "__main__":
         "side", None, "Of the map; by default that of the tokenizer's last, else 16", lower_bound=2
     )
     flags.DEFINE_string("out", None, "Directory of the results", required=True)
-    app.run(main)
+    cli.run(main)

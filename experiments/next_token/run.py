@@ -16,7 +16,6 @@ sooner or later: the loss given is the least on the way, beside the last; sample
 """
 
 import json
-import sys
 import time
 from collections.abc import Iterable
 from functools import partial
@@ -34,7 +33,7 @@ from experiments.setup_tokens import prepare
 from var_jax import cli, stages
 from var_jax.data.sources import open_source
 from var_jax.data.transforms import ToPixels
-from var_jax.errors import ConfigError, UserError
+from var_jax.errors import ConfigError
 from var_jax.evaluation.classifier import SampleJudge
 from var_jax.images import denormalize_to_uint8, to_uint8
 from var_jax.training.metrics import read_metrics
@@ -184,16 +183,10 @@ def reconstructed(stage: ConfigDict, jury: SampleJudge) -> dict:
     return {"tokens": task_of(stage).config.length, "psnr": float((-10 * np.log10(error)).mean()), **figures}
 
 
-def main(argv):
-    if len(argv) > 1:
-        raise app.UsageError(f"unknown arguments {argv[1:]}")
+def main(_):
     systems, seeds = named(FLAGS.systems, SYSTEMS), cli.numbers("seeds", int)
     out = cli.local_folder("out")
-    cli.start()
-    try:
-        result = compared(bases_of(FLAGS.config, out), systems, seeds, out, FLAGS.steps, FLAGS.per_class)
-    except UserError as error:
-        sys.exit(f"next_token: {error}")
+    result = compared(bases_of(FLAGS.config, out), systems, seeds, out, FLAGS.steps, FLAGS.per_class)
     (out / "compare.json").write_text(json.dumps(result, indent=1))
     (out / "compare.md").write_text(report.table(result) + "\n")
     report.draw_losses(result["systems"], out / "compare.png")
@@ -244,4 +237,4 @@ if __name__ == "__main__":
     flags.DEFINE_integer("steps", 400, "Of VAR; the others take as many as cost the same", lower_bound=1)
     flags.DEFINE_integer("per_class", 100, "Samples of each class, to judge a run by", lower_bound=2)
     flags.mark_flag_as_required("config")
-    app.run(main)
+    cli.run(main)

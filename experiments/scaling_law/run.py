@@ -19,7 +19,6 @@ goes on.  Writes `scaling_law.md` (tables), `scaling_law.json` and `scaling_law.
 """
 
 import json
-import sys
 from pathlib import Path
 
 import jax
@@ -30,7 +29,7 @@ from benchmarks.workload import next_scale_stage
 from experiments import setup_tokens
 from experiments.scaling_law import report
 from var_jax import cli, stages
-from var_jax.errors import UserError, config_errors
+from var_jax.errors import config_errors
 from var_jax.training.checkpoint import CHECKPOINT_DIR, load_config
 from var_jax.training.metrics import read_metrics
 from var_jax.transformer.config import NextScaleConfig
@@ -78,9 +77,11 @@ def experiment(
     stage.seed = seed
     stage.model.update(dict(depth=depth, width=width, num_heads=depth, drop_path=drop_path))
     if rate_by_width:
-        stage.train.learning_rate *= own / width
+        stage.train.base_learning_rate *= own / width
     every = max(steps // evaluations, 1)
-    stage.train.update(dict(steps=steps, schedule="constant", ema=EMA, eval_every=every, preview_every=0))
+    stage.train.update(
+        dict(steps=steps, lr_schedule="constant", ema_decay=EMA, eval_every=every, preview_every=0)
+    )
     return stage
 
 
@@ -126,27 +127,21 @@ def sizes(words: list[str]) -> list[int]:
     return depths
 
 
-def main(argv):
-    if len(argv) > 1:
-        raise app.UsageError(f"unknown arguments {argv[1:]}")
+def main(_):
     try:
         depths, seeds = sizes(FLAGS.depths), sorted(set(cli.numbers("seeds", int)))
     except ValueError as error:
         raise app.UsageError(str(error)) from error
     out = cli.local_folder("out")
-    cli.start()
     cli.join_hosts()
     asked = [(depth, seed) for seed in seeds for depth in depths]
     workdirs = [out / "runs" / f"d{depth}" / str(seed) for depth, seed in asked]
-    try:
-        with cli.failing_at_once():
-            stage = prepare(FLAGS.config, out, FLAGS.crops)
-            for i, ((depth, seed), workdir) in enumerate(zip(asked, workdirs, strict=True), 1):
-                print(f"--- run {i} of {len(asked)}: depth {depth}, seed {seed}", flush=True)
-                how = (FLAGS.width_per_depth, FLAGS.rate_by_width, seed, FLAGS.evaluations)
-                stages.run(experiment(stage, depth, *how), workdir)
-    except UserError as error:
-        sys.exit(f"scaling_law: {error}")
+    with cli.failing_at_once():
+        stage = prepare(FLAGS.config, out, FLAGS.crops)
+        for i, ((depth, seed), workdir) in enumerate(zip(asked, workdirs, strict=True), 1):
+            print(f"--- run {i} of {len(asked)}: depth {depth}, seed {seed}", flush=True)
+            how = (FLAGS.width_per_depth, FLAGS.rate_by_width, seed, FLAGS.evaluations)
+            stages.run(experiment(stage, depth, *how), workdir)
     if jax.process_index() > 0:
         return
     runs = [read_run(workdir) for workdir in workdirs]
@@ -170,4 +165,4 @@ if __name__ == "__main__":
     flags.DEFINE_integer("crops", 16, "Of each image, where the data is encoded here", lower_bound=1)
     cli.define_host_flags()
     flags.mark_flag_as_required("config")
-    app.run(main)
+    cli.run(main)

@@ -110,10 +110,10 @@ def test_a_size_of_the_published_config_is_the_published_one(tiny_run, token_cac
     stage.train.batch = 16
     d20, want = experiment(stage, 20, 64, False, 3, 40), var.get_config("d20")
     assert {**d20.model} == pytest.approx({**want.model})
-    assert (d20.seed, d20.train.schedule, d20.train.learning_rate) == (3, "constant", 1e-4)
+    assert (d20.seed, d20.train.lr_schedule, d20.train.base_learning_rate) == (3, "constant", 1e-4)
     assert d20.train.steps == 200 * 1442 // 16 and d20.train.eval_every == d20.train.steps // 40
-    assert experiment(stage, 8, 64, True, 3, 40).train.learning_rate == pytest.approx(2e-4)
-    assert stage.model.depth == 16 and stage.train.schedule == "lin0"  # as it was
+    assert experiment(stage, 8, 64, True, 3, 40).train.base_learning_rate == pytest.approx(2e-4)
+    assert stage.model.depth == 16 and stage.train.lr_schedule == "lin0"  # as it was
 
 
 @pytest.mark.parametrize(

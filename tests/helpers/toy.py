@@ -71,5 +71,5 @@ class Toy(Task):
 def toy_stage(data_dir, every: int, **train):
     """Config of a stage; a checkpoint every so many steps."""
     stage = tiny_config(data_dir, every=every).next_scale
-    stage.train.update(dict(ema=0.0, eval_every=1000, preview_every=1000, **train))
+    stage.train.update(dict(ema_decay=0.0, eval_every=1000, preview_every=1000, **train))
     return stage

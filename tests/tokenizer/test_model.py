@@ -77,7 +77,7 @@ def test_an_unknown_loss_is_named():
         ({"ch_mult": ()}, "ch_mult must be multipliers"),
         ({"num_codes": 0}, "num_codes must be at least 1"),
         ({"num_phis": -1}, "num_phis must be 0"),
-        ({"gradient": "none"}, r"must be one of \('straight_through', 'rotation'\), got 'none'"),
+        ({"vq_gradient": "none"}, r"must be one of \('straight_through', 'rotation'\), got 'none'"),
         ({"quantizer_dropout": 1.0}, r"quantizer_dropout must be in \[0, 1\)"),
         ({"scales": (2, 1)}, "1 follows 2"),
     ],

@@ -49,10 +49,10 @@ def config(digits_dir) -> ConfigDict:
     """Two maps of 4x4 patches, 64 codes that follow means."""
     model = ("patch=2", "scales=(4,4)", "num_codes=64", "num_phis=0")
     stage = parsed(*(f"--config.tokenizer.model.{field}" for field in model)).tokenizer
-    stage.codebook.update(dict(kmeans_steps=2, ema=0.9, restart_every=2))
+    stage.codebook.update(dict(kmeans_steps=2, ema_decay=0.9, restart_every=2))
     stage.data.update(dict(dir=str(digits_dir), shift=0))
     stage.train.update(dict(steps=STEPS, batch=32, log_every=1, eval_every=1, preview_every=STEPS))
-    stage.train.update(dict(checkpoint_every=STEPS // 2, keep=2))
+    stage.train.update(dict(checkpoint_every=STEPS // 2, max_to_keep=2))
     return stage
 
 
@@ -94,7 +94,7 @@ def test_the_codebook_is_all_there_is_to_train():
     # What the networks would have is nothing that two of them could differ in.
     other = dict(code_dim=16, ch=32, ch_mult=(1, 2), num_blocks=1, norm_groups=8, quantizer_dropout=0.2)
     assert (
-        TokenizerConfig(scales=(4,), num_codes=64, num_phis=0, patch=2, gradient="rotation", **other)
+        TokenizerConfig(scales=(4,), num_codes=64, num_phis=0, patch=2, vq_gradient="rotation", **other)
         == config
     )
     assert TokenizerConfig(**dataclasses.asdict(config)) == config
@@ -134,8 +134,8 @@ def test_training_improves_held_out_images_and_leaves_logs_and_pictures(config, 
 def test_one_map_and_codes_that_follow_their_gradient(config, tmp_path):
     stage = config.copy_and_resolve_references()
     stage.model.update(dict(scales=(4,), quantizer_dropout=0.2))
-    stage.codebook.update(dict(kmeans_steps=0, ema=0.0))
-    stage.train.update(dict(steps=3, ema=0.0, eval_every=3, preview_every=3))
+    stage.codebook.update(dict(kmeans_steps=0, ema_decay=0.0))
+    stage.train.update(dict(steps=3, ema_decay=0.0, eval_every=3, preview_every=3))
     run(stage, tmp_path)
     trained, evaluated = logged(tmp_path, "tokenizer")[-2:]
     assert trained["gradient_norm"] > 0 and evaluated["l2"] < 0.1

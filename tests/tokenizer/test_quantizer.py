@@ -150,7 +150,7 @@ def test_quantizer_dropout_keeps_the_first_maps_and_leaves_tokens_and_loss_alone
 def test_rotation_gives_the_sum_its_value_and_turns_the_gradient_with_it():
     quantizer = random_quantizer((1, 2, 4))
     features = jax.random.normal(jax.random.key(1), (2, 4, 4, 8))
-    turned = dataclasses.replace(quantizer, gradient="rotation")
+    turned = dataclasses.replace(quantizer, vq_gradient="rotation")
     f_hat, backward = jax.vjp(lambda f: turned(f).f_hat, features)
     np.testing.assert_allclose(f_hat, quantizer(features).f_hat, atol=1e-5)
     along, across = backward(features / jnp.linalg.norm(features, axis=-1, keepdims=True))[0], f_hat

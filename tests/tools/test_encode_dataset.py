@@ -10,7 +10,7 @@ from tests.helpers.commands import command
 from tests.helpers.token_cache import BATCH, COMMAND, HOW, altered, content, describe, small, sources
 from var_jax.data import token_writer
 from var_jax.data.token_cache import CacheManifest, open_token_cache
-from var_jax.data.token_writer import BatchEncoder, write_cache
+from var_jax.data.token_writer import BatchEncoder, CacheMismatch, write_cache
 from var_jax.data.transforms import ToPixels
 from var_jax.images import normalize
 from var_jax.interop.load import load_tokenizer
@@ -152,14 +152,13 @@ def test_the_command_explains_another_cache_but_hides_no_defect_of_the_encoding(
         raise ValueError("operands could not be broadcast together")
 
     defect.image_size, defect.batch = encode.image_size, encode.batch
-    monkeypatch.setattr(encode_dataset.cli, "start", lambda: None)
     monkeypatch.setattr(encode_dataset, "FLAGS", SimpleNamespace(threads=2))
     for cut_up, error, message in (
         (description, ValueError, "operands could not be broadcast"),
-        (dataclasses.replace(description, seed=9), SystemExit, "tokenize: .* holds something else already"),
+        (dataclasses.replace(description, seed=9), CacheMismatch, "holds something else already"),
     ):
         monkeypatch.setattr(
             encode_dataset, "from_flags", lambda cut_up=cut_up: (as_path(tmp_path), cut_up, parts, defect)
         )
         with pytest.raises(error, match=message):
-            encode_dataset.main(["tokenize"])
+            encode_dataset.main([])

@@ -17,6 +17,7 @@ from examples import coloured_shapes
 from var_jax.data.image_folder import ImageFile, UnusableFolder, hold_out, list_images, summary
 from var_jax.data.sources import open_source
 from var_jax.data.transforms import ToPixels
+from var_jax.errors import ConfigError
 from var_jax.tools import prepare as prepare_module
 from var_jax.tools.prepare import BadImages, check, inspect_all, open_notes, prepare
 
@@ -351,13 +352,13 @@ def test_the_command_explains_what_is_wrong_with_a_folder_but_hides_no_defect(fo
 
     monkeypatch.setattr(prepare_module, "check", defect)
     with pytest.raises(ValueError, match="operands could not be broadcast"):
-        prepare_module.main(["prepare"])
+        prepare_module.main([])
     flags.images = f"{folder}/none"
-    with pytest.raises(SystemExit, match="prepare: no such folder: .*none"):
-        prepare_module.main(["prepare"])
+    with pytest.raises(ConfigError, match="no such folder: .*none"):
+        prepare_module.main([])
     flags.name = "My Set"
-    with pytest.raises(SystemExit, match="prepare: --name must be small letters"):
-        prepare_module.main(["prepare"])
+    with pytest.raises(ConfigError, match="--name must be small letters"):
+        prepare_module.main([])
 
 
 def test_pictures_of_many_kinds_go_through(tmp_path, capsys):

@@ -23,9 +23,9 @@ KEY = jax.random.key(5)
 def make(weight=0.4, frozen=None, **fields):
     """A task and its first state, codebook left to the gradient."""
     config = tiny_config("none").tokenizer
-    config.codebook.update(dict(kmeans_steps=0, ema=0.0, restart_every=0))
+    config.codebook.update(dict(kmeans_steps=0, ema_decay=0.0, restart_every=0))
     config.model.quantizer_dropout = 0.0
-    fields = dict(start=0.25, warmup=0.5, augment=False) | fields
+    fields = dict(start_fraction=0.25, warmup_fraction=0.5, augment=False) | fields
     config.adversarial.update(dict(weight=weight, layers=1, channels=8, **fields))
     task = TokenizerTask(config, STEPS, frozen)
     make_state, _ = create_state(
@@ -74,7 +74,7 @@ def test_each_loss_reaches_its_own_parameters_alone(with_adversary, plain):
     moments = after.extra["adversary"]["opt_state"][1][0].mu
     norm = float(jnp.sqrt(sum(jnp.sum(g**2) for g in jax.tree.leaves(grads))))
     close(metrics["discriminator_gradient_norm"], norm, 1e-5)
-    scale = 0.5 * min(1, task.stage.adversarial.train.clip / norm)  # 1 - b1
+    scale = 0.5 * min(1, task.stage.adversarial.train.grad_clip_norm / norm)  # 1 - b1
     chex.assert_trees_all_close(moments, jax.tree.map(lambda g: scale * g, grads), atol=1e-6)
     # With another discriminator the tokenizer moves otherwise: its loss does reach the tokenizer.
     assert not np.array_equal(after.params["decoder"]["conv_out"]["kernel"], _kernel(plain[0]))
@@ -143,7 +143,7 @@ def test_r1_is_half_the_squared_slope_at_real_images_and_lecam_uses_the_moving_m
     ("fields", "message"),
     [
         ({"network": "resnet"}, r"network must be one of \('patch', 'dino'\), got 'resnet'"),
-        ({"start": 1.0}, r"adversarial.start must be a share in \[0, 1\), got 1.0"),
+        ({"start_fraction": 1.0}, r"adversarial.start_fraction must be a share in \[0, 1\), got 1.0"),
         ({"r1": -1.0}, "adversarial.r1 must be 0 or more"),
     ],
 )
@@ -175,7 +175,7 @@ def random_dino(depth=4, width=64) -> dict:
 
 
 def test_heads_on_dino_learn():
-    task, state = make(network="dino", frozen={"dino": random_dino()}, train=dict(learning_rate=0.05))
+    task, state = make(network="dino", frozen={"dino": random_dino()}, train=dict(base_learning_rate=0.05))
     adversary, real = state.extra["adversary"], normalize(BATCH["image"])
     step = jax.jit(lambda adversary: task.adversary.train_step(adversary, task.frozen, real, -real, KEY, 12))
     first = step(adversary)[1]

@@ -17,7 +17,9 @@ KEY = jax.random.key(0)
 
 def make(given=False, **fields) -> tuple[CodebookUpdater, TrainState]:
     cfg = tiny_config("none").tokenizer.codebook
-    cfg.update({"kmeans_steps": 0, "ema": 0.0, "restart_every": 0, "hits_decay": 0.5, "window": 12, **fields})
+    cfg.update(
+        {"kmeans_steps": 0, "ema_decay": 0.0, "restart_every": 0, "hits_decay": 0.5, "window": 12, **fields}
+    )
     codebook_updater = CodebookUpdater(cfg, MODEL, steps=20, batch=2)
     params = {"quantizer": {"codebook": jnp.arange(8.0).reshape(4, 2)}, "other": jnp.ones(3)}
     return codebook_updater, TrainState(
@@ -58,7 +60,9 @@ def test_use_is_counted_over_a_window_that_slides_by_halves():
 
 
 def test_dead_codes_move_onto_targets_in_both_codebooks_when_due_and_start_afresh():
-    codebook_updater, state = make(restart_every=5, ema=0.9, dead_below=0.1, restart_until=0.5)
+    codebook_updater, state = make(
+        restart_every=5, ema_decay=0.9, dead_threshold=0.1, restart_until_fraction=0.5
+    )
     state, metrics = after(codebook_updater, state, [0, 1, 1, 0, 0], 4)
     assert float(metrics["dead_codes"]) == 2
     np.testing.assert_array_equal(codebooks(state)[0], np.arange(8).reshape(4, 2))  # not due
@@ -76,7 +80,7 @@ def test_dead_codes_move_onto_targets_in_both_codebooks_when_due_and_start_afres
 
 
 def test_codes_follow_their_targets_and_the_optimiser_has_no_say():
-    codebook_updater, state = make(ema=0.5)
+    codebook_updater, state = make(ema_decay=0.5)
     assert (
         float(
             jax.grad(lambda p: codebook_updater.stop_codebook_gradient(p)["quantizer"]["codebook"].sum())(
@@ -105,7 +109,7 @@ def test_kmeans_in_the_first_steps_unless_the_codebook_was_given():
     np.testing.assert_array_equal(*codebooks(fitted))
     late = codebook_updater.before_step(fitted.replace(step=jnp.asarray(3, jnp.int32)), features, KEY)
     np.testing.assert_array_equal(codebooks(late)[0], codebooks(fitted)[0])
-    codebook_updater, state = make(kmeans_steps=3, ema=0.9, given=True)
+    codebook_updater, state = make(kmeans_steps=3, ema_decay=0.9, given=True)
     np.testing.assert_array_equal(
         codebooks(codebook_updater.before_step(state, features, KEY))[0], codebooks(state)[0]
     )
@@ -115,7 +119,7 @@ def test_kmeans_in_the_first_steps_unless_the_codebook_was_given():
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"ema": 1.0}, r"codebook.ema must be in \[0, 1\), got 1.0"),
+        ({"ema_decay": 1.0}, r"codebook.ema_decay must be in \[0, 1\), got 1.0"),
         ({"kmeans_steps": -1}, "codebook.kmeans_steps must be 0 or more, got -1"),
         ({"window": 0}, "codebook.window must be 1 or more, got 0"),
     ],

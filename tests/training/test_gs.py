@@ -71,7 +71,7 @@ def copied(folder, target):
 
 def test_a_run_that_is_interrupted_ends_in_the_numbers_of_a_local_one(run, digits_dir, tmp_path, monkeypatch):
     sources = tuple(open_source("digits", split, digits_dir) for split in ("train", "test"))
-    stage = toy_stage(digits_dir, every=4, log_every=1, keep=1)
+    stage = toy_stage(digits_dir, every=4, log_every=1, max_to_keep=1)
     train(Toy(), stage, 12, tmp_path, sources)
 
     def interrupt(log, step):

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
 
-from configs import common
+from configs import schema
 from tests.helpers.arrays import close
 from var_jax.interop.published import next_scale_table, tokenizer_table
 from var_jax.training.optimizer import accumulated_gradients, decay_mask, make_optimizer, update_ema
@@ -27,9 +27,11 @@ def test_weight_decay_groups_are_the_published_ones(which, request):
 
 
 def test_one_step_against_adamw_on_paper():
-    cfg = common.train()
-    cfg.update(dict(batch=256, learning_rate=0.1, schedule="constant", warmup=0.0, weight_decay=0.5))
-    cfg.update(dict(weight_decay_end=0.5, clip=1.0, b1=0.9, b2=0.95))
+    cfg = schema.transformer_stage().train
+    cfg.update(
+        dict(batch=256, base_learning_rate=0.1, lr_schedule="constant", warmup_fraction=0.0, weight_decay=0.5)
+    )
+    cfg.update(dict(weight_decay_end=0.5, grad_clip_norm=1.0, b1=0.9, b2=0.95))
     optimizer = make_optimizer(cfg, steps=10)
     params = {"a": {"kernel": jnp.full((2, 2), 3.0), "bias": jnp.full(2, 3.0)}}
     grads = jax.tree.map(lambda p: jnp.full_like(p, 100.0), params)  # clipped; Adam divides its size away
@@ -39,8 +41,10 @@ def test_one_step_against_adamw_on_paper():
 
 
 def test_the_learning_rate_follows_the_batch():
-    cfg = common.train()
-    cfg.update(dict(batch=768, warmup=0.0, schedule="constant", weight_decay=0.0, weight_decay_end=0.0))
+    cfg = schema.transformer_stage().train
+    cfg.update(
+        dict(batch=768, warmup_fraction=0.0, lr_schedule="constant", weight_decay=0.0, weight_decay_end=0.0)
+    )
     params = {"kernel": jnp.ones((2, 2))}
     optimizer = make_optimizer(cfg, 10)
     updates, _ = optimizer.update(params, optimizer.init(params), params)

@@ -145,10 +145,10 @@ def test_a_run_from_itself_starts_at_the_loss_it_had(tiny_run, digits_dir, tmp_p
     config.stages = stages
     config.next_scale.tokenizer = "" if "tokenizer" in stages else str(tiny_run)
     config.tokenizer.adversarial.weight = 0.0  # it has no part in what is asked here
-    config.tokenizer.codebook.ema = 0.0  # codes would follow their targets without any learning rate
+    config.tokenizer.codebook.ema_decay = 0.0  # codes would follow their targets without any learning rate
     for stage in (config.tokenizer, config.next_scale):
         stage.init_from = str(tiny_run)
-        stage.train.update(dict(learning_rate=0.0, ema=ema))
+        stage.train.update(dict(base_learning_rate=0.0, ema_decay=ema))
     run(config, tmp_path)
     said = capsys.readouterr().out
     for stage in stages:

@@ -22,5 +22,5 @@ def test_constant_and_no_warm_up():
 
 @pytest.mark.parametrize("kind", ["sqrt", "lin2", "linear"])
 def test_unknown_kinds_are_named(kind):
-    with pytest.raises(ValueError, match=f"train.schedule must be one of cos, .*got '{kind}'"):
+    with pytest.raises(ValueError, match=f"train.lr_schedule must be one of cos, .*got '{kind}'"):
         learning_rate(kind, 1.0, 10, 1)

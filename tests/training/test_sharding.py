@@ -31,7 +31,7 @@ from var_jax.training.transformer_task import NextScaleTask
 @pytest.fixture(scope="module")
 def tasks(tiny_tokenizer, tmp_path_factory):
     config = tiny_config(tmp_path_factory.mktemp("none"))
-    config.tokenizer.codebook.dead_below = 0.9  # so that codes are restarted
+    config.tokenizer.codebook.dead_threshold = 0.9  # so that codes are restarted
     return {
         "tokenizer": TokenizerTask(config.tokenizer, 6),
         "next_scale": NextScaleTask(config.next_scale, 6, *tiny_tokenizer, classes=10),
@@ -157,10 +157,10 @@ def test_a_batch_that_the_mesh_does_not_divide_is_refused():
 
 def test_accumulation_equals_one_go_up_to_dropout(tiny_tokenizer, tmp_path):
     config = tiny_config(tmp_path).next_scale
-    config.model.update(dict(dropout=0.0, drop_path=0.0, label_drop=0.0))
+    config.model.update(dict(dropout=0.0, drop_path=0.0, class_dropout_prob=0.0))
     mesh = make_mesh(fsdp=8)
     whole, _ = losses(NextScaleTask(config, 6, *tiny_tokenizer, classes=10), mesh, steps=3)
-    config.train.accumulate = 2
+    config.train.grad_accum_steps = 2
     parts, _ = losses(NextScaleTask(config, 6, *tiny_tokenizer, classes=10), mesh, steps=3)
     close(parts, whole, 1e-5)
     assert jnp.isfinite(parts).all()
@@ -172,7 +172,7 @@ def test_accumulation_of_the_tokenizer_equals_one_go_where_nothing_is_drawn(tmp_
     config.codebook.update(dict(kmeans_steps=0, restart_every=0))
     config.adversarial.update(dict(adaptive=False, augment=False))
     mesh, result = make_mesh(devices=jax.devices()[:1]), []
-    for config.train.accumulate in (1, 2):
+    for config.train.grad_accum_steps in (1, 2):
         result.append(losses(TokenizerTask(config, 6), mesh, steps=3))
     close(result[1][0], result[0][0], 1e-5)
     chex.assert_trees_all_close(result[1][1].extra, result[0][1].extra, atol=1e-4, rtol=1e-3)

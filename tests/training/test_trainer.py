@@ -131,7 +131,7 @@ def test_sigterm_during_a_step_skips_evaluation_and_pictures(digits_dir, sources
 
 def test_scores_come_after_the_checkpoint_and_nan_is_never_the_best(digits_dir, sources, tmp_path):
     scores = (3.0, 1.0, np.nan, 2.0, np.nan)
-    train(Drawing(scores), stage_of(digits_dir, every=1, keep=1), 5, tmp_path, sources)
+    train(Drawing(scores), stage_of(digits_dir, every=1, max_to_keep=1), 5, tmp_path, sources)
     assert steps_under(tmp_path) == [2, 5]
     assert load_config(tmp_path / "toy" / "checkpoints", "best")[0] == 2
     assert [step for step, _ in lines(tmp_path, "eval")] == [1, 2, 3, 4, 5]
@@ -142,7 +142,7 @@ def test_scores_come_after_the_checkpoint_and_nan_is_never_the_best(digits_dir, 
 
 def test_the_best_of_a_run_whose_scores_were_saved_with_the_checkpoints_stays(digits_dir, sources, tmp_path):
     """As they were saved up to now, then goes on."""
-    toy, stage = Drawing(), stage_of(digits_dir, every=1, keep=1)
+    toy, stage = Drawing(), stage_of(digits_dir, every=1, max_to_keep=1)
     train(toy, stage, 2, tmp_path, sources)
     folder = tmp_path / "toy" / "checkpoints"
     state, record = restored(toy, folder, 2)

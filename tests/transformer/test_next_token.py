@@ -116,7 +116,7 @@ def test_two_axial_blocks_reach_all_that_comes_before(order, side):
     causal = np.tri(side**2, dtype=bool)
     np.testing.assert_array_equal(reached(config, 2), causal)
     assert (reached(config, 1) != causal).any()
-    strict = dataclasses.replace(config, reach=0)  # one row, one column: the docstring's remark
+    strict = dataclasses.replace(config, mask_radius=0)  # one row, one column: the docstring's remark
     assert (reached(strict, 2) != causal).any()
 
 
@@ -187,8 +187,8 @@ def test_flops_by_hand():
         ({"scales": (1, 2, 4)}, r"one map, scales=\(n,\), got scales=\(1, 2, 4\)"),
         ({"order": "zigzag"}, "order must be one of .*zigzag"),
         ({"mask": "diagonal"}, "mask must be one of .*diagonal"),
-        ({"mask": "row", "reach": -1}, "reach must be a whole number from 0 up, got -1"),
-        ({"mask": "row", "reach": 1.5}, "reach must be a whole number from 0 up, got 1.5"),
+        ({"mask": "row", "mask_radius": -1}, "mask_radius must be a whole number from 0 up, got -1"),
+        ({"mask": "row", "mask_radius": 1.5}, "mask_radius must be a whole number from 0 up, got 1.5"),
         ({"order": "random", "order_seed": -1}, "seed of an order must be a whole number .* got -1"),
         ({"order": "random", "order_seed": 0.5}, "seed of an order must be a whole number .* got 0.5"),
         ({"positions": "rotary_2d", "width": 24}, "multiple of 4, got 6"),

@@ -18,6 +18,7 @@ from var_jax.data.loader import read_ahead
 from var_jax.data.sources import Source
 from var_jax.data.token_cache import SPLITS, CacheManifest, CacheSpec
 from var_jax.data.transforms import ToPixels
+from var_jax.errors import UserError
 from var_jax.images import normalize
 from var_jax.paths import is_remote
 from var_jax.sampling.cast_params import tokenizer_in_compute_dtype
@@ -27,7 +28,7 @@ from var_jax.tokenizer.model import Tokenizer, fingerprint
 OVERHEAD = 128  # bytes at most that a record takes in a file beside its own
 
 
-class CacheMismatch(ValueError):
+class CacheMismatch(UserError, ValueError):
     """A directory holds something else than what is to be written; names every difference."""
 
 

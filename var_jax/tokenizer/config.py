@@ -8,7 +8,7 @@ from var_jax.scales import SCALES_256, Scales
 GRADIENTS = ("straight_through", "rotation")
 # What the fields of the networks come to with patches: 3 channels at full resolution, nothing to train.
 NO_NETWORK = dict(ch=3, ch_mult=(1,), num_blocks=1, norm_groups=1, dropout=0.0)
-NO_NETWORK |= dict(gradient="straight_through", quantizer_dropout=0.0)
+NO_NETWORK |= dict(vq_gradient="straight_through", quantizer_dropout=0.0)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -24,8 +24,8 @@ class TokenizerConfig:
       num_blocks: residual blocks a level in the encoder (the decoder has one more).
       num_phis: convolutions shared by the scales, applied to what each map adds; 0 for none.
       l2_normalized: match codes by direction and use them as unit vectors (Yu et al. 2021, ViT-VQGAN).
-      gradient: how it passes the quantizer, `straight_through` (Bengio et al. 2013) or `rotation` (Fifty et
-        al. 2024).
+      vq_gradient: gradient through the quantizer, `straight_through` (Bengio et al. 2013) or `rotation`
+        (Fifty et al. 2024).
       norm_groups: groups of every GroupNorm; must divide the channels of every level.
       dropout: rate inside the residual blocks.
       quantizer_dropout: share of the training images that are decoded from a random number of their first
@@ -46,7 +46,7 @@ class TokenizerConfig:
     num_blocks: int = 2
     num_phis: int = 4
     l2_normalized: bool = False
-    gradient: str = "straight_through"
+    vq_gradient: str = "straight_through"
     norm_groups: int = 32
     dropout: float = 0.0
     quantizer_dropout: float = 0.0
@@ -62,8 +62,8 @@ class TokenizerConfig:
         for name in ("num_codes", "code_dim", "ch", "num_blocks", "norm_groups"):
             if getattr(self, name) < 1:
                 raise ValueError(f"tokenizer {name} must be at least 1, got {getattr(self, name)}")
-        if self.gradient not in GRADIENTS:
-            raise ValueError(f"tokenizer gradient must be one of {GRADIENTS}, got {self.gradient!r}")
+        if self.vq_gradient not in GRADIENTS:
+            raise ValueError(f"tokenizer gradient must be one of {GRADIENTS}, got {self.vq_gradient!r}")
         if self.num_phis < 0:
             raise ValueError(f"tokenizer num_phis must be 0 (none) or more, got {self.num_phis}")
         for name in ("dropout", "quantizer_dropout"):

@@ -56,7 +56,7 @@ class Quantizer:
     phi_bias: jax.Array | None
     scales: Scales = flax.struct.field(pytree_node=False)
     l2_normalized: bool = flax.struct.field(pytree_node=False, default=False)
-    gradient: str = flax.struct.field(pytree_node=False, default="straight_through")
+    vq_gradient: str = flax.struct.field(pytree_node=False, default="straight_through")
 
     @classmethod
     def create(cls, params: dict, config: TokenizerConfig) -> "Quantizer":
@@ -67,7 +67,7 @@ class Quantizer:
             params.get("phi_bias"),
             config.schedule,
             config.l2_normalized,
-            config.gradient,
+            config.vq_gradient,
         )
 
     @property
@@ -156,7 +156,7 @@ class Quantizer:
             loss += jnp.mean((f_hat - fixed) ** 2, axis=(1, 2, 3))
             tokens.append(token_map)
             targets.append(target)
-        through = rotated if self.gradient == "rotation" else straight_through
+        through = rotated if self.vq_gradient == "rotation" else straight_through
         return Quantized(
             tokens=jnp.concatenate(tokens, axis=1),
             f_hat=through(f, jax.lax.stop_gradient(kept)),

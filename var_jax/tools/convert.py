@@ -12,14 +12,14 @@ from its shapes.
 """
 
 import dataclasses
-import sys
 from pathlib import Path
 
 import numpy as np
-from absl import app, flags, logging
+from absl import flags
 from etils import epath
 
-from var_jax.errors import ConfigError, UserError, config_errors
+from var_jax import cli
+from var_jax.errors import ConfigError, config_errors
 from var_jax.interop import published
 from var_jax.interop.load import (
     next_scale_shapes,
@@ -184,20 +184,15 @@ def path_of(path: str, name: str) -> epath.Path:
 
 
 def main(argv):
-    if len(argv) != 3:
-        raise app.UsageError("give SRC and DST: a published file and a run directory, or the other way round")
-    logging.set_verbosity(logging.ERROR)  # Orbax warns of every item that is left unread
-    try:
+    with config_errors(prefix="--scales: "):
+        scales = None if FLAGS.scales is None else tuple(int(side) for side in FLAGS.scales)
+    with config_errors(OSError, ModuleNotFoundError):
         source, target = (path_of(*named) for named in zip(argv[1:], ("SRC", "DST"), strict=True))
-        with config_errors("--scales: "):
-            scales = None if FLAGS.scales is None else tuple(int(side) for side in FLAGS.scales)
         print("\n".join(convert(source, target, FLAGS.stage, scales, FLAGS.step)))
-    except (UserError, OSError, ModuleNotFoundError) as error:
-        sys.exit(f"convert: {error}")
 
 
 if __name__ == "__main__":
     flags.DEFINE_enum("stage", None, STAGES, "Which stage of a run to write; needed where it has both")
     flags.DEFINE_list("scales", None, "Sides of the token maps of a file that is not of 256 or 512 pixels")
     flags.DEFINE_string("step", "latest", "Checkpoint of a run: a step, latest or best")
-    app.run(main)
+    cli.run(main, num_arguments=2)  # SRC and DST

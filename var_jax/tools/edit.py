@@ -5,8 +5,6 @@
 Writes one PNG an edit, and `edit.png`: before, mask, after.  This is a script; no module imports it.
 """
 
-import sys
-
 import numpy as np
 from absl import app, flags
 from etils import epath
@@ -14,7 +12,6 @@ from PIL import Image
 
 from var_jax import cli
 from var_jax.api import EDITING
-from var_jax.errors import UserError
 from var_jax.images import image_grid, save_png, to_uint8
 from var_jax.paths import as_path
 from var_jax.tokenizer.resize import area_matrix
@@ -100,17 +97,11 @@ def edit(model, out: epath.Path) -> None:
     print(f"{len(made)} images, {mask.mean():.0%} of them made anew: {out}/edit_000.png, ..., edit.png")
 
 
-def main(argv):
-    if len(argv) > 1:
-        raise app.UsageError(f"unknown arguments {argv[1:]}")
+def main(_):
     if bool(FLAGS.mask) == bool(FLAGS.box):
         raise app.UsageError("give either --mask=FILE or --box=left,top,right,bottom")
-    cli.start()
     model = cli.load()
-    try:
-        edit(model, as_path(FLAGS.out or "edit"))
-    except UserError as error:
-        sys.exit(f"edit: {error}")
+    edit(model, as_path(FLAGS.out or "edit"))
 
 
 if __name__ == "__main__":
@@ -122,4 +113,4 @@ if __name__ == "__main__":
     flags.DEFINE_list("label", None, "Class to edit towards; `none`, the default, for no class")
     flags.DEFINE_integer("num", 4, "Edits to make", lower_bound=1)
     flags.DEFINE_bool("paste_back", False, "Put the pixels of the input back outside the mask")
-    app.run(main)
+    cli.run(main)

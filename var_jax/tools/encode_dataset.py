@@ -13,14 +13,14 @@ the files that are missing.
 import shlex
 import sys
 
-from absl import app, flags
+from absl import flags
 from etils import epath
 
 from var_jax import cli
 from var_jax.data.sources import Source, open_source, readable_path
 from var_jax.data.token_cache import CacheSpec
-from var_jax.data.token_writer import BatchEncoder, CacheMismatch, describe, write_cache
-from var_jax.data.transforms import CorruptImage
+from var_jax.data.token_writer import BatchEncoder, describe, write_cache
+from var_jax.errors import config_errors
 from var_jax.interop.load import load_tokenizer
 
 FLAGS = flags.FLAGS
@@ -44,19 +44,12 @@ def from_flags() -> tuple[epath.Path, CacheSpec, tuple[Source, Source], BatchEnc
     return out, description, sources, BatchEncoder(tokenizer, params, FLAGS.batch)
 
 
-def main(argv):
-    if len(argv) > 1:
-        raise app.UsageError(f"unknown arguments {argv[1:]}")
-    cli.start()
-    try:
+def main(_):
+    with config_errors(ValueError, OSError):
         out, description, sources, encode = from_flags()
-    except (ValueError, OSError) as error:  # the message says what is wrong, and where
-        sys.exit(f"encode_dataset: {error}")
     command = shlex.join(["python", "-m", "var_jax.tools.encode_dataset", *sys.argv[1:]])
-    try:
+    with config_errors(OSError):  # a full disk
         write_cache(out, description, sources, encode, FLAGS.threads, command)
-    except (CacheMismatch, CorruptImage, OSError) as error:
-        sys.exit(f"encode_dataset: {error}")
     print(
         f"{description.train_images} images in {description.crops} crops, {description.eval_images} held "
         f"out, of {description.data} (tokenizer {description.tokenizer}): --config.data.tokens={out}"
@@ -78,4 +71,4 @@ if __name__ == "__main__":
     flags.DEFINE_integer("batch", 64, "Images at once, over all devices", lower_bound=1)
     flags.DEFINE_integer("threads", 16, "That read and decode ahead", lower_bound=1)
     flags.DEFINE_integer("shard", 2**16, "Records of a file, the most that a kill can lose", lower_bound=1)
-    app.run(main)
+    cli.run(main)

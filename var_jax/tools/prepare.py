@@ -19,7 +19,6 @@ import multiprocessing
 import os
 import re
 import shutil
-import sys
 import threading
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures.process import BrokenProcessPool
@@ -27,9 +26,10 @@ from pathlib import Path
 from typing import TextIO
 
 import tensorflow_datasets as tfds
-from absl import app, flags, logging
+from absl import flags, logging
 from tqdm import tqdm
 
+from var_jax import cli
 from var_jax.data.decoding import DecodeError, decode
 from var_jax.data.image_folder import (
     ImageFile,
@@ -41,6 +41,7 @@ from var_jax.data.image_folder import (
     summary,
 )
 from var_jax.data.transforms import MAX_ASPECT
+from var_jax.errors import config_errors
 from var_jax.paths import local_path
 
 FLAGS = flags.FLAGS
@@ -306,18 +307,11 @@ def _is_whole(folder: Path) -> bool:
     return folder.exists() and any(not path.name.startswith("incomplete.") for path in folder.iterdir())
 
 
-def main(argv):
-    if len(argv) > 1:
-        raise app.UsageError(f"unknown arguments {argv[1:]}")
-    logging.set_verbosity(logging.WARNING)
-    try:
+def main(_):
+    with config_errors():
         images, data_dir = check_arguments(FLAGS.images, FLAGS.name, FLAGS.data_dir, FLAGS.held_out)
-    except ValueError as error:
-        sys.exit(f"prepare: {error}")
-    try:
+    with config_errors(UnusableFolder, OSError):
         counts = prepare(images, FLAGS.name, data_dir, FLAGS.held_out, FLAGS.skip_bad, FLAGS.workers)
-    except (UnusableFolder, OSError) as error:
-        sys.exit(f"prepare: {error}")
     print(
         f"{counts[0]} images for training, {counts[1]} held out: "
         f"--config.data.name={FLAGS.name} --config.data.dir={data_dir}"
@@ -331,4 +325,4 @@ if __name__ == "__main__":
     flags.DEFINE_float("held_out", 0.05, "Share of the images of each class for the split `test`")
     flags.DEFINE_bool("skip_bad", False, "Leave out files that cannot be decoded")
     flags.DEFINE_integer("workers", os.cpu_count(), "Processes that decode", lower_bound=1)
-    app.run(main)
+    cli.run(main, verbosity=logging.WARNING)

@@ -7,14 +7,11 @@ the last; in each row the image as the tokenizer has it, then its variations.  W
 to another class.  This is a script; no module imports it.
 """
 
-import sys
-
 import numpy as np
-from absl import app, flags
+from absl import flags
 from etils import epath
 
 from var_jax import cli
-from var_jax.errors import UserError
 from var_jax.images import image_grid, save_png
 from var_jax.paths import as_path
 from var_jax.sampling.options import MAX_SEED
@@ -45,15 +42,9 @@ def vary(model, out: epath.Path) -> None:
     print(f"{len(rows)} rows of {FLAGS.num} variations, a row a scale to start from: {out}/vary.png")
 
 
-def main(argv):
-    if len(argv) > 1:
-        raise app.UsageError(f"unknown arguments {argv[1:]}")
-    cli.start()
+def main(_):
     model = cli.load()
-    try:
-        vary(model, as_path(FLAGS.out or "vary"))
-    except UserError as error:
-        sys.exit(f"vary: {error}")
+    vary(model, as_path(FLAGS.out or "vary"))
 
 
 if __name__ == "__main__":
@@ -63,4 +54,4 @@ if __name__ == "__main__":
     flags.DEFINE_list("label", None, "Its class; `none`, the default, for no class")
     flags.DEFINE_list("towards", None, "Another class to lead it to; by default its own")
     flags.DEFINE_integer("num", 8, "Variations in a row", lower_bound=1)
-    app.run(main)
+    cli.run(main)

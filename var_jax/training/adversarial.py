@@ -26,7 +26,7 @@ class Adversary:
         """Raises ConfigError on a field that cannot be."""
         if cfg.network not in NETWORKS:
             raise ConfigError(f"config.adversarial.network must be one of {NETWORKS}, got {cfg.network!r}")
-        for name in ("start", "warmup"):
+        for name in ("start_fraction", "warmup_fraction"):
             if not 0 <= cfg[name] < 1:
                 raise ConfigError(f"config.adversarial.{name} must be a share in [0, 1), got {cfg[name]}")
         for name in ("weight", "r1", "lecam", "min_ratio"):
@@ -38,13 +38,13 @@ class Adversary:
                 "fewer layers, or adversarial.weight=0"
             )
         self.cfg, self.dtype, self.image_size = cfg, dtype, image_size
-        self.start, self.rise = int(cfg.start * steps), max(1, round(cfg.warmup * steps))
+        self.start, self.rise = int(cfg.start_fraction * steps), max(1, round(cfg.warmup_fraction * steps))
         if cfg.network == "patch":
             self.model = PatchDiscriminator(cfg.channels, cfg.layers, dtype)
         else:
             self.model = FeatureHeads(cfg.channels, dtype)
         own = ConfigDict({**train.to_dict(), **cfg.train.to_dict()})
-        self.accumulate, self.optimizer = train.accumulate, make_optimizer(own, steps - self.start)
+        self.accumulate, self.optimizer = train.grad_accum_steps, make_optimizer(own, steps - self.start)
 
     def init(self, key: jax.Array, frozen: dict) -> dict:
         """Parameters with logical axis names, their optimiser, and moving means of the logits."""

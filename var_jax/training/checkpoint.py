@@ -36,6 +36,7 @@ from var_jax.training.checkpoint_integrity import (
     verify,
     writing,
 )
+from var_jax.training.config_fields import with_present_names
 from var_jax.training.state import TrainState
 
 CHECKPOINT_DIR = "checkpoints"
@@ -210,7 +211,7 @@ class Checkpoints:
         """What was trained, as it was saved."""
         with reading(self.directory / str(step)):
             restored = self._manager.restore(step, args=ocp.args.Composite(config=ocp.args.JsonRestore()))
-        return restored["config"]
+        return with_present_names(restored["config"])
 
     def preempted(self, step: int) -> bool:
         """Whether the machines are about to be taken away (asked of all hosts at once)."""
@@ -321,7 +322,7 @@ def load_config(directory: os.PathLike, step: int | str = "latest") -> tuple[int
 
 def _restore_config(manager: ocp.CheckpointManager, step: int) -> tuple[int, dict]:
     restored = manager.restore(step, args=ocp.args.Composite(config=ocp.args.JsonRestore()))
-    return step, restored["config"]
+    return step, with_present_names(restored["config"])
 
 
 def load_params(directory: os.PathLike, step: int | str = "latest") -> tuple[dict, dict]:
@@ -349,7 +350,7 @@ def _restore_params(manager: ocp.CheckpointManager, step: int) -> tuple[dict, di
     )
     items = {"params": ocp.args.StandardRestore(abstract), "config": ocp.args.JsonRestore()}
     restored = manager.restore(step, args=ocp.args.Composite(**items))
-    return restored["params"], restored["config"]
+    return restored["params"], with_present_names(restored["config"])
 
 
 def check_is_new(directory: os.PathLike) -> None:

@@ -25,7 +25,7 @@ class CodebookUpdater:
 
     In the state it keeps `code_hits` [K, V], a moving average of uses a step; `window`, the uses
     counted in the current and in the last full half of the window, and of how many images; `fitted`, whether
-    the codebook came from elsewhere; and with `codebook.ema` the moving uses of `moving_mean`.
+    the codebook came from elsewhere; and with `codebook.ema_decay` the moving uses of `moving_mean`.
     """
 
     def __init__(self, cfg: ConfigDict, model: TokenizerConfig, steps: int, batch: int):
@@ -37,7 +37,7 @@ class CodebookUpdater:
           steps: of the whole training.
           batch: images a step.
         """
-        for name in ("ema", "hits_decay"):
+        for name in ("ema_decay", "hits_decay"):
             if not 0 <= cfg[name] < 1:
                 raise ConfigError(f"config.codebook.{name} must be in [0, 1), got {cfg[name]}")
         for name, least in (("kmeans_steps", 0), ("restart_every", 0), ("window", 1)):
@@ -54,8 +54,8 @@ class CodebookUpdater:
             "window": {"counts": jnp.zeros((2, scales, codes)), "images": jnp.zeros(2)},
             "fitted": jnp.asarray(given),
         }
-        if self.cfg.ema:  # given codes weigh as much as if they had long been used evenly
-            even = self.batch * self.model.schedule.length / codes / (1 - self.cfg.ema)
+        if self.cfg.ema_decay:  # given codes weigh as much as if they had long been used evenly
+            even = self.batch * self.model.schedule.length / codes / (1 - self.cfg.ema_decay)
             extra["code_uses"] = jnp.full(codes, even if given else 0.0, jnp.float32)
         return extra
 
@@ -81,7 +81,7 @@ class CodebookUpdater:
 
     def stop_codebook_gradient(self, params: dict) -> dict:
         """The parameters as the loss sees them: no gradient to codes that follow means."""
-        if not self.cfg.ema:
+        if not self.cfg.ema_decay:
             return params
         return with_codebook(params, jax.lax.stop_gradient(params["quantizer"]["codebook"]))
 
@@ -92,14 +92,14 @@ class CodebookUpdater:
           The state, and the codebook to set after the optimiser's step, float32 [V, C]; None where the codes
           follow their gradient.
         """
-        if not self.cfg.ema:
+        if not self.cfg.ema_decay:
             return state, None
         codebook, uses = moving_mean(
             state.params["quantizer"]["codebook"],
             state.extra["code_uses"],
             quantized.tokens,
             quantized.targets,
-            self.cfg.ema,
+            self.cfg.ema_decay,
         )
         return state.replace(extra={**state.extra, "code_uses": uses}), codebook
 
@@ -121,14 +121,14 @@ class CodebookUpdater:
         """Counts the codes of this step, and every `restart_every` steps moves those hardly used."""
         cfg, extra = self.cfg, dict(state.extra)
         hits = cfg.hits_decay * extra["code_hits"] + (1 - cfg.hits_decay) * counts
-        dead = dead_codes(hits, cfg.dead_below)
+        dead = dead_codes(hits, cfg.dead_threshold)
         if not cfg.restart_every:
             return state.replace(extra={**extra, "code_hits": hits}), dead.sum()
-        due = (state.step % cfg.restart_every == 0) & (state.step <= cfg.restart_until * self.steps)
+        due = (state.step % cfg.restart_every == 0) & (state.step <= cfg.restart_until_fraction * self.steps)
         moved = dead & due
         # A moved code starts with an even share of the hits, so that it has time to be found.
         extra["code_hits"] = jnp.where(moved, hits.sum(1, keepdims=True) / hits.shape[1], hits)
-        if cfg.ema:  # and forgets what it was the mean of
+        if cfg.ema_decay:  # and forgets what it was the mean of
             extra["code_uses"] = jnp.where(moved, 0, extra["code_uses"])
         move = lambda codebook: restart(codebook, moved, targets, self.model.schedule, key)  # noqa: E731
         state = _map_codebook(state, lambda codebook: jax.lax.cond(due, move, lambda c: c, codebook))

@@ -112,7 +112,7 @@ def smallest_memory(mesh: Mesh) -> float | None:
 def state_bytes(stage: ConfigDict, cfg: TransformerConfig, mesh: Mesh) -> float:
     """Bytes of the training state and the gradients on one device: matrices alone, all float32."""
     # Parameters, two moments, gradients and their sum; and what the products read.
-    copies = 4 + (stage.train.ema > 0) + (stage.train.accumulate > 1)
+    copies = 4 + (stage.train.ema_decay > 0) + (stage.train.grad_accum_steps > 1)
     return 4 * copies * matrix_parameters(cfg) / (mesh.shape["fsdp"] * mesh.shape.get(TENSOR, 1))
 
 
@@ -151,7 +151,7 @@ def remat_that_fits(stage: ConfigDict, cfg: TransformerConfig, mesh: Mesh, atten
         memory = 0.0
     itemsize, scores = jnp.dtype(dtype).itemsize, attention in WITH_SCORES
     tensor = mesh.shape.get(TENSOR, 1)
-    images = stage.train.batch / stage.train.accumulate / (mesh.size / tensor)
+    images = stage.train.batch / stage.train.grad_accum_steps / (mesh.size / tensor)
     logits = 3 * 4 * min(LOGITS_CHUNK, cfg.schedule.length) * cfg.num_codes / tensor
     block = (
         saved_activation_bytes(cfg, "none", itemsize, scores) / cfg.depth / tensor

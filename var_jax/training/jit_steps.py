@@ -39,7 +39,7 @@ def jit_train_step(task: Task, cfg: ConfigDict, steps: int, mesh: Mesh, abstract
 
 def eval_batch_size(cfg: ConfigDict) -> int:
     """Images of an evaluation batch: as many as training has in memory at once, since it may accumulate."""
-    return cfg.batch // cfg.accumulate
+    return cfg.batch // cfg.grad_accum_steps
 
 
 def jit_eval_step(task: Task, mesh: Mesh) -> Callable:

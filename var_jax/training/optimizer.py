@@ -31,7 +31,7 @@ def _decay(kind: str, end: float) -> Schedule:
             raise ValueError
     except ValueError:
         kinds = "cos, lin, lin0, lin00, linX with 0 < X < 1 (for instance lin0.3), exp, constant"
-        raise ConfigError(f"train.schedule must be one of {kinds}, got {kind!r}") from None
+        raise ConfigError(f"train.lr_schedule must be one of {kinds}, got {kind!r}") from None
     # Two lines that meet at `bend`, half-way between the peak and where one line would be.
     middle = (1 + end + (1 - end) * (1 - bend)) / 2
     early = lambda p: 1 + (middle - 1) * p / bend  # noqa: E731
@@ -93,9 +93,11 @@ def decay_mask(params: dict) -> dict:
 
 def schedules(train: ConfigDict, steps: int) -> tuple[Schedule, Schedule]:
     """Learning rate and weight decay of a run as functions of the step."""
-    peak = train.learning_rate * train.batch / 256
-    warmup = round(train.warmup * steps)
-    rate = learning_rate(train.schedule, peak, steps, warmup, train.warmup_start, train.end)
+    peak = train.base_learning_rate * train.batch / 256
+    warmup = round(train.warmup_fraction * steps)
+    rate = learning_rate(
+        train.lr_schedule, peak, steps, warmup, train.lr_start_fraction, train.lr_end_fraction
+    )
     return rate, weight_decay(train.weight_decay, train.weight_decay_end, steps)
 
 
@@ -103,7 +105,9 @@ def make_optimizer(train: ConfigDict, steps: int) -> optax.GradientTransformatio
     """AdamW with clipping by global norm (0: none) and the schedules of `train`."""
     rate, decay = schedules(train, steps)
     adamw = optax.adamw(rate, b1=train.b1, b2=train.b2, weight_decay=decay, mask=decay_mask)
-    return optax.chain(optax.clip_by_global_norm(train.clip), adamw) if train.clip else adamw
+    return (
+        optax.chain(optax.clip_by_global_norm(train.grad_clip_norm), adamw) if train.grad_clip_norm else adamw
+    )
 
 
 def accumulated_gradients(gradient: Callable, params: dict, batch: dict, key: jax.Array, microbatches: int):

@@ -65,7 +65,7 @@ RULES = {
         may_reinit=("quantizer/codebook", "quantizer/phi_kernel", "quantizer/phi_bias"),
     ),
     NextScaleConfig: Rules(_SAME, (*_ANEW, "level_embedding")),
-    NextTokenConfig: Rules((*_SAME, "order", "order_seed", "mask", "reach"), _ANEW),
+    NextTokenConfig: Rules((*_SAME, "order", "order_seed", "mask", "mask_radius"), _ANEW),
 }
 
 

@@ -14,7 +14,14 @@ from var_jax.training.hosts import from_primary
 from var_jax.training.metrics import read_metrics
 
 # What may differ between the run that wrote a checkpoint and the one that goes on from it.
-RESUMABLE_FIELDS = ("log_every", "eval_every", "checkpoint_every", "preview_every", "keep", "max_skipped")
+RESUMABLE_FIELDS = (
+    "log_every",
+    "eval_every",
+    "checkpoint_every",
+    "preview_every",
+    "max_to_keep",
+    "max_skipped",
+)
 # Files and folders whose content is compared instead: a cache by its description, networks by fingerprints.
 WEIGHTS = ("stage.perceptual_weights", "stage.adversarial.dino_weights")
 PATH_FIELDS = (

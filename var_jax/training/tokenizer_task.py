@@ -86,13 +86,13 @@ class TokenizerTask(Task):
 
     def train_step(self, state, frozen, batch, key):
         dropout_key, restart_key, fit_key, adversary_key = jax.random.split(key, 4)
-        some = batch["image"][:: self.stage.train.accumulate]  # as many as there is memory for
+        some = batch["image"][:: self.stage.train.grad_accum_steps]  # as many as there is memory for
         state = self.codebook_updater.before_step(state, lambda params: self._features(params, some), fit_key)
         gradient = lambda params, part, key: self._gradient(  # noqa: E731
             params, state.extra, frozen, part, state.step, key
         )
         grads, (metrics, (quantized, recon)) = accumulated_gradients(
-            gradient, state.params, batch, dropout_key, self.stage.train.accumulate
+            gradient, state.params, batch, dropout_key, self.stage.train.grad_accum_steps
         )
         if self.adversary:
             real, step = normalize(batch["image"]), state.step
@@ -104,7 +104,7 @@ class TokenizerTask(Task):
         params, opt_state = optimizer_step(state, grads, self.optimizer)
         if codebook is not None:  # follows its targets; the optimiser only decayed it
             params = with_codebook(params, codebook)
-        state = advance(state, params, opt_state, self.stage.train.ema)
+        state = advance(state, params, opt_state, self.stage.train.ema_decay)
         state, use = self.codebook_updater.after_step(state, quantized, restart_key)
         loss = metrics.pop("loss")
         return StepOutput(
@@ -163,7 +163,7 @@ class TokenizerTask(Task):
     def _ratio(self, backward, rec_grad, adv_grad, codebook_grad):
         """Size of the image losses' gradient at the last layer over the adversary's (Esser et al. 2021).
 
-        With `train.accumulate`, of each part of the batch by itself.
+        With `train.grad_accum_steps`, of each part of the batch by itself.
         """
         if not self.stage.adversarial.adaptive:
             return jnp.ones(())
@@ -204,7 +204,9 @@ class TokenizerTask(Task):
 
     def preview_programs(self, mesh, params, frozen):
         cfg = self.stage.train
-        each = max(1, cfg.batch // cfg.accumulate // mesh.size)  # training takes as many, and a backward pass
+        each = max(
+            1, cfg.batch // cfg.grad_accum_steps // mesh.size
+        )  # training takes as many, and a backward pass
 
         def reconstructions(params, frozen, images):
             tokens = self.evaluated.apply({"params": params}, normalize(images), method="encode")

@@ -6,6 +6,7 @@ A task (`training/task.py`) says what is trained; nothing here knows about token
 import contextlib
 import dataclasses
 import itertools
+import json
 import signal
 import threading
 from collections.abc import Callable, Iterable, Iterator
@@ -22,7 +23,7 @@ from var_jax.data.loader import batch_indices, eval_batches, local_rows, train_b
 from var_jax.data.sources import Source
 from var_jax.data.transforms import ToPixels
 from var_jax.errors import ConfigError, config_errors
-from var_jax.paths import as_path
+from var_jax.paths import as_path, write_whole
 from var_jax.sharding import (
     batch_sharding,
     check_batch,
@@ -58,14 +59,14 @@ def check_training(cfg: ConfigDict) -> Mesh:
     Raises:
       ConfigError: naming the field that makes no run, or does not fit the devices.
     """
-    least = dict.fromkeys(("batch", "log_every", "eval_every", "checkpoint_every", "keep"), 1)
+    least = dict.fromkeys(("batch", "log_every", "eval_every", "checkpoint_every", "max_to_keep"), 1)
     for name, bound in (least | {"preview_every": 0, "max_skipped": 0}).items():
         if cfg.get(name, bound) < bound:
             raise ConfigError(f"train.{name} must be at least {bound}, got {cfg[name]}")
-    if not 0 <= cfg.ema < 1:
-        raise ConfigError(f"train.ema must be in [0, 1), 0 for no moving average, got {cfg.ema}")
+    if not 0 <= cfg.ema_decay < 1:
+        raise ConfigError(f"train.ema_decay must be in [0, 1), 0 for no moving average, got {cfg.ema_decay}")
     mesh = make_mesh(**cfg.mesh)
-    check_batch(cfg.batch, mesh, cfg.accumulate)
+    check_batch(cfg.batch, mesh, cfg.grad_accum_steps)
     return mesh
 
 
@@ -145,7 +146,9 @@ class Trainer:
     def _make_programs(self) -> None:
         task, cfg, mesh = self.task, self.cfg, self.mesh
         init_key, self.step_key = jax.random.split(jax.random.key(self.stage.seed))
-        self.make_state, self.abstract = create_state(task.init, task.optimizer, cfg.ema > 0, init_key, mesh)
+        self.make_state, self.abstract = create_state(
+            task.init, task.optimizer, cfg.ema_decay > 0, init_key, mesh
+        )
         self.frozen = jax.device_put(jax.device_get(task.frozen), replicated(mesh))
         self.train_step = jit_train_step(task, cfg, self.steps, mesh, self.abstract)
         self.eval_step = jit_eval_step(task, mesh)
@@ -160,7 +163,7 @@ class Trainer:
         self.held_out = held_out
         self.transform = self.eval_transform = None
         if not data.tokens:
-            with config_errors("config."):
+            with config_errors(prefix="config."):
                 self.transform = ToPixels(source.name, size, data.resize, data.flip, data.shift)
                 self.eval_transform = ToPixels(held_out.name, size, data.resize, False)
         self.rows = local_rows(batch_sharding(self.mesh), self.cfg.batch)
@@ -168,7 +171,7 @@ class Trainer:
         self.eval_rows = local_rows(batch_sharding(self.mesh), self.eval_batch)
 
     def _open_checkpoints(self) -> None:
-        self.checkpoints = Checkpoints(self.directory / CHECKPOINT_DIR, self.cfg.keep)
+        self.checkpoints = Checkpoints(self.directory / CHECKPOINT_DIR, self.cfg.max_to_keep)
         self.choices = self.task.choices()
         self.record = self._describe_run()
         latest = self.checkpoints.latest()
@@ -276,6 +279,10 @@ class Trainer:
             f"{task.name}: {size:,} parameters, {self.source.num_images} images, batch {cfg.batch}, "
             f"steps {self.start}..{self.steps}, {jax.device_count()} x {jax.devices()[0].device_kind}{chosen}"
         )
+        path = self.directory / "config.json"
+        if self.log.active:
+            write_whole(path, json.dumps(self.record, indent=1).encode())
+        self.log.say(f"{task.name}: the config of this run is in {path}")
         if self.notice:
             self.log.say(f"{task.name}: {self.notice}")
         share, fsdp = replicated_fraction(self.abstract.params), self.mesh.shape["fsdp"]

@@ -40,7 +40,7 @@ PREVIEW_COLUMNS = 8  # images of a class in a preview
 
 
 def encoder_precision(section: ConfigDict) -> str:
-    """`config.transformer.encoder_precision`; that of configs/common.py in a config from before it.
+    """`config.transformer.encoder_precision`; that of configs/schema.py in an older config.
 
     Raises:
       ConfigError: on a value that is none.
@@ -105,7 +105,7 @@ class TransformerTask(Task):
         self.frozen = {"tokenizer": tokenizer_params}
         if tokenizer_params:
             self.fingerprint = fingerprint(tokenizer_params)
-        with config_errors("config.sampling: "):
+        with config_errors(prefix="config.sampling: "):
             self.options = SamplingOptions(**stage.sampling)
             self.options.controls(self.config.schedule, self.config.num_codes)
 
@@ -144,10 +144,10 @@ class TransformerTask(Task):
 
         parts = {"labels": labels, "tokens": tokens, "inputs": inputs}
         grads, (metrics, _) = accumulated_gradients(
-            jax.grad(loss_fn, has_aux=True), state.params, parts, key, self.stage.train.accumulate
+            jax.grad(loss_fn, has_aux=True), state.params, parts, key, self.stage.train.grad_accum_steps
         )
         params, opt_state = optimizer_step(state, grads, self.optimizer)
-        state = advance(state, params, opt_state, self.stage.train.ema)
+        state = advance(state, params, opt_state, self.stage.train.ema_decay)
         loss = metrics.pop("loss")
         return StepOutput(
             state=state,

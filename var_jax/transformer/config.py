@@ -37,7 +37,7 @@ class TransformerConfig(abc.ABC):
       shared_adaln: one adaLN projection for all blocks and a learned offset a block.
       normalized_attention: L2-normalised queries and keys with a learned temperature a head.
       gamma_init: factor on the initial adaLN rows of the residual gates gamma.
-      label_drop: share of training labels replaced by "no class".
+      class_dropout_prob: share of training labels replaced by "no class".
       drop_path: stochastic depth of the last block, rising linearly from 0 at the first.
       dropout: rate on what attention and MLP add to the residual stream.
       positions: how a position knows where it stands (see `transformer/positions.py`).
@@ -56,7 +56,7 @@ class TransformerConfig(abc.ABC):
     shared_adaln: bool = False
     normalized_attention: bool = True
     gamma_init: float = 1e-3
-    label_drop: float = 0.1
+    class_dropout_prob: float = 0.1
     drop_path: float = 0.0
     dropout: float = 0.0
     positions: str = "learned_1d"
@@ -73,7 +73,7 @@ class TransformerConfig(abc.ABC):
             raise ValueError(
                 f"transformer num_heads={self.num_heads} must be positive and divide width={self.width}"
             )
-        for name in ("label_drop", "drop_path", "dropout"):
+        for name in ("class_dropout_prob", "drop_path", "dropout"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"transformer {name} must be in [0, 1), got {getattr(self, name)}")
         parse(self.positions, self.width, self.head_dim)
@@ -188,7 +188,7 @@ class NextTokenConfig(TransformerConfig):
       order: the way through the map (see `var_jax/transformer/positions.py`).
       order_seed: of the order `random`.
       mask: which of the earlier tokens a token sees (see `transformer/positions.py`).
-      reach: of the masks row, column, axial and local, in cells.
+      mask_radius: of the masks row, column, axial and local, in cells.
 
     Raises:
       ValueError: on several token maps, or an order or a mask that there is not.
@@ -200,7 +200,7 @@ class NextTokenConfig(TransformerConfig):
     order: str = "raster"
     order_seed: int = 0
     mask: str = "causal"
-    reach: int = 1
+    mask_radius: int = 1
 
     def __post_init__(self):
         super().__post_init__()
@@ -234,7 +234,7 @@ class NextTokenConfig(TransformerConfig):
     @functools.cached_property
     def masks(self) -> tuple[np.ndarray, ...]:
         """bool [L, L], True where a query (row) sees a key; of M masks, block i has number i modulo M."""
-        return sequence_masks(self.mask, self.coords, self.reach)
+        return sequence_masks(self.mask, self.coords, self.mask_radius)
 
     @functools.cached_property
     def coords(self) -> TokenCoords:

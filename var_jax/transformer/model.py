@@ -225,7 +225,7 @@ class ARTransformer(nn.Module):
         """The residual stream float32 [B, L, D] after all blocks, and the condition."""
         cfg = self.config
         if train:
-            dropped = jax.random.bernoulli(self.make_rng("dropout"), cfg.label_drop, labels.shape)
+            dropped = jax.random.bernoulli(self.make_rng("dropout"), cfg.class_dropout_prob, labels.shape)
             labels = jnp.where(dropped, cfg.num_classes, labels)
         condition = self.condition(labels)
         x = constrain(self.embed(condition, inputs))

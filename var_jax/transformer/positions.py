@@ -275,21 +275,21 @@ def buckets(coords: TokenCoords) -> np.ndarray:
 MASKS = ("causal", "row", "column", "axial", "local")
 
 
-def sequence_masks(name: str, coords: TokenCoords, reach: int) -> tuple[np.ndarray, ...]:
+def sequence_masks(name: str, coords: TokenCoords, mask_radius: int) -> tuple[np.ndarray, ...]:
     """The masks of the blocks, in turn: one, or two of `axial`; bool [L, L], True where a query sees a key.
 
     Raises:
-      ValueError: on a name that is none, or a reach that is no whole number from 0 up.
+      ValueError: on a name that is none, or a mask_radius that is no whole number from 0 up.
     """
     if name not in MASKS:
         raise ValueError(f"transformer mask must be one of {', '.join(MASKS)}; got {name!r}")
-    if reach < 0 or reach != int(reach):
-        raise ValueError(f"transformer reach must be a whole number from 0 up, got {reach}")
+    if mask_radius < 0 or mask_radius != int(mask_radius):
+        raise ValueError(f"transformer mask_radius must be a whole number from 0 up, got {mask_radius}")
     length = len(coords.query)
     causal = np.tri(length, dtype=bool)
     always = np.eye(length, dtype=bool)
     always[:, 0] = True
-    rows, columns = np.moveaxis(np.abs(coords.query[:, None] - coords.key[None]) <= reach, -1, 0)
+    rows, columns = np.moveaxis(np.abs(coords.query[:, None] - coords.key[None]) <= mask_radius, -1, 0)
     near = {
         "causal": (causal,),
         "row": (rows,),

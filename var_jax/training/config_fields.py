@@ -1,0 +1,56 @@
+"""Config fields of the last release and their present names; for saved runs and for the command line."""
+
+_TRAIN = {
+    "keep": "max_to_keep",
+    "clip": "grad_clip_norm",
+    "accumulate": "grad_accum_steps",
+    "ema": "ema_decay",
+    "warmup": "warmup_fraction",
+    "warmup_start": "lr_start_fraction",
+    "end": "lr_end_fraction",
+    "schedule": "lr_schedule",
+    "learning_rate": "base_learning_rate",
+}
+# Section -> old name -> new name.
+RENAMED = {
+    "train": _TRAIN,
+    "model": {"label_drop": "class_dropout_prob", "reach": "mask_radius", "gradient": "vq_gradient"},
+    "codebook": {
+        "ema": "ema_decay",
+        "dead_below": "dead_threshold",
+        "restart_until": "restart_until_fraction",
+    },
+    "adversarial": {"start": "start_fraction", "warmup": "warmup_fraction"},
+}
+
+
+def with_present_names(record: dict) -> dict:
+    """Rename the fields of a saved config, at any depth; those of present names stay."""
+
+    def renamed(section: dict, names: dict[str, str]) -> dict:
+        return {
+            names.get(name, name): renamed(value, RENAMED.get(name, {})) if isinstance(value, dict) else value
+            for name, value in section.items()
+        }
+
+    return renamed(record, {})
+
+
+def rename_flags(arguments: list[str]) -> tuple[list[str], list[str]]:
+    """Rename the config fields in flags like `--config.train.learning_rate=1e-4`.
+
+    Returns:
+      The arguments, and a notice for each that was renamed.
+    """
+    result, notices = [], []
+    for argument in arguments:
+        path, equals, value = argument.partition("=")
+        parts = path.split(".")
+        if parts[0] in ("--config", "-config") and len(parts) > 2:
+            new = RENAMED.get(parts[-2], {}).get(parts[-1])
+            if new is not None:
+                present = ".".join([*parts[:-1], new])
+                notices.append(f"{path} is called {present} now; the old name goes with the next release")
+                path = present
+        result.append(path + equals + value)
+    return result, notices
