@@ -86,10 +86,10 @@ def run(main: Callable[[list[str]], None], num_arguments: int = 0, verbosity: in
         except UserError as error:
             sys.exit(f"{command_name()}: {error}")
 
-    arguments, notices = rename_flags(sys.argv)
+    sys.argv[:], notices = rename_flags(sys.argv)  # in place: ml_collections looks there for overrides
     for notice in notices:
         print(notice, file=sys.stderr)
-    app.run(command, argv=arguments)
+    app.run(command)
 
 
 def command_name() -> str:
