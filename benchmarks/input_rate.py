@@ -26,7 +26,7 @@ import tensorflow_datasets as tfds
 from absl import flags
 from PIL import Image
 
-from var_jax.data.image_folder import ImageFile, builder_of
+from var_jax.data.image_folder import ImageFile, make_builder
 from var_jax.data.loader import train_batches
 from var_jax.data.sources import Source, open_source
 from var_jax.data.transforms import ToPixels, decode, resize_short_side
@@ -79,7 +79,7 @@ def make_photographs(folder: Path, images: int) -> Source:
         files.append(ImageFile(path, "photograph", "train" if i else "test"))
     tfds.disable_progress_bar()
     with contextlib.redirect_stdout(sys.stderr):  # the line of JSON shall stand alone
-        builder_of("photographs", files, folder / "data").download_and_prepare(file_format="array_record")
+        make_builder("photographs", files, folder / "data").download_and_prepare(file_format="array_record")
     return open_source("photographs", "train", folder / "data")
 
 

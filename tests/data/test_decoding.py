@@ -6,7 +6,7 @@ import pytest
 from PIL import Image, features
 
 from var_jax.data import decoding
-from var_jax.data.decoding import BLACK, DecodeError, decode
+from var_jax.data.decoding import BLACK, DecodeError, decode_image
 
 RAMP = np.tile(np.arange(256, dtype=np.uint8), (4, 1))
 RAMP_16 = RAMP.astype(np.uint16) * 257
@@ -23,7 +23,7 @@ def decoded(data: bytes, **options) -> np.ndarray:
     """int [H, W, 3] of encoded bytes, no warning of Pillow allowed."""
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        image = decode(data, **options)
+        image = decode_image(data, **options)
     assert image.mode == "RGB"
     return np.asarray(image).astype(int)
 
@@ -95,7 +95,7 @@ def test_bilevel_images_are_black_and_white():
 )
 def test_pixels_without_a_defined_white_are_refused(values, message):
     with pytest.raises(DecodeError, match=message):
-        decode(encoded(values, "TIFF"))
+        decode_image(encoded(values, "TIFF"))
 
 
 def emoji() -> np.ndarray:
@@ -174,7 +174,7 @@ def test_every_exif_orientation_is_upright(form):
 
 def test_damaged_exif_is_no_reason_to_refuse_an_image():
     data = encoded(RAMP, "PNG", exif=b"Exif\0\0MM\0*\0\0\0\x08\xff\xff")
-    np.testing.assert_array_equal(np.asarray(decode(data))[..., 0], RAMP)
+    np.testing.assert_array_equal(np.asarray(decode_image(data))[..., 0], RAMP)
 
 
 @pytest.mark.parametrize("form", ["GIF", "WEBP", "PNG"])
@@ -207,14 +207,14 @@ def test_what_cannot_be_decoded_says_why(data, message):
         "error", category=Image.DecompressionBombWarning
     )  # pytest resets what the import set
     with pytest.raises(DecodeError, match=message):
-        decode(data)
+        decode_image(data)
 
 
 def test_a_format_that_this_pillow_lacks_is_named(monkeypatch):
     data = encoded(RAMP, "WEBP")
     monkeypatch.setattr(decoding, "FORMATS", ("JPEG", "PNG"))
     with pytest.raises(DecodeError, match="WEBP, which this build of Pillow cannot decode"):
-        decode(data)
+        decode_image(data)
 
 
 def test_damaged_files_end_in_one_kind_of_error():
@@ -234,7 +234,7 @@ def test_damaged_files_end_in_one_kind_of_error():
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", UserWarning)
-                decode(bytes(data))
+                decode_image(bytes(data))
             outcomes["decoded"] += 1
         except DecodeError:
             outcomes["refused"] += 1

@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from var_jax.data.image_folder import ImageFile, builder_of
+from var_jax.data.image_folder import ImageFile, make_builder
 from var_jax.data.sources import DataSetMissing, open_source
 from var_jax.data.transforms import ToPixels
 from var_jax.tools.judge_digits import split_off
@@ -62,7 +62,7 @@ def test_exif_counts_but_for_imagenet_as_published(tmp_path, digits_dir):
         file = tmp_path / "image.png"
         file.write_bytes(buffer.getvalue())
         files = [ImageFile(file, "cat", split) for split in ("train", "test")]
-        builder_of(name, files, tmp_path / "data").download_and_prepare(file_format="array_record")
+        make_builder(name, files, tmp_path / "data").download_and_prepare(file_format="array_record")
         source = open_source(name, "train", tmp_path / "data")
         np.testing.assert_array_equal(ToPixels(name, 8, 1.0, False)(source[0])["image"][..., 0], want)
 

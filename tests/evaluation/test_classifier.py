@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 from sklearn.datasets import load_digits
 
-from var_jax.evaluation.classifier import Classifier, SampleJudge, spread
+from var_jax.evaluation.classifier import Classifier, SampleJudge, within_class_std
 
 
 @pytest.fixture(scope="module")
@@ -27,9 +27,9 @@ def test_spread_is_within_classes(digits):
     alone = np.stack(
         [images[labels == label][0] for label in labels]
     )  # one image of each class, again and again
-    assert spread(alone, labels) == 0
+    assert within_class_std(alone, labels) == 0
     by_hand = [images[labels == c].astype(float).std(0).mean() for c in range(10)]
-    assert spread(images, labels) == pytest.approx(np.mean(by_hand), rel=1e-4)
+    assert within_class_std(images, labels) == pytest.approx(np.mean(by_hand), rel=1e-4)
 
 
 def test_a_jury_tells_copies_from_new_images(digits):

@@ -10,7 +10,7 @@ from sklearn.neural_network import MLPClassifier
 
 from var_jax.evaluation.frechet import Moments, frechet_distance
 
-HIDDEN = 64
+HIDDEN_SIZE = 64
 
 
 class Classifier:
@@ -22,7 +22,7 @@ class Classifier:
     """
 
     def __init__(self, images: np.ndarray, labels: np.ndarray):
-        self._network = MLPClassifier((HIDDEN,), alpha=1e-2, max_iter=300, random_state=0)
+        self._network = MLPClassifier((HIDDEN_SIZE,), alpha=1e-2, max_iter=300, random_state=0)
         self._network.fit(_flat(images), labels)
 
     def classes(self, images: np.ndarray) -> np.ndarray:
@@ -58,7 +58,7 @@ class SampleJudge:
         self._images, self._labels = real
         self.held_out, self.held_out_labels = held_out
         self._classifier = Classifier(*real)
-        self._spread = spread(*real)
+        self._spread = within_class_std(*real)
         self._nearest = self._to_nearest(self.held_out)
 
     def figures(self, images: np.ndarray, labels: np.ndarray) -> dict[str, float]:
@@ -75,7 +75,7 @@ class SampleJudge:
         return {
             "called_right": float((self._classifier.classes(images) == labels).mean()),
             "frechet": self._classifier.frechet(images[some], self._images),
-            "spread": spread(images, labels) / self._spread,
+            "spread": within_class_std(images, labels) / self._spread,
             "nearest": self._to_nearest(images) / self._nearest,
         }
 
@@ -83,7 +83,7 @@ class SampleJudge:
         return float(np.median(cdist(_flat(images), _flat(self._images)).min(1)))
 
 
-def spread(images: np.ndarray, labels: np.ndarray) -> float:
+def within_class_std(images: np.ndarray, labels: np.ndarray) -> float:
     """Standard deviation of a pixel within a class, mean over pixels and classes, in grey levels."""
     within = [images[labels == label].astype(np.float32).std(0).mean() for label in np.unique(labels)]
     return float(np.mean(within))

@@ -15,7 +15,7 @@ from var_jax.tokenizer.codebook_updates import codebook_use, count_codes
 from var_jax.tokenizer.lpips import perceptual_distance
 from var_jax.tokenizer.model import Tokenizer
 
-SHOWN = 8  # of the best and of the worst
+NUM_EXTREMES = 8  # of the best and of the worst
 SSIM_WINDOW = 11  # pixels, of the usual Gaussian; smaller images take their own size
 
 
@@ -28,9 +28,9 @@ class Extremes:
     recon: np.ndarray
 
     def with_more(self, psnr: np.ndarray, images: np.ndarray, recon: np.ndarray, sign: int) -> "Extremes":
-        """Keeps SHOWN of the old and the new; sign -1 keeps those of the greatest PSNR instead."""
+        """Keeps NUM_EXTREMES of the old and the new; sign -1 keeps those of the greatest PSNR instead."""
         psnr = np.concatenate([self.psnr, psnr])
-        order = np.argsort(sign * psnr, kind="stable")[:SHOWN]
+        order = np.argsort(sign * psnr, kind="stable")[:NUM_EXTREMES]
         images, recon = np.concatenate([self.images, images]), np.concatenate([self.recon, recon])
         return Extremes(psnr[order], images[order], recon[order])
 

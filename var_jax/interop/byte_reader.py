@@ -44,10 +44,10 @@ class ByteReader:
         end = self._buffer.find(b"\n", self.position, min(self.position + max_length + 1, self._end))
         if end < 0:
             raise InvalidFile(f"no end of the line that starts at byte {self.position}")
-        return decode(self.take(end + 1 - self.position)[:-1], "ascii")
+        return decode_text(self.take(end + 1 - self.position)[:-1], "ascii")
 
 
-def decode(text: bytes, encoding: str = "utf-8") -> str:
+def decode_text(text: bytes, encoding: str = "utf-8") -> str:
     """Text from bytes, which must be valid in that encoding."""
     try:
         return text.decode(encoding)

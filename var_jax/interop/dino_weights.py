@@ -11,14 +11,14 @@ from var_jax.interop.load import with_path
 from var_jax.interop.published import (
     BATCHED,
     CONV,
+    IDENTITY,
     LINEAR,
     MAX_DEPTH,
-    SAME,
     Entry,
     Tensors,
     check_tensors,
-    count,
-    require,
+    count_layers,
+    require_tensors,
     to_ours,
 )
 from var_jax.interop.tensor_files import read_tensors
@@ -49,9 +49,9 @@ def _checked(tensors: Tensors) -> tuple[Tensors, list[Entry], dict]:
     tensors = {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
     tensors = {name: t for name, t in tensors.items() if not name.startswith(UNUSED)}
     names = ("patch_embed.proj.weight", "pos_embed", "blocks.0.attn.qkv.weight")
-    require(tensors, dict.fromkeys(names), "DINO")
-    depth = count(tensors, r"blocks\.(\d{1,4})\.", MAX_DEPTH)
-    table, shapes = _table(depth), _shapes(tensors, depth)
+    require_tensors(tensors, dict.fromkeys(names), "DINO")
+    depth = count_layers(tensors, r"blocks\.(\d{1,4})\.", MAX_DEPTH)
+    table, shapes = _table(depth), _param_shapes(tensors, depth)
     check_tensors(tensors, table, shapes)
     return tensors, table, shapes
 
@@ -60,20 +60,20 @@ def _table(depth: int) -> list[Entry]:
     """Our parameters and the published tensors that they hold."""
     table = [
         Entry("patch/kernel", ("patch_embed.proj.weight",), CONV),
-        Entry("patch/bias", ("patch_embed.proj.bias",), SAME),
+        Entry("patch/bias", ("patch_embed.proj.bias",), IDENTITY),
         Entry("class_token", ("cls_token",), BATCHED),
         Entry("positions", ("pos_embed",), BATCHED),
     ]
     for layer in ("norm1", "attn.qkv", "attn.proj", "norm2", "mlp.fc1", "mlp.fc2"):
         ours = f"blocks/{layer.split('.')[-1]}"
-        weight, layout = ("scale", SAME) if layer.startswith("norm") else ("kernel", LINEAR)
+        weight, layout = ("scale", IDENTITY) if layer.startswith("norm") else ("kernel", LINEAR)
         names = [f"blocks.{i}.{layer}" for i in range(depth)]
         table.append(Entry(f"{ours}/{weight}", tuple(f"{n}.weight" for n in names), layout, stacked=True))
-        table.append(Entry(f"{ours}/bias", tuple(f"{n}.bias" for n in names), SAME, stacked=True))
+        table.append(Entry(f"{ours}/bias", tuple(f"{n}.bias" for n in names), IDENTITY, stacked=True))
     return table
 
 
-def _shapes(tensors: Tensors, depth: int) -> dict:
+def _param_shapes(tensors: Tensors, depth: int) -> dict:
     """Our parameters as shapes; those of the patches and the positions decide the rest.
 
     Raises:

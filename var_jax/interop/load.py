@@ -22,7 +22,7 @@ from var_jax.transformer.next_scale import NextScale
 from var_jax.transformer.next_token import NextToken
 
 CONFIGS = {"tokenizer": TokenizerConfig, "next_scale": NextScaleConfig, "next_token": NextTokenConfig}
-NETWORKS = {"next_scale": NextScale, "next_token": NextToken}  # kind of stage -> network
+TRANSFORMER_CLASSES = {"next_scale": NextScale, "next_token": NextToken}  # kind of stage -> network
 
 
 def load_tokenizer(
@@ -87,7 +87,11 @@ def load_transformer(
         params, record = load_params(path / kind / CHECKPOINT_DIR, step)
         config = CONFIGS[kind](**record["model"])
         _check_fit(path, config, tokenizer)
-        return NETWORKS[kind](config, computed), params, SamplingOptions(**record["stage"]["sampling"])
+        return (
+            TRANSFORMER_CLASSES[kind](config, computed),
+            params,
+            SamplingOptions(**record["stage"]["sampling"]),
+        )
     config, params = _from_file(path, "next_scale", read_tensors(path, "next_scale"), tokenizer.scales)
     _check_fit(path, config, tokenizer)
     return NextScale(config, computed), params, SamplingOptions()
@@ -95,7 +99,9 @@ def load_transformer(
 
 def _transformer_of(run: Path) -> str:
     """The kind of transformer that a run has; next_scale where it has none, or both."""
-    return next((kind for kind in NETWORKS if (run / kind / CHECKPOINT_DIR).exists()), "next_scale")
+    return next(
+        (kind for kind in TRANSFORMER_CLASSES if (run / kind / CHECKPOINT_DIR).exists()), "next_scale"
+    )
 
 
 def read_network(path: str | Path, kind: str) -> tuple[TokenizerConfig | TransformerConfig, dict]:
@@ -167,7 +173,7 @@ def published_next_scale(path: Path, tensors: Tensors, scales=None) -> tuple[Nex
 
 def tokenizer_shapes(config: TokenizerConfig) -> dict:
     """Our parameters, and the counts of code uses that a published file holds beside them, as shapes."""
-    shapes = _shapes(Tokenizer(config), _abstract((1, config.image_size, config.image_size, 3)))
+    shapes = _init_shapes(Tokenizer(config), _abstract((1, config.image_size, config.image_size, 3)))
     hits = jax.ShapeDtypeStruct((len(config.scales), config.num_codes), jnp.float32)
     return {**shapes, "code_hits": hits}
 
@@ -176,7 +182,7 @@ def next_scale_shapes(config: NextScaleConfig) -> dict:
     """Our parameters as shapes."""
     scales = config.schedule
     inputs = _abstract((1, scales.length - scales.ends[0], config.code_dim))
-    return _shapes(NextScale(config), _abstract((1,), jnp.int32), inputs)
+    return _init_shapes(NextScale(config), _abstract((1,), jnp.int32), inputs)
 
 
 def _is_weights(path: Path) -> bool:
@@ -188,7 +194,7 @@ def _abstract(shape: tuple[int, ...], dtype=jnp.float32) -> jax.ShapeDtypeStruct
     return jax.ShapeDtypeStruct(shape, dtype)
 
 
-def _shapes(model: nn.Module, *inputs) -> dict:
+def _init_shapes(model: nn.Module, *inputs) -> dict:
     variables = jax.eval_shape(lambda *args: model.init(jax.random.key(0), *args), *inputs)
     return nn.meta.unbox(variables)["params"]
 

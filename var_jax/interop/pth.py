@@ -16,7 +16,7 @@ import numpy as np
 
 from var_jax.interop.byte_reader import ByteReader, InvalidFile
 from var_jax.interop.torch_globals import ElementType, Tensor
-from var_jax.interop.unpickle import MAX_BYTES, unpickle
+from var_jax.interop.unpickle import MAX_PICKLE_BYTES, unpickle
 from var_jax.interop.zip_members import Member, zip_members
 
 DTYPES = {
@@ -92,8 +92,8 @@ def _read_zip(buffer: mmap.mmap) -> object:
         if buffer[order.start : order.start + order.size] != b"little":
             raise InvalidFile(f"its numbers are not little-endian. {_REWRITE}")
     program = _stored(members, pickles[0])
-    if program.size > MAX_BYTES:
-        raise InvalidFile(f"its pickle has {program.size} bytes; at most {MAX_BYTES} are read")
+    if program.size > MAX_PICKLE_BYTES:
+        raise InvalidFile(f"its pickle has {program.size} bytes; at most {MAX_PICKLE_BYTES} are read")
     value, storages = unpickle(ByteReader(buffer, program.start, program.start + program.size))
     starts = {}
     for key, storage in storages.items():
@@ -117,7 +117,7 @@ def _stored(members: dict[str, Member], name: str) -> Member:
 
 def _read_legacy(buffer: mmap.mmap) -> object:
     """Content of a file of PyTorch before 1.6: five pickles, then the storages in the order of the fifth."""
-    reader = ByteReader(buffer, 0, min(len(buffer), MAX_BYTES))
+    reader = ByteReader(buffer, 0, min(len(buffer), MAX_PICKLE_BYTES))
     for expected in (_LEGACY_MAGIC, _LEGACY_PROTOCOL):
         if unpickle(reader)[0] != expected:
             raise InvalidFile("it is a pickle, but not one that torch.save writes")

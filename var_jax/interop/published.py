@@ -38,7 +38,7 @@ class Layout:
     published: Callable[[np.ndarray], np.ndarray]
 
 
-SAME = Layout(lambda t: t, lambda a: a)
+IDENTITY = Layout(lambda t: t, lambda a: a)
 LINEAR = Layout(lambda t: t.T, lambda a: a.T)
 CONV = Layout(lambda t: t.transpose(2, 3, 1, 0), lambda a: a.transpose(3, 2, 0, 1))
 BATCHED = Layout(lambda t: t[0], lambda a: a[None])  # a leading axis of 1
@@ -69,8 +69,8 @@ def _layer(ours: str, published: str, layout: Layout, norm: bool = False) -> lis
     """Weight and bias of one layer."""
     weight = "scale" if norm else "kernel"
     return [
-        Entry(f"{ours}/{weight}", (f"{published}.weight",), SAME if norm else layout),
-        Entry(f"{ours}/bias", (f"{published}.bias",), SAME),
+        Entry(f"{ours}/{weight}", (f"{published}.weight",), IDENTITY if norm else layout),
+        Entry(f"{ours}/bias", (f"{published}.bias",), IDENTITY),
     ]
 
 
@@ -80,14 +80,14 @@ def _layer(ours: str, published: str, layout: Layout, norm: bool = False) -> lis
 def _residual(ours: str, published: str, shortcut: bool) -> list[Entry]:
     entries = []
     for i in (1, 2):
-        entries += _layer(f"{ours}/norm{i}", f"{published}.norm{i}", SAME, norm=True)
+        entries += _layer(f"{ours}/norm{i}", f"{published}.norm{i}", IDENTITY, norm=True)
         entries += _layer(f"{ours}/conv{i}", f"{published}.conv{i}", CONV)
     return entries + (_layer(f"{ours}/shortcut", f"{published}.nin_shortcut", CONV) if shortcut else [])
 
 
 def _attention(ours: str, published: str) -> list[Entry]:
     return [
-        *_layer(f"{ours}/norm", f"{published}.norm", SAME, norm=True),
+        *_layer(f"{ours}/norm", f"{published}.norm", IDENTITY, norm=True),
         *_layer(f"{ours}/qkv", f"{published}.qkv", CONV),
         *_layer(f"{ours}/proj", f"{published}.proj_out", CONV),
     ]
@@ -115,7 +115,7 @@ def _pyramid(config: TokenizerConfig, part: str) -> list[Entry]:
     for ours, theirs in (("block1", "block_1"), ("block2", "block_2")):
         entries += _residual(f"{part}/middle/{ours}", f"{part}.mid.{theirs}", False)
     entries += _attention(f"{part}/middle/attention", f"{part}.mid.attn_1")
-    entries += _layer(f"{part}/norm_out", f"{part}.norm_out", SAME, norm=True)
+    entries += _layer(f"{part}/norm_out", f"{part}.norm_out", IDENTITY, norm=True)
     return entries + _layer(f"{part}/conv_out", f"{part}.conv_out", CONV)
 
 
@@ -123,14 +123,14 @@ def tokenizer_table(config: TokenizerConfig) -> list[Entry]:
     """All parameters of a tokenizer, and the per-scale code counts `code_hits`."""
     table = _pyramid(config, "encoder") + _pyramid(config, "decoder")
     table += _layer("quant_conv", "quant_conv", CONV) + _layer("post_quant_conv", "post_quant_conv", CONV)
-    table.append(Entry("quantizer/codebook", ("quantize.embedding.weight",), SAME))
+    table.append(Entry("quantizer/codebook", ("quantize.embedding.weight",), IDENTITY))
     if n := config.num_phis:
         root = "quantize.quant_resi"
         phis = [f"{root}.qresi"] if n == 1 else [f"{root}.qresi_ls.{i}" for i in range(n)]
         weights, biases = tuple(f"{p}.weight" for p in phis), tuple(f"{p}.bias" for p in phis)
         table.append(Entry("quantizer/phi_kernel", weights, CONV, stacked=True))
-        table.append(Entry("quantizer/phi_bias", biases, SAME, stacked=True))
-    return [*table, Entry("code_hits", ("quantize.ema_vocab_hit_SV",), SAME)]
+        table.append(Entry("quantizer/phi_bias", biases, IDENTITY, stacked=True))
+    return [*table, Entry("code_hits", ("quantize.ema_vocab_hit_SV",), IDENTITY)]
 
 
 _PHI = r"quantize\.quant_resi\.qresi_ls\.(\d{1,4})\."
@@ -148,10 +148,10 @@ def tokenizer_config(tensors: Tensors, scales=None) -> TokenizerConfig:
     """
     required = {"encoder.conv_in.weight": 4, "quantize.embedding.weight": 2, "quant_conv.weight": 4}
     required["encoder.down.0.block.0.conv1.weight"] = 4
-    require(tensors, required, "tokenizer")
-    levels = count(tensors, r"encoder\.down\.(\d{1,4})\.", _MAX_LEVELS)
+    require_tensors(tensors, required, "tokenizer")
+    levels = count_layers(tensors, r"encoder\.down\.(\d{1,4})\.", _MAX_LEVELS)
     firsts = [f"encoder.down.{i}.block.0.conv1.weight" for i in range(levels)]
-    require(tensors, dict.fromkeys(firsts, 4), "tokenizer")
+    require_tensors(tensors, dict.fromkeys(firsts, 4), "tokenizer")
     num_codes, code_dim = tensors["quantize.embedding.weight"].shape
     ch, outs = tensors["encoder.conv_in.weight"].shape[0], [tensors[name].shape[0] for name in firsts]
     if not ch or any(out % ch for out in outs):
@@ -180,8 +180,8 @@ def tokenizer_config(tensors: Tensors, scales=None) -> TokenizerConfig:
         code_dim=code_dim,
         ch=ch,
         ch_mult=tuple(out // ch for out in outs),
-        num_blocks=count(tensors, r"encoder\.down\.0\.block\.(\d{1,4})\.", _MAX_BLOCKS),
-        num_phis=1 if single else count(tensors, _PHI, _MAX_PHIS),
+        num_blocks=count_layers(tensors, r"encoder\.down\.0\.block\.(\d{1,4})\.", _MAX_BLOCKS),
+        num_phis=1 if single else count_layers(tensors, _PHI, _MAX_PHIS),
     )
 
 
@@ -197,29 +197,29 @@ def next_scale_table(config: NextScaleConfig) -> list[Entry]:
 
     layers = "blocks/layers"
     table = [
-        Entry("class_embedding", ("class_emb.weight",), SAME),
+        Entry("class_embedding", ("class_emb.weight",), IDENTITY),
         Entry("start_embedding", ("pos_start",), BATCHED),
         Entry("position_embedding", ("pos_1LC",), BATCHED),
-        Entry("level_embedding", ("lvl_embed.weight",), SAME),
+        Entry("level_embedding", ("lvl_embed.weight",), IDENTITY),
         *_layer("code_embedding", "word_embed", LINEAR),
         *_layer("head_adaln", "head_nm.ada_lin.1", LINEAR),
         *_layer("head", "head", LINEAR),
         blocks(f"{layers}/attention/qkv/kernel", "attn.mat_qkv.weight", LINEAR),
-        blocks(f"{layers}/attention/q_bias", "attn.q_bias", SAME),
-        blocks(f"{layers}/attention/v_bias", "attn.v_bias", SAME),
+        blocks(f"{layers}/attention/q_bias", "attn.q_bias", IDENTITY),
+        blocks(f"{layers}/attention/v_bias", "attn.v_bias", IDENTITY),
         blocks(f"{layers}/attention/proj/kernel", "attn.proj.weight", LINEAR),
-        blocks(f"{layers}/attention/proj/bias", "attn.proj.bias", SAME),
+        blocks(f"{layers}/attention/proj/bias", "attn.proj.bias", IDENTITY),
     ]
     for fc in ("fc1", "fc2"):
         table.append(blocks(f"{layers}/mlp/{fc}/kernel", f"ffn.{fc}.weight", LINEAR))
-        table.append(blocks(f"{layers}/mlp/{fc}/bias", f"ffn.{fc}.bias", SAME))
+        table.append(blocks(f"{layers}/mlp/{fc}/bias", f"ffn.{fc}.bias", IDENTITY))
     if config.normalized_attention:
         table.append(blocks(f"{layers}/attention/log_temperature", "attn.scale_mul_1H11", PER_HEAD))
     if config.shared_adaln:
         table += _layer("shared_adaln", "shared_ada_lin.1", LINEAR)
         return [*table, blocks("adaln_offset", "ada_gss", OFFSETS)]
     table.append(blocks("adaln/adaln/kernel", "ada_lin.1.weight", LINEAR))
-    return [*table, blocks("adaln/adaln/bias", "ada_lin.1.bias", SAME)]
+    return [*table, blocks("adaln/adaln/bias", "ada_lin.1.bias", IDENTITY)]
 
 
 def next_scale_constants(config: NextScaleConfig) -> dict[str, Constant]:
@@ -248,11 +248,11 @@ def next_scale_config(tensors: Tensors, scales=None) -> NextScaleConfig:
       ValueError: if this is no published transformer, or one of other scales.
     """
     required = {"pos_1LC": 3, "word_embed.weight": 2, "class_emb.weight": 2, "head.weight": 2}
-    require(tensors, required, "VAR transformer")
+    require_tensors(tensors, required, "VAR transformer")
     classes, width = tensors["class_emb.weight"].shape
     temperature = tensors.get("blocks.0.attn.scale_mul_1H11")
     if temperature is not None:
-        require(tensors, {"blocks.0.attn.scale_mul_1H11": 4}, "VAR transformer")
+        require_tensors(tensors, {"blocks.0.attn.scale_mul_1H11": 4}, "VAR transformer")
     scales = _scales_of(tensors) if scales is None else scales
     length = Scales(scales).length
     if tensors["pos_1LC"].shape[1] != length:
@@ -261,7 +261,7 @@ def next_scale_config(tensors: Tensors, scales=None) -> NextScaleConfig:
             f"{length} positions: expected {(1, length, width)}; pass the right scales= to load_tokenizer"
         )
     return NextScaleConfig(
-        depth=count(tensors, r"blocks\.(\d{1,4})\.", MAX_DEPTH),
+        depth=count_layers(tensors, r"blocks\.(\d{1,4})\.", MAX_DEPTH),
         width=width,
         num_heads=0 if temperature is None else temperature.shape[1],
         num_classes=classes - 1,
@@ -400,7 +400,7 @@ def published_tensors(
             yield name, np.ascontiguousarray(entry.layout.published(part))
 
 
-def count(tensors: Tensors, pattern: str, max_count: int) -> int:
+def count_layers(tensors: Tensors, pattern: str, max_count: int) -> int:
     """Number of layers in a list, whose numbers the names hold at the group of a pattern.
 
     Raises:
@@ -415,7 +415,7 @@ def count(tensors: Tensors, pattern: str, max_count: int) -> int:
     return missing
 
 
-def require(tensors: Tensors, ranks: Mapping[str, int | None], kind: str) -> None:
+def require_tensors(tensors: Tensors, ranks: Mapping[str, int | None], kind: str) -> None:
     """Check those tensors that a published network of a kind must have.
 
     Args:

@@ -11,7 +11,7 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 
-from var_jax.interop.byte_reader import ByteReader, InvalidFile, decode
+from var_jax.interop.byte_reader import ByteReader, InvalidFile, decode_text
 from var_jax.interop.pth import empty_array, map_file, read_pth
 from var_jax.paths import local_path
 
@@ -152,7 +152,7 @@ def _header(text: bytes) -> dict:
         return fields
 
     try:
-        header = json.loads(decode(text), object_pairs_hook=unique)
+        header = json.loads(decode_text(text), object_pairs_hook=unique)
     except (ValueError, RecursionError) as error:  # an int of too many digits is a plain ValueError
         raise InvalidFile(f"its header is not JSON: {error}") from error
     if not isinstance(header, dict):
@@ -213,7 +213,7 @@ def write_safetensors(
         offset += size
     encoded = json.dumps(header).encode()
     encoded += b" " * (-len(encoded) % 8)
-    with complete_or_absent(path) as partial, open(partial, "wb") as file:
+    with atomic_path(path) as partial, open(partial, "wb") as file:
         file.write(struct.pack("<Q", len(encoded)) + encoded)
         for name, tensor in tensors:
             entry = header.pop(name)
@@ -238,12 +238,12 @@ def write_pth(path: Path, tensors: Iterator[tuple[str, np.ndarray]]) -> None:
             "writing .pth needs PyTorch: pip install -e '.[torch]', or write .safetensors"
         ) from error
     state = {name: torch.from_numpy(np.array(tensor)) for name, tensor in tensors}
-    with complete_or_absent(path) as partial:
+    with atomic_path(path) as partial:
         torch.save(state, partial)
 
 
 @contextlib.contextmanager
-def complete_or_absent(path: Path) -> Iterator[Path]:
+def atomic_path(path: Path) -> Iterator[Path]:
     """A path to write to, which becomes `path` when all went well and is removed when not."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")

@@ -94,7 +94,7 @@ GLOBALS = {
 }
 
 
-def call(function: Constructor, arguments: tuple):
+def call_constructor(function: Constructor, arguments: tuple):
     """Result of a call in the file.
 
     Raises:
@@ -104,9 +104,9 @@ def call(function: Constructor, arguments: tuple):
         case Constructor.ORDERED_DICT, ():
             return collections.OrderedDict()
         case Constructor.ORDERED_DICT, (list(pairs),) if all(type(p) is list and len(p) == 2 for p in pairs):
-            return collections.OrderedDict((as_key(key), value) for key, value in pairs)  # Python 2
+            return collections.OrderedDict((check_key(key), value) for key, value in pairs)  # Python 2
         case Constructor.SET, (list(items),):
-            return set(map(as_key, items))
+            return set(map(check_key, items))
         case Constructor.SIZE, (tuple(sizes),) if len(sizes) <= _MAX_DIMENSIONS and _are_counts(*sizes):
             return sizes
         case Constructor.DEVICE, (str(kind), *index) if (
@@ -134,7 +134,7 @@ def _tensor(storage: Storage, kind: ElementType, offset, sizes, strides) -> Tens
     return Tensor(storage, kind, offset, sizes, strides)
 
 
-def storage_of(identity) -> Storage:
+def parse_storage(identity) -> Storage:
     """The storage that a persistent id describes; before PyTorch 0.4 it could be a part of another one.
 
     Raises:
@@ -156,7 +156,7 @@ def _are_counts(*values) -> bool:
     return all(type(value) is int and 0 <= value <= _MAX_COUNT for value in values)
 
 
-def as_key(value) -> str | int | None:
+def check_key(value) -> str | int | None:
     """A key of a dict or an item of a set, of a type whose hash cannot be chosen at will.
 
     Raises:

@@ -10,10 +10,17 @@ import pickle
 import pickletools
 from collections.abc import Callable
 
-from var_jax.interop.byte_reader import ByteReader, InvalidFile, decode
-from var_jax.interop.torch_globals import GLOBALS, Constructor, Storage, as_key, call, storage_of
+from var_jax.interop.byte_reader import ByteReader, InvalidFile, decode_text
+from var_jax.interop.torch_globals import (
+    GLOBALS,
+    Constructor,
+    Storage,
+    call_constructor,
+    check_key,
+    parse_storage,
+)
 
-MAX_BYTES = 1 << 25  # of one pickle: 100 times a trainer checkpoint of d36
+MAX_PICKLE_BYTES = 1 << 25  # of one pickle: 100 times a trainer checkpoint of d36
 _MAX_WORK = 1 << 19  # instructions: 5 times a trainer checkpoint of d36
 _MAX_STACK = 1 << 18
 _MAX_MARKS = 64
@@ -91,7 +98,7 @@ class _Machine:
     def text(self, length_layout: str) -> None:
         if (length := self.reader.unpack(length_layout)) > _MAX_TEXT:
             raise InvalidFile(f"a text of {length} bytes in the pickle; at most {_MAX_TEXT} are read")
-        self.push(decode(self.reader.take(length)))
+        self.push(decode_text(self.reader.take(length)))
 
     def long(self) -> None:
         self.push(int.from_bytes(self.reader.take(self.reader.unpack("<B")), "little", signed=True))
@@ -104,13 +111,13 @@ class _Machine:
         self.top(list).extend(values)
 
     def add(self, values: list) -> None:
-        self.top(set).update(map(as_key, values))
+        self.top(set).update(map(check_key, values))
 
     def set_items(self, values: list) -> None:
         if len(values) % 2:
             raise InvalidFile("a pickle with a key without a value")
         self.top((dict, collections.OrderedDict)).update(
-            zip(map(as_key, values[::2]), values[1::2], strict=True)
+            zip(map(check_key, values[::2]), values[1::2], strict=True)
         )
 
     def put(self, index: int) -> None:
@@ -142,7 +149,7 @@ class _Machine:
         self.name(module, name)
 
     def persistent(self) -> None:
-        self.push(storage := storage_of(self.pop()))
+        self.push(storage := parse_storage(self.pop()))
         known = self.storages.setdefault(storage.key, storage)
         if (known.type, known.total) != (storage.type, storage.total):
             raise InvalidFile(f"storage {storage.key!r} is described in two ways")
@@ -152,7 +159,7 @@ class _Machine:
         if type(function) is not Constructor or type(arguments) is not tuple:
             raise InvalidFile(f"a pickle that calls a {type(function).__name__}")
         self.spend(len(arguments) + sum(len(value) for value in arguments if type(value) is list))
-        self.push(call(function, arguments))
+        self.push(call_constructor(function, arguments))
 
     def set_state(self) -> None:
         """Pass over attributes of an OrderedDict: `_metadata` of a state dict, versions of its modules."""
@@ -160,11 +167,11 @@ class _Machine:
         self.top(collections.OrderedDict)
 
 
-def _number(layout: str) -> Callable[[_Machine], None]:
+def _push_number(layout: str) -> Callable[[_Machine], None]:
     return lambda machine: machine.push(machine.reader.unpack(layout))
 
 
-def _constant(value) -> Callable[[_Machine], None]:
+def _push_constant(value) -> Callable[[_Machine], None]:
     return lambda machine: machine.push(value)
 
 
@@ -173,13 +180,13 @@ _ACTIONS: dict[bytes, Callable[[_Machine], None]] = {
     pickle.PROTO: _Machine.protocol,
     pickle.FRAME: lambda m: m.reader.take(8),
     pickle.MARK: _Machine.mark,
-    pickle.NONE: _constant(None),
-    pickle.NEWTRUE: _constant(True),
-    pickle.NEWFALSE: _constant(False),
-    pickle.BININT: _number("<i"),
-    pickle.BININT1: _number("<B"),
-    pickle.BININT2: _number("<H"),
-    pickle.BINFLOAT: _number(">d"),
+    pickle.NONE: _push_constant(None),
+    pickle.NEWTRUE: _push_constant(True),
+    pickle.NEWFALSE: _push_constant(False),
+    pickle.BININT: _push_number("<i"),
+    pickle.BININT1: _push_number("<B"),
+    pickle.BININT2: _push_number("<H"),
+    pickle.BINFLOAT: _push_number(">d"),
     pickle.LONG1: _Machine.long,
     pickle.BINUNICODE: lambda m: m.text("<I"),
     pickle.SHORT_BINUNICODE: lambda m: m.text("<B"),
@@ -188,7 +195,7 @@ _ACTIONS: dict[bytes, Callable[[_Machine], None]] = {
     pickle.EMPTY_DICT: lambda m: m.push({}),
     pickle.EMPTY_LIST: lambda m: m.push([]),
     pickle.EMPTY_SET: lambda m: m.push(set()),
-    pickle.EMPTY_TUPLE: _constant(()),
+    pickle.EMPTY_TUPLE: _push_constant(()),
     pickle.TUPLE1: lambda m: m.make_tuple(1),
     pickle.TUPLE2: lambda m: m.make_tuple(2),
     pickle.TUPLE3: lambda m: m.make_tuple(3),

@@ -9,7 +9,7 @@ import dataclasses
 import mmap
 import struct
 
-from var_jax.interop.byte_reader import ByteReader, InvalidFile, decode
+from var_jax.interop.byte_reader import ByteReader, InvalidFile, decode_text
 
 _END, _END64_LOCATOR, _END64 = b"PK\x05\x06", b"PK\x06\x07", b"PK\x06\x06"
 _CENTRAL, _LOCAL = b"PK\x01\x02", b"PK\x03\x04"
@@ -90,7 +90,7 @@ def _central_entry(reader: ByteReader) -> tuple[str, int, int, bool]:
     flags, method, packed, size, name_length, extra_length, comment_length, header = struct.unpack(
         "<4x4x2H8x2I3H8xI", entry
     )
-    name, extra = decode(reader.take(name_length)), reader.take(extra_length)
+    name, extra = decode_text(reader.take(name_length)), reader.take(extra_length)
     reader.take(comment_length)
     wide = _zip64_values(extra)
     sizes = {"size": size, "packed": packed, "header": header}
@@ -121,7 +121,7 @@ def _data_start(buffer: mmap.mmap, header: int, name: str, is_compressed: bool) 
     """Offset of the bytes of a member, whose local header must agree with the central directory."""
     reader = ByteReader(buffer, min(header, len(buffer)))
     method, name_length, extra_length = struct.unpack("<8xH16x2H", (local := reader.take(30)))
-    if not local.startswith(_LOCAL) or decode(reader.take(name_length)) != name:
+    if not local.startswith(_LOCAL) or decode_text(reader.take(name_length)) != name:
         raise InvalidFile(f"zip member {name!r} is not where the central directory says")
     if (method != 0) != is_compressed:
         raise InvalidFile(f"zip member {name!r} has two methods of compression")
