@@ -1,4 +1,4 @@
-"""Weights of a DINO vision transformer, from the published files."""
+"""Load the weights of a DINO vision transformer from the published files."""
 
 import math
 from pathlib import Path
@@ -24,27 +24,27 @@ from var_jax.interop.published import (
 from var_jax.interop.tensor_files import read_tensors
 from var_jax.tokenizer.dino import HEAD_SIZE
 
-# Layers after the blocks, from which the features are taken.
+# Features are taken from the blocks; the layers after them are not used.
 UNUSED = ("norm.", "head.")
 
 
 def load_dino(path: str | Path) -> dict:
-    """Parameters for `dino_features`; the shapes in the file decide width, depth and patch size.
+    """Load the parameters of `dino_features`; shapes in the file determine width, depth and patch size.
 
     Args:
-      path: a state dict in the published names, as `dino_deitsmall16_pretrain.pth` or timm's files; those
-        may be prefixed `backbone.`.  The last normalisation and a head are left alone.
+      path: file of a state dict with the published names, such as `dino_deitsmall16_pretrain.pth` or timm's
+        files; names may have the prefix `backbone.`.  The final norm and a head are ignored.
 
     Raises:
-      FileNotFoundError: where there is no file.
-      ValueError: naming what is missing, unknown (a network of another kind has more), or has another shape.
+      FileNotFoundError: if the file does not exist.
+      ValueError: if tensors are missing, unknown or of other shapes; the message names them.
     """
-    tensors, table, shapes = with_path(path, _checked, read_tensors(path, "dino"))
+    tensors, table, shapes = with_path(path, _check_dino, read_tensors(path, "dino"))
     return jax.tree.map(jnp.asarray, to_ours(tensors, table, shapes))
 
 
-def _checked(tensors: Tensors) -> tuple[Tensors, list[Entry], dict]:
-    """The tensors that are used, their table, and the shapes of our parameters."""
+def _check_dino(tensors: Tensors) -> tuple[Tensors, list[Entry], dict]:
+    """Check the tensors of a file; return those used, their table, and the shapes of our parameters."""
     prefix = "backbone." if any(name.startswith("backbone.") for name in tensors) else ""
     tensors = {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
     tensors = {name: t for name, t in tensors.items() if not name.startswith(UNUSED)}
@@ -57,7 +57,7 @@ def _checked(tensors: Tensors) -> tuple[Tensors, list[Entry], dict]:
 
 
 def _table(depth: int) -> list[Entry]:
-    """Our parameters and the published tensors that they hold."""
+    """Return the table of our parameters and the published tensors that they are made of."""
     table = [
         Entry("patch/kernel", ("patch_embed.proj.weight",), CONV),
         Entry("patch/bias", ("patch_embed.proj.bias",), IDENTITY),
@@ -74,10 +74,10 @@ def _table(depth: int) -> list[Entry]:
 
 
 def _param_shapes(tensors: Tensors, depth: int) -> dict:
-    """Our parameters as shapes; those of the patches and the positions decide the rest.
+    """Return the shapes of our parameters, derived from those of the patch and position embeddings.
 
     Raises:
-      ValueError: where these two are not those of a vision transformer with heads of 64.
+      ValueError: if these two are not of a vision transformer with heads of 64 channels.
     """
     kernel, positions = tensors["patch_embed.proj.weight"].shape, tensors["pos_embed"].shape
     if len(kernel) != 4 or kernel[1:] != (3, kernel[3], kernel[3]) or kernel[0] % HEAD_SIZE or 0 in kernel:

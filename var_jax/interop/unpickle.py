@@ -1,8 +1,9 @@
-"""An interpreter of the pickles that `torch.save` writes, which runs nothing.
+"""Interpret the pickles that `torch.save` writes without executing any code they name.
 
-A pickle is a program that may call any function. Here a closed list of its instructions builds plain
-values, names of PyTorch become inert tokens, and tensors become descriptions of where their numbers are.
-Every other instruction and name is refused, and every length is checked before memory is taken for it.
+A pickle is a program that may call any function. This interpreter supports a closed list of instructions,
+which build plain values; names of PyTorch become inert tokens (`torch_globals`), and tensors become
+descriptions of their storages. All other instructions and names are rejected, and every length is checked
+before memory is allocated for it.
 """
 
 import collections
@@ -28,11 +29,11 @@ _MAX_TEXT = 1 << 16
 
 
 def unpickle(reader: ByteReader) -> tuple[object, dict[str, Storage]]:
-    """Runs the pickle at the position of a reader, up to its end.
+    """Interpret the pickle at the position of a reader, and move the reader to its end.
 
     Returns:
-      Its value: dicts, lists, tuples, sets, numbers, text, None, `ElementType` and `Tensor`; and the storages
-      that the value names, by key. A container may hold itself.
+      The unpickled value: dicts, lists, tuples, sets, numbers, text, None, `ElementType` and `Tensor`; and
+      the storages that it refers to, by key. A container may contain itself.
 
     Raises:
       InvalidFile: on an instruction or name that `torch.save` does not write, or a number that is too large.
@@ -48,15 +49,16 @@ def unpickle(reader: ByteReader) -> tuple[object, dict[str, Storage]]:
 
 
 class _Machine:
-    """Stack, marks and memo of a running pickle."""
+    """State of a pickle program: stack, marks and memo, with the instructions as methods."""
 
     def __init__(self, reader: ByteReader):
-        self.reader, self.storages = reader, {}
+        self.reader = reader
+        self.storages = {}
         self._stack, self._marks, self._memo = [], [], {}
         self._work_left = _MAX_WORK
 
     def spend(self, work: int) -> None:
-        """Count instructions, and the arguments that a call copies."""
+        """Subtract from the work limit, which counts instructions and the arguments that a call copies."""
         self._work_left -= work
         if self._work_left < 0:
             raise InvalidFile(f"a pickle of more than {_MAX_WORK} instructions")
@@ -72,7 +74,7 @@ class _Machine:
         return self._stack.pop()
 
     def top(self, kinds: type | tuple[type, ...]):
-        """The topmost value, which must be of one of these types."""
+        """Return the topmost value, which must be of one of these types."""
         self.push(value := self.pop())
         if type(value) not in (kinds if isinstance(kinds, tuple) else (kinds,)):
             raise InvalidFile(f"a pickle that fills a {type(value).__name__}")
@@ -130,7 +132,7 @@ class _Machine:
 
     def get(self, index: int) -> None:
         if index not in self._memo:
-            raise InvalidFile(f"a pickle that recalls value {index}, which it has not kept")
+            raise InvalidFile(f"a pickle that recalls value {index}, which it has not stored")
         self.push(self._memo[index])
 
     def name(self, module: str, name: str) -> None:
@@ -139,8 +141,8 @@ class _Machine:
         if f"{module} {name}" not in GLOBALS:
             raise InvalidFile(
                 f"the file asks for {module[:100]}.{name[:100]}, which is not one of the globals that "
-                "rebuild tensors; refused, since loading it could run any code. Of a file that you trust, "
-                "save the state dict alone: torch.save(model.state_dict(), new)"
+                "rebuild tensors; it is rejected, since loading it could run any code. If you trust it, load "
+                "it with PyTorch and save only the state dict: torch.save(model.state_dict(), new)"
             )
         self.push(GLOBALS[f"{module} {name}"])
 
@@ -150,8 +152,8 @@ class _Machine:
 
     def persistent(self) -> None:
         self.push(storage := parse_storage(self.pop()))
-        known = self.storages.setdefault(storage.key, storage)
-        if (known.type, known.total) != (storage.type, storage.total):
+        first = self.storages.setdefault(storage.key, storage)
+        if (first.type, first.total) != (storage.type, storage.total):
             raise InvalidFile(f"storage {storage.key!r} is described in two ways")
 
     def call(self) -> None:
@@ -162,7 +164,7 @@ class _Machine:
         self.push(call_constructor(function, arguments))
 
     def set_state(self) -> None:
-        """Pass over attributes of an OrderedDict: `_metadata` of a state dict, versions of its modules."""
+        """Ignore attributes set on an OrderedDict: `_metadata` of a state dict, versions of its modules."""
         self.pop()
         self.top(collections.OrderedDict)
 
