@@ -294,7 +294,8 @@ def _scales_of(tensors: Tensors) -> tuple[int, ...]:
     if (scales := scales_by_length.get(length)) is None:
         raise ValueError(
             f"pos_1LC has shape {tensors['pos_1LC'].shape}, not the "
-            f"{' or '.join(map(str, scales_by_length))} positions of the published 256 or 512 pixels; give scales, the sides of its token maps"
+            f"{' or '.join(map(str, scales_by_length))} positions of the published 256 or 512 pixels; "
+            "give scales, the sides of its token maps"
         )
     return scales
 

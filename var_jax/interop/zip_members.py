@@ -1,4 +1,4 @@
-"""Locate the uncompressed members of a zip archive by offset and size, to read them from a mapped file.
+"""Locate the members of a zip archive by offset and size, to read them from a memory-mapped file.
 
 The format: https://pkware.cachefly.net/webdocs/casestudies/APPNOTE.TXT. An archive is rejected if two members
 share a name or bytes, or if a member's local header and the central directory disagree: other tools could
