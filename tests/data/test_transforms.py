@@ -75,7 +75,7 @@ def test_short_side_is_resized_to_1_125_of_the_size():
 
 
 def published(image: Image.Image, size: int, resize: float, corner: tuple[int, int] | None) -> np.ndarray:
-    """Crop as in the published loader: torchvision's Resize(LANCZOS) of the full image, then its crop.
+    """Return the crop of the published loader: torchvision's Resize(LANCZOS) of the full image, then a crop.
 
     Args:
       image: RGB.
@@ -108,8 +108,10 @@ def test_crops_of_any_size_are_those_of_the_published_loader_to_the_bit():
     ]
     for i, (w, h) in enumerate(sizes):
         pixels = rng.integers(0, 256, (h, w, 3), dtype=np.uint8)
-        size, resize = int(rng.integers(3, 40)), (1.0, 1.125, 1.5)[i % 3]
-        transform, image = ToPixels("x", size, resize, False), Image.fromarray(pixels)
+        size = int(rng.integers(3, 40))
+        resize = (1.0, 1.125, 1.5)[i % 3]
+        transform = ToPixels("x", size, resize, False)
+        image = Image.fromarray(pixels)
         center = published(image, size, resize, None)
         np.testing.assert_array_equal(transform(record(pixels))["image"], center)
         width, height = resized_size(image.size, round(size * resize))

@@ -201,7 +201,8 @@ class _Handler(BaseHTTPRequestHandler):
             return self._answer(200, self._resource(bucket, name))
         if query.get("ifGenerationNotMatch") == str(generation):
             return self._answer(304)
-        content, status, extra = store.get(name), 200, {}
+        content = store.get(name)
+        status, extra = 200, {}
         if match := re.fullmatch(r"bytes=(\d*)-(\d*)", self.headers.get("Range", "")):
             start = int(match[1]) if match[1] else max(0, len(content) - int(match[2]))
             stop = int(match[2]) + 1 if match[1] and match[2] else len(content)

@@ -63,7 +63,8 @@ SIGNATURES = (b"PK\x03\x04", b"PK\x01\x02", b"PK\x05\x06", b"PK\x06\x06", b"PK\x
 
 def safetensors(tensors: dict[str, np.ndarray]) -> bytes:
     """Return the bytes of a `.safetensors` file."""
-    header, offset = {}, 0
+    header = {}
+    offset = 0
     for name, tensor in tensors.items():
         span = [offset, offset + tensor.nbytes]
         header[name] = {"dtype": "F32", "shape": list(tensor.shape), "data_offsets": span}
@@ -164,7 +165,8 @@ def case(index: int, seed: int, files: dict[str, bytes]) -> tuple[str, bytes]:
         path.unlink()
         return ".pth", content
     name = rng.choice(sorted(files))
-    data, others, suffix = files[name], list(files.values()), Path(name).suffix
+    data, suffix = files[name], Path(name).suffix
+    others = list(files.values())
     if suffix == ".safetensors" and rng.random() < 0.6:  # a changed header of the right length
         (length,) = struct.unpack("<Q", data[:8])
         header = damaged(data[8 : 8 + length], others, rng)
@@ -379,7 +381,8 @@ def main() -> None:
     if flags.child:
         child(flags.seed, flags.index, flags.count, flags.folder)
         return
-    summary, start, index = Summary(), time.monotonic(), flags.index
+    summary = Summary()
+    start, index = time.monotonic(), flags.index
     while True:
         num_reported = len(summary.failures)
         batch = min(flags.count - (index - flags.index), 1000) if flags.count else 1000

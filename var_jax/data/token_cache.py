@@ -27,7 +27,7 @@ SPLITS = ("train", "eval")  # in file names; the splits of the data set may have
 
 @dataclasses.dataclass(frozen=True)
 class CacheSpec:
-    """Everything that the tokens of a cache depend on: caches of equal specs have equal tokens.
+    """Spec of a token cache: all that its tokens depend on, so that caches of equal specs have equal tokens.
 
     Attributes:
       data: name of the data set.
@@ -77,10 +77,12 @@ class CacheSpec:
 
     def shards(self, directory: epath.Path, split: str) -> dict[epath.Path, range]:
         """Return the files of the split `train` or `eval` in order, each with its range of record indices."""
-        records, size = range(self.records(split)), self.shard
-        count = -(-len(records) // size)
+        records = range(self.records(split))
+        count = -(-len(records) // self.shard)
         return {
-            directory / f"{split}-{i:05d}-of-{count:05d}.array_record": records[i * size :][:size]
+            directory / f"{split}-{i:05d}-of-{count:05d}.array_record": records[i * self.shard :][
+                : self.shard
+            ]
             for i in range(count)
         }
 

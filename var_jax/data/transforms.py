@@ -55,7 +55,8 @@ def resize_and_crop(image: Image.Image, side: int, box: tuple[int, int, int, int
         image.height > image.width and scaled[1] < image.height
     )  # the order in which Pillow resizes a full image
     for axis in (1, 0) if vertical_first else (0, 1):
-        size, region = list(part.size), [0.0, 0.0, *part.size]
+        size = list(part.size)
+        region = [0.0, 0.0, *part.size]
         size[axis] = spans[axis].target[1] - spans[axis].target[0]
         region[axis], region[axis + 2] = spans[axis].region
         part = part.resize(size, Image.Resampling.LANCZOS, box=region)

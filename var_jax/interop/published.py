@@ -228,7 +228,9 @@ def next_scale_table(config: NextScaleConfig) -> list[Entry]:
 
 def next_scale_constants(config: NextScaleConfig) -> dict[str, Constant]:
     """Return the constants of a published transformer (level indices, mask, zero biases), by name."""
-    scales, length, width, float32 = config.schedule, config.length, config.width, np.dtype(np.float32)
+    scales = config.schedule
+    length, width = config.length, config.width
+    float32 = np.dtype(np.float32)
     levels = Constant((1, length), np.dtype(np.int64), lambda: scales.levels[None].astype(np.int64))
     mask = Constant(
         (1, 1, length, length),

@@ -91,7 +91,8 @@ def _central_entry(reader: ByteReader) -> tuple[str, int, int, bool]:
     flags, method, packed, size, name_length, extra_length, comment_length, header = struct.unpack(
         "<4x4x2H8x2I3H8xI", entry
     )
-    name, extra = decode_text(reader.take(name_length)), reader.take(extra_length)
+    name = decode_text(reader.take(name_length))
+    extra = reader.take(extra_length)
     reader.take(comment_length)
     zip64_values = _zip64_values(extra)
     sizes = {"size": size, "packed": packed, "header": header}
@@ -109,8 +110,8 @@ def _central_entry(reader: ByteReader) -> tuple[str, int, int, bool]:
 
 def _zip64_values(extra: bytes) -> list[int]:
     """Return the 64-bit numbers of the zip64 extra field; [] if there is none."""
-    reader, end = ByteReader(extra), len(extra)
-    while end - reader.position >= 4:
+    reader = ByteReader(extra)
+    while len(extra) - reader.position >= 4:
         kind, length = reader.unpack("<H"), reader.unpack("<H")
         field = reader.take(length)
         if kind == _ZIP64_EXTRA:
