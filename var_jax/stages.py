@@ -228,8 +228,6 @@ def run(config: ConfigDict, workdir: epath.PathLike, profile: StepRange | None =
         pending_tokenizer = task.model if stage.task == "tokenizer" else None
         ready.append((task, stage, steps, sources, initial_params(stage, task, workdir)))
     for task, stage, steps, sources, initial in ready:
-        if (
-            isinstance(task, TransformerTask) and not task.frozen["tokenizer"]
-        ):  # its tokenizer is trained by now
+        if isinstance(task, TransformerTask) and not task.frozen["tokenizer"]:  # trained by now
             task, _ = build_task(stage, workdir, sources[0])
         train(task, stage, steps, workdir, sources, initial, profile)

@@ -78,12 +78,10 @@ class CacheSpec:
     def shards(self, directory: epath.Path, split: str) -> dict[epath.Path, range]:
         """Return the files of the split `train` or `eval` in order, each with its range of record indices."""
         records = range(self.records(split))
-        count = -(-len(records) // self.shard)
+        starts = records[:: self.shard]
         return {
-            directory / f"{split}-{i:05d}-of-{count:05d}.array_record": records[i * self.shard :][
-                : self.shard
-            ]
-            for i in range(count)
+            directory / f"{split}-{i:05d}-of-{len(starts):05d}.array_record": records[start:][: self.shard]
+            for i, start in enumerate(starts)
         }
 
     def differences(self, other: "CacheSpec") -> list[str]:

@@ -56,9 +56,8 @@ class BatchEncoder:
         )
 
     def __call__(self, images: np.ndarray) -> np.ndarray:
-        padded = np.zeros(
-            (self.batch, *images.shape[1:]), np.uint8
-        )  # always one shape, so that it compiles once
+        # Always pad to one shape, so that the encoder is compiled once.
+        padded = np.zeros((self.batch, *images.shape[1:]), np.uint8)
         padded[: len(images)] = images
         tokens = self._encode(self._params, jax.device_put(padded, self._sharding))
         return np.asarray(tokens)[: len(images)]
@@ -92,9 +91,8 @@ def write_records(path: epath.Path, records: np.ndarray) -> None:
             writer.write(record.tobytes())
         writer.close()
     except RuntimeError as error:
-        raise OSError(
-            f"{path} could not be written: {error}; run the same command again to resume"
-        ) from error
+        message = f"{path} could not be written: {error}; run the same command again to resume"
+        raise OSError(message) from error
     partial_path.rename(path)
 
 

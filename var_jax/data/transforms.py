@@ -51,9 +51,8 @@ def resize_and_crop(image: Image.Image, side: int, box: tuple[int, int, int, int
     spans = [_source_span(image.size[axis], scaled[axis], box[axis], box[axis + 2]) for axis in (0, 1)]
     x, y = spans
     part = image.crop((x.window[0], y.window[0], x.window[1], y.window[1]))
-    vertical_first = (
-        image.height > image.width and scaled[1] < image.height
-    )  # the order in which Pillow resizes a full image
+    # The same order of axes as in Pillow's resizing of a full image.
+    vertical_first = image.height > image.width and scaled[1] < image.height
     for axis in (1, 0) if vertical_first else (0, 1):
         size = list(part.size)
         region = [0.0, 0.0, *part.size]

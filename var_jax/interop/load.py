@@ -98,9 +98,8 @@ def load_transformer(
 
 def _transformer_of(run: Path) -> str:
     """Return the task of a run's transformer; next_scale if it has none, or both."""
-    return next(
-        (kind for kind in TRANSFORMER_CLASSES if (run / kind / CHECKPOINT_DIR).exists()), "next_scale"
-    )
+    kinds = (kind for kind in TRANSFORMER_CLASSES if (run / kind / CHECKPOINT_DIR).exists())
+    return next(kinds, "next_scale")
 
 
 def read_network(path: str | Path, kind: str) -> tuple[TokenizerConfig | TransformerConfig, dict]:
