@@ -184,9 +184,8 @@ def test_watch_restarts_training_recreates_preempted_slices_and_ends_when_done(g
         text=True,
     )
     recreation = ["delete", "create", "copy", "install", "run"]
-    wait_until(
-        lambda: recorded_actions(gcloud)[:6] == [*recreation, "run"]
-    )  # the second run: all hosts had stopped
+    # The second run follows when all hosts have stopped.
+    wait_until(lambda: recorded_actions(gcloud)[:6] == [*recreation, "run"])
     (gcloud / "next").write_text("finished 0\nfinished 0\n")
     _, stderr = watching.communicate(timeout=30)
     assert watching.returncode == 0 and "training is done" in stderr
