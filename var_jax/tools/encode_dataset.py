@@ -19,7 +19,7 @@ from etils import epath
 from var_jax import cli
 from var_jax.data.sources import Source, open_source, readable_path
 from var_jax.data.token_cache import CacheSpec
-from var_jax.data.token_writer import BatchEncoder, describe, write_cache
+from var_jax.data.token_writer import BatchEncoder, make_cache_spec, write_cache
 from var_jax.errors import config_errors
 from var_jax.interop.load import load_tokenizer
 
@@ -40,7 +40,7 @@ def from_flags() -> tuple[epath.Path, CacheSpec, tuple[Source, Source], BatchEnc
     sources = tuple(
         open_source(data["name"], split, folder) for split in (FLAGS.train_split, FLAGS.eval_split)
     )
-    description = describe(tokenizer, params, sources, data, FLAGS.crops, FLAGS.seed, FLAGS.shard)
+    description = make_cache_spec(tokenizer, params, sources, data, FLAGS.crops, FLAGS.seed, FLAGS.shard)
     return out, description, sources, BatchEncoder(tokenizer, params, FLAGS.batch)
 
 

@@ -30,15 +30,15 @@ from absl import flags, logging
 from tqdm import tqdm
 
 from var_jax import cli
-from var_jax.data.decoding import DecodeError, decode
+from var_jax.data.decoding import DecodeError, decode_image
 from var_jax.data.image_folder import (
     ImageFile,
     UnusableFolder,
-    builder_of,
+    format_counts,
     hold_out,
     list_images,
+    make_builder,
     printable,
-    summary,
 )
 from var_jax.data.transforms import MAX_ASPECT
 from var_jax.errors import config_errors
@@ -72,7 +72,7 @@ def inspect(path: Path) -> Check:
         return Check(str(error) or "takes more memory than there is")
     digest = hashlib.blake2b(data, digest_size=16).hexdigest()
     try:
-        width, height = decode(data).size
+        width, height = decode_image(data).size
     except DecodeError as error:
         return Check(str(error), digest)
     if max(width, height) > MAX_ASPECT * min(width, height):
@@ -273,7 +273,7 @@ def prepare(
     files, passed_over = list_images(root)
     print(f"{len(files)} images in {len({file.label for file in files})} classes under {printable(root)}")
     if passed_over:
-        print(f"passed over: {summary(passed_over)}")
+        print(f"passed over: {format_counts(passed_over)}")
     with open_notes(notes_path) as notes:
         if _is_whole(folder):
             was_begun = bool(read_notes(notes))
@@ -297,7 +297,7 @@ def prepare(
             raise OSError(
                 f"{data_dir} has {free / 2**30:.2f} GiB free, the images take {size / 2**30:.2f} GiB"
             )
-        builder_of(name, files, data_dir).download_and_prepare(file_format="array_record")
+        make_builder(name, files, data_dir).download_and_prepare(file_format="array_record")
         notes_path.unlink()
     return counts
 
