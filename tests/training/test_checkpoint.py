@@ -20,12 +20,12 @@ from var_jax.training.checkpoint import (
     load_params,
     save_params,
 )
-from var_jax.training.checkpoint_integrity import FILE as MANIFEST
 from var_jax.training.checkpoint_integrity import (
-    NOT_LISTED,
+    MANIFEST_FILE,
+    UNLISTED_FILES,
     CheckpointDamaged,
     CheckpointNotWritten,
-    check_space,
+    check_checkpoint_space,
     is_storage_error,
     quarantine_corrupt,
     steps_under,
@@ -184,10 +184,10 @@ def test_a_checkpoint_that_was_cut_off_is_never_taken_for_whole(digits_dir, tmp_
         damaged.unlink()
         if how != "deleted":
             damaged.write_bytes(content[: len(content) // 2 if how == "halved" else 0])
-        harmless = name == NOT_LISTED[2]  # a word of Orbax that nothing reads
+        harmless = name == UNLISTED_FILES[2]  # a word of Orbax that nothing reads
         try:
             params, _ = load_params(folder)
-            assert harmless or (name, how) == (MANIFEST, "deleted")  # as of an older version
+            assert harmless or (name, how) == (MANIFEST_FILE, "deleted")  # as of an older version
             np.testing.assert_array_equal(params["w"], state.params["w"])
         except CheckpointDamaged as error:
             assert str(folder / "2") in str(error)
@@ -293,7 +293,7 @@ def test_files_that_the_manifest_does_not_know_of_are_damage_when_read(tmp_path)
     saved.save(1, state, {}, None)
     saved.wait()
     saved.close()
-    (tmp_path / "1" / MANIFEST).unlink()
+    (tmp_path / "1" / MANIFEST_FILE).unlink()
     for name in ("params/_METADATA", "params/manifest.ocdbt", "config/metadata"):
         content = (tmp_path / "1" / name).read_bytes()
         (tmp_path / "1" / name).write_bytes(content[: len(content) // 2])
@@ -372,10 +372,10 @@ def test_the_first_process_judges_checkpoints_for_all(tmp_path, monkeypatch):
 
 def test_a_disk_without_room_is_noticed_before_anything_runs(task, tmp_path, monkeypatch):
     _, abstract = state_on(task, make_mesh(fsdp=8))
-    check_space(tmp_path, abstract)
+    check_checkpoint_space(tmp_path, abstract)
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1000))
     with pytest.raises(
         CheckpointNotWritten, match=r"has 0.00 GiB free, but two checkpoints of this run take"
     ):
-        check_space(tmp_path, abstract)
+        check_checkpoint_space(tmp_path, abstract)

@@ -185,13 +185,13 @@ def test_hosts_that_would_run_different_programs_are_refused(start, next_scale_f
     for _, _, err in result:
         assert "train.py: the hosts would run different programs" in err, err[-2000:]
         assert re.search(r"process 0, \S+: dtype float32, attention einsum, remat none, jax [\d.]+\n", err)
-        assert re.search(r"process 1, \S+: .* remat full, .* <- another than process 0", err)
+        assert re.search(r"process 1, \S+: .* remat full, .* <- differs from process 0", err)
         assert "Traceback" not in err
     assert not (tmp_path / "next_scale" / "metrics.jsonl").exists()
 
 
 def test_hosts_that_do_not_share_a_file_system_are_refused(start_toy, tmp_path):
-    local = lambda i: ("--seen_within=1", f"--workdir={tmp_path}/{i}")  # noqa: E731
+    local = lambda i: ("--file_timeout=1", f"--workdir={tmp_path}/{i}")  # noqa: E731
     result = ended(start_toy(2, tmp_path, own=local), within=120)
     assert all(code == 1 for code, _, _ in result)
     for _, _, err in result:

@@ -1,4 +1,4 @@
-"""Training that is killed anywhere goes on to the same numbers: in processes of their own."""
+"""Resuming: a run killed anywhere ends in the numbers of an unbroken one; configs that do not match."""
 
 import json
 import os
@@ -15,7 +15,9 @@ import pytest
 
 from tests.helpers.commands import REPOSITORY
 from tests.helpers.xla_flags import QUICK
+from var_jax.errors import ConfigError
 from var_jax.training.metrics import read_metrics
+from var_jax.training.resume import check_resume_compatible
 
 STEPS = 12
 
@@ -135,3 +137,12 @@ def test_another_config_is_refused_with_the_fields_named(launch, unbroken):
     assert process.returncode != 0
     for words in ("config.train.batch: 16 there, 32 now", "config.model.ch: 8 there, 16 now"):
         assert words in err
+
+
+def test_names_of_classes_do_not_matter_to_a_resumed_run(tmp_path):
+    now = {"task": "tokenizer", "steps": 4, "dtype": "float32", "weights": {}, "class_names": ["cat", "dog"]}
+    older = {name: value for name, value in now.items() if name != "class_names"}
+    for saved in (older, {**now, "class_names": []}, {**now, "class_names": ["Cat", "Dog"]}):
+        assert check_resume_compatible(saved, now, tmp_path) == ""
+    with pytest.raises(ConfigError, match="steps: 3 there, 4 now"):
+        check_resume_compatible({**older, "steps": 3}, now, tmp_path)

@@ -5,6 +5,7 @@ import os
 import shutil
 import signal
 import time
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -217,3 +218,11 @@ def test_metrics_that_break_the_contract_of_a_task_are_named(digits_dir):
     batch = {"image": jax.ShapeDtypeStruct((16, 8, 8, 3), jnp.uint8)}
     with pytest.raises(TypeError, match=r"must be scalars, got shapes {'per_image': \(3,\)}"):
         program.trace(state, {}, batch, jax.random.key(0))
+
+
+def test_a_checkpoint_records_the_names_of_the_classes(digits_dir, sources, tmp_path):
+    stage = stage_of(digits_dir)
+    train(Drawing(), stage, 2, tmp_path / "named", sources)
+    train(Drawing(), stage, 2, tmp_path / "unnamed", [replace(source, class_names=()) for source in sources])
+    for name, want in (("named", list("0123456789")), ("unnamed", [])):
+        assert load_config(tmp_path / name / "toy" / "checkpoints")[1]["class_names"] == want
