@@ -31,7 +31,7 @@ from var_jax.training.checkpoint import (
     load_params,
 )
 from var_jax.training.checkpoint_integrity import CheckpointDamaged, steps_under
-from var_jax.training.metrics import AppendFile, Log, draw_curves, read_metrics
+from var_jax.training.metrics import AppendFile, Log, plot_curves, read_metrics
 from var_jax.training.profiling import Profile, StepRange
 from var_jax.training.state import create_state
 from var_jax.training.trainer import train
@@ -218,7 +218,7 @@ def test_logs_pictures_and_traces(run):
     log.sync()
     assert [line["step"] for line in read_metrics(run / "metrics.jsonl")] == [1, 2, 3]
     log.close()
-    draw_curves(run, run / "curves.png", "toy")
+    plot_curves(run, run / "curves.png", "toy")
     save_png(Image.new("RGB", (8, 8)), run / "previews" / "black.png")
     for name in ("curves.png", "previews/black.png"):
         assert (run / name).read_bytes().startswith(b"\x89PNG")
