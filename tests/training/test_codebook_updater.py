@@ -28,7 +28,7 @@ def make(loaded=False, **fields) -> tuple[CodebookUpdater, TrainState]:
 
 
 def quantized(tokens) -> Quantized:
-    """Two images with the same 1 + 4 tokens; the targets are all (10, 10)."""
+    """Return two images with the same 1 + 4 tokens; all targets are (10, 10)."""
     tokens = jnp.tile(jnp.array(tokens, jnp.int32), (2, 1))
     return Quantized(tokens, jnp.zeros((2, 2, 2, 2)), jnp.zeros(2), jnp.full((2, 5, 2), 10.0))
 

@@ -1,4 +1,4 @@
-"""The lock on a run; other processes are real ones."""
+"""Lock of a run, against real processes."""
 
 import json
 import os
@@ -26,7 +26,7 @@ with RunLock(as_path(sys.argv[1])):
 
 @pytest.fixture
 def holder(tmp_path):
-    """Another process of this machine that holds the lock of tmp_path."""
+    """Start a process of this machine that holds the lock of tmp_path."""
     process = subprocess.Popen(
         [sys.executable, "-c", HOLDER, str(tmp_path)], cwd=REPOSITORY, stdout=subprocess.PIPE, text=True
     )
@@ -37,7 +37,7 @@ def holder(tmp_path):
 
 
 def from_another_machine(path, beat: float) -> None:
-    """Makes a lock look like one that a process elsewhere touched so many seconds ago."""
+    """Change a lock to one of another machine, with the last heartbeat `beat` seconds ago."""
     content = json.loads(path.read_text()) | {"machine": "elsewhere", "host": "elsewhere"}
     path.write_text(json.dumps(content))
     os.utime(path, (time.time() - beat,) * 2)
@@ -60,7 +60,7 @@ def test_a_second_start_is_refused_and_a_killed_one_is_taken_over_at_once(holder
 
 
 def test_a_number_of_a_process_that_another_has_by_now_is_not_taken_for_it(holder, tmp_path):
-    """As in containers, where numbers recur."""
+    """Reuse a PID, as containers do."""
     path = tmp_path / lock.LOCK_FILE
     path.write_text(json.dumps(json.loads(path.read_text()) | {"pid": os.getpid()}))
     with RunLock(as_path(tmp_path)):

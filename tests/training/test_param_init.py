@@ -40,7 +40,7 @@ def assert_equal_except(ours: dict, pretrained: dict, *paths: str) -> None:
         np.testing.assert_array_equal(ours[path], pretrained[path], err_msg=path)
 
 
-# --- which tensors
+# --- Matching of parameters
 
 
 @pytest.mark.parametrize("name", TRANSFORMERS)
@@ -109,7 +109,7 @@ def test_another_network_is_refused_with_fields_and_tensors(goldens):
         load_into(goldens / "vae.pth", "tokenizer", l2_normalized=True)
 
 
-# --- in a run
+# --- In a run
 
 
 @pytest.mark.parametrize("use_ema", [True, False])
@@ -152,9 +152,9 @@ def test_a_run_from_itself_starts_at_the_loss_it_had(tiny_run, digits_dir, tmp_p
         stage.init_from = str(tiny_run)
         stage.train.update(dict(base_learning_rate=0.0, ema_decay=ema))
     run(config, tmp_path)
-    said = capsys.readouterr().out
+    output = capsys.readouterr().out
     for stage in stages:
-        assert f"{stage}: starts from {tiny_run}\n" in said
+        assert f"{stage}: starts from {tiny_run}\n" in output
         want, got = evaluation(tiny_run, stage), evaluation(tmp_path, stage)
         assert got["step"] == 1 and want["step"] == 2
         assert {**got, "step": 2} == pytest.approx(want, rel=1e-5)
@@ -163,7 +163,7 @@ def test_a_run_from_itself_starts_at_the_loss_it_had(tiny_run, digits_dir, tmp_p
 
 
 def fine_tuning(digits_dir, source):
-    """Config of the transformer alone: 4 steps, a checkpoint every 2."""
+    """Return the config of the transformer stage: 4 steps, a checkpoint every 2."""
     config = tiny_config(digits_dir, steps=4)
     config.stages = ("next_scale",)
     config.next_scale.tokenizer = str(source)

@@ -24,7 +24,7 @@ STEPS = 12
 
 @pytest.fixture(scope="module")
 def launch(digits_dir, tmp_path_factory):
-    """Starts train.py on the tiny config in a process with one device."""
+    """Return a function that starts train.py on the tiny config in a process with one device."""
     config = tmp_path_factory.mktemp("config") / "config.py"
     config.write_text(
         "from tests.helpers.tiny import tiny_config\n"
@@ -53,27 +53,27 @@ def unbroken(launch, tmp_path_factory):
 
 
 def logged(workdir, stage) -> list[dict]:
-    """Metrics of every step but those of speed."""
+    """Return the metrics of every logged line, except those of speed."""
     lines = (workdir / stage / "metrics.jsonl").read_text().splitlines()
     speeds = ("images_per_s", "tflops", "mfu")
     return [{k: v for k, v in json.loads(line).items() if k not in speeds} for line in lines]
 
 
 def trained(workdir, stage) -> list[int]:
-    """Steps that are in the log."""
+    """Return the training steps in the log."""
     lines = read_metrics(workdir / stage / "metrics.jsonl")
     return [line["step"] for line in lines if line["kind"] == "train"]
 
 
 def final_state(workdir, stage) -> dict:
-    """Everything in the last checkpoint: parameters, moving average, optimiser, counts."""
+    """Read the last checkpoint: parameters, moving average, optimizer state and counts."""
     folder = workdir / stage / "checkpoints" / str(STEPS)
     restore = lambda item: ocp.StandardCheckpointer().restore(folder / item)  # noqa: E731
     return {"params": restore("params"), "state": restore("state")}
 
 
 def wait_for(happened, process):
-    """Until something has happened, while a process runs."""
+    """Wait until a condition holds, while a process runs."""
     deadline = time.monotonic() + 240
     while process.poll() is None and time.monotonic() < deadline:
         if happened():
@@ -83,12 +83,12 @@ def wait_for(happened, process):
 
 
 def wait_for_step(process, workdir, stage, step):
-    """Until a step of a stage has been logged."""
+    """Wait until a step of a stage has been logged."""
     wait_for(lambda: step in trained(workdir, stage), process)
 
 
 def test_stopped_at_random_steps_and_resumed_equals_unbroken(launch, unbroken, tmp_path):
-    """The tokenizer with its adversary by SIGTERM, then both stages by SIGKILL."""
+    """Stop the tokenizer with its adversary by SIGTERM, then both stages by SIGKILL."""
     stops = [("tokenizer", signal.SIGTERM), ("tokenizer", signal.SIGKILL), ("next_scale", signal.SIGKILL)]
     for stage, stop in stops:
         first, last = len(trained(tmp_path, stage)) + 1, STEPS // 2 if stop == signal.SIGTERM else STEPS - 2
@@ -102,8 +102,8 @@ def test_stopped_at_random_steps_and_resumed_equals_unbroken(launch, unbroken, t
         _, err = process.communicate(timeout=600)
         assert process.returncode != 0
         if stop == signal.SIGTERM:
-            said = rf"{stage}: stopped at step \d+, saved; run the same command again"
-            assert re.search(said, err), err[-2000:]
+            pattern = rf"{stage}: stopped at step \d+, saved; run the same command again"
+            assert re.search(pattern, err), err[-2000:]
     run(launch(tmp_path))
     for stage in ("tokenizer", "next_scale"):
         chex.assert_trees_all_equal(final_state(tmp_path, stage), final_state(unbroken[0], stage))
