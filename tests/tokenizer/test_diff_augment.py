@@ -102,5 +102,7 @@ def test_eight_devices_do_what_one_does_without_a_word_between_them(images):
 
 def test_policies_are_named(images):
     np.testing.assert_array_equal(diff_augment(images, KEY, ()), images)
-    with pytest.raises(ValueError, match="no augmentation blur; there are color, translation, cutout"):
+    with pytest.raises(
+        ValueError, match="unknown augmentation blur; must be among color, translation, cutout"
+    ):
         diff_augment(images, KEY, ("color", "blur"))

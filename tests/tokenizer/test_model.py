@@ -58,11 +58,11 @@ def test_keeping_little_for_the_backward_pass_changes_no_number(tiny_tokenizer):
 def test_a_share_of_the_images_is_decoded_from_fewer_maps(tiny_tokenizer):
     config = dataclasses.replace(tiny_tokenizer[0].config, quantizer_dropout=0.5)
     rngs = {"dropout": jax.random.key(0)}
-    keep = Tokenizer(config).apply({}, 3000, rngs=rngs, method="_maps_kept")
+    keep = Tokenizer(config).apply({}, 3000, rngs=rngs, method="_draw_num_maps")
     shares = np.bincount(keep, minlength=4) / 3000
     np.testing.assert_allclose(shares, [0, 0.25, 0.25, 0.5], atol=0.03)
     single = dataclasses.replace(config, scales=(4,))
-    assert set(np.array(Tokenizer(single).apply({}, 30, rngs=rngs, method="_maps_kept"))) == {1}
+    assert set(np.array(Tokenizer(single).apply({}, 30, rngs=rngs, method="_draw_num_maps"))) == {1}
 
 
 def test_an_unknown_loss_is_named():
