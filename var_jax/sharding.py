@@ -1,4 +1,4 @@
-"""The device mesh, and the sharding of parameters and activations: one table of axis names, FSDP by default."""
+"""Device mesh, and sharding of parameters and activations: one table of axis names, FSDP by default."""
 
 from collections.abc import Callable
 from functools import wraps
@@ -36,7 +36,7 @@ def activation_spec(shape: tuple[int, ...], tensor: int | None = None) -> P | No
 
 
 def constrain(x: jax.Array, tensor: int | None = None) -> jax.Array:
-    """Constrain the sharding of an activation to its `activation_spec`; return it unchanged without a mesh."""
+    """Constrain an activation to the sharding of `activation_spec`; return it unchanged without a mesh."""
     spec = activation_spec(x.shape, tensor)
     return x if spec is None else jax.lax.with_sharding_constraint(x, spec)
 

@@ -115,7 +115,7 @@ def test_attention_is_chosen_by_what_it_must_know():
     assert choose_attention("auto", "gpu", half, 64, row) == "einsum"
     assert choose_attention("auto", "gpu", half, 64, causal, bias=True) == "grouped"
     assert choose_attention("auto", "cpu", jnp.float32, 64, axial, bias=True) == "einsum"
-    with pytest.raises(ValueError, match="grouped does not know the mask .* use einsum or splash"):
+    with pytest.raises(ValueError, match="grouped does not support the mask .* use einsum or splash"):
         choose_attention("grouped", "cpu", half, 64, row)
 
 

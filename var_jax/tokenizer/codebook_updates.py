@@ -40,7 +40,7 @@ def count_codes(
 
 
 def codebook_use(
-    counts: Num[Array, "K V"], sides: tuple[int, ...], num_images: float | Num[Array, ""]
+    counts: Num[Array, "K V"], sides: tuple[int, ...], num_images: int | float | Num[Array, ""]
 ) -> dict[str, Array]:
     """Compute metrics of codebook usage from the counts of codes.
 

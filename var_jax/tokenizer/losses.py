@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Float32
+from jaxtyping import Array, Float32
 
 from var_jax.errors import ConfigError
 from var_jax.tokenizer.lpips import perceptual_distance

@@ -110,7 +110,7 @@ class Quantizer:
         return (1 - PHI_SHARE) * h + PHI_SHARE * (conv + self.phi_bias[i])
 
     def next_scale_input(self, k: int, f_hat: Float[Array, "B h w C"]) -> Float[Array, "B n C"]:
-        """Compute the transformer's input at scale k > 0: f_hat of the maps before k, resized to n = s_k^2."""
+        """Compute the transformer's input at scale k > 0: f_hat of the coarser maps, resized to n = s_k^2."""
         resized = area_resize(f_hat, self.scales.sides[k])
         return resized.reshape(resized.shape[0], -1, resized.shape[-1])
 
@@ -137,7 +137,11 @@ class Quantizer:
         """Quantize features to tokens."""
         return self(features).tokens
 
-    def __call__(self, features: Float[Array, "B h w C"], keep: Int[Array, " B"] | None = None) -> Quantized:
+    def __call__(
+        self,
+        features: Float[Array, "B h w {self.codebook.shape[1]}"],
+        keep: Int[Array, " B"] | None = None,
+    ) -> Quantized:
         """Quantize features, coarse to fine; each map quantizes the residual of the maps before it.
 
         Args:
