@@ -33,7 +33,7 @@ FEATURES = jnp.zeros((B, 4, 4, C))
 
 
 def trace(function, *args):
-    """Call a function with tracers.  (`jax.eval_shape` would rebuild pytrees, whose fields are checked too.)"""
+    """Call a function with tracers.  (`jax.eval_shape` rebuilds pytrees with leaves that are not arrays.)"""
     outputs = []
     jax.make_jaxpr(lambda args: jax.tree.leaves(outputs.append(function(*args))))(args)
     return outputs[0]
