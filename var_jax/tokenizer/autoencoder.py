@@ -27,7 +27,7 @@ def residual_block(remat: bool) -> type[nn.Module]:
 
 
 class ResidualBlock(nn.Module):
-    """Two convolutions, each after norm and SiLU, added to the input; a 1x1 shortcut if channels change."""
+    """Residual block of two convolutions, each after norm and SiLU; a 1x1 shortcut if channels change."""
 
     features: int
     groups: int
