@@ -17,7 +17,7 @@ from var_jax.training.tokenizer_task import TokenizerTask
 
 
 def tensors() -> dict[str, np.ndarray]:
-    """The weights that the golden distances were made with, by their names."""
+    """Create the weights of the golden distances, by name."""
     result, channels = {}, 3
     draw = lambda name, shape: (  # noqa: E731
         np.random.default_rng(zlib.crc32(name.encode())).standard_normal(shape).astype(np.float32)
@@ -45,11 +45,11 @@ def in_lpips_layout(name: str) -> str:
 
 @pytest.fixture(scope="module", params=["torchvision", "lpips"])
 def params(request, tmp_path_factory) -> dict:
-    """Loaded from two files in the format that torchvision and LPIPS ship, or from one in LPIPS's layout."""
+    """Parameters loaded from two files as torchvision and LPIPS ship them, or from one in LPIPS's layout."""
     folder, weights = tmp_path_factory.mktemp("lpips"), tensors()
     if request.param == "lpips":
-        whole = {in_lpips_layout(name): tensor for name, tensor in weights.items()}
-        save_file(whole, folder / "lpips.safetensors")
+        all_weights = {in_lpips_layout(name): tensor for name, tensor in weights.items()}
+        save_file(all_weights, folder / "lpips.safetensors")
         return load_perceptual([folder / "lpips.safetensors"])
     linear = {name: weights.pop(name) for name in list(weights) if name.startswith("lin")}
     weights["classifier.0.weight"] = np.zeros((3, 3), np.float32)

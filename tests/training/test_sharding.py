@@ -150,7 +150,7 @@ def test_a_mesh_that_does_not_fit_is_refused():
 def test_a_batch_that_the_mesh_does_not_divide_is_refused():
     mesh = make_mesh(data=2, fsdp=4)
     check_batch(32, mesh, accumulate=2)
-    with pytest.raises(ValueError, match=r"train.batch=24 must be a multiple of 16: 8 devices.*accumulate=2"):
+    with pytest.raises(ValueError, match=r"batch=24 must be a multiple of 16: 8 devices.*grad_accum_steps=2"):
         check_batch(24, mesh, accumulate=2)
     assert batch_sharding(mesh).shard_shape((16, 3)) == (2, 3)
 
