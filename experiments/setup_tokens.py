@@ -13,10 +13,10 @@ from var_jax.data.token_writer import BatchEncoder, describe, write_cache
 from var_jax.errors import ConfigError, config_errors
 from var_jax.interop.load import load_tokenizer
 
-ENCODED_AT_ONCE = 64  # images, by each device
+IMAGES_PER_DEVICE = 64  # images, by each device
 
 
-def prepare(stage: ConfigDict, trains: ConfigDict | None, out: Path, crops: int = 1) -> None:
+def prepare_tokens(stage: ConfigDict, trains: ConfigDict | None, out: Path, crops: int = 1) -> None:
     """Gives a transformer's stage its tokenizer and its tokens; what is there is taken as it is.
 
     Args:
@@ -48,7 +48,7 @@ def prepare(stage: ConfigDict, trains: ConfigDict | None, out: Path, crops: int 
     with config_errors():
         tokenizer, params = load_tokenizer(stage.tokenizer, tuple(stage.scales) or None)
         sources = tuple(open_source(data.name, split, data.dir) for split in splits)
-    encode = BatchEncoder(tokenizer, params, ENCODED_AT_ONCE * jax.device_count())
+    encode = BatchEncoder(tokenizer, params, IMAGES_PER_DEVICE * jax.device_count())
     holds = describe(tokenizer, params, sources, data, crops, stage.seed)
     write_cache(out / "tokens", holds, sources, encode, data.threads, shlex.join(["python", *sys.argv]))
     data.tokens = str((out / "tokens").absolute())

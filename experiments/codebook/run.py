@@ -18,7 +18,7 @@ from absl import app, flags
 from matplotlib.figure import Figure
 from ml_collections import ConfigDict
 
-from benchmarks.tables import markdown
+from benchmarks.tables import markdown_table
 from configs import digits, tokenizer
 from var_jax import cli, stages
 from var_jax.training.metrics import read_metrics
@@ -48,12 +48,17 @@ BASELINE = {
     "loss.perceptual": 0.0,
     "adversarial.weight": 0.0,
 }
-RECIPES = ("recipe", "recipe_without_dropout")
-RECIPE = ("model.l2_normalized", "model.quantizer_dropout", "model.vq_gradient", "codebook.kmeans_steps")
-RECIPE += ("codebook.ema_decay", "codebook.restart_every", "loss.entropy")
+RECIPE_VARIANTS = ("recipe", "recipe_without_dropout")
+RECIPE_FIELDS = (
+    "model.l2_normalized",
+    "model.quantizer_dropout",
+    "model.vq_gradient",
+    "codebook.kmeans_steps",
+)
+RECIPE_FIELDS += ("codebook.ema_decay", "codebook.restart_every", "loss.entropy")
 
 
-def experiment(variant: str, data: str, data_dir: str, seed: int, steps: int) -> ConfigDict:
+def variant_config(variant: str, data: str, data_dir: str, seed: int, steps: int) -> ConfigDict:
     """Config of one run: a network small enough for a CPU, with more codes than the baseline knows to use."""
     config, published = digits.get_config().tokenizer, tokenizer.get_config()
     config.seed = seed
@@ -72,9 +77,9 @@ def experiment(variant: str, data: str, data_dir: str, seed: int, steps: int) ->
     every = dict.fromkeys(("eval_every", "preview_every", "checkpoint_every"), steps)
     config.train.update(dict(steps=steps, log_every=20, **every))
     changes = BASELINE | VARIANTS.get(variant, {})
-    if variant in RECIPES:
+    if variant in RECIPE_VARIANTS:
         flat = published.to_dict()
-        changes |= {name: flat[name.split(".")[0]][name.split(".")[1]] for name in RECIPE}
+        changes |= {name: flat[name.split(".")[0]][name.split(".")[1]] for name in RECIPE_FIELDS}
         changes["codebook.restart_every"] = 20  # runs are short
     if variant == "recipe_without_dropout":
         changes["model.quantizer_dropout"] = 0.0
@@ -82,7 +87,7 @@ def experiment(variant: str, data: str, data_dir: str, seed: int, steps: int) ->
     return config
 
 
-def results(out: Path, variants: list[str]) -> dict[str, list[list[dict]]]:
+def read_logs(out: Path, variants: list[str]) -> dict[str, list[list[dict]]]:
     """Logs of the runs that are done: variant -> one for each seed, each a list of lines."""
     result = {}
     for variant in variants:
@@ -92,7 +97,7 @@ def results(out: Path, variants: list[str]) -> dict[str, list[list[dict]]]:
     return result
 
 
-def summary(runs: dict[str, list[list[dict]]], codes: int, num_scales: int) -> dict[str, dict]:
+def summarize(runs: dict[str, list[list[dict]]], codes: int, num_scales: int) -> dict[str, dict]:
     """Mean and standard deviation over the seeds of the last evaluation, for each variant."""
     result = {}
     for variant, logs in runs.items():
@@ -107,7 +112,7 @@ def summary(runs: dict[str, list[list[dict]]], codes: int, num_scales: int) -> d
     return result
 
 
-def table(result: dict[str, dict], sides: tuple[int, ...]) -> str:
+def variants_table(result: dict[str, dict], sides: tuple[int, ...]) -> str:
     """Markdown, a variant a row."""
     most = next(iter(result.values()))["most"]
     heads = ["held-out PSNR, dB", "codes used"]
@@ -118,10 +123,10 @@ def table(result: dict[str, dict], sides: tuple[int, ...]) -> str:
         parts = 1 if values["seeds"] == 1 else 2  # of one seed there is no deviation
         cells = [" ± ".join(format(x, form) for x in values[name][:parts]) for name, form in names]
         rows.append([f"{variant} ({values['seeds']})", *cells])
-    return markdown(["(seeds)", *heads], rows)
+    return markdown_table(["(seeds)", *heads], rows)
 
 
-def draw(runs: dict[str, list[list[dict]]], sides: tuple[int, ...], path: Path) -> None:
+def plot_perplexity(runs: dict[str, list[list[dict]]], sides: tuple[int, ...], path: Path) -> None:
     """Perplexity at each scale over the steps, mean over the seeds, a line a variant."""
     columns = (len(sides) + 1) // 2
     size = (4 * columns + 2, 6.5)
@@ -143,7 +148,7 @@ def draw(runs: dict[str, list[list[dict]]], sides: tuple[int, ...], path: Path) 
 
 
 def main(_):
-    known = [*VARIANTS, *RECIPES]
+    known = [*VARIANTS, *RECIPE_VARIANTS]
     variants = FLAGS.variants or known
     if unknown := sorted(set(variants) - set(known)):
         raise app.UsageError(f"--variants must be among {', '.join(known)}; got {', '.join(unknown)}")
@@ -151,14 +156,14 @@ def main(_):
     for seed in seeds:
         for variant in variants:
             print(f"--- {variant}, seed {seed}", flush=True)
-            config = experiment(variant, FLAGS.data, FLAGS.data_dir, seed, FLAGS.steps)
+            config = variant_config(variant, FLAGS.data, FLAGS.data_dir, seed, FLAGS.steps)
             stages.run(config, out / variant / str(seed))
-    model = experiment(variants[0], FLAGS.data, FLAGS.data_dir, seeds[0], FLAGS.steps).model
-    runs = results(out, known)  # of earlier calls too
-    result = summary(runs, model.num_codes, len(model.scales))
+    model = variant_config(variants[0], FLAGS.data, FLAGS.data_dir, seeds[0], FLAGS.steps).model
+    runs = read_logs(out, known)  # of earlier calls too
+    result = summarize(runs, model.num_codes, len(model.scales))
     (out / "codebook.json").write_text(json.dumps(result, indent=1))
-    (out / "codebook.md").write_text(table(result, model.scales) + "\n")
-    draw(runs, model.scales, out / "codebook.png")
+    (out / "codebook.md").write_text(variants_table(result, model.scales) + "\n")
+    plot_perplexity(runs, model.scales, out / "codebook.png")
     print((out / "codebook.md").read_text() + f"\nperplexity over training: {out / 'codebook.png'}")
 
 

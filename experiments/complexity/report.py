@@ -6,11 +6,11 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from benchmarks.tables import markdown
+from benchmarks.tables import markdown_table
 
 KINDS = ("paper", "counted", "seconds")
 # A colour a scheme; full lines and dots without a cache.
-STYLES = {
+SYSTEM_STYLES = {
     "next-token, no cache": dict(color="C3", marker="o", linestyle="-"),
     "next-token, KV cache": dict(color="C3", marker="s", linestyle="--", markerfacecolor="white"),
     "next-scale, no cache": dict(color="C0", marker="o", linestyle="-"),
@@ -38,7 +38,7 @@ def _series(points: list[dict], system: str, kind: str) -> tuple[list[int], list
     return [side for side, _ in known], [value for _, value in known]
 
 
-def exponents(points: list[dict], theory: dict[str, int], last: int) -> dict[str, dict]:
+def fit_exponents(points: list[dict], theory: dict[str, int], last: int) -> dict[str, dict]:
     """For each system: the exponent in `theory`, those fitted to each of `KINDS`, and `sides`, the sizes
     that each was fitted over.
     """
@@ -50,14 +50,14 @@ def exponents(points: list[dict], theory: dict[str, int], last: int) -> dict[str
     return result
 
 
-def _short(value: float | None) -> str:
+def _format_short(value: float | None) -> str:
     """Three digits or, of large numbers, all before the point."""
     if value is None:
         return "not measured"
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
-def report(result: dict) -> str:
+def format_tables(result: dict) -> str:
     """Markdown: FLOPs and seconds, a size a row, and the exponents, a system a row."""
     systems = list(result["exponents"])
     at = {(point["system"], point["side"]): point for point in result["points"]}
@@ -69,14 +69,14 @@ def report(result: dict) -> str:
 
     def flops(system: str, side: int) -> str:
         point = at[system, side]
-        return f"{_short(point['counted'] / 1e9)} ({_short(point['paper'] / 1e9)})"
+        return f"{_format_short(point['counted'] / 1e9)} ({_format_short(point['paper'] / 1e9)})"
 
     work = [[str(side), *(flops(system, side) for system in systems)] for side in sides]
     times = []
     for side in sides:
         pair = [at[systems[i], side] for i in (0, -1)]  # one of each scheme
         steps = [f"{point['steps']:,} of {point['positions']:,}" for point in pair]
-        times.append([str(side), *steps, *(_short(at[system, side]["seconds"]) for system in systems)])
+        times.append([str(side), *steps, *(_format_short(at[system, side]["seconds"]) for system in systems)])
     fits = []
     for system, fit in result["exponents"].items():
         cells = ["none" if fit[kind] is None else f"{fit[kind]:.2f}" for kind in KINDS]
@@ -87,16 +87,18 @@ def report(result: dict) -> str:
         [
             what,
             "GFLOPs of an image, as XLA counts them (in brackets: on paper)",
-            markdown(["n", *systems], work),
+            markdown_table(["n", *systems], work),
             "Steps, of how many positions in all, and seconds of an image",
-            markdown(["n", "steps, next-token", "steps, next-scale", *(f"{s}, s" for s in systems)], times),
+            markdown_table(
+                ["n", "steps, next-token", "steps, next-scale", *(f"{s}, s" for s in systems)], times
+            ),
             f"Fitted exponents of n (of FLOPs: over n = {last})",
-            markdown(["", "theory", "on paper", "counted", "seconds", "seconds over n ="], fits),
+            markdown_table(["", "theory", "on paper", "counted", "seconds", "seconds over n ="], fits),
         ]
     )
 
 
-def draw(result: dict, path: Path) -> None:
+def plot_costs(result: dict, path: Path) -> None:
     """FLOPs and seconds of an image over n, log-log, beside n^6 and n^4."""
     figure = Figure(figsize=(13, 5.8), layout="constrained")
     axes = figure.subplots(1, 2)
@@ -106,8 +108,10 @@ def draw(result: dict, path: Path) -> None:
         for system, fit in result["exponents"].items():
             slope = "too few sizes" if fit[kind] is None else f"$n^{{{fit[kind]:.2f}}}$"
             label = f"{system}: {slope}" + (f" (theory {fit['theory']})" if kind == "counted" else "")
-            axis.plot(*_series(result["points"], system, kind), label=label, markersize=6, **STYLES[system])
-        _guides(axis, result["points"], kind)
+            axis.plot(
+                *_series(result["points"], system, kind), label=label, markersize=6, **SYSTEM_STYLES[system]
+            )
+        _plot_guides(axis, result["points"], kind)
         axis.set(xscale="log", yscale="log", xlabel="n, side of the token map (tokens)", title=title)
         axis.set_ylabel({"counted": "FLOPs", "seconds": "seconds"}[kind])
         axis.set_xticks(sides, [str(side) for side in sides], minor=False)
@@ -119,7 +123,7 @@ def draw(result: dict, path: Path) -> None:
     figure.savefig(path, dpi=100)
 
 
-def _guides(axis: Axes, points: list[dict], kind: str) -> None:
+def _plot_guides(axis: Axes, points: list[dict], kind: str) -> None:
     """Slopes n^6 and n^4, through the largest sizes of next-token and next-scale without a cache."""
     for system, power, offset in (("next-token, no cache", 6, 4.0), ("next-scale, no cache", 4, 0.25)):
         sides, values = _series(points, system, kind)

@@ -37,7 +37,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl import app, flags
 
-from experiments.complexity.report import draw, exponents, report
+from experiments.complexity.report import fit_exponents, format_tables, plot_costs
 from experiments.complexity.uncached import UncachedNextScale, UncachedNextToken
 from var_jax import cli
 from var_jax.sampling.options import SamplingOptions
@@ -51,8 +51,8 @@ from var_jax.transformer.next_token import NextToken
 
 FLAGS = flags.FLAGS
 CODES, CODE_DIM = 8, 4  # few, so that what is not attention stays small
-REPEATS, REPEAT_FOR = 20, 5.0  # of a point: so often, but no more once it took so many seconds
-QUICKLY = {"xla_backend_optimization_level": 0}  # a program to be counted is never run
+REPEATS, REPEAT_SECONDS = 20, 5.0  # of a point: so often, but no more once it took so many seconds
+UNOPTIMIZED = {"xla_backend_optimization_level": 0}  # a program to be counted is never run
 
 
 class System(NamedTuple):
@@ -71,22 +71,22 @@ SYSTEMS = {
 }
 
 
-def schedule(side: int) -> tuple[int, ...]:
+def doubling_scales(side: int) -> tuple[int, ...]:
     """Sides 1 .. n, each some factor of the one before, at most 2: 1, 2, 4, ..., n for a power of two."""
     last = math.ceil(math.log2(side))
     return tuple(round(side ** (k / last)) for k in range(last + 1))
 
 
-def make(name: str, side: int, width: int, depth: int) -> ARTransformer:
+def make_network(name: str, side: int, width: int, depth: int) -> ARTransformer:
     """The network of a system for n x n token maps."""
     model = SYSTEMS[name].model
     fields = dict(depth=depth, width=width, num_classes=1, num_codes=CODES, code_dim=CODE_DIM)
     if issubclass(model, NextToken):
         return model(NextTokenConfig(scales=(side,), **fields))
-    return model(NextScaleConfig(scales=schedule(side), **fields))
+    return model(NextScaleConfig(scales=doubling_scales(side), **fields))
 
 
-class NoDecoder(nn.Module):
+class IdentityDecoder(nn.Module):
     """Stands in for a tokenizer where only tokens are wanted: its image is f_hat.
 
     Attributes:
@@ -99,16 +99,16 @@ class NoDecoder(nn.Module):
         return f_hat
 
 
-def parameters(model: ARTransformer) -> dict:
+def abstract_params(model: ARTransformer) -> dict:
     """The shapes of the network's parameters, float32."""
     cfg = model.config
     blank = jnp.zeros(1, jnp.int32), jnp.zeros((1, cfg.length - cfg.num_start_tokens, cfg.code_dim))
     return nn.meta.unbox(jax.eval_shape(model.init, jax.random.key(0), *blank))["params"]
 
 
-def counted_flops(model: ARTransformer) -> float:
+def count_flops(model: ARTransformer) -> float:
     """FLOPs of generating the tokens of one image, without drawing them, as XLA counts the compiled steps."""
-    cfg, params = model.config, parameters(model)
+    cfg, params = model.config, abstract_params(model)
 
     def bind(method: str, *static) -> Callable:
         def call(params, *args):
@@ -118,7 +118,7 @@ def counted_flops(model: ARTransformer) -> float:
         return call
 
     def count(call: Callable, *args) -> float:
-        compiled = jax.jit(call).lower(params, *args).compile(compiler_options=QUICKLY)
+        compiled = jax.jit(call).lower(params, *args).compile(compiler_options=UNOPTIMIZED)
         return compiled.cost_analysis()["flops"]
 
     labels = jax.ShapeDtypeStruct((1,), jnp.int32)
@@ -136,12 +136,14 @@ def counted_flops(model: ARTransformer) -> float:
     return total
 
 
-def sampler(model: ARTransformer) -> Callable[[], jax.Array]:
+def compile_sampler(model: ARTransformer) -> Callable[[], jax.Array]:
     """The compiled program that draws the tokens int32 [1, L] of one image; of random weights."""
     cfg, rng = model.config, np.random.default_rng(0)
     random = lambda x: jnp.asarray(rng.standard_normal(x.shape) * cfg.width**-0.5, jnp.float32)  # noqa: E731
-    params, codebook = jax.tree.map(random, parameters(model)), rng.standard_normal((CODES, CODE_DIM))
-    tokenizer = NoDecoder(TokenizerConfig(scales=cfg.scales, num_codes=CODES, code_dim=CODE_DIM, num_phis=0))
+    params, codebook = jax.tree.map(random, abstract_params(model)), rng.standard_normal((CODES, CODE_DIM))
+    tokenizer = IdentityDecoder(
+        TokenizerConfig(scales=cfg.scales, num_codes=CODES, code_dim=CODE_DIM, num_phis=0)
+    )
     tokenizer_params = {"quantizer": {"codebook": jnp.asarray(codebook, jnp.float32)}}
     controls = SamplingOptions(guidance=0.0, top_k=0, top_p=0.0).controls(cfg.schedule, CODES)
     keys, label = image_keys(0, jnp.arange(1)), jnp.zeros(1, jnp.int32)
@@ -150,17 +152,17 @@ def sampler(model: ARTransformer) -> Callable[[], jax.Array]:
     return lambda: compiled(*args)[1]
 
 
-def seconds(run: Callable[[], jax.Array]) -> float:
+def median_seconds(run: Callable[[], jax.Array]) -> float:
     """Median of some runs after the first; of the first alone where that takes long."""
     times = []
-    while len(times) <= REPEATS and sum(times) < REPEAT_FOR:
+    while len(times) <= REPEATS and sum(times) < REPEAT_SECONDS:
         start = time.perf_counter()
         jax.block_until_ready(run())
         times.append(time.perf_counter() - start)
     return float(np.median(times[1:] or times))
 
 
-def measure(
+def measure_systems(
     sides: list[int], width: int, depth: int, most_seconds: float, progress: Callable = print
 ) -> Iterator[dict]:
     """One point after another, for each system from the smallest map to the largest.
@@ -177,12 +179,15 @@ def measure(
     for name, system in SYSTEMS.items():
         rate = None
         for side in sides:
-            model = make(name, side, width, depth)
-            result = {"system": name, "side": side, **on_paper(model.config, system.cached)}
-            result["counted"] = counted_flops(model)
+            model = make_network(name, side, width, depth)
+            result = {"system": name, "side": side, **cost_on_paper(model.config, system.cached)}
+            result["counted"] = count_flops(model)
             expected = rate and result["counted"] / rate
             left_out = expected is not None and expected > most_seconds
-            result |= {"seconds": None if left_out else seconds(sampler(model)), "expected_seconds": expected}
+            result |= {
+                "seconds": None if left_out else median_seconds(compile_sampler(model)),
+                "expected_seconds": expected,
+            }
             took = f"not measured, expected {expected:.0f} s" if left_out else f"{result['seconds']:.4g} s"
             if not left_out:
                 rate = result["counted"] / result["seconds"]
@@ -191,7 +196,7 @@ def measure(
             yield result
 
 
-def on_paper(cfg: TransformerConfig, cached: bool) -> dict:
+def cost_on_paper(cfg: TransformerConfig, cached: bool) -> dict:
     """Positions, steps, and FLOPs of an image by `transformer/flops.py`."""
     flops = generation_flops(cfg, num_guided_scales=0, cached=cached)
     return {"positions": cfg.length, "steps": len(cfg.steps), "paper": flops}
@@ -202,13 +207,13 @@ def main(_):
     if len(sides) < 2 or sides[0] < 2:
         raise app.UsageError(f"--sides={','.join(FLAGS.sides)}: must be two sizes or more, from 2 on")
     try:
-        make("next-scale, KV cache", sides[0], FLAGS.width, FLAGS.depth)
+        make_network("next-scale, KV cache", sides[0], FLAGS.width, FLAGS.depth)
     except ValueError as error:  # a width that its heads do not divide
         raise app.UsageError(f"--width={FLAGS.width}: {error}") from error
     out = cli.local_folder("out")
     out.mkdir(parents=True, exist_ok=True)
     say = lambda line: print(line, flush=True)  # noqa: E731
-    points = list(measure(sides, FLAGS.width, FLAGS.depth, FLAGS.most_seconds, say))
+    points = list(measure_systems(sides, FLAGS.width, FLAGS.depth, FLAGS.most_seconds, say))
     theory = {name: system.theory for name, system in SYSTEMS.items()}
     result = {
         "width": FLAGS.width,
@@ -219,13 +224,13 @@ def main(_):
         "device": f"{jax.devices()[0].device_kind} ({platform.machine()})",
         "jax": jax.__version__,
         "fitted_to": FLAGS.last,
-        "exponents": exponents(points, theory, FLAGS.last),
+        "exponents": fit_exponents(points, theory, FLAGS.last),
         "points": points,
     }
     (out / "complexity.json").write_text(json.dumps(result, indent=1))
-    (out / "complexity.md").write_text(report(result) + "\n")
-    draw(result, out / "complexity.png")
-    say(f"\n{report(result)}\n\nthe picture: {out / 'complexity.png'}")
+    (out / "complexity.md").write_text(format_tables(result) + "\n")
+    plot_costs(result, out / "complexity.png")
+    say(f"\n{format_tables(result)}\n\nthe picture: {out / 'complexity.png'}")
 
 
 if __name__ == "__main__":

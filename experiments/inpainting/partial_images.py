@@ -30,10 +30,10 @@ from var_jax.tokenizer.resize import area_matrix, area_resize
 from var_jax.transformer.config import TransformerConfig
 from var_jax.transformer.positions import inverse
 
-BATCH = 256  # images made at once
+GENERATE_BATCH = 256  # images made at once
 
 
-def masks(side: int) -> dict[str, np.ndarray]:
+def unknown_masks(side: int) -> dict[str, np.ndarray]:
     """What is unknown in each task, bool [side, side]: the upper half, the left half, the centre quarter."""
     result = {name: np.zeros((side, side), bool) for name in ("top", "left", "centre")}
     half, quarter = side // 2, side // 4
@@ -66,17 +66,17 @@ def touching_tokens(mask: np.ndarray, scales: Scales) -> np.ndarray:
     return np.concatenate(maps)
 
 
-def published(mask: np.ndarray, scales: Scales) -> np.ndarray:
+def published_tokens(mask: np.ndarray, scales: Scales) -> np.ndarray:
     """bool [L]: tokens that published editing makes anew under a mask [H, W]; 1x1 maps are kept."""
     return mask_from_pixels(mask[None], scales)[0]
 
 
-def mostly_unknown(mask: np.ndarray, scales: Scales) -> np.ndarray:
+def mostly_unknown_tokens(mask: np.ndarray, scales: Scales) -> np.ndarray:
     """bool [L]: tokens that published editing makes anew under a mask [H, W], and all 1x1 maps."""
-    return published(mask, scales) | (np.asarray(scales.sides)[scales.levels] == 1)
+    return published_tokens(mask, scales) | (np.asarray(scales.sides)[scales.levels] == 1)
 
 
-def share_seen(config: TransformerConfig, resample: np.ndarray) -> float:
+def share_of_known_seen(config: TransformerConfig, resample: np.ndarray) -> float:
     """Share of the known tokens that a token of the last map sees when it is made, mean over those made anew.
 
     Args:
@@ -91,7 +91,7 @@ def share_seen(config: TransformerConfig, resample: np.ndarray) -> float:
     return float((when[last][:, None] > when[~resample]).mean())
 
 
-def fill(
+def fill_unknown(
     model: var_jax.LoadedVAR,
     images: np.ndarray,
     resample: np.ndarray,
@@ -118,21 +118,23 @@ def fill(
     tokenizer, params = model.tokenizer.module, model.tokenizer.params
     if once:
         tokens = model.tokenizer.encode(images.astype(np.float32) / 255)
-        return _drawn(model, KnownTokens(tokens, resample), labels, seed, len(scales))
-    features = _features(tokenizer, params, images)
+        return _generate_first_maps(model, KnownTokens(tokens, resample), labels, seed, len(scales))
+    features = _encode_features(tokenizer, params, images)
     tokens = np.zeros(resample.shape, np.int32)
     for k, (start, end) in enumerate(zip(scales.starts, scales.ends, strict=True)):
-        tokens[:, start:end] = _map_of_rest(tokenizer, params, features, tokens, k)
+        tokens[:, start:end] = _encode_residual_map(tokenizer, params, features, tokens, k)
         given = KnownTokens(tokens, resample & (scales.levels == k))
-        made, drawn = _drawn(model, given, labels, seed, k + 1)
+        made, drawn = _generate_first_maps(model, given, labels, seed, k + 1)
         tokens[:, start:end] = drawn[:, start:end]
     return made, tokens
 
 
-def _drawn(model, given: KnownTokens, labels, seed: int, maps: int) -> tuple[np.ndarray, np.ndarray]:
+def _generate_first_maps(
+    model, given: KnownTokens, labels, seed: int, maps: int
+) -> tuple[np.ndarray, np.ndarray]:
     """Images uint8 and tokens of the first so many maps."""
     options = dataclasses.replace(model.options, upto=maps)
-    batch = min(BATCH, len(labels))
+    batch = min(GENERATE_BATCH, len(labels))
     images, tokens = zip(
         *model.generate_batches(labels, seed, batch, options, given=given, postprocess=denormalize_to_uint8),
         strict=True,
@@ -141,13 +143,13 @@ def _drawn(model, given: KnownTokens, labels, seed: int, maps: int) -> tuple[np.
 
 
 @partial(jax.jit, static_argnums=0)
-def _features(tokenizer: Tokenizer, params: dict, images: jax.Array) -> jax.Array:
+def _encode_features(tokenizer: Tokenizer, params: dict, images: jax.Array) -> jax.Array:
     """Images uint8 -> features float32 [B, h, w, C]."""
     return tokenizer.apply({"params": params}, normalize(images), method="features")
 
 
 @partial(jax.jit, static_argnums=(0, 4))
-def _map_of_rest(tokenizer: Tokenizer, params: dict, features: jax.Array, tokens: jax.Array, k: int):
+def _encode_residual_map(tokenizer: Tokenizer, params: dict, features: jax.Array, tokens: jax.Array, k: int):
     """Tokens int32 [B, s_k^2] of map k of what the maps before it, of tokens [B, L], leave of features."""
     quantizer = Quantizer.create(params["quantizer"], tokenizer.config)
     if k:

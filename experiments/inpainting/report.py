@@ -6,11 +6,11 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from benchmarks.tables import markdown, over_seeds
+from benchmarks.tables import format_over_seeds, markdown_table
 from experiments.inpainting import partial_images
 
 # Heading, key, format.
-COLUMNS = (
+TASK_COLUMNS = (
     ("known part seen", "seen", ".0%"),
     ("called right", "right", ".1%"),
     ("told the class", "right_told", ".1%"),
@@ -22,11 +22,11 @@ TASKS = {
     "left": "The left half from the right",
     "centre": "The centre from the rim",
 }
-UNKNOWN = (150, 170, 215)  # colour of what is not known, in the picture
-CELL, GAP = 48, 6  # pixels of an image, and between images
+UNKNOWN_COLOR = (150, 170, 215)  # colour of what is not known, in the picture
+IMAGE_SIZE, GAP = 48, 6  # pixels of an image, and between images
 
 
-def line(system: str, figures: dict) -> str:
+def format_accuracy(system: str, figures: dict) -> str:
     """One run in words: how often it was called right, by task."""
     parts = (
         f"{task} {result['right']:.1%}, told {result['right_told']:.1%}" for task, result in figures.items()
@@ -34,7 +34,7 @@ def line(system: str, figures: dict) -> str:
     return f"{system}: called right: " + "; ".join(parts)
 
 
-def tables(result: dict) -> str:
+def format_tasks(result: dict) -> str:
     """Markdown: a table a task, a system a row, mean and standard deviation over its seeds."""
     parts = []
     for task, title in TASKS.items():
@@ -43,18 +43,20 @@ def tables(result: dict) -> str:
         rows |= {name: [figures] for name, figures in result["bounds"][task].items()}
         rows["held-out images"] = [{"right": result["classifier_right"]}]
         rows["the most frequent class"] = [{"right": result["chance"]}]
-        cells = [[name, *(_cell(runs, *column) for column in COLUMNS)] for name, runs in rows.items()]
-        parts.append(markdown(["system", *(head for head, *_ in COLUMNS)], cells))
+        cells = [
+            [name, *(_task_cell(runs, *column) for column in TASK_COLUMNS)] for name, runs in rows.items()
+        ]
+        parts.append(markdown_table(["system", *(head for head, *_ in TASK_COLUMNS)], cells))
     return "\n\n".join(parts)
 
 
-def _cell(runs: list[dict], _, key: str, form: str) -> str:
+def _task_cell(runs: list[dict], _, key: str, form: str) -> str:
     if key not in runs[0]:
         return ""
-    return over_seeds([run[key] for run in (runs[:1] if key == "seen" else runs)], form)
+    return format_over_seeds([run[key] for run in (runs[:1] if key == "seen" else runs)], form)
 
 
-def draw(pictures: dict[str, dict[str, np.ndarray]], path: Path) -> None:
+def plot_images(pictures: dict[str, dict[str, np.ndarray]], path: Path) -> None:
     """Side by side: the truth, what is known, and what each system makes; an image a row, task by task.
 
     Args:
@@ -63,12 +65,12 @@ def draw(pictures: dict[str, dict[str, np.ndarray]], path: Path) -> None:
     """
     names = ["truth", "known", *list(next(iter(pictures.values())))[1:]]
     shown, side = next(iter(pictures.values()))["truth"].shape[:2]
-    scale, step = CELL // side or 1, (CELL // side or 1) * side + GAP
+    scale, step = IMAGE_SIZE // side or 1, (IMAGE_SIZE // side or 1) * side + GAP
     height = (shown * step + 2 * GAP) * len(pictures)
     canvas, outlines, middles = np.full((height, len(names) * step, 3), 255, np.uint8), [], []
     for t, (task, made) in enumerate(pictures.items()):
-        top, mask = t * (shown * step + 2 * GAP), partial_images.masks(side)[task]
-        known = np.where(mask[..., None], np.uint8(UNKNOWN), made["truth"])
+        top, mask = t * (shown * step + 2 * GAP), partial_images.unknown_masks(side)[task]
+        known = np.where(mask[..., None], np.uint8(UNKNOWN_COLOR), made["truth"])
         for column, images in enumerate([made["truth"], known, *list(made.values())[1:]]):
             for row, image in enumerate(images):
                 y, x = top + row * step, column * step
@@ -95,4 +97,4 @@ def _outline(x: int, y: int, mask: np.ndarray, scale: int) -> Rectangle:
     rows, columns = (np.flatnonzero(mask.any(axis)) for axis in (1, 0))
     size = [(result[-1] - result[0] + 1) * scale for result in (columns, rows)]
     corner = (x + columns[0] * scale - 0.5, y + rows[0] * scale - 0.5)
-    return Rectangle(corner, *size, fill=False, edgecolor=np.divide(UNKNOWN, 255), linewidth=1.2)
+    return Rectangle(corner, *size, fill=False, edgecolor=np.divide(UNKNOWN_COLOR, 255), linewidth=1.2)

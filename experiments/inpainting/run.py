@@ -41,13 +41,13 @@ FLAGS = flags.FLAGS
 VAR = "VAR, learned_1d"
 SYSTEMS = (VAR, *(f"{order}, learned_1d" for order in ORDERS))
 # Of a system: which cells are made anew, and whether known tokens are encoded at once.
-WAYS = {"": (partial_images.touching_tokens, False)}
-VAR_WAYS = WAYS | {
-    "; half-known cells kept": (partial_images.mostly_unknown, False),
+METHODS = {"": (partial_images.touching_tokens, False)}
+VAR_METHODS = METHODS | {
+    "; half-known cells kept": (partial_images.mostly_unknown_tokens, False),
     "; encoded at once": (partial_images.touching_tokens, True),
-    "; as inpaint does": (partial_images.published, True),
+    "; as inpaint does": (partial_images.published_tokens, True),
 }
-SHOWN = 4  # images in the picture: the first of each of as many classes, at equal distances
+NUM_SHOWN = 4  # images in the picture: the first of each of as many classes, at equal distances
 
 
 def psnr(made: np.ndarray, truth: np.ndarray, where: np.ndarray) -> float:
@@ -61,7 +61,7 @@ def psnr(made: np.ndarray, truth: np.ndarray, where: np.ndarray) -> float:
     return float(10 * np.log10(255**2 / max(error.mean(), 1e-6)))
 
 
-def figures_of(made: np.ndarray, truth: np.ndarray, mask: np.ndarray, right: np.ndarray) -> dict:
+def score_images(made: np.ndarray, truth: np.ndarray, mask: np.ndarray, right: np.ndarray) -> dict:
     """PSNR of images made in both parts, and the share of `right` bool [N], those called what they are."""
     return {
         "right": float(right.mean()),
@@ -70,7 +70,7 @@ def figures_of(made: np.ndarray, truth: np.ndarray, mask: np.ndarray, right: np.
     }
 
 
-def bounds(
+def score_bounds(
     bases: dict[str, ConfigDict], classifier: Classifier, images: np.ndarray, labels: np.ndarray
 ) -> dict:
     """Rows beside the systems, by task: whole images through the tokenizers, and images with nothing made.
@@ -86,17 +86,17 @@ def bounds(
         tokenizer = var_jax.load_tokenizer(bases[task].tokenizer)
         whole[name] = to_uint8(tokenizer.decode(tokenizer.encode(images.astype(np.float32) / 255)))
     result = {}
-    for task, mask in partial_images.masks(images.shape[1]).items():
+    for task, mask in partial_images.unknown_masks(images.shape[1]).items():
         rows = {**whole, "nothing made": partial_images.mask_with_median(images, mask)}
         result[task] = {
-            name: figures_of(made, images, mask, classifier.classes(made) == labels)
+            name: score_images(made, images, mask, classifier.classes(made) == labels)
             for name, made in rows.items()
         }
         del result[task]["nothing made"]["psnr_known"]  # it is the truth
     return result
 
 
-def made_by(
+def fill_and_score(
     model: var_jax.LoadedVAR,
     way: tuple,
     classifier: Classifier,
@@ -119,23 +119,25 @@ def made_by(
     (cells, once), (images, labels) = way, held_out
     truth, asked = np.tile(images, (draws, 1, 1, 1)), np.tile(labels, draws)
     figures, first = {}, {}
-    for task, mask in partial_images.masks(images.shape[1]).items():
+    for task, mask in partial_images.unknown_masks(images.shape[1]).items():
         resample = cells(mask, model.module.config.schedule)
         known = partial_images.mask_with_median(truth, mask)
-        made, _ = partial_images.fill(
+        made, _ = partial_images.fill_unknown(
             model, known, resample, np.full_like(asked, model.num_classes), seed, once
         )
-        told, _ = partial_images.fill(model, known, resample, asked, seed, once)
+        told, _ = partial_images.fill_unknown(model, known, resample, asked, seed, once)
         figures[task] = {
-            **figures_of(made, truth, mask, classifier.classes(made) == asked),
+            **score_images(made, truth, mask, classifier.classes(made) == asked),
             "right_told": float((classifier.classes(told) == asked).mean()),
-            "seen": partial_images.share_seen(model.module.config, resample),
+            "seen": partial_images.share_of_known_seen(model.module.config, resample),
         }
         first[task] = made[: len(images)]
     return figures, first
 
 
-def judge(workdir: Path, stage: ConfigDict, ways: dict, held_out: tuple, classifier: Classifier, draws: int):
+def evaluate_run(
+    workdir: Path, stage: ConfigDict, ways: dict, held_out: tuple, classifier: Classifier, draws: int
+):
     """`made_by` of a trained run in several ways, which is kept in its directory and made once.
 
     Returns:
@@ -146,7 +148,9 @@ def judge(workdir: Path, stage: ConfigDict, ways: dict, held_out: tuple, classif
         with np.load(workdir / "generality.npz") as pictures:
             return kept["figures"], {n: {t: pictures[n + t] for t in x} for n, x in kept["figures"].items()}
     model = var_jax.load_var(workdir, tokenizer=var_jax.load_tokenizer(stage.tokenizer))
-    make = partial(made_by, model, classifier=classifier, held_out=held_out, seed=stage.seed, draws=draws)
+    make = partial(
+        fill_and_score, model, classifier=classifier, held_out=held_out, seed=stage.seed, draws=draws
+    )
     result = {name: make(way=way) for name, way in ways.items()}
     figures, pictures = ({name: both[i] for name, both in result.items()} for i in (0, 1))
     flat = {name + task: images for name, made in pictures.items() for task, images in made.items()}
@@ -155,7 +159,7 @@ def judge(workdir: Path, stage: ConfigDict, ways: dict, held_out: tuple, classif
     return figures, pictures
 
 
-def compared(
+def compare_inpainting(
     bases: dict[str, ConfigDict], systems: list[str], seeds: list[int], out: Path, steps: int, draws: int
 ) -> tuple[dict, dict]:
     """Trains what is not there yet, and lets every run make the unknown parts.
@@ -172,45 +176,45 @@ def compared(
       All figures; and by task and name, pictures uint8 [SHOWN, H, W, 3] of a few images, the truth first.
     """
     base = bases["next_scale"]
-    task = next_token.task_of(base)
+    task = next_token.make_task(base)
     budget = steps * task.flops_per_image()
     splits = (base.data.train_split, base.data.eval_split)
-    seen, held_out = (next_token.pictures_of(base, task.image_size, split) for split in splits)
+    seen, held_out = (next_token.load_images(base, task.image_size, split) for split in splits)
     classifier, (images, labels) = Classifier(*seen), held_out
     result = {
         "images": len(images),
         "draws": draws,
         "classifier_right": float((classifier.classes(images) == labels).mean()),
         "chance": float(np.bincount(labels).max() / len(labels)),
-        "bounds": bounds(bases, classifier, images, labels),
+        "bounds": score_bounds(bases, classifier, images, labels),
         "systems": {},
     }
-    some = np.unique(labels, return_index=True)[1][:: max(len(set(labels)) // SHOWN, 1)][:SHOWN]
-    pictures = {name: {"truth": images[some]} for name in partial_images.masks(task.image_size)}
+    some = np.unique(labels, return_index=True)[1][:: max(len(set(labels)) // NUM_SHOWN, 1)][:NUM_SHOWN]
+    pictures = {name: {"truth": images[some]} for name in partial_images.unknown_masks(task.image_size)}
     for system in systems:
         for seed in seeds:
             print(f"--- {system}, seed {seed}", flush=True)
-            stage = next_token.experiment(bases, system, seed, budget)
-            workdir = out / next_token.folder(system) / str(seed)
+            stage = next_token.system_config(bases, system, seed, budget)
+            workdir = out / next_token.system_folder(system) / str(seed)
             stages.run(stage, workdir)
-            ways = VAR_WAYS if system == VAR else WAYS
-            figures, made = judge(workdir, stage, ways, held_out, classifier, draws)
+            ways = VAR_METHODS if system == VAR else METHODS
+            figures, made = evaluate_run(workdir, stage, ways, held_out, classifier, draws)
             for name in ways:
                 result["systems"].setdefault(system + name, {})[str(seed)] = figures[name]
-                print(report.line(system + name, figures[name]), flush=True)
+                print(report.format_accuracy(system + name, figures[name]), flush=True)
                 for part, first in made[name].items():
                     pictures[part].setdefault(system + name, first[some])
     return result, pictures
 
 
 def main(_):
-    systems, seeds = next_token.named(FLAGS.systems, SYSTEMS), cli.numbers("seeds", int)
+    systems, seeds = next_token.select_systems(FLAGS.systems, SYSTEMS), cli.numbers("seeds", int)
     out = cli.local_folder("out")
-    bases = next_token.bases_of(FLAGS.config, out)
-    result, pictures = compared(bases, systems, seeds, out, FLAGS.steps, FLAGS.draws)
+    bases = next_token.prepare_bases(FLAGS.config, out)
+    result, pictures = compare_inpainting(bases, systems, seeds, out, FLAGS.steps, FLAGS.draws)
     (out / "generality.json").write_text(json.dumps(result, indent=1))
-    (out / "generality.md").write_text(report.tables(result) + "\n")
-    report.draw(pictures, out / "generality.png")
+    (out / "generality.md").write_text(report.format_tasks(result) + "\n")
+    report.plot_images(pictures, out / "generality.png")
     print((out / "generality.md").read_text() + f"\nwhat was made: {out / 'generality.png'}")
 
 

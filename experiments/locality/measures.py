@@ -5,11 +5,11 @@ from sklearn.cluster import KMeans
 
 from var_jax.transformer.positions import inverse
 
-SHUFFLES = 4  # that the chance level of mutual information is the mean of
-CELLS = 2**24  # of joint histograms at once: 64 MiB
+NUM_SHUFFLES = 4  # that the chance level of mutual information is the mean of
+MAX_HISTOGRAM_CELLS = 2**24  # of joint histograms at once: 64 MiB
 
 
-def neighbour_distances(order: np.ndarray, side: int) -> tuple[np.ndarray, np.ndarray]:
+def neighbor_distances(order: np.ndarray, side: int) -> tuple[np.ndarray, np.ndarray]:
     """How far apart in the sequence cells end up that touch in the image.
 
     Args:
@@ -77,8 +77,10 @@ def mutual_information(symbols: np.ndarray, seed: int = 0) -> np.ndarray:
             f"symbols must be int [N, P] from 0 up, N at least 2; got {symbols.dtype} {symbols.shape}"
         )
     rng = np.random.default_rng(seed)
-    chance = sum(_plug_in(rng.permuted(symbols, axis=0)) for _ in range(SHUFFLES)) / SHUFFLES
-    return _plug_in(symbols) - chance
+    chance = (
+        sum(_biased_information(rng.permuted(symbols, axis=0)) for _ in range(NUM_SHUFFLES)) / NUM_SHUFFLES
+    )
+    return _biased_information(symbols) - chance
 
 
 def position_entropy(symbols: np.ndarray) -> np.ndarray:
@@ -94,14 +96,14 @@ def position_entropy(symbols: np.ndarray) -> np.ndarray:
     return _entropy(shares, axes=0)
 
 
-def _plug_in(symbols: np.ndarray) -> np.ndarray:
+def _biased_information(symbols: np.ndarray) -> np.ndarray:
     """float32 [P, P]: mutual information of the frequencies, in bits, with its bias."""
     images, positions = symbols.shape
     num = int(symbols.max()) + 1
     one_hot = (symbols[..., None] == np.arange(num)).astype(np.float32).reshape(images, positions * num)
     entropy = position_entropy(symbols)
     result = np.empty((positions, positions), np.float32)
-    rows = max(1, CELLS // (num * num * positions))
+    rows = max(1, MAX_HISTOGRAM_CELLS // (num * num * positions))
     for first in range(0, positions, rows):
         part = slice(first, min(first + rows, positions))
         # One matrix product counts the symbols of all pairs of positions.
@@ -116,14 +118,14 @@ def _entropy(shares: np.ndarray, axes: int | tuple[int, ...]) -> np.ndarray:
     return -(shares * np.log2(np.maximum(shares, 1e-30))).sum(axes)
 
 
-def by_image_distance(values: np.ndarray, side: int) -> np.ndarray:
+def mean_by_image_distance(values: np.ndarray, side: int) -> np.ndarray:
     """Means of values [n * n, n * n] of pairs of cells at Manhattan distance 1, 2, ...: float64 [2n - 2]."""
     row, column = np.divmod(np.arange(side * side), side)
     distance = abs(row[:, None] - row) + abs(column[:, None] - column)
     return (np.bincount(distance.ravel(), values.ravel()) / np.bincount(distance.ravel()))[1:]
 
 
-def by_lag(values: np.ndarray, order: np.ndarray) -> np.ndarray:
+def mean_by_lag(values: np.ndarray, order: np.ndarray) -> np.ndarray:
     """Means of values [L, L], symmetric, of pairs of cells 1, 2, ... apart in a sequence: float64 [L - 1]."""
     ordered = values[np.ix_(order, order)]
     return np.array([np.diagonal(ordered, lag).mean(dtype=np.float64) for lag in range(1, len(order))])

@@ -30,13 +30,13 @@ from matplotlib.collections import LineCollection
 from matplotlib.figure import Figure
 
 import var_jax
-from benchmarks.tables import markdown
+from benchmarks.tables import markdown_table
 from experiments.locality.measures import (
-    by_image_distance,
-    by_lag,
     group_codes,
+    mean_by_image_distance,
+    mean_by_lag,
     mutual_information,
-    neighbour_distances,
+    neighbor_distances,
     position_entropy,
 )
 from var_jax import cli
@@ -48,11 +48,11 @@ from var_jax.tokenizer.quantizer import Quantizer
 from var_jax.transformer.positions import ORDERS, order
 
 FLAGS = flags.FLAGS
-GROUPS = 16
-BATCH = 64
-SIDE = 16  # of the map, where neither a flag nor a tokenizer says
+MAX_GROUPS = 16
+ENCODE_BATCH = 64
+DEFAULT_SIDE = 16  # of the map, where neither a flag nor a tokenizer says
 # Orders that are each other's mirror image, or reverse, have the same curves: dashes let both be seen.
-STYLES = {
+ORDER_STYLES = {
     "raster": dict(color="C0", linewidth=2.5),
     "column": dict(color="C1", linewidth=1.8, linestyle=(0, (4, 4))),
     "snake": dict(color="C2", linewidth=1.8),
@@ -64,17 +64,17 @@ STYLES = {
 }
 
 
-def distances(side: int) -> dict[str, dict[str, np.ndarray]]:
+def distances_by_order(side: int) -> dict[str, dict[str, np.ndarray]]:
     """Distance in the sequence of neighbours: order -> `horizontal`, `vertical` and `both`, int32 [pairs]."""
     result = {}
     for name in ORDERS:
-        horizontal, vertical = (a.ravel() for a in neighbour_distances(order(name, side), side))
+        horizontal, vertical = (a.ravel() for a in neighbor_distances(order(name, side), side))
         both = np.concatenate([horizontal, vertical])
         result[name] = {"horizontal": horizontal, "vertical": vertical, "both": both}
     return result
 
 
-def summary(values: np.ndarray) -> dict[str, float]:
+def summarize_distances(values: np.ndarray) -> dict[str, float]:
     """Mean, 95th percentile (the least distance that 95% are within) and maximum."""
     p95 = np.percentile(values, 95, method="inverted_cdf")
     return {"mean": float(values.mean()), "p95": int(p95), "max": int(values.max())}
@@ -94,7 +94,7 @@ def finest_tokens(tokenizer: var_jax.LoadedTokenizer, source: Source, images: in
     """
     count = min(images, source.num_images)
     pixels = ToPixels(source.name, tokenizer.module.config.image_size, resize=1.0, flip=False)
-    batches = train_batches(source, pixels, min(BATCH, count), seed=0, threads=2)
+    batches = train_batches(source, pixels, min(ENCODE_BATCH, count), seed=0, threads=2)
     first = tokenizer.module.config.schedule.starts[-1]
     parts = []
     while sum(map(len, parts)) < count:
@@ -102,19 +102,19 @@ def finest_tokens(tokenizer: var_jax.LoadedTokenizer, source: Source, images: in
     return np.concatenate(parts)[:count]
 
 
-def information(tokenizer: var_jax.LoadedTokenizer, tokens: np.ndarray) -> dict:
+def measure_information(tokenizer: var_jax.LoadedTokenizer, tokens: np.ndarray) -> dict:
     """Mutual information in bits by distance: `image`, and `lag` of each order; and what it was taken of."""
     quantizer = Quantizer.create(tokenizer.params["quantizer"], tokenizer.module.config)
     counts = np.bincount(tokens.ravel(), minlength=tokenizer.num_codes)
-    groups = group_codes(np.asarray(quantizer.codes, np.float32), counts, GROUPS)
+    groups = group_codes(np.asarray(quantizer.codes, np.float32), counts, MAX_GROUPS)
     bits, side = mutual_information(groups[tokens]), tokenizer.scales[-1]
     return {
         "images": len(tokens),
         "side": side,
         "groups": len(np.unique(groups[tokens])),
         "entropy": float(position_entropy(groups[tokens]).mean()),
-        "image": by_image_distance(bits, side).tolist(),
-        "lag": {name: by_lag(bits, order(name, side)).tolist() for name in ORDERS},
+        "image": mean_by_image_distance(bits, side).tolist(),
+        "lag": {name: mean_by_lag(bits, order(name, side)).tolist() for name in ORDERS},
     }
 
 
@@ -125,10 +125,13 @@ def distance_table(side: int, apart: dict) -> str:
         f"Distance in the sequence of neighbours in a {side} x {side} map: mean / 95th percentile / maximum"
     )
     rows = [
-        [name, *(" / ".join(f"{x:.4g}" for x in summary(result[kind]).values()) for kind in kinds)]
+        [
+            name,
+            *(" / ".join(f"{x:.4g}" for x in summarize_distances(result[kind]).values()) for kind in kinds),
+        ]
         for name, result in apart.items()
     ]
-    return f"{title}\n\n{markdown(['order', *kinds], rows)}"
+    return f"{title}\n\n{markdown_table(['order', *kinds], rows)}"
 
 
 def information_table(result: dict) -> str:
@@ -143,10 +146,10 @@ def information_table(result: dict) -> str:
         [name, *(f"{values[d - 1]:.3f}" if d <= len(values) else "" for d in at)]
         for name, values in {"in the image": result["image"], **result["lag"]}.items()
     ]
-    return f"{title}\n\n{markdown(['distance', *map(str, at)], rows)}"
+    return f"{title}\n\n{markdown_table(['distance', *map(str, at)], rows)}"
 
 
-def draw_orders(side: int, apart: dict, path: Path) -> None:
+def plot_orders(side: int, apart: dict, path: Path) -> None:
     """Every order as a path through the map, from dark to light."""
     figure = Figure(figsize=(14, 8), layout="constrained")
     axes = figure.subplots(2, 4)
@@ -159,7 +162,7 @@ def draw_orders(side: int, apart: dict, path: Path) -> None:
         axis.add_collection(lines)
         axis.plot(*points[0], "o", color=lines.cmap(0.0), markersize=9)
         axis.plot(*points[-1], "s", color=lines.cmap(1.0), markersize=8, markeredgecolor="black")
-        both = summary(apart[name]["both"])
+        both = summarize_distances(apart[name]["both"])
         axis.set_title(f"{name}: mean {both['mean']:.3g}, p95 {both['p95']}")
         axis.set(xlim=(-0.7, side - 0.3), ylim=(side - 0.3, -0.7), aspect="equal", xticks=[], yticks=[])
     figure.get_layout_engine().set(hspace=0.06)
@@ -170,13 +173,13 @@ def draw_orders(side: int, apart: dict, path: Path) -> None:
     figure.savefig(path, dpi=100)
 
 
-def draw_curves(side: int, apart: dict, result: dict | None, path: Path) -> None:
+def plot_curves(side: int, apart: dict, result: dict | None, path: Path) -> None:
     """How far image neighbours are apart; and mutual information by distance, where it was measured."""
     panels = 3 if result else 1
     figure = Figure(figsize=(5.5 * panels + 1.5, 5), layout="constrained")
     axes = figure.subplots(1, panels, squeeze=False)
     spread, *measured = axes[0]
-    for name, style in STYLES.items():
+    for name, style in ORDER_STYLES.items():
         values = np.sort(apart[name]["both"])
         at = [*values, side * side]
         spread.step(
@@ -184,7 +187,7 @@ def draw_curves(side: int, apart: dict, result: dict | None, path: Path) -> None
         )
     spread.set(xlabel="distance in the sequence, at most", ylabel="share of neighbours", ylim=(0, 1.02))
     spread.set_title(f"where neighbours in a {side} x {side} map end up")
-    _by_doubling(spread, side * side)
+    _set_log2_axis(spread, side * side)
     if result:
         by_image, by_order = measured
         by_image.plot(np.arange(1, len(result["image"]) + 1), result["image"], "o-", color="C0", markersize=4)
@@ -192,12 +195,12 @@ def draw_curves(side: int, apart: dict, result: dict | None, path: Path) -> None
         by_image.set_title(
             f"{result['images']} images of {result['data']}, {result['side']} x {result['side']} map"
         )
-        for name, style in STYLES.items():
+        for name, style in ORDER_STYLES.items():
             values = result["lag"][name][: 1 - result["side"]]
             by_order.plot(np.arange(1, len(values) + 1), values, **style)
         by_order.set(xlabel="distance in the sequence")
         by_order.set_title("the same pairs of tokens, by order")
-        _by_doubling(by_order, result["side"] ** 2)
+        _set_log2_axis(by_order, result["side"] ** 2)
         top = max(axis.dataLim.y1 for axis in measured)
         for axis in measured:
             axis.set_ylim(min(0, *(axis.dataLim.y0 for axis in measured)), 1.05 * top)
@@ -207,7 +210,7 @@ def draw_curves(side: int, apart: dict, result: dict | None, path: Path) -> None
     figure.savefig(path, dpi=100)
 
 
-def _by_doubling(axis: Axes, most: int) -> None:
+def _set_log2_axis(axis: Axes, most: int) -> None:
     """A logarithmic axis from 1 on, with 1, 2, 4, ... written at it."""
     ticks = 2 ** np.arange(int(np.log2(most)) + 1)
     axis.set_xscale("log", base=2)
@@ -217,26 +220,27 @@ def _by_doubling(axis: Axes, most: int) -> None:
 
 def main(_):
     out = cli.local_folder("out")
-    result, side = None, FLAGS.side or SIDE
+    result, side = None, FLAGS.side or DEFAULT_SIDE
     if FLAGS.workdir or FLAGS.tokenizer:
         path, scales = cli.tokenizer_source()
         with config_errors():
             tokenizer = var_jax.load_tokenizer(path, scales=scales)
             source = open_source(FLAGS.data, FLAGS.split, FLAGS.data_dir)
             check_map(tokenizer)
-        result = information(tokenizer, finest_tokens(tokenizer, source, FLAGS.images))
+        result = measure_information(tokenizer, finest_tokens(tokenizer, source, FLAGS.images))
         result, side = {"data": source.name, **result}, FLAGS.side or result["side"]
-    apart = distances(side)
+    apart = distances_by_order(side)
     out.mkdir(parents=True, exist_ok=True)
     tables = distance_table(side, apart) + (f"\n\n{information_table(result)}" if result else "")
     spread = {
-        name: {kind: summary(values) for kind, values in kinds.items()} for name, kinds in apart.items()
+        name: {kind: summarize_distances(values) for kind, values in kinds.items()}
+        for name, kinds in apart.items()
     }
     numbers = {"side": side, "distances": spread, "information": result}
     (out / "locality.md").write_text(tables + "\n")
     (out / "locality.json").write_text(json.dumps(numbers, indent=1))
-    draw_orders(side, apart, out / "orders.png")
-    draw_curves(side, apart, result, out / "locality.png")
+    plot_orders(side, apart, out / "orders.png")
+    plot_curves(side, apart, result, out / "locality.png")
     print(f"{tables}\n\nthe orders: {out / 'orders.png'}; the curves: {out / 'locality.png'}")
 
 

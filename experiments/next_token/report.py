@@ -5,11 +5,11 @@ from pathlib import Path
 import numpy as np
 from matplotlib.figure import Figure
 
-from benchmarks.tables import markdown, over_seeds
+from benchmarks.tables import format_over_seeds, markdown_table
 from var_jax.images import image_grid
 
 # Heading, key, format, factor.
-COLUMNS = (
+RUN_COLUMNS = (
     ("parameters, M", "parameters", ".2f", 1e-6),
     ("steps", "steps", ".0f", 1),
     ("training, TFLOP", "training_flops", ".1f", 1e-12),
@@ -24,46 +24,56 @@ COLUMNS = (
     ("ms an image", "sampling_seconds", ".2f", 1e3),
 )
 TOKENIZER_COLUMNS = (("tokens", "tokens", ".0f", 1), ("PSNR, dB", "psnr", ".2f", 1))
-WHOSE = {"maps": "VAR", "map": "next-token"}
+TOKENIZER_USERS = {"maps": "VAR", "map": "next-token"}
 NOTE = """\
 Bits a pixel are of the tokens of two tokenizers: next-token of one map, VAR of all its maps. Least: of all
 evaluations, so that the held-out images chose it."""
-SAME = {"parameters", "steps", "training_flops", "sampling_steps", "sampling_flops"}  # for all seeds
+SAME_FOR_ALL_SEEDS = {
+    "parameters",
+    "steps",
+    "training_flops",
+    "sampling_steps",
+    "sampling_flops",
+}  # for all seeds
 
 
-def line(system: str, run: dict) -> str:
+def format_run(system: str, run: dict) -> str:
     """One run in words."""
-    figures = (f"{head} {run[key] * factor:{form}}" for head, key, form, factor in COLUMNS)
+    figures = (f"{head} {run[key] * factor:{form}}" for head, key, form, factor in RUN_COLUMNS)
     return f"{system}: " + ", ".join(figures)
 
 
-def table(result: dict) -> str:
+def format_comparison(result: dict) -> str:
     """Markdown: a system a row, mean and standard deviation over its seeds; then the tokenizers."""
     systems = [
-        [system, *(_cell(list(runs.values()), *column) for column in COLUMNS)]
+        [system, *(_run_cell(list(runs.values()), *column) for column in RUN_COLUMNS)]
         for system, runs in result["systems"].items()
     ]
-    columns = [*TOKENIZER_COLUMNS, *(column for column in COLUMNS if column[1] in result["held_out"])]
+    columns = [*TOKENIZER_COLUMNS, *(column for column in RUN_COLUMNS if column[1] in result["held_out"])]
     through = {"as they are": result["held_out"]}
-    through |= {f"through the tokenizer of {WHOSE[name]}": of for name, of in result["tokenizers"].items()}
+    through |= {
+        f"through the tokenizer of {TOKENIZER_USERS[name]}": of for name, of in result["tokenizers"].items()
+    }
     tokenizers = [
         [name, *(f"{of[key] * factor:{form}}" if key in of else "" for _, key, form, factor in columns)]
         for name, of in through.items()
     ]
     return "\n\n".join(
         (
-            markdown(["system", *(head for head, *_ in COLUMNS)], systems),
+            markdown_table(["system", *(head for head, *_ in RUN_COLUMNS)], systems),
             NOTE,
-            markdown(["held-out images", *(head for head, *_ in columns)], tokenizers),
+            markdown_table(["held-out images", *(head for head, *_ in columns)], tokenizers),
         )
     )
 
 
-def _cell(runs: list[dict], _, key: str, form: str, factor: float) -> str:
-    return over_seeds([run[key] * factor for run in (runs[:1] if key in SAME else runs)], form)
+def _run_cell(runs: list[dict], _, key: str, form: str, factor: float) -> str:
+    return format_over_seeds(
+        [run[key] * factor for run in (runs[:1] if key in SAME_FOR_ALL_SEEDS else runs)], form
+    )
 
 
-def draw_losses(systems: dict[str, dict], path: Path) -> None:
+def plot_losses(systems: dict[str, dict], path: Path) -> None:
     """Held-out bits a pixel over the training compute, each tokenizer's in a panel: a line a system."""
     figure = Figure(figsize=(11, 4.6), layout="constrained")
     axes = figure.subplots(1, 2, sharex=True)
@@ -83,7 +93,7 @@ def draw_losses(systems: dict[str, dict], path: Path) -> None:
     figure.savefig(path, dpi=110)
 
 
-def draw_samples(systems: dict[str, Path], path: Path, shown: int = 20) -> None:
+def plot_samples(systems: dict[str, Path], path: Path, shown: int = 20) -> None:
     """Samples of a run of every system, by its directory: a row each, class by class."""
     rows, names = [], []
     for system, directory in systems.items():

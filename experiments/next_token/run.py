@@ -29,7 +29,7 @@ from ml_collections import ConfigDict, config_flags
 import var_jax
 from configs import next_token
 from experiments.next_token import report
-from experiments.setup_tokens import prepare
+from experiments.setup_tokens import prepare_tokens
 from var_jax import cli, stages
 from var_jax.data.sources import open_source
 from var_jax.data.transforms import ToPixels
@@ -43,9 +43,9 @@ from var_jax.transformer.flops import generation_flops
 from var_jax.transformer.positions import ORDERS
 
 FLAGS = flags.FLAGS
-TOKENIZERS = {"next_scale": "maps", "next_token": "map"}  # directory of the tokenizer of each task
-EVALUATIONS = 8  # of each run, at equal distances
-TIMED = 100  # images made at once to time sampling
+TOKENIZER_FOLDERS = {"next_scale": "maps", "next_token": "map"}  # directory of the tokenizer of each task
+NUM_EVALUATIONS = 8  # of each run, at equal distances
+SAMPLING_BATCH = 100  # images made at once to time sampling
 
 # System -> fields of its model; VAR where there is no order.  These are compared here,
 SYSTEMS = {
@@ -61,24 +61,24 @@ SYSTEMS = {
 TRAINABLE = SYSTEMS | {f"{o}, learned_1d": {"order": o, "positions": "learned_1d"} for o in ORDERS}
 
 
-def folder(system: str) -> str:
+def system_folder(system: str) -> str:
     """Name of a system's directory."""
     return system.replace(", ", "-")
 
 
-def named(folders: list[str] | None, known: Iterable[str]) -> list[str]:
+def select_systems(folders: list[str] | None, known: Iterable[str]) -> list[str]:
     """The systems that --systems names by their directories; all that are known where it names none.
 
     Raises:
       UsageError: on one that is not known.
     """
-    systems = {folder(system): system for system in known}
+    systems = {system_folder(system): system for system in known}
     if unknown := sorted(set(folders or ()) - set(systems)):
         raise app.UsageError(f"--systems must be among {', '.join(systems)}; got {', '.join(unknown)}")
     return [systems[name] for name in folders or systems]
 
 
-def bases_of(config: ConfigDict, out: Path) -> dict[str, ConfigDict]:
+def prepare_bases(config: ConfigDict, out: Path) -> dict[str, ConfigDict]:
     """The stages that all systems are variants of, next_scale and next_token, each by its name.
 
     Their tokenizers are trained and their data is encoded, under OUT/tokenizers; what is there is taken.
@@ -91,28 +91,28 @@ def bases_of(config: ConfigDict, out: Path) -> dict[str, ConfigDict]:
     flat = next_token.flattened(config)
     bases = {"next_scale": config.next_scale, "next_token": flat.next_token}
     for task, trains in (("next_scale", config.tokenizer), ("next_token", flat.tokenizer)):
-        prepare(bases[task], trains, out / "tokenizers" / TOKENIZERS[task])
+        prepare_tokens(bases[task], trains, out / "tokenizers" / TOKENIZER_FOLDERS[task])
     return bases
 
 
-def task_of(stage: ConfigDict) -> TransformerTask:
+def make_task(stage: ConfigDict) -> TransformerTask:
     """The task of a prepared stage."""
     return stages.build_task(stage, Path(stage.tokenizer), stages.open_sources(stage)[0])[0]
 
 
-def experiment(bases: dict[str, ConfigDict], system: str, seed: int, budget: float) -> ConfigDict:
+def system_config(bases: dict[str, ConfigDict], system: str, seed: int, budget: float) -> ConfigDict:
     """Config of one run: a system, trained for so many FLOPs an image of a batch."""
     fields = TRAINABLE[system]
     stage = bases["next_token" if "order" in fields else "next_scale"].copy_and_resolve_references()
     stage.model.update(fields)
     stage.seed = seed
-    steps = max(round(budget / task_of(stage).flops_per_image()), 1)
-    stage.train.update(dict(steps=steps, eval_every=-(-steps // EVALUATIONS), preview_every=0))
+    steps = max(round(budget / make_task(stage).flops_per_image()), 1)
+    stage.train.update(dict(steps=steps, eval_every=-(-steps // NUM_EVALUATIONS), preview_every=0))
     stage.train.update(dict(checkpoint_every=max(steps // 2, 1), log_every=max(steps // 20, 1)))
     return stage
 
 
-def pictures_of(stage: ConfigDict, size: int, split: str) -> tuple[np.ndarray, np.ndarray]:
+def load_images(stage: ConfigDict, size: int, split: str) -> tuple[np.ndarray, np.ndarray]:
     """Images uint8 [N, size, size, 3] and labels int [N] of a split, cut out at the centre."""
     source = open_source(stage.data.name, split, stage.data.dir)
     transform = ToPixels(source.name, size, stage.data.resize, False)
@@ -120,12 +120,12 @@ def pictures_of(stage: ConfigDict, size: int, split: str) -> tuple[np.ndarray, n
     return np.stack([record["image"] for record in records]), np.array([int(r["label"]) for r in records])
 
 
-def drawn(workdir: Path, stage: ConfigDict, labels: np.ndarray) -> tuple[np.ndarray, float]:
+def generate_samples(workdir: Path, stage: ConfigDict, labels: np.ndarray) -> tuple[np.ndarray, float]:
     """Images uint8 [N, H, W, 3] of labels [N] by a trained run, and seconds an image, without compilation.
 
     They are left in the run's samples.npz, and taken from there where it holds as many.
     """
-    path, batch = workdir / "samples.npz", min(TIMED, len(labels))
+    path, batch = workdir / "samples.npz", min(SAMPLING_BATCH, len(labels))
     if path.exists():
         with np.load(path) as saved:
             if np.array_equal(saved["arr_1"], labels):
@@ -146,15 +146,15 @@ def drawn(workdir: Path, stage: ConfigDict, labels: np.ndarray) -> tuple[np.ndar
     return images, seconds
 
 
-def judge(workdir: Path, stage: ConfigDict, jury: SampleJudge, per_class: int) -> dict:
+def evaluate_samples(workdir: Path, stage: ConfigDict, jury: SampleJudge, per_class: int) -> dict:
     """All figures of a trained run.
 
     Args:
       per_class: samples of each class.
     """
-    task = task_of(stage)
+    task = make_task(stage)
     labels = np.repeat(np.arange(task.config.num_classes), per_class)
-    images, seconds = drawn(workdir, stage, labels)
+    images, seconds = generate_samples(workdir, stage, labels)
     log = read_metrics(workdir / stage.task / "metrics.jsonl")
     evaluations = [[line["step"], line["bits_per_pixel"]] for line in log if line["kind"] == "eval"]
     guided = task.options.controls(task.config.schedule, task.config.num_codes).guided
@@ -174,28 +174,34 @@ def judge(workdir: Path, stage: ConfigDict, jury: SampleJudge, per_class: int) -
     }
 
 
-def reconstructed(stage: ConfigDict, jury: SampleJudge) -> dict:
+def evaluate_reconstructions(stage: ConfigDict, jury: SampleJudge) -> dict:
     """What becomes of held-out images in the tokenizer of a stage: the most that a system on it can reach."""
     tokenizer = var_jax.load_tokenizer(stage.tokenizer)
     again = tokenizer.decode(tokenizer.encode(jury.held_out.astype(np.float32) / 255))
     error = np.maximum(((again - jury.held_out / 255) ** 2).mean((1, 2, 3)), 1e-10)
     figures = jury.figures(to_uint8(again), jury.held_out_labels)
-    return {"tokens": task_of(stage).config.length, "psnr": float((-10 * np.log10(error)).mean()), **figures}
+    return {
+        "tokens": make_task(stage).config.length,
+        "psnr": float((-10 * np.log10(error)).mean()),
+        **figures,
+    }
 
 
 def main(_):
-    systems, seeds = named(FLAGS.systems, SYSTEMS), cli.numbers("seeds", int)
+    systems, seeds = select_systems(FLAGS.systems, SYSTEMS), cli.numbers("seeds", int)
     out = cli.local_folder("out")
-    result = compared(bases_of(FLAGS.config, out), systems, seeds, out, FLAGS.steps, FLAGS.per_class)
+    result = compare_systems(
+        prepare_bases(FLAGS.config, out), systems, seeds, out, FLAGS.steps, FLAGS.per_class
+    )
     (out / "compare.json").write_text(json.dumps(result, indent=1))
-    (out / "compare.md").write_text(report.table(result) + "\n")
-    report.draw_losses(result["systems"], out / "compare.png")
-    first = {name: out / folder(name) / str(seeds[0]) for name in systems}
-    report.draw_samples(first, out / "samples.png")
+    (out / "compare.md").write_text(report.format_comparison(result) + "\n")
+    report.plot_losses(result["systems"], out / "compare.png")
+    first = {name: out / system_folder(name) / str(seeds[0]) for name in systems}
+    report.plot_samples(first, out / "samples.png")
     print((out / "compare.md").read_text() + f"\nheld-out loss: {out / 'compare.png'}, {out / 'samples.png'}")
 
 
-def compared(
+def compare_systems(
     bases: dict[str, ConfigDict], systems: list[str], seeds: list[int], out: Path, steps: int, per_class: int
 ) -> dict:
     """Trains what is not trained yet, and judges it: figures of each tokenizer, and each system and seed.
@@ -209,23 +215,25 @@ def compared(
       per_class: samples of each class, to judge a run by.
     """
     base = bases["next_scale"]
-    task = task_of(base)
+    task = make_task(base)
     budget = steps * task.flops_per_image()
     splits = (base.data.train_split, base.data.eval_split)
-    jury = SampleJudge(*(pictures_of(base, task.image_size, split) for split in splits))
+    jury = SampleJudge(*(load_images(base, task.image_size, split) for split in splits))
     result = {
         "held_out": jury.figures(jury.held_out, jury.held_out_labels),
-        "tokenizers": {TOKENIZERS[name]: reconstructed(stage, jury) for name, stage in bases.items()},
+        "tokenizers": {
+            TOKENIZER_FOLDERS[name]: evaluate_reconstructions(stage, jury) for name, stage in bases.items()
+        },
         "systems": {system: {} for system in systems},
     }
     runs = [(system, seed) for seed in seeds for system in systems]
     for i, (system, seed) in enumerate(runs):
         print(f"--- {system}, seed {seed} ({i + 1} of {len(runs)})", flush=True)
-        stage, workdir = experiment(bases, system, seed, budget), out / folder(system) / str(seed)
+        stage, workdir = system_config(bases, system, seed, budget), out / system_folder(system) / str(seed)
         stages.run(stage, workdir)
-        judged = judge(workdir, stage, jury, per_class)
+        judged = evaluate_samples(workdir, stage, jury, per_class)
         result["systems"][system][str(seed)] = judged
-        print(report.line(system, judged), flush=True)
+        print(report.format_run(system, judged), flush=True)
     return result
 
 

@@ -58,14 +58,14 @@ def fit_power_law(x: np.ndarray, y: np.ndarray, floor: bool = True) -> PowerLaw:
     log_x, log_y = np.log(x), np.log(y)
     centre = log_x.mean()  # k and b are then nearly independent
     z = log_x - centre
-    k, b, c = _with_floor(z, y, log_y) if floor else (*np.polyfit(z, log_y, 1)[::-1], 0.0)
+    k, b, c = _fit_with_floor(z, y, log_y) if floor else (*np.polyfit(z, log_y, 1)[::-1], 0.0)
     k -= b * centre  # (a x)^b = exp(k + b log x)
     with np.errstate(over="ignore", divide="ignore", invalid="ignore"):
         pearson = np.corrcoef(log_x, np.log(y - c))[0, 1]
         return PowerLaw(float(np.exp(np.divide(k, b))), float(b), float(c), float(pearson))
 
 
-def _with_floor(z: np.ndarray, y: np.ndarray, log_y: np.ndarray) -> tuple[float, float, float]:
+def _fit_with_floor(z: np.ndarray, y: np.ndarray, log_y: np.ndarray) -> tuple[float, float, float]:
     """k, b and c of y = exp(k + b z) + c."""
     most = y.min() * (1 - 1e-6)
     floor = lambda u: most * expit(u)  # noqa: E731  (keeps c inside, whatever u)

@@ -37,11 +37,11 @@ from var_jax.transformer.flops import training_flops
 
 FLAGS = flags.FLAGS
 # min(EMA, (1 + t) / (10 + t)) at step t (training/optimizer.py): over a ninth of any t that matters.
-EMA = 0.99999
+EMA_DECAY = 0.99999
 MIN_SIZES = 3  # sizes: L = (a N)^b + c has three parameters
 
 
-def prepare(config: ConfigDict, out: Path, crops: int) -> ConfigDict:
+def prepare_stage(config: ConfigDict, out: Path, crops: int) -> ConfigDict:
     """The stage next_scale, with its tokenizer trained and its data encoded; what is there is taken as it is.
 
     Raises:
@@ -53,11 +53,11 @@ def prepare(config: ConfigDict, out: Path, crops: int) -> ConfigDict:
     trains = {result.task: result for result in stages.stages_of(config)}.get("tokenizer")
     if trains is not None and not stage.data.tokens:  # cut out as for the tokenizer
         stage.data.update({name: trains.data[name] for name in ("resize", "flip", "shift")})
-    setup_tokens.prepare(stage, trains, out, crops)
+    setup_tokens.prepare_tokens(stage, trains, out, crops)
     return stage
 
 
-def experiment(
+def size_config(
     stage: ConfigDict, depth: int, width_per_depth: int, rate_by_width: bool, seed: int, evaluations: int
 ) -> ConfigDict:
     """Config of one run: the stage at another size, with a rhythm that gives a curve.
@@ -80,7 +80,7 @@ def experiment(
         stage.train.base_learning_rate *= own / width
     every = max(steps // evaluations, 1)
     stage.train.update(
-        dict(steps=steps, lr_schedule="constant", ema_decay=EMA, eval_every=every, preview_every=0)
+        dict(steps=steps, lr_schedule="constant", ema_decay=EMA_DECAY, eval_every=every, preview_every=0)
     )
     return stage
 
@@ -97,7 +97,12 @@ def read_run(workdir: Path) -> dict:
     lines = [
         line for line in read_metrics(workdir / "next_scale" / "metrics.jsonl") if line["kind"] == "eval"
     ]
-    run = {"depth": cfg.depth, "width": cfg.width, "seed": record["stage"]["seed"], "N": parameters(cfg)}
+    run = {
+        "depth": cfg.depth,
+        "width": cfg.width,
+        "seed": record["stage"]["seed"],
+        "N": count_block_parameters(cfg),
+    }
     run |= {"batch": record["stage"]["train"]["batch"], "flops_per_image": training_flops(cfg)}
     run["step"] = [line["step"] for line in lines]
     for which in ("", "_last"):
@@ -106,12 +111,12 @@ def read_run(workdir: Path) -> dict:
     return run
 
 
-def parameters(cfg: NextScaleConfig) -> int:
+def count_block_parameters(cfg: NextScaleConfig) -> int:
     """Of the blocks with adaLN, as published: 73728 d^3 at width 64 d, and 49152 d^3 with shared adaLN."""
     return (12 if cfg.shared_adaln else 18) * cfg.depth * cfg.width**2
 
 
-def sizes(words: list[str]) -> list[int]:
+def parse_depths(words: list[str]) -> list[int]:
     """The depths of the flag --depths, ascending.
 
     Raises:
@@ -129,7 +134,7 @@ def sizes(words: list[str]) -> list[int]:
 
 def main(_):
     try:
-        depths, seeds = sizes(FLAGS.depths), sorted(set(cli.numbers("seeds", int)))
+        depths, seeds = parse_depths(FLAGS.depths), sorted(set(cli.numbers("seeds", int)))
     except ValueError as error:
         raise app.UsageError(str(error)) from error
     out = cli.local_folder("out")
@@ -137,18 +142,18 @@ def main(_):
     asked = [(depth, seed) for seed in seeds for depth in depths]
     workdirs = [out / "runs" / f"d{depth}" / str(seed) for depth, seed in asked]
     with cli.failing_at_once():
-        stage = prepare(FLAGS.config, out, FLAGS.crops)
+        stage = prepare_stage(FLAGS.config, out, FLAGS.crops)
         for i, ((depth, seed), workdir) in enumerate(zip(asked, workdirs, strict=True), 1):
             print(f"--- run {i} of {len(asked)}: depth {depth}, seed {seed}", flush=True)
             how = (FLAGS.width_per_depth, FLAGS.rate_by_width, seed, FLAGS.evaluations)
-            stages.run(experiment(stage, depth, *how), workdir)
+            stages.run(size_config(stage, depth, *how), workdir)
     if jax.process_index() > 0:
         return
     runs = [read_run(workdir) for workdir in workdirs]
-    result = report.analyse(runs)
+    result = report.fit_runs(runs)
     (out / "scaling_law.json").write_text(json.dumps(result, indent=1) + "\n")
-    (out / "scaling_law.md").write_text(report.tables(result))
-    report.draw(result, out / "scaling_law.png")
+    (out / "scaling_law.md").write_text(report.format_fits(result))
+    report.plot_laws(result, out / "scaling_law.png")
     print((out / "scaling_law.md").read_text() + f"\npicture: {out / 'scaling_law.png'}")
 
 

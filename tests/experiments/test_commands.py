@@ -11,7 +11,11 @@ from var_jax.errors import ConfigError
 
 EXPERIMENTS = ("codebook", "complexity", "inpainting", "locality", "next_token", "scaling_law")
 COMMANDS = ("benchmarks.scaling", *(f"experiments.{name}.run" for name in EXPERIMENTS))
-FIRST_WORK = {"next_token": "bases_of", "inpainting": "next_token.bases_of", "scaling_law": "prepare"}
+FIRST_WORK = {
+    "next_token": "prepare_bases",
+    "inpainting": "next_token.prepare_bases",
+    "scaling_law": "prepare_stage",
+}
 
 
 class Flags(SimpleNamespace):

@@ -9,7 +9,7 @@ from PIL import Image
 
 import var_jax
 from experiments.inpainting import partial_images
-from experiments.inpainting.run import VAR_WAYS, psnr
+from experiments.inpainting.run import VAR_METHODS, psnr
 from tests.helpers.commands import command
 from var_jax.scales import Scales
 from var_jax.transformer.config import NextScaleConfig, NextTokenConfig
@@ -38,9 +38,9 @@ def run(digits_dir, tmp_path_factory):
     folder = tmp_path_factory.mktemp("generality")
     (folder / "config.py").write_text(CONFIG.format(data=str(digits_dir)))
     called = folder / "out", f"--config={folder}/config.py"
-    done = generality(called, f"--systems={','.join(SYSTEMS)}", "--draws=1")
-    assert done.returncode == 0, done.stderr[-2000:]
-    return *called, done.stdout
+    process = generality(called, f"--systems={','.join(SYSTEMS)}", "--draws=1")
+    assert process.returncode == 0, process.stderr[-2000:]
+    return *called, process.stdout
 
 
 @pytest.fixture(scope="module", params=("VAR", "spiral_out"))
@@ -54,17 +54,17 @@ def model(request):
 
 
 def test_masks_are_halves_and_the_centre_quarter():
-    masks = partial_images.masks(8)
+    masks = partial_images.unknown_masks(8)
     assert {name: mask.sum() for name, mask in masks.items()} == {"top": 32, "left": 32, "centre": 16}
     assert masks["top"][:4].all() and masks["left"][:, :4].all() and masks["centre"][2:6, 2:6].all()
 
 
 def test_cells_that_the_mask_touches_are_made_anew():
-    scales, masks = Scales((1, 2, 3, 4)), partial_images.masks(8)
+    scales, masks = Scales((1, 2, 3, 4)), partial_images.unknown_masks(8)
     _, two, three, four = np.split(partial_images.touching_tokens(masks["top"], scales), [1, 5, 14])
     assert two.tolist() == [True, True, False, False] and four.reshape(4, 4).all(1).tolist() == [1, 1, 0, 0]
     assert three.reshape(3, 3).all(1).tolist() == [1, 1, 0]  # the row in the middle is half known
-    half = partial_images.mostly_unknown(masks["centre"], scales)
+    half = partial_images.mostly_unknown_tokens(masks["centre"], scales)
     assert partial_images.touching_tokens(masks["centre"], scales)[:14].all()
     assert half[:14].tolist() == [True] + [False] * 4 + [False] * 4 + [True] + [False] * 4
     np.testing.assert_array_equal(half[14:], partial_images.touching_tokens(masks["centre"], Scales((4,))))
@@ -72,32 +72,32 @@ def test_cells_that_the_mask_touches_are_made_anew():
 
 def test_the_share_of_the_known_part_that_is_seen():
     fields = dict(depth=1, width=8, num_heads=1, num_classes=2, num_codes=4, code_dim=2)
-    masks, seen = partial_images.masks(8), {}
+    masks, seen = partial_images.unknown_masks(8), {}
     for order in ("raster", "spiral_in", "spiral_out", "column"):
         config = NextTokenConfig(**fields, scales=(4,), order=order)
         seen[order] = [
-            partial_images.share_seen(config, partial_images.touching_tokens(m, config.schedule))
+            partial_images.share_of_known_seen(config, partial_images.touching_tokens(m, config.schedule))
             for m in masks.values()
         ]
     assert seen["raster"][0] == 0 and seen["column"][1] == 0 and seen["raster"][1] == seen["column"][0]
     assert seen["spiral_in"][2] == 1 and seen["spiral_out"][2] == 0 < seen["raster"][1] < 1
     var = NextScaleConfig(**fields, scales=(1, 2, 4))
-    assert partial_images.share_seen(var, partial_images.touching_tokens(masks["top"], var.schedule)) == 2 / (
-        2 + 8
-    )
+    assert partial_images.share_of_known_seen(
+        var, partial_images.touching_tokens(masks["top"], var.schedule)
+    ) == 2 / (2 + 8)
 
 
 def test_nothing_of_the_unknown_part_leaks_and_the_known_part_counts(model):
     images = np.random.default_rng(0).integers(0, 256, (6, 8, 8, 3), np.uint8)
     labels, schedule = np.full(6, model.num_classes), model.module.config.schedule
-    for mask in partial_images.masks(8).values():
+    for mask in partial_images.unknown_masks(8).values():
         other, differs = images.copy(), images.copy()
         other[:, mask] = 255 - other[:, mask]
         differs[:, ~mask] = 255 - differs[:, ~mask]
-        for cells, once in VAR_WAYS.values():
+        for cells, once in VAR_METHODS.values():
             resample = cells(mask, schedule)
             made = [
-                partial_images.fill(
+                partial_images.fill_unknown(
                     model, partial_images.mask_with_median(x, mask), resample, labels, seed=3, once=once
                 )
                 for x in (images, other, differs)
@@ -109,26 +109,28 @@ def test_nothing_of_the_unknown_part_leaks_and_the_known_part_counts(model):
 
 def test_known_tokens_are_kept(model):
     images = np.random.default_rng(1).integers(0, 256, (5, 8, 8, 3), np.uint8)
-    schedule, mask = model.module.config.schedule, partial_images.masks(8)["top"]
+    schedule, mask = model.module.config.schedule, partial_images.unknown_masks(8)["top"]
     resample, labels = partial_images.touching_tokens(mask, schedule), np.arange(5)
     known = partial_images.mask_with_median(images, mask)
     encoded = model.tokenizer.encode(known.astype(np.float32) / 255)
-    made, tokens = partial_images.fill(model, known, resample, labels, seed=0, once=True)
+    made, tokens = partial_images.fill_unknown(model, known, resample, labels, seed=0, once=True)
     np.testing.assert_array_equal(tokens[:, ~resample], encoded[:, ~resample])
     assert (tokens[:, resample] != encoded[:, resample]).any()
     np.testing.assert_allclose(made / 255, model.tokenizer.decode(tokens), atol=0.51 / 255)
     # Map by map: with everything known that is to encode; else each map is of what those before it left.
     nothing = np.zeros_like(resample)
-    np.testing.assert_array_equal(partial_images.fill(model, known, nothing, labels, seed=0)[1], encoded)
-    made, tokens = partial_images.fill(model, known, resample, labels, seed=0)
+    np.testing.assert_array_equal(
+        partial_images.fill_unknown(model, known, nothing, labels, seed=0)[1], encoded
+    )
+    made, tokens = partial_images.fill_unknown(model, known, resample, labels, seed=0)
     np.testing.assert_allclose(made / 255, model.tokenizer.decode(tokens), atol=0.51 / 255)
-    again = partial_images.fill(model, known, nothing, labels, seed=0)[1]
+    again = partial_images.fill_unknown(model, known, nothing, labels, seed=0)[1]
     if len(schedule) == 1:
         np.testing.assert_array_equal(tokens[:, ~resample], again[:, ~resample])
 
 
 def test_the_colour_painted_over_is_that_of_the_known_part():
-    images, mask = np.full((2, 8, 8, 3), 200, np.uint8), partial_images.masks(8)["left"]
+    images, mask = np.full((2, 8, 8, 3), 200, np.uint8), partial_images.unknown_masks(8)["left"]
     images[:, :, 4:] = (10, 20, 30)
     images[:, 0, 4:] = 255
     painted = partial_images.mask_with_median(images, mask)
@@ -137,7 +139,7 @@ def test_the_colour_painted_over_is_that_of_the_known_part():
 
 
 def test_psnr_is_of_one_part():
-    truth, mask = np.zeros((2, 8, 8, 3), np.uint8), partial_images.masks(8)["centre"]
+    truth, mask = np.zeros((2, 8, 8, 3), np.uint8), partial_images.unknown_masks(8)["centre"]
     made = truth.copy()
     made[0, 2:6, 2:6] = 51  # a fifth, in one of two images
     assert psnr(made, truth, mask) == pytest.approx(10 * np.log10(2 / 0.04))
@@ -168,14 +170,14 @@ def test_the_command_writes_tables_figures_and_a_picture(run):
 
 def test_runs_that_are_there_are_used_wherever_they_lie(run, tmp_path):
     shutil.copytree(run[0], tmp_path / "moved")
-    done = generality((tmp_path / "moved", run[1]), "--systems=VAR-learned_1d", "--draws=1")
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert "next_scale: already trained for 4 steps" in done.stdout
+    process = generality((tmp_path / "moved", run[1]), "--systems=VAR-learned_1d", "--draws=1")
+    assert process.returncode == 0, process.stderr[-2000:]
+    assert "next_scale: already trained for 4 steps" in process.stdout
     assert not (tmp_path / "moved" / "raster-learned_1d").exists()
     again, first = (json.loads((x / "generality.json").read_text()) for x in (tmp_path / "moved", run[0]))
     assert again["systems"].items() <= first["systems"].items()
 
 
 def test_an_unknown_system_is_named(run):
-    done = generality(run[:2], "--systems=raster")
-    assert done.returncode != 0 and "got raster" in done.stderr + done.stdout
+    process = generality(run[:2], "--systems=raster")
+    assert process.returncode != 0 and "got raster" in process.stderr + process.stdout

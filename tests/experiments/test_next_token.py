@@ -11,7 +11,7 @@ from PIL import Image
 
 from configs import digits, next_token
 from experiments.next_token import report
-from experiments.next_token.run import SYSTEMS, folder
+from experiments.next_token.run import SYSTEMS, system_folder
 from tests.helpers.commands import command, python
 
 CONFIG = """
@@ -76,11 +76,11 @@ def test_killed_and_asked_for_again_goes_on(done):
 
 
 def test_the_table_has_mean_and_deviation_over_the_seeds():
-    run = dict.fromkeys((key for _, key, *_ in report.COLUMNS), 1.0)
+    run = dict.fromkeys((key for _, key, *_ in report.RUN_COLUMNS), 1.0)
     runs = {"0": run, "1": run | {"called_right": 0.5}}
     real = dict.fromkeys(("called_right", "frechet", "spread", "nearest"), 0.25)
     tokenizers = {"maps": {"tokens": 31, "psnr": 25.0, **real}}
-    table = report.table({"systems": {"VAR": runs}, "tokenizers": tokenizers, "held_out": real})
+    table = report.format_comparison({"systems": {"VAR": runs}, "tokenizers": tokenizers, "held_out": real})
     assert "| 75.0% ± 35.4% |" in table and "| through the tokenizer of VAR | 31 | 25.00 | 25.0% |" in table
     for part in table.split("\n\n")[::2]:
         assert len({line.count("|") for line in part.splitlines()}) == 1
@@ -95,7 +95,7 @@ def test_systems_differ_in_the_fields_that_name_them_alone():
     assert {name for name in theirs if ours[name] != theirs[name]} == {"task", "model"}
     sequence = dict(order="raster", order_seed=0, mask="causal", mask_radius=1)
     assert ours["model"] == theirs["model"] | sequence
-    assert len({folder(system) for system in SYSTEMS}) == 9 == len(SYSTEMS)
+    assert len({system_folder(system) for system in SYSTEMS}) == 9 == len(SYSTEMS)
 
 
 @pytest.mark.parametrize(
