@@ -52,7 +52,7 @@ class CompiledProgram:
     """
 
     compile_s: float
-    gib_per_device: float
+    gib: float
     parts: dict[str, float]
     program: jax.stages.Compiled | None = None
 

@@ -31,7 +31,7 @@ from var_jax.transformer.flops import matrix_parameters, training_flops
 
 D16 = NextScaleConfig()
 STEP = Step(768, 1, 1, 16, 1, remat="none", itemsize=2, ema=False, other_flops=0.0)
-# Width 256 over 8 chips, from tokens; batch, width and number of codes differ, so that shapes tell arrays apart.
+# Width 256 over 8 chips, from tokens; batch, width and number of codes differ, so shapes tell arrays apart.
 SMALL = ["--config=configs/var.py:d16", "--from_tokens", "--topology=v5e:2x4", "--config.train.batch=40"]
 SMALL += ["--programs=step"]  # evaluation and previews include the tokenizer, which compiles slowly
 SMALL += ["--config.model.depth=2", "--config.model.width=256", "--config.model.num_heads=4"]
