@@ -3,20 +3,13 @@ import json
 import pytest
 
 from configs import tokenizer
-from experiments.codebook.run import (
-    BASELINE,
-    RECIPE_FIELDS,
-    VARIANTS,
-    plot_perplexity,
-    read_logs,
-    summarize,
-    variant_config,
-    variants_table,
-)
+from experiments.codebook.report import plot_perplexity, summarize, variants_table
+from experiments.codebook.run import BASELINE, RECIPE_FIELDS, VARIANTS, read_logs, variant_config
 from var_jax.training.tokenizer_task import TokenizerTask
 
 
 def flat(variant: str) -> dict:
+    """Return the fields of a variant's config that can differ, by dotted name."""
     config = variant_config(variant, "digits", "data", 0, 100).to_dict()
     return {
         f"{section}.{name}": value
@@ -47,7 +40,7 @@ def test_the_recipe_is_that_of_the_config():
     assert recipe != flat("baseline")
 
 
-def test_table_and_plot_are_of_what_the_runs_logged(tmp_path):
+def test_table_and_plot_show_the_logged_metrics(tmp_path):
     for variant, scale in (("baseline", 1), ("recipe", 3)):
         for seed in (0, 1):
             folder = tmp_path / variant / str(seed) / "tokenizer"

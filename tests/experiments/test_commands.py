@@ -1,4 +1,4 @@
-"""Command lines of the experiments: what is refused in one line, and bugs that keep their traceback."""
+"""Test command lines of the experiments: users' errors take one line, bugs keep their traceback."""
 
 import importlib
 from types import SimpleNamespace
@@ -19,7 +19,7 @@ FIRST_WORK = {
 
 
 class Flags(SimpleNamespace):
-    """Values of flags, as attributes and, as absl has it, by name."""
+    """Values of flags, by attribute and, like absl's FLAGS, by name."""
 
     def __getitem__(self, name):
         return SimpleNamespace(value=getattr(self, name))
@@ -27,9 +27,9 @@ class Flags(SimpleNamespace):
 
 @pytest.fixture
 def flags(monkeypatch):
-    """Puts flags in place for a command; returns its module."""
+    """Return a function that sets the flags of a command and returns its module."""
 
-    def put(command: str, out: str):
+    def set_flags(command: str, out: str):
         module = importlib.import_module(command)
         lists = dict(systems=None, variants=None, seeds=["0"], sides=["2", "4"], depths=["1", "2", "3"])
         values = Flags(config="config", merge=None, out=out, width=32, depth=1, steps=4, crops=1, **lists)
@@ -39,7 +39,7 @@ def flags(monkeypatch):
         monkeypatch.setattr(cli, "join_hosts", lambda: None)
         return module
 
-    return put
+    return set_flags
 
 
 @pytest.mark.parametrize("command", COMMANDS)

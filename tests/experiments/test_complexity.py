@@ -1,4 +1,4 @@
-"""The cost of next-token and next-scale: on paper, as XLA counts it, and the command."""
+"""Test the cost of next-token and next-scale: on paper, counted by XLA, and the command."""
 
 import json
 
@@ -61,16 +61,16 @@ def test_exponents_on_paper_up_to_64():
 
 @pytest.mark.parametrize(("name", "theory"), [("next-token, no cache", 6), ("next-scale, no cache", 4)])
 def test_exponents_that_xla_counts_without_a_cache(name, theory):
-    """At a width so small that attention decides at sizes that compile fast."""
+    """A small width makes attention dominate at sizes that compile fast."""
     sides = [16, 32]
     counted = [count_flops(make_network(name, side, width=8, depth=1)) for side in sides]
     assert fit_exponent(sides, counted, 2) == pytest.approx(theory, abs=0.3)
 
 
 def by_hand(name: str, width: int, depth: int, n: int) -> float:
-    """Matrix FLOPs of what the programs do: padding included, and no logits that nothing is drawn from."""
+    """Compute the matrix FLOPs of the programs: with padding, and only logits that are sampled from."""
     attention = lambda q, k: depth * (24 * q * width**2 + 4 * q * k * width)  # noqa: E731
-    ends = lambda q, drawn: 2 * width * (q * CODE_DIM + drawn * CODES)  # noqa: E731
+    ends = lambda q, sampled: 2 * width * (q * CODE_DIM + sampled * CODES)  # noqa: E731
     total, maps = (12 * depth + 4) * width**2, Scales(doubling_scales(n))
     if name == "next-token, no cache":
         return total + n**2 * (attention(n**2, n**2) + ends(n**2, 1))
@@ -83,8 +83,8 @@ def by_hand(name: str, width: int, depth: int, n: int) -> float:
 
 
 @pytest.mark.parametrize("name", SYSTEMS)
-def test_what_xla_counts_is_what_is_on_paper(name):
-    """Of two blocks, so that a body counted once would show; what is elementwise makes the count larger."""
+def test_the_count_of_xla_is_that_on_paper(name):
+    """Two blocks would reveal a loop body counted once; elementwise operations make the count larger."""
     model, system = make_network(name, 4, width=128, depth=2), SYSTEMS[name]
     counted = count_flops(model)
     assert 1 < counted / by_hand(name, 128, 2, 4) < 1.04
@@ -94,7 +94,7 @@ def test_what_xla_counts_is_what_is_on_paper(name):
 
 
 @pytest.mark.parametrize("scheme", ["next-token", "next-scale"])
-def test_without_a_cache_the_same_tokens_are_drawn(scheme):
+def test_without_a_cache_the_same_tokens_are_sampled(scheme):
     cached, uncached = (
         np.asarray(run.compile_sampler(make_network(f"{scheme}, {kind}", 4, width=32, depth=2))())
         for kind in ("KV cache", "no cache")
@@ -105,7 +105,7 @@ def test_without_a_cache_the_same_tokens_are_drawn(scheme):
 
 @pytest.fixture
 def points(monkeypatch):
-    """Points of programs that take n^4 FLOPs and a second for every 100; 20 seconds are allowed."""
+    """Measure fake programs of n^4 FLOPs at 100 FLOP/s, with a limit of 20 seconds."""
     flops = lambda model: float(model.config.scales[-1] ** 4)  # noqa: E731
     monkeypatch.setattr(run, "count_flops", flops)
     monkeypatch.setattr(run, "compile_sampler", flops)
@@ -117,7 +117,7 @@ def points(monkeypatch):
     return result
 
 
-def test_what_would_take_too_long_is_left_out_and_not_made_up(points):
+def test_sizes_that_would_take_too_long_are_left_out(points):
     assert [point["seconds"] for point in points[:3]] == pytest.approx([0.16, 2.56, None])
     assert [point["expected_seconds"] for point in points[:3]] == pytest.approx([None, 2.56, 40.96])
     result = fit_exponents(points, THEORY, last=2)["next-scale, KV cache"]
@@ -125,7 +125,7 @@ def test_what_would_take_too_long_is_left_out_and_not_made_up(points):
     assert result["counted"] == pytest.approx(4) and result["sides"]["counted"] == [4, 8]
 
 
-def test_report_and_picture_say_what_was_not_measured(points, tmp_path):
+def test_report_and_plot_show_missing_measurements(points, tmp_path):
     result = dict(width=8, depth=1, codes=8, code_dim=4, device="cpu", jax="0", fitted_to=2, points=points)
     result["exponents"] = fit_exponents(points, THEORY, last=2)
     lines = format_tables(result).splitlines()
@@ -158,7 +158,7 @@ def test_the_command_writes_tables_numbers_and_a_picture(tmp_path):
         ("--width=129", "--width=129: transformer num_heads=2"),
     ],
 )
-def test_wrong_flags_are_named_and_nothing_written(flag, message, tmp_path):
+def test_wrong_flags_are_named_and_nothing_is_written(flag, message, tmp_path):
     process = command(*MODULE, flag, f"--out={tmp_path}/out")
     assert process.returncode != 0 and message in process.stderr + process.stdout
     assert "Traceback" not in process.stderr and not (tmp_path / "out").exists()

@@ -1,4 +1,4 @@
-"""The part from the rest: masks, that nothing of the unknown part leaks, and the whole command, tiny."""
+"""Test inpainting: masks, no leak from the unknown part, and the whole command at tiny size."""
 
 import json
 import shutil
@@ -26,7 +26,8 @@ def get_config():
 SYSTEMS = ("VAR-learned_1d", "spiral_out-learned_1d")
 
 
-def generality(run, *flags):
+def run_command(run, *flags):
+    """Run the command in the directory and with the config of `run`."""
     folder, config = run
     flags = (config, f"--out={folder}", "--steps=4", *flags)
     return command("-m", "experiments.inpainting.run", *flags)
@@ -34,18 +35,18 @@ def generality(run, *flags):
 
 @pytest.fixture(scope="module")
 def run(digits_dir, tmp_path_factory):
-    """Directory, flag and output of the command."""
+    """Run the command; return its directory, config flag and output."""
     folder = tmp_path_factory.mktemp("generality")
     (folder / "config.py").write_text(CONFIG.format(data=str(digits_dir)))
-    called = folder / "out", f"--config={folder}/config.py"
-    process = generality(called, f"--systems={','.join(SYSTEMS)}", "--draws=1")
+    directory_and_config = folder / "out", f"--config={folder}/config.py"
+    process = run_command(directory_and_config, f"--systems={','.join(SYSTEMS)}", "--draws=1")
     assert process.returncode == 0, process.stderr[-2000:]
-    return *called, process.stdout
+    return *directory_and_config, process.stdout
 
 
 @pytest.fixture(scope="module", params=("VAR", "spiral_out"))
 def model(request):
-    """VAR on networks that see far, and next-token."""
+    """Load VAR on a convolutional tokenizer, or a next-token model on patches."""
     if request.param == "VAR":
         folder = request.getfixturevalue("tiny_run")
     else:
@@ -53,13 +54,13 @@ def model(request):
     return var_jax.load_var(folder, tokenizer=var_jax.load_tokenizer(folder))
 
 
-def test_masks_are_halves_and_the_centre_quarter():
+def test_masks_are_halves_and_the_center_quarter():
     masks = partial_images.unknown_masks(8)
     assert {name: mask.sum() for name, mask in masks.items()} == {"top": 32, "left": 32, "centre": 16}
     assert masks["top"][:4].all() and masks["left"][:, :4].all() and masks["centre"][2:6, 2:6].all()
 
 
-def test_cells_that_the_mask_touches_are_made_anew():
+def test_cells_that_the_mask_touches_are_resampled():
     scales, masks = Scales((1, 2, 3, 4)), partial_images.unknown_masks(8)
     _, two, three, four = np.split(partial_images.touching_tokens(masks["top"], scales), [1, 5, 14])
     assert two.tolist() == [True, True, False, False] and four.reshape(4, 4).all(1).tolist() == [1, 1, 0, 0]
@@ -94,17 +95,17 @@ def test_nothing_of_the_unknown_part_leaks_and_the_known_part_counts(model):
         other, differs = images.copy(), images.copy()
         other[:, mask] = 255 - other[:, mask]
         differs[:, ~mask] = 255 - differs[:, ~mask]
-        for cells, once in VAR_METHODS.values():
-            resample = cells(mask, schedule)
-            made = [
+        for select_tokens, once in VAR_METHODS.values():
+            resample = select_tokens(mask, schedule)
+            filled = [
                 partial_images.fill_unknown(
                     model, partial_images.mask_with_median(x, mask), resample, labels, seed=3, once=once
                 )
                 for x in (images, other, differs)
             ]
-            for a, b in zip(made[0], made[1], strict=True):
+            for a, b in zip(filled[0], filled[1], strict=True):
                 np.testing.assert_array_equal(a, b)
-            assert (made[0][1] != made[2][1]).any()
+            assert (filled[0][1] != filled[2][1]).any()
 
 
 def test_known_tokens_are_kept(model):
@@ -117,19 +118,19 @@ def test_known_tokens_are_kept(model):
     np.testing.assert_array_equal(tokens[:, ~resample], encoded[:, ~resample])
     assert (tokens[:, resample] != encoded[:, resample]).any()
     np.testing.assert_allclose(made / 255, model.tokenizer.decode(tokens), atol=0.51 / 255)
-    # Map by map: with everything known that is to encode; else each map is of what those before it left.
+    # Map by map: if everything is known, this is an encoding; else each map encodes a residual.
     nothing = np.zeros_like(resample)
     np.testing.assert_array_equal(
         partial_images.fill_unknown(model, known, nothing, labels, seed=0)[1], encoded
     )
     made, tokens = partial_images.fill_unknown(model, known, resample, labels, seed=0)
     np.testing.assert_allclose(made / 255, model.tokenizer.decode(tokens), atol=0.51 / 255)
-    again = partial_images.fill_unknown(model, known, nothing, labels, seed=0)[1]
+    all_known = partial_images.fill_unknown(model, known, nothing, labels, seed=0)[1]
     if len(schedule) == 1:
-        np.testing.assert_array_equal(tokens[:, ~resample], again[:, ~resample])
+        np.testing.assert_array_equal(tokens[:, ~resample], all_known[:, ~resample])
 
 
-def test_the_colour_painted_over_is_that_of_the_known_part():
+def test_the_unknown_part_is_painted_in_the_color_of_the_known_part():
     images, mask = np.full((2, 8, 8, 3), 200, np.uint8), partial_images.unknown_masks(8)["left"]
     images[:, :, 4:] = (10, 20, 30)
     images[:, 0, 4:] = 255
@@ -168,16 +169,16 @@ def test_the_command_writes_tables_figures_and_a_picture(run):
     assert Image.open(folder / "generality.png").width > 300
 
 
-def test_runs_that_are_there_are_used_wherever_they_lie(run, tmp_path):
+def test_existing_runs_are_used_wherever_they_are(run, tmp_path):
     shutil.copytree(run[0], tmp_path / "moved")
-    process = generality((tmp_path / "moved", run[1]), "--systems=VAR-learned_1d", "--draws=1")
+    process = run_command((tmp_path / "moved", run[1]), "--systems=VAR-learned_1d", "--draws=1")
     assert process.returncode == 0, process.stderr[-2000:]
     assert "next_scale: already trained for 4 steps" in process.stdout
     assert not (tmp_path / "moved" / "raster-learned_1d").exists()
-    again, first = (json.loads((x / "generality.json").read_text()) for x in (tmp_path / "moved", run[0]))
-    assert again["systems"].items() <= first["systems"].items()
+    moved, original = (json.loads((x / "generality.json").read_text()) for x in (tmp_path / "moved", run[0]))
+    assert moved["systems"].items() <= original["systems"].items()
 
 
 def test_an_unknown_system_is_named(run):
-    process = generality(run[:2], "--systems=raster")
+    process = run_command(run[:2], "--systems=raster")
     assert process.returncode != 0 and "got raster" in process.stderr + process.stdout

@@ -6,13 +6,13 @@ import pytest
 from PIL import Image
 
 import var_jax
+from experiments.locality.report import summarize_distances
 from experiments.locality.run import (
     MAX_GROUPS,
     check_map,
     distances_by_order,
     finest_tokens,
     measure_information,
-    summarize_distances,
 )
 from tests.helpers.commands import command
 from var_jax.data.loader import batch_indices
@@ -42,7 +42,7 @@ def test_the_command_writes_tables_numbers_and_pictures(tiny_run, digits_dir, tm
         assert len(np.unique(picture.reshape(-1, 3), axis=0)) > 50
 
 
-def test_without_a_tokenizer_distances_alone(tmp_path):
+def test_without_a_tokenizer_only_distances_are_written(tmp_path):
     process = command(*MODULE, "--side=5", f"--out={tmp_path}")
     assert process.returncode == 0, process.stderr[-2000:]
     assert "| column | 5 / 5 / 5 | 1 / 1 / 1 | 3 / 5 / 5 |" in process.stdout and "bits" not in process.stdout
@@ -59,25 +59,25 @@ def test_without_a_tokenizer_distances_alone(tmp_path):
         ("--side=1", "--side=1"),
     ],
 )
-def test_what_is_wrong_is_named_and_nothing_written(flag, message, tiny_run, digits_dir, tmp_path):
+def test_errors_are_named_and_nothing_is_written(flag, message, tiny_run, digits_dir, tmp_path):
     flags = (f"--workdir={tiny_run}", f"--data_dir={digits_dir}", f"--out={tmp_path}/out", flag)
     process = command(*MODULE, *flags)
     assert process.returncode != 0 and message in process.stderr + process.stdout, process.stderr[-2000:]
     assert "Traceback" not in process.stderr and not (tmp_path / "out").exists()
 
 
-def test_tokens_are_those_of_the_last_map_of_images_drawn_at_random(tiny_run, digits_dir):
+def test_tokens_are_those_of_the_last_map_of_random_images(tiny_run, digits_dir):
     tokenizer, source = var_jax.load_tokenizer(tiny_run), open_source("digits", "train", digits_dir)
     result = finest_tokens(tokenizer, source, 70)  # more than a batch
-    which = batch_indices(len(source), 64, 0, 0)[[0, 5]]
-    images = np.stack([np.asarray(decode(source[i]["image"])) for i in which])
+    indices = batch_indices(len(source), 64, 0, 0)[[0, 5]]
+    images = np.stack([np.asarray(decode(source[i]["image"])) for i in indices])
     np.testing.assert_array_equal(result[[0, 5]], tokenizer.encode(images / np.float32(255))[:, 5:])
     assert result.shape == (70, 16)
     with pytest.raises(ValueError, match=r"last map of scales \(1, 1\) has one token"):
         check_map(SimpleNamespace(scales=(1, 1)))
 
 
-def test_tokens_that_spread_from_their_neighbours_tell_about_near_ones_most(tiny_run):
+def test_information_falls_with_distance_where_tokens_copy_their_neighbors(tiny_run):
     tokenizer, rng = var_jax.load_tokenizer(tiny_run), np.random.default_rng(0)
     tokens = np.zeros((2000, 4, 4), np.int32)
     for column in range(4):  # each row a chain of its own, from left to right
