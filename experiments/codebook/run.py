@@ -47,13 +47,8 @@ BASELINE = {
     "adversarial.weight": 0.0,
 }
 RECIPE_VARIANTS = ("recipe", "recipe_without_dropout")
-RECIPE_FIELDS = (
-    "model.l2_normalized",
-    "model.quantizer_dropout",
-    "model.vq_gradient",
-    "codebook.kmeans_steps",
-)
-RECIPE_FIELDS += ("codebook.ema_decay", "codebook.restart_every", "loss.entropy")
+RECIPE_FIELDS = ("model.l2_normalized", "model.quantizer_dropout", "model.vq_gradient", "loss.entropy")
+RECIPE_FIELDS += ("codebook.kmeans_steps", "codebook.ema_decay", "codebook.restart_every")
 
 
 def variant_config(variant: str, data: str, data_dir: str, seed: int, steps: int) -> ConfigDict:

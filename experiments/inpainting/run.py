@@ -189,7 +189,7 @@ def compare_inpainting(
       All figures; and task -> name -> a few images uint8 [NUM_SHOWN, H, W, 3], the truth first.
     """
     base = bases["next_scale"]
-    task = next_token.make_task(base)
+    task = next_token.build_stage_task(base)
     budget = steps * task.flops_per_image()
     splits = (base.data.train_split, base.data.eval_split)
     train, held_out = (next_token.load_images(base, task.image_size, split) for split in splits)

@@ -28,13 +28,7 @@ TOKENIZER_USERS = {"maps": "VAR", "map": "next-token"}
 NOTE = """\
 Bits a pixel are of the tokens of two tokenizers: next-token of one map, VAR of all its maps. Least: of all
 evaluations, so that the held-out images chose it."""
-SAME_FOR_ALL_SEEDS = {
-    "parameters",
-    "steps",
-    "training_flops",
-    "sampling_steps",
-    "sampling_flops",
-}  # keys
+SAME_FOR_ALL_SEEDS = {"parameters", "steps", "training_flops", "sampling_steps", "sampling_flops"}
 
 
 def format_run(system: str, run: dict) -> str:
@@ -52,7 +46,8 @@ def format_comparison(result: dict) -> str:
     columns = [*TOKENIZER_COLUMNS, *(column for column in RUN_COLUMNS if column[1] in result["held_out"])]
     images = {"as they are": result["held_out"]}
     images |= {
-        f"through the tokenizer of {TOKENIZER_USERS[name]}": of for name, of in result["tokenizers"].items()
+        f"through the tokenizer of {TOKENIZER_USERS[name]}": figures
+        for name, figures in result["tokenizers"].items()
     }
     tokenizers = [
         [

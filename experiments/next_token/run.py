@@ -95,7 +95,7 @@ def prepare_bases(config: ConfigDict, out: Path) -> dict[str, ConfigDict]:
     return bases
 
 
-def make_task(stage: ConfigDict) -> TransformerTask:
+def build_stage_task(stage: ConfigDict) -> TransformerTask:
     """Build the task of a prepared stage."""
     return stages.build_task(stage, Path(stage.tokenizer), stages.open_sources(stage)[0])[0]
 
@@ -113,7 +113,7 @@ def system_config(bases: dict[str, ConfigDict], system: str, seed: int, budget: 
     stage = bases["next_token" if "order" in fields else "next_scale"].copy_and_resolve_references()
     stage.model.update(fields)
     stage.seed = seed
-    steps = max(round(budget / make_task(stage).flops_per_image()), 1)
+    steps = max(round(budget / build_stage_task(stage).flops_per_image()), 1)
     stage.train.update(dict(steps=steps, eval_every=-(-steps // NUM_EVALUATIONS), preview_every=0))
     stage.train.update(dict(checkpoint_every=max(steps // 2, 1), log_every=max(steps // 20, 1)))
     return stage
@@ -164,7 +164,7 @@ def evaluate_samples(workdir: Path, stage: ConfigDict, judge: SampleJudge, per_c
       judge: of the samples.
       per_class: number of samples of each class.
     """
-    task = make_task(stage)
+    task = build_stage_task(stage)
     labels = np.repeat(np.arange(task.config.num_classes), per_class)
     images, seconds = generate_samples(workdir, stage, labels)
     log = read_metrics(workdir / stage.task / "metrics.jsonl")
@@ -193,7 +193,7 @@ def evaluate_reconstructions(stage: ConfigDict, judge: SampleJudge) -> dict:
     error = np.maximum(((reconstructions - judge.held_out / 255) ** 2).mean((1, 2, 3)), 1e-10)
     figures = judge.figures(to_uint8(reconstructions), judge.held_out_labels)
     return {
-        "tokens": make_task(stage).config.length,
+        "tokens": build_stage_task(stage).config.length,
         "psnr": float((-10 * np.log10(error)).mean()),
         **figures,
     }
@@ -227,7 +227,7 @@ def compare_systems(
       per_class: number of samples of each class with which a run is evaluated.
     """
     base = bases["next_scale"]
-    task = make_task(base)
+    task = build_stage_task(base)
     budget = steps * task.flops_per_image()
     splits = (base.data.train_split, base.data.eval_split)
     judge = SampleJudge(*(load_images(base, task.image_size, split) for split in splits))
