@@ -51,27 +51,16 @@ STAGE_PARTS = {
     "kernels": device_runs.kernels_parts,
 }
 MEASURING = ("throughput", "kernels")  # stages without checks; they use the time that the others leave
-HOST_STAGES = (
-    "train",
-    "throughput",
-)  # stages that run on the CPU, so that their child processes can use the device
-STAGE_FOLDERS = {
-    "train": ("digits", "digits_killed", "samples"),
-    "kernels": ("trace",),
-}  # stage -> folders that it writes
+# Stages that run on the CPU, so that their child processes can use the device.
+HOST_STAGES = ("train", "throughput")
+# Stage -> folders that it writes.
+STAGE_FOLDERS = {"train": ("digits", "digits_killed", "samples"), "kernels": ("trace",)}
 KERNEL_SECONDS = 60.0  # reserved for the stage `kernels`
 GRACE_SECONDS = 5.0  # a stage gets a deadline this much earlier than it is killed
 # Without these, a CPU trace names no operations, and a GPU trace names CUDA graphs, not HLO instructions.
 NAMED_KERNELS = "--xla_cpu_enable_xprof_traceme=true --xla_gpu_enable_command_buffer="
-NOT_IN_TABLES = (
-    "part",
-    "is_check",
-    "checks",
-    "error",
-    "not_run",
-    "markdown",
-    "kernels",
-)  # keys without a column
+# Keys without a column.
+NOT_IN_TABLES = ("part", "is_check", "checks", "error", "not_run", "markdown", "kernels")
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -86,9 +75,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--goldens", default=goldens, help="directory of the golden tensors")
     parser.add_argument("--against", help="path of the PyTorch yardstick")
     parser.add_argument("--tiny", action="store_true", help="tiny sizes; the default on a CPU")
-    parser.add_argument(
-        "--stage", choices=list(STAGE_PARTS), help=argparse.SUPPRESS
-    )  # set for child processes
+    # Set for child processes.
+    parser.add_argument("--stage", choices=list(STAGE_PARTS), help=argparse.SUPPRESS)
     parser.add_argument("--platform", default="unknown", help=argparse.SUPPRESS)
     parser.add_argument("--deadline", type=float, help=argparse.SUPPRESS)
     args = parser.parse_args()

@@ -31,6 +31,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from benchmarks.input_rate import add_input_arguments, measure_input, open_data
+from benchmarks.workload import NUM_CLASSES
 from configs import tokenizer as tokenizer_config
 from configs import var
 from var_jax.sampling.cast_params import in_compute_dtype, tokenizer_in_compute_dtype
@@ -50,7 +51,6 @@ from var_jax.training.transformer_task import NextScaleTask
 from var_jax.transformer.config import NextScaleConfig
 from var_jax.transformer.flops import generation_flops, training_flops
 
-NUM_CLASSES = 1000
 TINY_TOKENIZER = dict(
     scales=(1, 2, 4), num_codes=16, code_dim=4, ch=8, ch_mult=(1, 1), num_blocks=1, norm_groups=4
 )

@@ -114,7 +114,7 @@ def abstract_params(model: ARTransformer) -> dict:
     return nn.meta.unbox(jax.eval_shape(model.init, jax.random.key(0), *inputs))["params"]
 
 
-def count_flops(model: ARTransformer) -> float:
+def count_sampling_flops(model: ARTransformer) -> float:
     """Count the FLOPs of generating one image's tokens with XLA, without the sampling from logits."""
     cfg, params = model.config, abstract_params(model)
 
@@ -191,7 +191,7 @@ def measure_systems(
         for side in sides:
             model = make_network(name, side, width, depth)
             result = {"system": name, "side": side, **cost_on_paper(model.config, system.cached)}
-            result["counted"] = count_flops(model)
+            result["counted"] = count_sampling_flops(model)
             expected = rate and result["counted"] / rate
             is_skipped = expected is not None and expected > max_seconds
             result |= {

@@ -20,7 +20,7 @@ TASK_COLUMNS = (
 TASKS = {
     "top": "The upper half from the lower",
     "left": "The left half from the right",
-    "centre": "The centre from the rim",
+    "centre": "The center from the rim",
 }
 UNKNOWN_COLOR = (150, 170, 215)  # color of the unknown part in the plot
 IMAGE_SIZE, GAP = 48, 6  # pixels of an image in the plot, and between images
@@ -83,9 +83,9 @@ def plot_images(pictures: dict[str, dict[str, np.ndarray]], path: Path) -> None:
     for x, y, mask in filter(None, outlines):
         axis.add_patch(_outline(x, y, mask, scale))
     axis.set_yticks(middles, [TASKS[task].replace(" from", "\nfrom") for task in pictures])
-    centres = (np.arange(len(names)) + 0.5) * step - GAP / 2
+    centers = (np.arange(len(names)) + 0.5) * step - GAP / 2
     labels = [name.replace(", learned_1d", "").replace("; ", ";\n") for name in names]
-    axis.set_xticks(centres, labels, fontsize=8, rotation=90)
+    axis.set_xticks(centers, labels, fontsize=8, rotation=90)
     axis.xaxis.tick_top()
     axis.tick_params(length=0)
     axis.spines[:].set_visible(False)

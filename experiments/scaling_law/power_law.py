@@ -56,10 +56,10 @@ def fit_power_law(x: np.ndarray, y: np.ndarray, floor: bool = True) -> PowerLaw:
     if have < need:
         raise ValueError(f"a power law with {need} parameters needs at least {need} different x, got {have}")
     log_x, log_y = np.log(x), np.log(y)
-    centre = log_x.mean()  # centering makes k and b nearly independent
-    z = log_x - centre
+    center = log_x.mean()  # centering makes k and b nearly independent
+    z = log_x - center
     k, b, c = _fit_with_floor(z, y, log_y) if floor else (*np.polyfit(z, log_y, 1)[::-1], 0.0)
-    k -= b * centre  # (a x)^b = exp(k + b log x)
+    k -= b * center  # (a x)^b = exp(k + b log x)
     with np.errstate(over="ignore", divide="ignore", invalid="ignore"):
         pearson = np.corrcoef(log_x, np.log(y - c))[0, 1]
         return PowerLaw(float(np.exp(np.divide(k, b))), float(b), float(c), float(pearson))

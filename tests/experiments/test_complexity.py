@@ -13,7 +13,7 @@ from experiments.complexity.run import (
     CODES,
     SYSTEMS,
     cost_on_paper,
-    count_flops,
+    count_sampling_flops,
     doubling_scales,
     make_network,
 )
@@ -63,7 +63,7 @@ def test_exponents_on_paper_up_to_64():
 def test_exponents_that_xla_counts_without_a_cache(name, theory):
     """A small width makes attention dominate at sizes that compile fast."""
     sides = [16, 32]
-    counted = [count_flops(make_network(name, side, width=8, depth=1)) for side in sides]
+    counted = [count_sampling_flops(make_network(name, side, width=8, depth=1)) for side in sides]
     assert fit_exponent(sides, counted, 2) == pytest.approx(theory, abs=0.3)
 
 
@@ -86,7 +86,7 @@ def by_hand(name: str, width: int, depth: int, n: int) -> float:
 def test_the_count_of_xla_is_that_on_paper(name):
     """Two blocks would reveal a loop body counted once; elementwise operations make the count larger."""
     model, system = make_network(name, 4, width=128, depth=2), SYSTEMS[name]
-    counted = count_flops(model)
+    counted = count_sampling_flops(model)
     assert 1 < counted / by_hand(name, 128, 2, 4) < 1.04
     paper = generation_flops(model.config, 0, cached=system.cached)
     padding = {"next-token, no cache": 2 * 16 / 17, "next-token, KV cache": 1}.get(name, 1)
@@ -107,7 +107,7 @@ def test_without_a_cache_the_same_tokens_are_sampled(scheme):
 def points(monkeypatch):
     """Measure fake programs of n^4 FLOPs at 100 FLOP/s, with a limit of 20 seconds."""
     flops = lambda model: float(model.config.scales[-1] ** 4)  # noqa: E731
-    monkeypatch.setattr(run, "count_flops", flops)
+    monkeypatch.setattr(run, "count_sampling_flops", flops)
     monkeypatch.setattr(run, "compile_sampler", flops)
     monkeypatch.setattr(run, "median_seconds", lambda flops: flops / 100)
     lines = []

@@ -114,17 +114,17 @@ def test_known_tokens_are_kept(model):
     resample, labels = partial_images.touching_tokens(mask, schedule), np.arange(5)
     known = partial_images.mask_with_median(images, mask)
     encoded = model.tokenizer.encode(known.astype(np.float32) / 255)
-    made, tokens = partial_images.fill_unknown(model, known, resample, labels, seed=0, once=True)
+    filled, tokens = partial_images.fill_unknown(model, known, resample, labels, seed=0, once=True)
     np.testing.assert_array_equal(tokens[:, ~resample], encoded[:, ~resample])
     assert (tokens[:, resample] != encoded[:, resample]).any()
-    np.testing.assert_allclose(made / 255, model.tokenizer.decode(tokens), atol=0.51 / 255)
+    np.testing.assert_allclose(filled / 255, model.tokenizer.decode(tokens), atol=0.51 / 255)
     # Map by map: if everything is known, this is an encoding; else each map encodes a residual.
     nothing = np.zeros_like(resample)
     np.testing.assert_array_equal(
         partial_images.fill_unknown(model, known, nothing, labels, seed=0)[1], encoded
     )
-    made, tokens = partial_images.fill_unknown(model, known, resample, labels, seed=0)
-    np.testing.assert_allclose(made / 255, model.tokenizer.decode(tokens), atol=0.51 / 255)
+    filled, tokens = partial_images.fill_unknown(model, known, resample, labels, seed=0)
+    np.testing.assert_allclose(filled / 255, model.tokenizer.decode(tokens), atol=0.51 / 255)
     all_known = partial_images.fill_unknown(model, known, nothing, labels, seed=0)[1]
     if len(schedule) == 1:
         np.testing.assert_array_equal(tokens[:, ~resample], all_known[:, ~resample])
@@ -141,10 +141,10 @@ def test_the_unknown_part_is_painted_in_the_color_of_the_known_part():
 
 def test_psnr_is_of_one_part():
     truth, mask = np.zeros((2, 8, 8, 3), np.uint8), partial_images.unknown_masks(8)["centre"]
-    made = truth.copy()
-    made[0, 2:6, 2:6] = 51  # a fifth, in one of two images
-    assert psnr(made, truth, mask) == pytest.approx(10 * np.log10(2 / 0.04))
-    assert psnr(made, truth, ~mask) > 100
+    filled = truth.copy()
+    filled[0, 2:6, 2:6] = 51  # a fifth, in one of two images
+    assert psnr(filled, truth, mask) == pytest.approx(10 * np.log10(2 / 0.04))
+    assert psnr(filled, truth, ~mask) > 100
 
 
 def test_the_command_writes_tables_figures_and_a_picture(run):
