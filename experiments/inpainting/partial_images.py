@@ -134,7 +134,7 @@ def _drawn(model, given: KnownTokens, labels, seed: int, maps: int) -> tuple[np.
     options = dataclasses.replace(model.options, upto=maps)
     batch = min(BATCH, len(labels))
     images, tokens = zip(
-        *model.generate_batches(labels, seed, batch, options, given=given, postprocess=denormalize_to_uint8),
+        *model.generate_batches(labels, seed, batch, options, known=given, postprocess=denormalize_to_uint8),
         strict=True,
     )
     return np.concatenate(images), np.concatenate(tokens)
