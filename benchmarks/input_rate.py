@@ -26,10 +26,11 @@ import tensorflow_datasets as tfds
 from absl import flags
 from PIL import Image
 
-from var_jax.data.image_folder import ImageFile, builder_of
+from var_jax.data.decoding import decode_image
+from var_jax.data.image_folder import ImageFile, make_builder
 from var_jax.data.loader import train_batches
 from var_jax.data.sources import Source, open_source
-from var_jax.data.transforms import ToPixels, decode, resize_short_side
+from var_jax.data.transforms import ToPixels, resize_short_side
 from var_jax.tokenizer import model as tokenizer_model
 from var_jax.tokenizer.model import Tokenizer
 from var_jax.training.hardware import CHIPS as DATA_SHEETS
@@ -79,7 +80,7 @@ def make_photographs(folder: Path, images: int) -> Source:
         files.append(ImageFile(path, "photograph", "train" if i else "test"))
     tfds.disable_progress_bar()
     with contextlib.redirect_stdout(sys.stderr):  # the line of JSON shall stand alone
-        builder_of("photographs", files, folder / "data").download_and_prepare(file_format="array_record")
+        make_builder("photographs", files, folder / "data").download_and_prepare(file_format="array_record")
     return open_source("photographs", "train", folder / "data")
 
 
@@ -111,7 +112,7 @@ def stage_times(source: Source, transform: ToPixels) -> dict[str, float]:
 
     for i in rng.choice(len(source), count, replace=False):
         record = timed("read", source.__getitem__, i)
-        timed("resize", resize_short_side, timed("decode", decode, record["image"]), side)
+        timed("resize", resize_short_side, timed("decode", decode_image, record["image"]), side)
         timed("crop", transform, record, rng)  # all of it, less what was timed
     spent["crop"] = max(0.0, spent["crop"] - spent["decode"] - spent["resize"])
     return {stage: round(1e3 * seconds / count, 3) for stage, seconds in spent.items()}

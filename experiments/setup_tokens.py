@@ -9,7 +9,7 @@ from ml_collections import ConfigDict
 
 from var_jax import stages
 from var_jax.data.sources import open_source
-from var_jax.data.token_writer import BatchEncoder, describe, write_cache
+from var_jax.data.token_writer import BatchEncoder, make_cache_spec, write_cache
 from var_jax.errors import ConfigError, config_errors
 from var_jax.interop.load import load_tokenizer
 
@@ -49,6 +49,6 @@ def prepare(stage: ConfigDict, trains: ConfigDict | None, out: Path, crops: int 
         tokenizer, params = load_tokenizer(stage.tokenizer, tuple(stage.scales) or None)
         sources = tuple(open_source(data.name, split, data.dir) for split in splits)
     encode = BatchEncoder(tokenizer, params, ENCODED_AT_ONCE * jax.device_count())
-    holds = describe(tokenizer, params, sources, data, crops, stage.seed)
+    holds = make_cache_spec(tokenizer, params, sources, data, crops, stage.seed)
     write_cache(out / "tokens", holds, sources, encode, data.threads, shlex.join(["python", *sys.argv]))
     data.tokens = str((out / "tokens").absolute())

@@ -1,17 +1,17 @@
 #!/usr/bin/env bash
-# Trains on the GPUs of a SLURM cluster; requeued at the time limit and after preemption, it goes on.
+# Train on the GPUs of a SLURM cluster; the job is requeued at the time limit and after preemption, and resumes.
 #
 #   sbatch --nodes=4 launch/slurm.sh --config=configs/var.py:d16 --workdir=$SCRATCH/runs/d16 \
 #       --config.data.dir=$SCRATCH/data --config.tokenizer=$SCRATCH/runs/tokenizer
 #
-# What follows the script is given to train.py.  Submit from the repository, with .venv made there by
+# Arguments after the script are passed to train.py.  Submit from the repository, with .venv created there by
 # `python3 -m venv .venv && .venv/bin/pip install -e '.[cuda]'`; workdir and data must be visible to all nodes.
 #
-# One process a GPU, and every process sees all GPUs of its node: JAX finds the processes by SLURM's
-# variables and takes the GPU of its SLURM_LOCALID.  (Not --gpus-per-task: it hides the others, and then all
-# but the first process ask for a GPU that they do not see.)
+# There is one process per GPU, and every process sees all GPUs of its node: JAX finds the processes from
+# SLURM's environment variables and uses the GPU number SLURM_LOCALID.  (Do not use --gpus-per-task: it hides
+# the other GPUs, and then all processes except the first ask for a GPU that they do not see.)
 #
-# Not run so far: no SLURM cluster was at hand.  Its signals are tested with stand-ins for srun and scancel.
+# Not run on a SLURM cluster.  Its handling of signals is tested with fakes of srun and scancel.
 #
 #SBATCH --job-name=var_jax
 #SBATCH --nodes=1
@@ -25,24 +25,24 @@
 #SBATCH --output=slurm_%j.log
 #SBATCH --signal=B:TERM@120
 #
-# --signal: SLURM warns this shell, and it alone (B:), 120 s before the time limit, and before a preemption
-# where the cluster has PreemptParameters=send_user_signal.  The shell hands SIGTERM on to every python, which
-# saves and ends; then it puts the job back in the queue.  In other preemptions SLURM itself sends SIGTERM
-# to the pythons, and requeues the job (--requeue) if it is still there when GraceTime is over.
+# --signal: SLURM signals only this shell (B:) 120 s before the time limit, and before a preemption if the
+# cluster has PreemptParameters=send_user_signal.  The shell forwards SIGTERM to every python process, which
+# saves and exits; then it puts the job back in the queue.  In other preemptions SLURM itself sends SIGTERM to
+# the python processes, and requeues the job (--requeue) if it still exists at the end of GraceTime.
 set -euo pipefail
 
 : "${SLURM_JOB_ID:?submit with sbatch, from the repository: sbatch launch/slurm.sh --config=...}"
 GRACE=${GRACE:-120} # seconds, more than the cluster's GraceTime
 
 told=0
-# By scancel, whose signals go to the steps and not to this shell.
+# scancel signals the job steps and not this shell.
 trap 'told=1; scancel --signal=TERM "$SLURM_JOB_ID"' TERM
 
-# Not killed when one of them ends (as --kill-on-bad-exit would): another may still be writing the checkpoint.
-# A process that dies is noticed by JAX, which then ends the others.
+# Do not kill all processes when one exits (--kill-on-bad-exit): another may still be writing the checkpoint.
+# If a process dies, JAX ends the others.
 srun --kill-on-bad-exit=0 .venv/bin/python train.py "$@" &
 pythons=$!
-while true; do # a signal ends `wait` early, while python is still saving
+while true; do # a signal interrupts `wait` while python is still saving
   code=0
   wait "$pythons" || code=$?
   kill -0 "$pythons" 2> /dev/null || break

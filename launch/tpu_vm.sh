@@ -1,45 +1,45 @@
 #!/usr/bin/env bash
-# Trains on a Cloud TPU slice of one or many hosts, through preemptions.
+# Train on a Cloud TPU slice of one or many hosts, resuming after preemptions.
 #
-#   BUCKET=my-bucket launch/tpu_vm.sh create     # ask for a slice and wait for it
-#   BUCKET=my-bucket launch/tpu_vm.sh install    # the committed code and what it needs, on every host
-#   BUCKET=my-bucket launch/tpu_vm.sh run        # start training in the background, on every host
-#   BUCKET=my-bucket launch/tpu_vm.sh status     # of the slice, and of the training on each host
-#   BUCKET=my-bucket launch/tpu_vm.sh logs       # follow host 0 (WORKER=2: another)
-#   BUCKET=my-bucket launch/tpu_vm.sh resume     # make the slice anew if it is gone; run if nothing runs
-#   BUCKET=my-bucket launch/tpu_vm.sh watch      # resume again and again until training is done
-#   BUCKET=my-bucket launch/tpu_vm.sh delete
+#   BUCKET=my-bucket launch/tpu_vm.sh create     # request a slice and wait for it
+#   BUCKET=my-bucket launch/tpu_vm.sh install    # install the committed code and its dependencies on every host
+#   BUCKET=my-bucket launch/tpu_vm.sh run        # start training in the background on every host
+#   BUCKET=my-bucket launch/tpu_vm.sh status     # show the state of the slice, and of training on each host
+#   BUCKET=my-bucket launch/tpu_vm.sh logs       # follow the log of host 0 (WORKER=2: of host 2)
+#   BUCKET=my-bucket launch/tpu_vm.sh resume     # recreate the slice if gone; start training if stopped
+#   BUCKET=my-bucket launch/tpu_vm.sh watch      # repeat `resume` until training is done
+#   BUCKET=my-bucket launch/tpu_vm.sh delete     # delete the slice
 #
-# launch/README.md has ACCELERATOR, RUNTIME and flags for each model and slice.
-# DRY_RUN=1 prints every command and runs none; the slice then counts as gone.  Needs gcloud, logged in, with
-# a project, and a bucket that the TPU's service account may write: runs and data lie in it, mounted at ~/gcs,
-# so that they outlive the slice.  Checkpoints are folders that are renamed once complete: make the bucket
-# with --enable-hierarchical-namespace --uniform-bucket-level-access, where that is one atomic step.
+# launch/README.md lists ACCELERATOR, RUNTIME and flags for each model and slice.
+# DRY_RUN=1 prints every command and runs none, as if the slice were gone.  Needs gcloud, logged in, with a
+# project, and a bucket that the TPU's service account may write: runs and data are in it, mounted at ~/gcs, so
+# that they outlive the slice.  Complete checkpoints are renamed folders: create the bucket with
+# --enable-hierarchical-namespace --uniform-bucket-level-access, so that a rename is atomic.
 #
-# Not run so far: no TPU was at hand.  The commands are checked against a stand-in for gcloud.
+# Not run on a TPU slice.  The commands are tested with a fake gcloud.
 set -euo pipefail
 
 : "${BUCKET:?set BUCKET to the name of a Cloud Storage bucket, without gs://}"
-NAME=${NAME:-var-jax}                       # of the slice
-ZONE=${ZONE:-us-west4-a}                    # one that has the accelerator
+NAME=${NAME:-var-jax}                       # name of the slice
+ZONE=${ZONE:-us-west4-a}                    # must offer the accelerator
 ACCELERATOR=${ACCELERATOR:-v5litepod-16}    # v5litepod-N, v6e-N, v5p-2N, v4-2N for N chips
 RUNTIME=${RUNTIME:-v2-alpha-tpuv5-lite}     # v2-alpha-tpuv6e, v2-alpha-tpuv5, tpu-ubuntu2204-base
-SPOT=${SPOT:-1}                             # 1: cheap, may be taken away; 0: on demand
-# shellcheck disable=SC2016 # expands over there
+SPOT=${SPOT:-1}                             # 1: spot (cheap, preemptible); 0: on demand
+# shellcheck disable=SC2016 # expands on the host
 TRAIN_FLAGS=${TRAIN_FLAGS:-'--config=configs/var.py:d16 --workdir=$HOME/gcs/runs/d16 --config.data.dir=$HOME/gcs/data --config.tokenizer=$HOME/gcs/runs/tokenizer'}
 WORKER=${WORKER:-0}                         # host whose log is followed
-EVERY=${EVERY:-60}                          # seconds between two looks
-MAX_FAILURES=${MAX_FAILURES:-5}             # ends of training soon after its start before `watch` gives up
+EVERY=${EVERY:-60}                          # seconds between checks
+MAX_FAILURES=${MAX_FAILURES:-5}             # failures soon after a start before `watch` gives up
 DRY_RUN=${DRY_RUN:-0}
 
 readonly QUEUED=(gcloud compute tpus queued-resources)
 readonly VM=(gcloud compute tpus tpu-vm)
 readonly UV=0.13.9 # from PyPI
-exec 3>&1 # where dry runs print, also from within $(...)
+exec 3>&1 # output of dry runs, also from within $(...)
 
 say() { echo "tpu_vm.sh: $*" >&2; }
 
-# Runs a command, or prints it in a form that can be pasted into a shell.
+# Run a command, or print it quoted for a shell.
 do_it() {
   if [[ $DRY_RUN == 1 ]]; then
     printf '%q ' "$@" >&3 && echo >&3
@@ -50,7 +50,7 @@ do_it() {
 
 on_all() { do_it "${VM[@]}" ssh "$NAME" --zone="$ZONE" --worker=all --command="$1"; }
 
-# State of the request: ACTIVE, WAITING_FOR_RESOURCES, PROVISIONING, SUSPENDED (preempted), FAILED, ...; GONE.
+# Print the request's state: ACTIVE, WAITING_FOR_RESOURCES, PROVISIONING, SUSPENDED (preempted), FAILED, ... or GONE.
 slice_state() {
   if [[ $DRY_RUN == 1 ]]; then
     do_it "${QUEUED[@]}" describe "$NAME" --zone="$ZONE" '--format=value(state.state)'
@@ -58,7 +58,7 @@ slice_state() {
     return
   fi
   local listed
-  # Two questions, so that trouble on the network is not taken for a slice that is gone.
+  # Two requests, so that a network error is not taken for a slice that is gone.
   listed=$("${QUEUED[@]}" list --zone="$ZONE" --filter="name:$NAME" '--format=value(name.basename())') || return
   if grep -qxF "$NAME" <<< "$listed"; then
     "${QUEUED[@]}" describe "$NAME" --zone="$ZONE" '--format=value(state.state)'
@@ -67,17 +67,17 @@ slice_state() {
   fi
 }
 
-# What is asked of each host; one line each: running, finished CODE, or idle.
-# shellcheck disable=SC2016 # expands over there
+# Command that prints the state of training on a host: running, finished CODE, or idle.
+# shellcheck disable=SC2016 # expands on the host
 readonly ASK='if ! flock -n ~/train.lock true; then echo running; elif test -e ~/train.rc; then echo finished $(cat ~/train.rc); else echo idle; fi'
 
-# Of the training on all hosts: running, done, stopped, or unreachable.
+# Print the state of training on all hosts: running, done, stopped, or unreachable.
 training_state() {
   local said
   if ! said=$(on_all "$ASK"); then
     echo unreachable
   elif grep -q '^running' <<< "$said"; then
-    echo running # and where a host has failed, the others notice and end within minutes
+    echo running # if a host has failed, the others detect it and exit within minutes
   elif grep -q '^finished' <<< "$said" && ! grep -Evq '^finished 0$' <<< "$said"; then
     echo "done"
   else
@@ -107,14 +107,14 @@ await_slice() {
 
 install() {
   local there folder
-  # A folder of this user alone: at a fixed name in /tmp, others could put their code in its place.
+  # A private folder: at a fixed path in /tmp, other users could replace the code.
   folder=$(mktemp -d)
-  # shellcheck disable=SC2064 # this folder, not what the name holds later
+  # shellcheck disable=SC2064 # expand now, not at exit
   trap "rm -rf $(printf %q "$folder")" EXIT
-  do_it git archive --format=tar.gz --output="$folder/var_jax.tar.gz" HEAD # what is committed, and nothing else
+  do_it git archive --format=tar.gz --output="$folder/var_jax.tar.gz" HEAD # committed files only
   do_it "${VM[@]}" scp "$folder/var_jax.tar.gz" "$NAME:" --zone="$ZONE" --worker=all
-  # The images have Python 3.10, too old; uv brings its own.  The sources of gcsfuse are those of its manual.
-  # shellcheck disable=SC2016 # expands over there
+  # The images have Python 3.10, which is too old; uv installs its own.  gcsfuse is installed as in its manual.
+  # shellcheck disable=SC2016 # expands on the host
   there='set -eu
 mkdir -p ~/var_jax ~/gcs
 tar -xzf ~/var_jax.tar.gz -C ~/var_jax
@@ -132,7 +132,7 @@ mountpoint -q ~/gcs || gcsfuse --implicit-dirs '$(printf %q "$BUCKET")' ~/gcs'
 
 run() {
   local command="rm -f ~/train.rc; \$HOME/venv/bin/python train.py $TRAIN_FLAGS; echo \$? > ~/train.rc"
-  # The hosts find each other by themselves.  The lock keeps a second start from disturbing the first.
+  # JAX discovers the other hosts by itself.  The lock prevents a second start while training runs.
   on_all "cd ~/var_jax && nohup flock -n ~/train.lock bash -c $(printf %q "$command") >> ~/train.log 2>&1 < /dev/null &
 sleep 1"
 }
@@ -146,7 +146,7 @@ logs() { do_it "${VM[@]}" ssh "$NAME" --zone="$ZONE" --worker="$WORKER" --comman
 
 delete() { do_it "${QUEUED[@]}" delete "$NAME" --zone="$ZONE" --force --quiet; }
 
-# Brings training back where it does not run.  The last line of its output is what it found.
+# Restart training if it is not running.  The last line of output is the state before the restart.
 resume() {
   local found
   found=$(slice_state)
@@ -162,7 +162,7 @@ resume() {
       install
       run
       ;;
-    *) say "slice $NAME is $found" ;; # on its way, or being taken away
+    *) say "slice $NAME is $found" ;; # being created, or being deleted
   esac
   echo "$found"
 }
@@ -170,7 +170,7 @@ resume() {
 watch() {
   local found failures=0 running=0
   while true; do
-    # In a process of its own: what fails there, e.g. since the slice is being taken away, is tried again.
+    # In a separate process, so that a failure there (e.g. the slice is being preempted) is retried.
     found=$("$0" resume | tee /dev/fd/3 | tail -n 1) || found=trouble
     case $found in
       "done") say "training is done; the slice is deleted with: $0 delete" && return ;;

@@ -1,4 +1,4 @@
-"""The scripts that launch training: linted, run dry, and run against stand-ins for gcloud and SLURM."""
+"""Launch scripts: linted, dry runs, and runs with fakes of gcloud and SLURM."""
 
 import functools
 import math
@@ -24,7 +24,7 @@ LAUNCH = REPOSITORY / "launch"
 README = (LAUNCH / "README.md").read_text()
 SLICE = {"BUCKET": "a-bucket", "EVERY": "0", "NAME": "pod", "ZONE": "z", "ACCELERATOR": "v5litepod-16"}
 
-# Answers from files, and writes down what it was asked.
+# Fake gcloud: answers from files, and records its calls.
 GCLOUD = """#!/bin/bash
 printf '%s\\n' "${*//$'\\n'/ }" >> "$FAKE/asked"
 case "$*" in
@@ -47,7 +47,7 @@ def tpu_vm(*arguments, path: Path | None = None, **environment) -> subprocess.Co
 
 @pytest.fixture
 def gcloud(tmp_path):
-    """Folder of a stand-in for gcloud that knows no slice."""
+    """Return the folder of a fake gcloud without any slice."""
     (tmp_path / "gcloud").write_text(GCLOUD)
     (tmp_path / "git").write_text("#!/bin/bash\n")
     for name in ("gcloud", "git"):
@@ -56,17 +56,17 @@ def gcloud(tmp_path):
     return tmp_path
 
 
-def asked(folder: Path) -> list[str]:
-    """What the stand-in was told to do, a word or two each; questions left out."""
-    kinds = {
+def recorded_actions(folder: Path) -> list[str]:
+    """Return the actions that the fake gcloud was asked for; queries are left out."""
+    actions = {
         "resources create": "create",
         "resources delete": "delete",
         "vm scp": "copy",
         "uv venv": "install",
+        "train.py": "run",
     }
-    kinds |= {"train.py": "run"}
     lines = (folder / "asked").read_text().splitlines()
-    return [name for line in lines for part, name in kinds.items() if part in line]
+    return [name for line in lines for part, name in actions.items() if part in line]
 
 
 @pytest.mark.parametrize("script", ["tpu_vm.sh", "slurm.sh"])
@@ -112,7 +112,7 @@ def test_dry_run_prints_every_command_and_runs_none(gcloud, subcommand, commands
     assert not (gcloud / "asked").read_text()
 
 
-def test_the_commands_of_the_readme_are_those_of_plan_and_run_dry():
+def test_the_commands_of_the_readme_are_those_of_plan_and_pass_a_dry_run():
     rows = re.findall(r"^\| (d\d+) \| (\S+) \| `(.*?)` \| `(.*?)` \|$", README, re.MULTILINE)
     planned = re.findall(r"^\| (d\d+) \| `(\S+)` \|", (REPOSITORY / "docs" / "scaling.md").read_text(), re.M)
     assert {row[:2] for row in rows} <= set(planned) and len(rows) > 9
@@ -120,17 +120,17 @@ def test_the_commands_of_the_readme_are_those_of_plan_and_run_dry():
         chips = math.prod(int(side) for side in topology.split(":")[1].split("x"))
         assert command == launch_command(topology, chips)
         environment = dict(word.split("=", 1) for word in command.split()[:-2])
-        said = tpu_vm("create", DRY_RUN="1", **environment).stdout
-        assert f"--accelerator-type={environment['ACCELERATOR']} " in said
-        assert f"--runtime-version={environment['RUNTIME']} " in said
+        printed = tpu_vm("create", DRY_RUN="1", **environment).stdout
+        assert f"--accelerator-type={environment['ACCELERATOR']} " in printed
+        assert f"--runtime-version={environment['RUNTIME']} " in printed
         config, *overrides = flags.split()
         assert config == f"--config=configs/var.py:{model}"
         fields = var.get_config(model)
         for override in overrides:
             name, value = override.removeprefix("--config.").split("=")
-            *sections, last = name.split(".")
-            section = functools.reduce(lambda result, part: result[part], sections, fields)
-            section[last] = type(section[last])(value)  # fails on a field that is not there
+            *sections, field = name.split(".")
+            section = functools.reduce(lambda section, name: section[name], sections, fields)
+            section[field] = type(section[field])(value)  # fails on an unknown field
         check_batch(fields.train.batch, mesh_of(fields.train.mesh, chips), fields.train.grad_accum_steps)
 
 
@@ -149,25 +149,25 @@ def test_the_code_travels_through_a_folder_of_this_user_alone_and_nothing_is_pip
     )
     for _ in range(2):
         assert tpu_vm("install", path=gcloud).returncode == 0
-    asked = (gcloud / "asked").read_text()
-    archives = [Path(path) for path in re.findall(r"vm scp (\S+)", asked)]
+    calls = (gcloud / "asked").read_text()
+    archives = [Path(path) for path in re.findall(r"vm scp (\S+)", calls)]
     assert len(set(archives)) == 2 and not any(path.parent.exists() for path in archives)
     assert (gcloud / "mode").read_text() == "700\n"
-    assert not re.search(r"\|\s*(ba)?sh\b", asked) and "uv==" in asked
+    assert not re.search(r"\|\s*(ba)?sh\b", calls) and "uv==" in calls
 
 
-def test_on_demand_and_flags_of_your_own(gcloud):
+def test_on_demand_slices_and_custom_flags(gcloud):
     assert "--spot" not in tpu_vm("create", DRY_RUN="1", SPOT="0").stdout
     assert "digits.py" in tpu_vm("run", DRY_RUN="1", TRAIN_FLAGS="--config=configs/digits.py").stdout
 
 
-def test_without_a_bucket_or_with_an_unknown_word_it_says_so():
+def test_a_missing_bucket_and_an_unknown_subcommand_are_reported():
     assert "BUCKET" in tpu_vm("create", BUCKET="").stderr
     done = tpu_vm("reboot")
     assert done.returncode == 2 and "unknown subcommand 'reboot'" in done.stderr and "resume" in done.stderr
 
 
-def test_watch_runs_again_recreates_what_was_preempted_and_ends_when_done(gcloud):
+def test_watch_restarts_training_recreates_preempted_slices_and_ends_when_done(gcloud):
     (gcloud / "state").write_text("SUSPENDED\n")
     (gcloud / "hosts").write_text("running\nfinished 1\n")
     (gcloud / "next").write_text("idle\nfinished 1\n")
@@ -183,43 +183,44 @@ def test_watch_runs_again_recreates_what_was_preempted_and_ends_when_done(gcloud
         stderr=subprocess.PIPE,
         text=True,
     )
-    made_anew = ["delete", "create", "copy", "install", "run"]
-    wait_until(lambda: asked(gcloud)[:6] == [*made_anew, "run"])  # the second since all hosts had stopped
+    recreation = ["delete", "create", "copy", "install", "run"]
+    # The second run follows when all hosts have stopped.
+    wait_until(lambda: recorded_actions(gcloud)[:6] == [*recreation, "run"])
     (gcloud / "next").write_text("finished 0\nfinished 0\n")
-    _, said = watching.communicate(timeout=30)
-    assert watching.returncode == 0 and "training is done" in said
-    assert "pod is SUSPENDED: making it anew" in said
-    assert set(asked(gcloud)[6:]) <= {"run"}
+    _, stderr = watching.communicate(timeout=30)
+    assert watching.returncode == 0 and "training is done" in stderr
+    assert "pod is SUSPENDED: making it anew" in stderr
+    assert set(recorded_actions(gcloud)[6:]) <= {"run"}
 
 
-def wait_until(happened):
+def wait_until(condition):
     deadline = time.monotonic() + 30
-    while not happened():
+    while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.02)
 
 
-def test_watch_gives_up_on_what_fails_soon_after_each_start(gcloud):
+def test_watch_gives_up_if_training_fails_soon_after_each_start(gcloud):
     (gcloud / "state").write_text("ACTIVE\n")
     for name in ("hosts", "next"):
         (gcloud / name).write_text("finished 1\n")
     done = tpu_vm("watch", path=gcloud, MAX_FAILURES="3")
     assert done.returncode == 1 and "training ended 3 times soon after its start" in done.stderr
-    assert asked(gcloud) == ["run"] * 3
+    assert recorded_actions(gcloud) == ["run"] * 3
 
 
-def test_trouble_on_the_network_is_not_taken_for_a_lost_slice(gcloud):
+def test_a_network_error_is_not_taken_for_a_lost_slice(gcloud):
     (gcloud / "no_network").touch()
     assert tpu_vm("resume", path=gcloud).returncode != 0
-    assert asked(gcloud) == []
+    assert recorded_actions(gcloud) == []
 
 
 def test_the_command_of_run_starts_training_once_and_keeps_its_exit_code(tmp_path):
-    """What is sent to the hosts, in a home of its own."""
+    """Run the command that is sent to the hosts, with a temporary home directory."""
     (tmp_path / "var_jax").mkdir()
     (tmp_path / "venv" / "bin").mkdir(parents=True)
     python = tmp_path / "venv" / "bin" / "python"
-    python.write_text('#!/bin/bash\necho "$@" >> ~/said; sleep 0.5; exit 3\n')
+    python.write_text('#!/bin/bash\necho "$@" >> ~/arguments; sleep 0.5; exit 3\n')
     python.chmod(0o755)
     (tmp_path / "gcloud").write_text('#!/bin/bash\nfor word; do :; done\nexec bash -c "${word#--command=}"\n')
     (tmp_path / "gcloud").chmod(0o755)
@@ -230,12 +231,12 @@ def test_the_command_of_run_starts_training_once_and_keeps_its_exit_code(tmp_pat
             env={**os.environ, **SLICE, **home, "PATH": f"{tmp_path}:{os.environ['PATH']}"},
             check=True,
         )
-    assert (tmp_path / "said").read_text() == f"train.py --workdir={tmp_path}/gcs/run\n" * 2
+    assert (tmp_path / "arguments").read_text() == f"train.py --workdir={tmp_path}/gcs/run\n" * 2
     assert (tmp_path / "train.rc").read_text() == "3\n"
 
 
 @pytest.mark.parametrize(("code", "requeued"), [(1, True), (0, False)])
-def test_slurm_hands_sigterm_to_python_waits_for_it_and_requeues(tmp_path, code, requeued):
+def test_slurm_forwards_sigterm_to_python_waits_for_it_and_requeues(tmp_path, code, requeued):
     fakes = {
         "srun": 'touch "$FAKE/started"; until test -e "$FAKE/term"; do sleep 0.05; done; '
         f'sleep 0.3; touch "$FAKE/saved"; exit {code}',
@@ -257,10 +258,10 @@ def test_slurm_hands_sigterm_to_python_waits_for_it_and_requeues(tmp_path, code,
         assert (tmp_path / "requeued").read_text() == "requeue 17\n"
 
 
-def test_slurm_asks_for_a_process_a_gpu_and_a_warning_to_the_shell():
-    asked = dict(re.findall(r"^#SBATCH --([\w-]+)=?(.*)$", (LAUNCH / "slurm.sh").read_text(), re.MULTILINE))
-    assert asked["ntasks-per-node"] == asked["gpus-per-node"]  # as JAX's detection wants it
-    assert asked["signal"] == "B:TERM@120" and "requeue" in asked and "gpus-per-task" not in asked
+def test_slurm_requests_one_process_per_gpu_and_a_signal_to_the_shell():
+    options = dict(re.findall(r"^#SBATCH --([\w-]+)=?(.*)$", (LAUNCH / "slurm.sh").read_text(), re.MULTILINE))
+    assert options["ntasks-per-node"] == options["gpus-per-node"]  # required by JAX's detection
+    assert options["signal"] == "B:TERM@120" and "requeue" in options and "gpus-per-task" not in options
 
 
 def test_the_jobset_has_a_pod_for_each_host_of_the_topology():

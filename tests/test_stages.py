@@ -49,7 +49,7 @@ def test_a_transformer_without_a_tokenizer_stops_at_once(digits_dir, tmp_path):
 
 
 def add(section, **fields):
-    """Puts fields into a section that does not have them."""
+    """Add new fields to a locked config section."""
     with section.unlocked():
         section.update(fields)
 
@@ -126,7 +126,7 @@ def test_512px_and_unknown_sizes():
         var.get_config("d8")
 
 
-def test_rhythm_and_place_may_change_between_runs_and_nothing_else(tmp_path):
+def test_intervals_and_paths_may_change_between_runs_and_nothing_else(tmp_path):
     saved = {"steps": 9, "tokenizer": "codebook 1", "stage": digits.get_config().tokenizer.to_dict()}
     now = digits.get_config().tokenizer
     now.train.update(dict(log_every=1, max_to_keep=9, mesh=dict(data=2)))
@@ -149,7 +149,7 @@ def record_of(stage, **more) -> dict:
     return {"task": "tokenizer", "stage": stage.to_dict(), "dtype": "float32", "weights": {}, **more}
 
 
-def test_what_changes_no_number_may_change_between_runs(tmp_path):
+def test_fields_that_change_no_number_may_change_between_runs(tmp_path):
     stage = tokenizer_config.get_config()
     stage.perceptual_weights = "vgg16.pth"
     saved = record_of(stage, weights={"vgg": "0a1b2c3d"})
@@ -164,7 +164,7 @@ def test_what_changes_no_number_may_change_between_runs(tmp_path):
         check_resume_compatible(saved, record_of(stage), tmp_path)
 
 
-def test_runs_of_before_fingerprints_and_types_were_recorded_go_on(tmp_path):
+def test_runs_from_before_fingerprints_and_dtypes_were_recorded_resume(tmp_path):
     stage = tokenizer_config.get_config()
     stage.perceptual_weights = "vgg16.pth"
     saved = {"task": "tokenizer", "stage": stage.to_dict()}
@@ -179,41 +179,40 @@ def test_runs_of_before_fingerprints_and_types_were_recorded_go_on(tmp_path):
         check_resume_compatible(saved, record_of(stage, dtype="bfloat16"), tmp_path)
 
 
-def test_a_type_that_auto_stands_for_elsewhere_is_told_and_another_choice_refused(tmp_path):
-    """A run of an accelerator that goes on here."""
+def test_a_dtype_that_auto_means_elsewhere_is_reported_and_another_choice_rejected(tmp_path):
+    """Resume a run of an accelerator on the CPU."""
     stage = tokenizer_config.get_config()
     saved = record_of(stage, dtype="bfloat16")
     notice = check_resume_compatible(saved, record_of(stage), tmp_path)
     assert "began with matrix products in bfloat16; train.dtype=auto is float32 on this platform" in notice
-    stage.train.dtype = "bfloat16"  # named, it is what it was
+    stage.train.dtype = "bfloat16"  # the dtype of the run, given explicitly
     assert check_resume_compatible(saved, record_of(stage, dtype="bfloat16"), tmp_path) == ""
     stage.train.dtype = "float32"
     with pytest.raises(ConfigError, match="dtype: 'bfloat16' there, 'float32' now"):
         check_resume_compatible(saved, record_of(stage), tmp_path)
 
 
-def test_a_run_records_its_type_and_its_frozen_networks(tiny_run):
+def test_a_run_records_its_dtype_and_its_frozen_networks(tiny_run):
     record = load_config(tiny_run / "tokenizer" / "checkpoints")[1]
     assert record["dtype"] == "float32" and record["weights"] == {}
 
 
-def test_the_caller_keeps_its_config(digits_dir, tiny_run, tmp_path, monkeypatch):
+def test_run_does_not_modify_the_callers_config(digits_dir, tiny_run, tmp_path, monkeypatch):
     monkeypatch.chdir(tiny_run.parent)
     config = tiny_config(digits_dir, steps=1)
     config.stages = ("next_scale",)
     config.next_scale.tokenizer = tiny_run.name
+    trained = []
     monkeypatch.setattr(stages, "train", lambda task, stage, *_: trained.append(stage.tokenizer))
-    trained, before = [], config.to_json()
+    before = config.to_json()
     run(config, tmp_path)
     assert config.to_json() == before and trained == [str(tiny_run)]
 
 
-def test_a_field_of_the_model_that_is_newer_than_a_run_has_its_default_there(tmp_path):
+def test_a_model_field_newer_than_a_run_has_its_default_in_that_run(tmp_path):
     now = {"model": {"depth": 2, "positions": "learned_1d"}, "stage": {"model": {"positions": "learned_1d"}}}
-    saved, defaults = (
-        {"model": {"depth": 2}, "stage": {"model": {}}},
-        {"depth": 16, "positions": "learned_1d"},
-    )
+    saved = {"model": {"depth": 2}, "stage": {"model": {}}}
+    defaults = {"depth": 16, "positions": "learned_1d"}
     check_resume_compatible(saved, now, tmp_path, defaults)
     now["model"]["positions"] = "rotary_2d"
     with pytest.raises(ValueError, match="model.positions: 'learned_1d' there, 'rotary_2d' now"):

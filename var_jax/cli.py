@@ -104,15 +104,15 @@ def run(
         except UserError as error:
             sys.exit(f"{command_name()}: {error}")
 
-    arguments, notices = rename_flags(sys.argv)
-    for i, argument in enumerate(arguments):
+    sys.argv[:], notices = rename_flags(sys.argv)  # in place: ml_collections looks there for overrides
+    for i, argument in enumerate(sys.argv):
         name, equals, value = argument.lstrip("-").partition("=")
         if argument.startswith("-") and name in (renamed or {}):
-            arguments[i] = f"--{renamed[name]}{equals}{value}"
+            sys.argv[i] = f"--{renamed[name]}{equals}{value}"
             notices.append(f"--{name} is called --{renamed[name]} now; the next release drops the old name")
     for notice in notices:
         print(notice, file=sys.stderr)
-    app.run(command, argv=arguments)
+    app.run(command)
 
 
 def command_name() -> str:

@@ -1,26 +1,25 @@
-"""Errors that users can mend: a command prints the message alone, every other error with its traceback."""
+"""Errors for users: a command prints their message alone, and every other error with its traceback."""
 
 import contextlib
 
 
 class UserError(Exception):
-    """Base of errors whose message says what is wrong and what to do about it."""
+    """Base class of errors whose message says what is wrong and what to do about it."""
 
 
 class ConfigError(UserError, ValueError):
-    """A config field, flag or file that makes no run; the message names it."""
+    """Invalid config field, flag or file; the message names it."""
 
 
 @contextlib.contextmanager
 def config_errors(*types: type[Exception], prefix: str = ""):
-    """Convert the errors of a check into a ConfigError.
+    """Convert errors raised while reading or checking user input into a ConfigError.
 
-    Only around checks, and the reading, of what the user gave, never around work: there a ValueError is a
-    bug, whose traceback is needed.
+    Never wrap computation: a ValueError there is a bug, and its traceback is needed.
 
     Args:
       types: errors to convert; ValueError and FileNotFoundError by default.
-      prefix: of the message; names the field or flag where the message does not.
+      prefix: prepended to the message, to name the field or flag if the message does not.
     """
     types = types or (ValueError, FileNotFoundError)
     try:

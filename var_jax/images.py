@@ -10,7 +10,7 @@ import numpy as np
 from etils import epath
 from PIL import Image
 
-from var_jax.paths import write_whole
+from var_jax.paths import write_atomic
 
 MIN_CELL = 48  # pixels; smaller images are enlarged to about this, so that they can be looked at
 
@@ -76,4 +76,4 @@ def save_png(image: Image.Image, path: os.PathLike) -> epath.Path:
     """Write a PNG, making its folder; a half-written file never takes the name."""
     content = io.BytesIO()
     image.save(content, "PNG")
-    return write_whole(path, content.getvalue())
+    return write_atomic(path, content.getvalue())

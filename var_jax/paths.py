@@ -1,7 +1,8 @@
-"""Paths that users give: local ones, and URLs such as gs://bucket/run.
+"""Paths given by users: local paths, and URLs such as gs://bucket/run.
 
-Whatever can live in object storage (runs, data sets, token caches) goes through `as_path`; whatever cannot
-(the compile cache, temporary files, files that are memory-mapped) through `local_path`, which refuses a URL.
+Paths of things that can be in object storage (runs, data sets, token caches) go through `as_path`. Paths of
+things that cannot (the compile cache, temporary files, memory-mapped files) go through `local_path`, which
+rejects a URL.
 """
 
 import os
@@ -12,23 +13,22 @@ import fsspec.config
 from etils import epath
 
 _URL = re.compile(r"[a-z][a-z0-9+.-]*://", re.IGNORECASE)
-# gcsfs keeps listings for ever, and learns of no file that another process or TensorStore writes.
+_STORES = ("gs://", "s3://", "az://", "hf://")  # URL schemes that epath supports
+
+# By default gcsfs caches listings forever and does not see files written by other processes or TensorStore.
 fsspec.config.conf.setdefault("gcs", {}).setdefault("use_listings_cache", False)
 
 
-_STORES = ("gs://", "s3://", "az://", "hf://")  # that epath knows
-
-
 def is_remote(path: str | os.PathLike) -> bool:
-    """Whether a path is a URL (gs://, s3://, http://, ...)."""
+    """Return True if a path is a URL (gs://, s3://, http://, ...)."""
     return bool(_URL.match(os.fspath(path)))
 
 
 def as_path(path: str | os.PathLike) -> epath.Path:
-    """An absolute path, `~` expanded; a URL stays as it is.
+    """Return an absolute path with `~` expanded; a URL is returned unchanged.
 
     Raises:
-      ValueError: on a URL of a kind that there is no file system for.
+      ValueError: on a URL whose scheme is not supported.
     """
     path = os.fspath(path)
     if is_remote(path):
@@ -39,11 +39,11 @@ def as_path(path: str | os.PathLike) -> epath.Path:
 
 
 def local_path(path: str | os.PathLike, name: str) -> epath.Path:
-    """An absolute path on this machine.
+    """Return an absolute path on this machine; reject a URL.
 
     Args:
       path: given by the user.
-      name: the flag or config field that it was given by, for the message.
+      name: flag or config field of the path, for the message.
 
     Raises:
       ValueError: on a URL.
@@ -57,27 +57,31 @@ def local_path(path: str | os.PathLike, name: str) -> epath.Path:
 
 
 def storage_errors() -> tuple[type[Exception], ...]:
-    """Errors with which files, local or in a bucket, fail; what reaches a bucket raises some of its own.
+    """Return the exception types of file access: OSError, and those of the loaded object-storage clients.
 
-    For `except storage_errors()`, which asks when an error is there: by then its module is loaded.
+    Use as `except storage_errors()`: it is evaluated when an error is raised, and by then the client's module
+    is loaded.
     """
-    own = (
+    client_errors = (
         ("gcsfs.retry", "HttpError"),
         ("aiohttp", "ClientError"),
         ("google.auth.exceptions", "GoogleAuthError"),
     )
-    return (OSError, *(getattr(sys.modules[module], name) for module, name in own if module in sys.modules))
+    return (
+        OSError,
+        *(getattr(sys.modules[module], name) for module, name in client_errors if module in sys.modules),
+    )
 
 
-def write_whole(path: os.PathLike, content: bytes) -> epath.Path:
-    """Write a file, making its folder; a half-written one never takes its name.
+def write_atomic(path: os.PathLike, content: bytes) -> epath.Path:
+    """Write a file atomically, creating its parent directory, and return its path.
 
     Raises:
-      OSError: where there is no room; what stood under the name before stays.
+      OSError: if it cannot be written, e.g. on a full disk; an existing file stays unchanged.
     """
     path = as_path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    if is_remote(path):  # an object appears when its upload ends
+    if is_remote(path):  # an object appears only when its upload is complete
         path.write_bytes(content)
         return path
     partial = path.with_name(f"{path.name}.partial")

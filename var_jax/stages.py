@@ -1,4 +1,4 @@
-"""From a config to trained stages: opens the data, builds the task, runs the loop."""
+"""Train the stages of a config: open the data, build each task, run the training loop."""
 
 import flax.linen as nn
 import jax
@@ -30,10 +30,10 @@ from var_jax.training.transformer_task import TRANSFORMERS, TransformerTask
 
 
 def stages_of(config: ConfigDict) -> list[ConfigDict]:
-    """The stages of a config, in order: itself (it has a `task`), or those that `stages` names.
+    """Return the stage configs in training order: those named in `stages`, or else the config itself.
 
     Raises:
-      ConfigError: on a stage that the config does not have.
+      ConfigError: if `stages` is empty or names a stage that the config does not have.
     """
     if "stages" not in config:
         return [config]
@@ -47,21 +47,26 @@ def stages_of(config: ConfigDict) -> list[ConfigDict]:
 
 
 def num_steps(train_config: ConfigDict, num_images: int) -> int:
-    """Optimiser steps of a run: `steps`, or else as many as the epochs take."""
+    """Return the number of optimizer steps: `steps` if set, else that of `epochs` passes over the data.
+
+    Raises:
+      ConfigError: if that is less than one step.
+    """
     steps = train_config.steps or train_config.epochs * num_images // train_config.batch
     if steps < 1:
         raise ConfigError(
-            f"train.steps={train_config.steps} and train.epochs={train_config.epochs} make no step"
+            f"train.steps={train_config.steps} and train.epochs={train_config.epochs} make no step: "
+            f"set one of them so that there is at least one batch of {train_config.batch} images"
         )
     return steps
 
 
 def open_sources(stage: ConfigDict) -> tuple[Source, Source]:
-    """Training and held-out data of a stage: images, or the tokens of a cache (config.data.tokens).
+    """Open the training and held-out data of a stage: images, or a token cache (config.data.tokens).
 
     Raises:
-      DataSetMissing: where they are not there, or a cache is not complete; says how to prepare them.
-      ConfigError: on tokens for a tokenizer, which is trained on images.
+      DataSetMissing: if the data set or cache is missing or incomplete; the message says how to prepare it.
+      ConfigError: if there are fewer images than one batch, or a tokenizer stage is given tokens.
     """
     data = stage.data
     if not data.tokens:
@@ -85,17 +90,18 @@ def open_sources(stage: ConfigDict) -> tuple[Source, Source]:
 def build_task(
     stage: ConfigDict, workdir: epath.Path, source: Source, pending_tokenizer: Tokenizer | None = None
 ) -> tuple[Task, int]:
-    """The task of a stage and its number of steps.
+    """Build the task of a stage and return it with its number of steps.
 
     Args:
-      stage: its config.
-      workdir: of the run.
+      stage: config of the stage.
+      workdir: directory of the run.
       source: training data.
-      pending_tokenizer: of an earlier stage, not trained yet, to check a later stage against.
+      pending_tokenizer: untrained tokenizer of an earlier stage, used to check a transformer stage before
+        that tokenizer is trained.
 
     Raises:
-      ConfigError: on a task or a model that does not exist, or tokens of another tokenizer.
-      CheckpointMissing: where a transformer has no tokenizer to stand on; says how to get one.
+      ConfigError: if the task or model does not exist, or a token cache is of another tokenizer.
+      CheckpointMissing: if a transformer stage has no tokenizer; the message says how to get one.
     """
     steps = num_steps(stage.train, source.num_images)
     if stage.task == "tokenizer":
@@ -103,15 +109,15 @@ def build_task(
     if stage.task not in TRANSFORMERS:
         known = ", ".join(("tokenizer", *TRANSFORMERS))
         raise ConfigError(f"config.task must be one of {known}; got {stage.task!r}")
-    make = TRANSFORMERS[stage.task]
+    task_class = TRANSFORMERS[stage.task]
     mesh = make_mesh(**stage.train.mesh)
     if pending_tokenizer is not None and not stage.tokenizer:
         if stage.data.tokens:
             raise ConfigError(
                 f"config.data.tokens={stage.data.tokens!r} needs a trained tokenizer, but that stage "
-                f"comes first here: once it is done, run {stage.task} alone, by --config.stages={stage.task}"
+                f"comes first here: once it is done, run {stage.task} alone with --config.stages={stage.task}"
             )
-        return make(stage, steps, pending_tokenizer, {}, source.num_classes, mesh), steps
+        return task_class(stage, steps, pending_tokenizer, {}, source.num_classes, mesh), steps
     path = stage.tokenizer or workdir
     with config_errors(prefix="config.tokenizer: "):
         try:
@@ -120,11 +126,11 @@ def build_task(
             raise CheckpointMissing(
                 f"no tokenizer at {path} (config.tokenizer): {error}\n"
                 "  Give a published file (--config.tokenizer=vae_ch160v4096z32.pth) or the directory of a\n"
-                "  run, or train one first:\n"
+                "  run, or train a tokenizer first:\n"
                 f"  python train.py --config=configs/tokenizer.py --workdir={workdir}\n"
-                "  To see everything work without any of that: python train.py --config=configs/digits.py"
+                "  To try everything without any of these: python train.py --config=configs/digits.py"
             ) from error
-    task = make(stage, steps, tokenizer, params, source.num_classes, mesh)
+    task = task_class(stage, steps, tokenizer, params, source.num_classes, mesh)
     if stage.data.tokens:
         with config_errors():
             source.description.check_data(stage.data)
@@ -135,33 +141,34 @@ def build_task(
 
 
 def load_perceptual_networks(stage: ConfigDict) -> dict:
-    """Parameters of the frozen networks that a tokenizer's losses need; a notice where a file is not given.
+    """Load the frozen networks of a tokenizer's losses: VGG-16 (`vgg`) and DINO (`dino`), as far as used.
+
+    Without config.perceptual_weights, print that there is no perceptual loss.
 
     Raises:
-      ConfigError: where the discriminator stands on DINO and no file is given, or a file is missing or does
-        not fit.
+      ConfigError: if the discriminator uses DINO and no file is given, or a file is missing or does not fit.
     """
-    result = {}
+    networks = {}
     if stage.loss.get("perceptual"):
         if stage.perceptual_weights:
             with config_errors(prefix="config.perceptual_weights: "):
-                result["vgg"] = load_perceptual(stage.perceptual_weights.split(","))
+                networks["vgg"] = load_perceptual(stage.perceptual_weights.split(","))
         else:
             print("tokenizer: no perceptual loss, since config.perceptual_weights names no file", flush=True)
     if stage.adversarial.weight and stage.adversarial.network == "dino":
         if not stage.adversarial.dino_weights:
             raise ConfigError("config.adversarial.network=dino needs a file: config.adversarial.dino_weights")
         with config_errors(prefix="config.adversarial.dino_weights: "):
-            result["dino"] = load_dino(stage.adversarial.dino_weights)
-    return result
+            networks["dino"] = load_dino(stage.adversarial.dino_weights)
+    return networks
 
 
-def given_params(stage: ConfigDict, task: Task, workdir: epath.Path) -> dict[str, InitialValue]:
-    """Parameters by path that a stage starts from (`init_from`); none where it goes on from a checkpoint.
+def initial_params(stage: ConfigDict, task: Task, workdir: epath.Path) -> dict[str, InitialValue]:
+    """Load the initial parameters of a stage from `init_from`, by path; none if it resumes from a checkpoint.
 
     Raises:
-      CheckpointMissing: where there is nothing at `init_from`.
-      ConfigError: where it is another network; names what to change.
+      CheckpointMissing: if there is no such network at `init_from`.
+      ConfigError: if its architecture differs; the message names the fields to change.
     """
     path = stage.get("init_from")
     if not path or has_checkpoint(workdir / task.name / CHECKPOINT_DIR):
@@ -172,39 +179,43 @@ def given_params(stage: ConfigDict, task: Task, workdir: epath.Path) -> dict[str
             config, params = read_network(path, task.name)
         except FileNotFoundError as error:
             raise CheckpointMissing(f"no {task.name} at config.init_from={path}: {error}") from error
-        given, notes = with_path(as_path(path), match_params, params, config, shapes, task.config)
+        initial, notes = with_path(as_path(path), match_params, params, config, shapes, task.config)
     notes += _other_tokenizer(path, task)
     print("\n  ".join([f"{task.name}: starts from {path}", *notes]), flush=True)
-    return given
+    return initial
 
 
 def _other_tokenizer(path: str, task: Task) -> list[str]:
-    """A warning where a transformer learned the codes of another tokenizer, as far as its run tells."""
+    """Return a warning if a transformer was trained on another tokenizer, as recorded by its run; else []."""
     if not isinstance(task, TransformerTask) or as_path(path).is_file():
         return []
-    learned = load_config(as_path(path) / task.name / CHECKPOINT_DIR)[1].get("tokenizer", "")
-    if learned in ("", task.fingerprint):  # "": it was converted from a file, without its tokenizer
+    trained_on = load_config(as_path(path) / task.name / CHECKPOINT_DIR)[1].get("tokenizer", "")
+    if trained_on in ("", task.fingerprint):  # "": converted from a file, which does not name its tokenizer
         return []
     return [
-        f"it was trained on another tokenizer ({learned}) than that of this run "
+        f"it was trained on another tokenizer ({trained_on}) than that of this run "
         f"({task.fingerprint or 'not trained yet'}): unless one is the other trained further, its codes mean "
         "nothing here, and a start from nothing may be better"
     ]
 
 
 def run(config: ConfigDict, workdir: epath.PathLike, profile: StepRange | None = None) -> None:
-    """Trains every stage of a config under `workdir`; what is done already is not done again.
+    """Train every stage of a config under `workdir`, resuming from checkpoints and skipping finished stages.
 
-    `profile` names steps of every stage to trace.
+    Args:
+      config: of one stage or of several; not modified.
+      workdir: directory of the run, local or a URL.
+      profile: steps of every stage to trace.
 
     Raises:
-      UserError: where a stage cannot be trained, before the first one starts; and see `train`.
+      UserError: if any stage cannot be trained, before the first one starts; and see `train`.
     """
     with config_errors():
         workdir = check_storage(workdir, "--workdir")
-    ready, pending_tokenizer = [], None
-    config = config.copy_and_resolve_references()  # paths become absolute in the run's own copy
-    for stage in stages_of(config):  # whatever can be wrong with any stage, before the first one starts
+    config = config.copy_and_resolve_references()  # below, paths are made absolute in this copy
+    ready = []
+    pending_tokenizer = None
+    for stage in stages_of(config):  # check all stages before the first one trains
         for field in ("tokenizer", "init_from"):
             if stage.get(field):
                 with config_errors(prefix=f"config.{field}: "):
@@ -215,8 +226,8 @@ def run(config: ConfigDict, workdir: epath.PathLike, profile: StepRange | None =
         if profile:
             profile.check(task.name, steps)
         pending_tokenizer = task.model if stage.task == "tokenizer" else None
-        ready.append((task, stage, steps, sources, given_params(stage, task, workdir)))
-    for task, stage, steps, sources, given in ready:
+        ready.append((task, stage, steps, sources, initial_params(stage, task, workdir)))
+    for task, stage, steps, sources, initial in ready:
         if isinstance(task, TransformerTask) and not task.frozen["tokenizer"]:  # trained by now
             task, _ = build_task(stage, workdir, sources[0])
-        train(task, stage, steps, workdir, sources, given, profile)
+        train(task, stage, steps, workdir, sources, initial, profile)

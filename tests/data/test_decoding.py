@@ -6,7 +6,7 @@ import pytest
 from PIL import Image, features
 
 from var_jax.data import decoding
-from var_jax.data.decoding import BLACK, DecodeError, decode
+from var_jax.data.decoding import BLACK, DecodeError, decode_image
 
 RAMP = np.tile(np.arange(256, dtype=np.uint8), (4, 1))
 RAMP_16 = RAMP.astype(np.uint16) * 257
@@ -20,10 +20,10 @@ def encoded(image: np.ndarray | Image.Image, form: str, **save) -> bytes:
 
 
 def decoded(data: bytes, **options) -> np.ndarray:
-    """int [H, W, 3] of encoded bytes, no warning of Pillow allowed."""
+    """Decode to int [H, W, 3]; a warning of Pillow is an error."""
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        image = decode(data, **options)
+        image = decode_image(data, **options)
     assert image.mode == "RGB"
     return np.asarray(image).astype(int)
 
@@ -93,13 +93,13 @@ def test_bilevel_images_are_black_and_white():
         (np.array([[0, 70000]], np.int32), "integer pixels whose white is not defined"),
     ],
 )
-def test_pixels_without_a_defined_white_are_refused(values, message):
+def test_pixels_without_a_defined_white_are_rejected(values, message):
     with pytest.raises(DecodeError, match=message):
-        decode(encoded(values, "TIFF"))
+        decode_image(encoded(values, "TIFF"))
 
 
 def emoji() -> np.ndarray:
-    """RGBA with garish hidden colors: clear at the left, half clear in the middle, opaque at the right."""
+    """Return RGBA [3, 6, 4] with hidden colors: transparent left, half transparent middle, opaque right."""
     pixels = np.zeros((3, 6, 4), np.uint8)
     pixels[..., :3], pixels[..., 3] = (255, 0, 255), np.repeat([0, 128, 255], 2)
     pixels[:, 4:, :3] = (10, 20, 30)
@@ -107,14 +107,14 @@ def emoji() -> np.ndarray:
 
 
 def palette_with_alpha() -> bytes:
-    """The same as a PNG of a palette and a table of alpha, as emoji are shipped."""
+    """Encode the same image as a palette PNG with an alpha table, a common format of emoji."""
     image = Image.fromarray(np.tile(np.repeat(np.arange(3, dtype=np.uint8), 2), (3, 1)), "L")
     image.putpalette([255, 0, 255, 255, 0, 255, 10, 20, 30])
     return encoded(image, "PNG", transparency=bytes([0, 128, 255]))
 
 
 @pytest.mark.parametrize("kind", ["RGBA", "palette", "WEBP"])
-def test_hidden_colors_are_not_seen_and_alpha_blends_with_the_background(kind):
+def test_hidden_colors_are_invisible_and_alpha_blends_with_the_background(kind):
     data = (
         palette_with_alpha()
         if kind == "palette"
@@ -122,10 +122,10 @@ def test_hidden_colors_are_not_seen_and_alpha_blends_with_the_background(kind):
     )
     if kind == "palette":
         assert Image.open(io.BytesIO(data)).mode == "P" and b"tRNS" in data
-    for options, behind in (({}, 255), ({"background": BLACK}, 0)):
+    for options, background in (({}, 255), ({"background": BLACK}, 0)):
         pixels = decoded(data, **options)
-        assert (pixels[:, :2] == behind).all() and (pixels[:, 4:] == (10, 20, 30)).all()
-        assert np.abs(pixels[:, 2:4] - (np.array((255, 0, 255)) * 128 + behind * 127) / 255).max() <= 1
+        assert (pixels[:, :2] == background).all() and (pixels[:, 4:] == (10, 20, 30)).all()
+        assert np.abs(pixels[:, 2:4] - (np.array((255, 0, 255)) * 128 + background * 127) / 255).max() <= 1
 
 
 @pytest.mark.parametrize("form", ["grey", "grey, 16 bits", "rgb", "gif"])
@@ -149,7 +149,7 @@ def test_opaque_alpha_changes_no_pixel():
 def test_every_exif_orientation_is_upright(form):
     upright = np.zeros((16, 24), np.uint8)
     upright[:8, :8], upright[:8, 8:] = 80, 160  # no two of the eight positions are alike
-    # Of the stored image, for each orientation: how the upright one was turned by the camera.
+    # The stored image of each orientation: the upright image as a rotated camera stores it.
     stored = {
         1: upright,
         2: upright[:, ::-1],
@@ -165,16 +165,16 @@ def test_every_exif_orientation_is_upright(form):
         exif[0x0112] = orientation
         save = {"JPEG": {"quality": 100}, "WEBP": {"lossless": True}}.get(form, {})
         data = encoded(np.ascontiguousarray(pixels), form, exif=exif, **save)
-        got = decoded(data)
-        assert got.shape == (16, 24, 3), orientation
-        assert np.abs(got[..., 0] - upright).max() <= 4, orientation
-        if form != "TIFF":  # which Pillow turns by itself
+        turned = decoded(data)
+        assert turned.shape == (16, 24, 3), orientation
+        assert np.abs(turned[..., 0] - upright).max() <= 4, orientation
+        if form != "TIFF":  # Pillow applies the orientation of TIFF itself
             assert np.abs(decoded(data, exif=False)[..., 0] - pixels).max() <= 4, orientation
 
 
-def test_damaged_exif_is_no_reason_to_refuse_an_image():
+def test_an_image_with_damaged_exif_is_decoded():
     data = encoded(RAMP, "PNG", exif=b"Exif\0\0MM\0*\0\0\0\x08\xff\xff")
-    np.testing.assert_array_equal(np.asarray(decode(data))[..., 0], RAMP)
+    np.testing.assert_array_equal(np.asarray(decode_image(data))[..., 0], RAMP)
 
 
 @pytest.mark.parametrize("form", ["GIF", "WEBP", "PNG"])
@@ -202,23 +202,23 @@ HEIC = b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(100)
     ],
     ids=["empty", "text", "eps", "heic", "png", "jpeg", "bomb", "large"],
 )
-def test_what_cannot_be_decoded_says_why(data, message):
-    warnings.filterwarnings(
-        "error", category=Image.DecompressionBombWarning
-    )  # pytest resets what the import set
+def test_errors_say_why_an_image_cannot_be_decoded(data, message):
+    # pytest resets the filter that importing `decoding` has set.
+    warnings.filterwarnings("error", category=Image.DecompressionBombWarning)
     with pytest.raises(DecodeError, match=message):
-        decode(data)
+        decode_image(data)
 
 
 def test_a_format_that_this_pillow_lacks_is_named(monkeypatch):
     data = encoded(RAMP, "WEBP")
     monkeypatch.setattr(decoding, "FORMATS", ("JPEG", "PNG"))
     with pytest.raises(DecodeError, match="WEBP, which this build of Pillow cannot decode"):
-        decode(data)
+        decode_image(data)
 
 
 def test_damaged_files_end_in_one_kind_of_error():
-    rng, outcomes = np.random.default_rng(0), {"decoded": 0, "refused": 0}
+    rng = np.random.default_rng(0)
+    outcomes = {"decoded": 0, "rejected": 0}
     files = [
         *DEEP.values(),
         palette_with_alpha(),
@@ -234,8 +234,8 @@ def test_damaged_files_end_in_one_kind_of_error():
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", UserWarning)
-                decode(bytes(data))
+                decode_image(bytes(data))
             outcomes["decoded"] += 1
         except DecodeError:
-            outcomes["refused"] += 1
+            outcomes["rejected"] += 1
     assert min(outcomes.values()) > 200, outcomes

@@ -32,29 +32,31 @@ def test_every_epoch_has_every_image_once_in_another_order(source, transform):
 
 @pytest.mark.parametrize("processes", [1, 2, 4])
 def test_a_batch_is_a_function_of_seed_and_step_whatever_the_processes(source, processes):
-    transform = ToPixels("digits", 8, 1.25, True, shift=1)  # all that chance can do
+    transform = ToPixels("digits", 8, 1.25, True, shift=1)  # all random augmentations
     batches = train_batches(source, transform, 100, seed=1)
-    want = [next(batches) for _ in range(16)]  # into the second epoch, in the midst of a batch
+    expected = [next(batches) for _ in range(16)]  # the second epoch begins within a batch
     parts = np.arange(100).reshape(processes, -1)
     shares = [train_batches(source, transform, 100, seed=1, start=12, rows=rows) for rows in parts]
     for step in range(12, 16):
-        got = [next(share) for share in shares]
+        loaded = [next(share) for share in shares]
         for name in ("image", "label"):
-            np.testing.assert_array_equal(np.concatenate([part[name] for part in got]), want[step][name])
+            np.testing.assert_array_equal(
+                np.concatenate([part[name] for part in loaded]), expected[step][name]
+            )
         indices = batch_indices(len(source), 100, 1, step)
-        assert [source[i]["label"] for i in indices] == want[step]["label"].tolist()
+        assert [source[i]["label"] for i in indices] == expected[step]["label"].tolist()
 
 
-def test_every_epoch_of_a_broken_run_has_every_image_once():
-    steps = [*range(5), *range(5, 15)]  # two processes until step 5, then four: nothing of it shows
-    result = np.concatenate([batch_indices(30, 4, 7, step) for step in steps])
-    assert all(sorted(epoch) == list(range(30)) for epoch in result.reshape(2, 30))
-    assert (result[:30] != result[30:]).any()
+def test_every_epoch_of_an_interrupted_run_has_every_image_once():
+    steps = [*range(5), *range(5, 15)]  # interrupted at step 5 and resumed
+    indices = np.concatenate([batch_indices(30, 4, 7, step) for step in steps])
+    assert all(sorted(epoch) == list(range(30)) for epoch in indices.reshape(2, 30))
+    assert (indices[:30] != indices[30:]).any()
 
 
 @dataclasses.dataclass
-class OfOneProcess:
-    """A sharding as a process sees it that holds only some of the devices of the mesh."""
+class ProcessSharding:
+    """Sharding of a process that has only some of the devices of the mesh."""
 
     sharding: NamedSharding
     devices: list
@@ -68,11 +70,18 @@ def test_the_rows_of_a_process_are_those_of_its_devices():
     mesh = Mesh(np.array(jax.devices()).reshape(2, 2, 2), ("data", "fsdp", "tensor"))
     sharding = NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
     np.testing.assert_array_equal(local_rows(sharding, 12), np.arange(12))
-    of_process = lambda devices: local_rows(OfOneProcess(sharding, list(devices.flat)), 12).tolist()  # noqa: E731
+    of_process = lambda devices: local_rows(ProcessSharding(sharding, list(devices.flat)), 12).tolist()  # noqa: E731
     assert of_process(mesh.devices[1]) == [6, 7, 8, 9, 10, 11]
-    assert of_process(mesh.devices[:, 1]) == [3, 4, 5, 9, 10, 11]  # not in one piece
+    assert of_process(mesh.devices[:, 1]) == [3, 4, 5, 9, 10, 11]  # not contiguous
     assert of_process(mesh.devices[::-1, 0]) == [0, 1, 2, 6, 7, 8]  # ascending, whatever the order of devices
-    assert of_process(mesh.devices[0, :, 1]) == [0, 1, 2, 3, 4, 5]  # replicas of rows of other devices too
+    assert of_process(mesh.devices[0, :, 1]) == [
+        0,
+        1,
+        2,
+        3,
+        4,
+        5,
+    ]  # rows that are replicated on other devices too
     assert of_process(mesh.devices[1, 1, :1]) == [9, 10, 11]
 
 
@@ -89,21 +98,21 @@ def test_evaluation_counts_every_image_once(digits_dir, transform):
     parts = [
         list(eval_batches(source, transform, 100, rows=rows)) for rows in (np.arange(50), np.arange(50, 100))
     ]
-    for whole, *halves in zip(batches, *parts, strict=True):
-        np.testing.assert_array_equal(whole["image"], np.concatenate([half["image"] for half in halves]))
+    for batch, *halves in zip(batches, *parts, strict=True):
+        np.testing.assert_array_equal(batch["image"], np.concatenate([half["image"] for half in halves]))
     valid = np.concatenate([b["valid"] for b in batches]) > 0
     labels = np.concatenate([b["label"] for b in batches])[valid]
     assert labels.tolist() == [source[i]["label"] for i in range(len(source))]
 
 
-def test_a_batch_larger_than_the_data_is_refused(source, transform):
+def test_a_batch_larger_than_the_data_is_rejected(source, transform):
     with pytest.raises(ValueError, match="has 1442 images, fewer than one batch of 2000"):
         train_batches(source, transform, 2000, seed=0)
 
 
 def test_a_corrupt_record_stops_the_loader_and_is_named(source, transform):
-    class OneBad:
-        """The records with the 700th cut short."""
+    class OneCorrupt:
+        """Records of which number 700 is truncated."""
 
         def __len__(self):
             return len(source.records)
@@ -112,8 +121,8 @@ def test_a_corrupt_record_stops_the_loader_and_is_named(source, transform):
             record = source.records[index]
             return {**record, "image": record["image"][:20]} if index == 700 else record
 
-    bad = dataclasses.replace(source, records=OneBad())
-    batches = train_batches(bad, transform, 64, seed=0)
+    corrupt_source = dataclasses.replace(source, records=OneCorrupt())
+    batches = train_batches(corrupt_source, transform, 64, seed=0)
     with pytest.raises(CorruptImage, match="record 700 of data set digits holds no readable image"):
         for _ in range(len(source) // 64 + 1):
             next(batches)

@@ -51,7 +51,7 @@ def test_a_token_cache_is_written_to_object_storage_and_read_from_it(
         write_cache(as_path(f"{bucket}/tokens"), other, sources, encode, 2, COMMAND)
 
 
-def test_what_cannot_be_remote_is_refused_by_name(tmp_path):
+def test_remote_paths_that_are_not_supported_are_rejected_by_name(tmp_path):
     with pytest.raises(ValueError, match="config.data.dir=s3://b/data: must be a local path"):
         open_source("digits", "train", "s3://b/data")
     with pytest.raises(ValueError, match="config.data.tokens=s3://b/tokens: must be a local path"):

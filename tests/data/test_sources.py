@@ -7,13 +7,13 @@ import pytest
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from var_jax.data.image_folder import ImageFile, builder_of
+from var_jax.data.image_folder import ImageFile, make_builder
 from var_jax.data.sources import DataSetMissing, open_source
 from var_jax.data.transforms import ToPixels
 from var_jax.tools.judge_digits import split_off
 
 
-def test_digits_are_those_of_scikit_learn_split_once_and_for_all(digits_dir):
+def test_digits_are_those_of_scikit_learn_with_a_fixed_split(digits_dir):
     digits = load_digits()
     is_test = split_off(digits.target)
     for split, chosen in (("train", ~is_test), ("test", is_test)):
@@ -25,10 +25,11 @@ def test_digits_are_those_of_scikit_learn_split_once_and_for_all(digits_dir):
         assert source.num_classes == 10 and source.class_names[3] == "3"
 
 
-TOGETHER = """
+PREPARE_TOGETHER = """
 import os, pathlib, sys, time
 from var_jax.data import digits, sources
-generate, meeting = digits.Digits._generate_examples, pathlib.Path(sys.argv[2])
+generate = digits.Digits._generate_examples
+meeting = pathlib.Path(sys.argv[2])
 
 def wait_for_the_other(self, test=False):
     (meeting / str(os.getpid())).touch()
@@ -43,28 +44,30 @@ print(len(sources.open_source("digits", "train", sys.argv[1])))
 
 def test_two_processes_prepare_the_digits_at_once(tmp_path):
     (tmp_path / "meeting").mkdir()
-    command = [sys.executable, "-c", TOGETHER, str(tmp_path / "data"), str(tmp_path / "meeting")]
+    command = [sys.executable, "-c", PREPARE_TOGETHER, str(tmp_path / "data"), str(tmp_path / "meeting")]
     both = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) for _ in range(2)]
     done = [process.communicate(timeout=300) for process in both]
     assert [process.returncode for process in both] == [0, 0], b"\n".join(error[-2000:] for _, error in done)
     assert [out.split()[-1] for out, _ in done] == [b"1442", b"1442"]
-    assert [path.name for path in (tmp_path / "data").iterdir()] == ["digits"]  # nothing is left over
+    assert [path.name for path in (tmp_path / "data").iterdir()] == [
+        "digits"
+    ]  # no temporary directory is left
 
 
-def test_exif_counts_but_for_imagenet_as_published(tmp_path, digits_dir):
+def test_exif_orientation_is_applied_except_to_imagenet_as_published(tmp_path, digits_dir):
     assert open_source("digits", "test", digits_dir)[0]["exif"]
     exif = Image.Exif()
     exif[0x0112] = 3
     buffer = io.BytesIO()
     stored = np.arange(64, dtype=np.uint8).reshape(8, 8)
     Image.fromarray(stored).save(buffer, "PNG", exif=exif)
-    for name, want in (("photographs", stored[::-1, ::-1]), ("imagenet2012", stored)):
+    for name, expected in (("photographs", stored[::-1, ::-1]), ("imagenet2012", stored)):
         file = tmp_path / "image.png"
         file.write_bytes(buffer.getvalue())
         files = [ImageFile(file, "cat", split) for split in ("train", "test")]
-        builder_of(name, files, tmp_path / "data").download_and_prepare(file_format="array_record")
+        make_builder(name, files, tmp_path / "data").download_and_prepare(file_format="array_record")
         source = open_source(name, "train", tmp_path / "data")
-        np.testing.assert_array_equal(ToPixels(name, 8, 1.0, False)(source[0])["image"][..., 0], want)
+        np.testing.assert_array_equal(ToPixels(name, 8, 1.0, False)(source[0])["image"][..., 0], expected)
 
 
 def test_no_tensorflow_is_loaded(digits_dir):
@@ -72,7 +75,7 @@ def test_no_tensorflow_is_loaded(digits_dir):
     assert "tensorflow" not in sys.modules
 
 
-def test_filling_up_to_whole_batches(digits_dir):
+def test_padding_to_full_batches(digits_dir):
     source = open_source("digits", "test", digits_dir)
     padded = source.pad_to_multiple(64)
     assert len(padded) == 384 and padded[len(source) - 1]["valid"] == 1 and padded[len(source)]["valid"] == 0

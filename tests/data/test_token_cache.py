@@ -24,8 +24,8 @@ def test_a_cache_reads_as_a_source(token_cache):
     padded = held_out.pad_to_multiple(64)
     assert len(padded) == 384 and padded[355]["valid"] == 0 and padded.num_images == 355
     np.testing.assert_array_equal(padded[383]["tokens"], held_out[354]["tokens"])
-    again = pickle.loads(pickle.dumps(train))  # as for grain's worker processes
-    np.testing.assert_array_equal(again[700]["tokens"], train[700]["tokens"])
+    unpickled = pickle.loads(pickle.dumps(train))  # as in grain's worker processes
+    np.testing.assert_array_equal(unpickled[700]["tokens"], train[700]["tokens"])
 
 
 def test_files_and_layout_follow_the_description(tiny_run, tmp_path):
@@ -43,29 +43,29 @@ def test_batches_hold_every_crop_once_before_they_repeat_and_every_held_out_imag
     first = [next(batches) for _ in range(2)]
     assert set(first[0]) == {"tokens", "label", "valid"} and first[0]["tokens"].shape == (1442, 21)
     rows = lambda items: sorted(item.tobytes() for item in items)  # noqa: E731
-    result = np.concatenate([batch["tokens"] for batch in first])
-    assert rows(result) == rows([train[i]["tokens"] for i in range(len(train))])
+    tokens = np.concatenate([batch["tokens"] for batch in first])
+    assert rows(tokens) == rows([train[i]["tokens"] for i in range(len(train))])
     batches = list(eval_batches(held_out, None, 100))
     valid = np.concatenate([batch["valid"] for batch in batches]) > 0
     tokens = np.concatenate([batch["tokens"] for batch in batches])[valid]
     np.testing.assert_array_equal(tokens, np.stack([held_out[i]["tokens"] for i in range(355)]))
 
 
-def test_an_incomplete_cache_is_refused_with_the_command_that_finishes_it(token_cache, tmp_path):
-    begun = altered(token_cache, tmp_path / "begun", complete=False)
+def test_an_incomplete_cache_is_rejected_with_the_command_that_finishes_it(token_cache, tmp_path):
+    unfinished = altered(token_cache, tmp_path / "begun", complete=False)
     with pytest.raises(DataSetMissing, match=rf"begun .*is not complete.  To finish it:\n  {COMMAND}"):
-        open_token_cache(begun)
-    torn = altered(token_cache, tmp_path / "torn")
-    (torn / "train-00003-of-00005.array_record").unlink()
+        open_token_cache(unfinished)
+    damaged = altered(token_cache, tmp_path / "torn")
+    (damaged / "train-00003-of-00005.array_record").unlink()
     with pytest.raises(DataSetMissing, match=rf"it lacks 1 files, e.g. train-00003-of(.|\n)*{COMMAND}"):
-        open_token_cache(torn)
+        open_token_cache(damaged)
     with pytest.raises(
         DataSetMissing, match=r"no token cache at .*none(.|\n)*var_jax.tools.encode_dataset --workdir"
     ):
         open_token_cache(tmp_path / "none")
 
 
-def test_files_that_are_not_what_the_description_says_are_refused(token_cache, tmp_path):
+def test_files_that_do_not_match_the_description_are_rejected(token_cache, tmp_path):
     short = altered(token_cache, tmp_path / "short", eval_images=350)
     with pytest.raises(
         ValueError, match="has 355 records in 1 files like eval-.*but description.json says 350"
@@ -79,18 +79,20 @@ def test_files_that_are_not_what_the_description_says_are_refused(token_cache, t
 def test_a_cache_of_older_crops_is_read_with_a_warning_but_not_continued(
     digits_dir, tiny_tokenizer, tmp_path, monkeypatch
 ):
-    said = []
-    monkeypatch.setattr(token_cache_module.logging, "warning", lambda text, *args: said.append(text % args))
+    warnings = []
+    monkeypatch.setattr(
+        token_cache_module.logging, "warning", lambda text, *args: warnings.append(text % args)
+    )
     description, parts, encode = small(digits_dir, tiny_tokenizer)
     write_cache(as_path(tmp_path), description, parts, encode, 2, COMMAND)
     tokens = [source[39]["tokens"] for source in open_token_cache(tmp_path)]
-    assert not said
-    note = json.loads((tmp_path / "description.json").read_text())
-    del note["holds"]["transform"]  # as written before there was such a field
-    (tmp_path / "description.json").write_text(json.dumps(note))
+    assert not warnings
+    manifest = json.loads((tmp_path / "description.json").read_text())
+    del manifest["holds"]["transform"]  # as written before the field existed
+    (tmp_path / "description.json").write_text(json.dumps(manifest))
     older = open_token_cache(tmp_path)
     np.testing.assert_array_equal([source[39]["tokens"] for source in older], tokens)
-    assert len(said) == 1 and "holds crops of transform version 0" in said[0]
-    assert not older[0].description.transform  # as absent, so that runs on this cache resume
+    assert len(warnings) == 1 and "holds crops of transform version 0" in warnings[0]
+    assert not older[0].description.transform  # 0 means absent: runs on this cache resume
     with pytest.raises(CacheMismatch, match="transform: 0 there, 1 now"):
         write_cache(as_path(tmp_path), description, parts, encode, 2, COMMAND)

@@ -39,8 +39,8 @@ def test_centre_crop_without_and_random_crop_with_a_generator():
     crops = [transform(record(RAMP), np.random.default_rng(seed))["image"] for seed in range(20)]
     starts = {int(np.flatnonzero((crop[0] == RAMP).all((1, 2)))[0]) for crop in crops}
     assert len(starts) > 5 and all(0 <= start <= 20 for start in starts)
-    again = transform(record(RAMP), np.random.default_rng(0))["image"]
-    np.testing.assert_array_equal(again, crops[0])
+    repeated = transform(record(RAMP), np.random.default_rng(0))["image"]
+    np.testing.assert_array_equal(repeated, crops[0])
 
 
 def test_flip_mirrors_about_half_in_random_mode_only():
@@ -54,14 +54,15 @@ def test_flip_mirrors_about_half_in_random_mode_only():
     assert 15 < sum(flipped) < 45
 
 
-def test_shift_moves_about_half_by_at_most_so_many_pixels_in_random_mode_only():
-    transform, square = ToPixels("x", 20, 1.0, False, shift=1), record(RAMP[:20])
+def test_shift_translates_about_half_of_the_images_in_random_mode_only():
+    transform = ToPixels("x", 20, 1.0, False, shift=1)
+    square = record(RAMP[:20])
     np.testing.assert_array_equal(transform(square)["image"], RAMP[:20])
     padded = np.pad(RAMP[:20], ((1, 1), (1, 1), (0, 0)))
     allowed = [padded[y : y + 20, x : x + 20] for y in range(3) for x in range(3)]
-    result = [transform(square, np.random.default_rng(seed))["image"] for seed in range(60)]
-    which = [[np.array_equal(image, view) for view in allowed].index(True) for image in result]
-    assert set(which) == set(range(9)) and which.count(4) > 20  # 4: not moved
+    images = [transform(square, np.random.default_rng(seed))["image"] for seed in range(60)]
+    shifts = [[np.array_equal(image, view) for view in allowed].index(True) for image in images]
+    assert set(shifts) == set(range(9)) and shifts.count(4) > 20  # 4: not shifted
 
 
 def test_short_side_is_resized_to_1_125_of_the_size():
@@ -74,7 +75,7 @@ def test_short_side_is_resized_to_1_125_of_the_size():
 
 
 def published(image: Image.Image, size: int, resize: float, corner: tuple[int, int] | None) -> np.ndarray:
-    """Crop of the published loader: torchvision's Resize(LANCZOS) of the whole image, then its crop.
+    """Return the crop of the published loader: torchvision's Resize(LANCZOS) of the full image, then a crop.
 
     Args:
       image: RGB.
@@ -82,7 +83,8 @@ def published(image: Image.Image, size: int, resize: float, corner: tuple[int, i
       resize: shorter side over size.
       corner: left and top of a random crop; None for the center.
     """
-    short, (w, h) = round(size * resize), image.size
+    short = round(size * resize)
+    w, h = image.size
     if w <= h:
         w, h = short, int(short * h / w)
     else:
@@ -95,7 +97,8 @@ def published(image: Image.Image, size: int, resize: float, corner: tuple[int, i
 
 
 def test_crops_of_any_size_are_those_of_the_published_loader_to_the_bit():
-    rng, odd = np.random.default_rng(0), 0
+    rng = np.random.default_rng(0)
+    odd = 0
     sizes = rng.integers(1, 120, (150, 2))
     sizes = [(w, h) for w, h in sizes if max(w, h) <= MAX_ASPECT * min(w, h)] + [
         (20, 1),
@@ -105,30 +108,32 @@ def test_crops_of_any_size_are_those_of_the_published_loader_to_the_bit():
     ]
     for i, (w, h) in enumerate(sizes):
         pixels = rng.integers(0, 256, (h, w, 3), dtype=np.uint8)
-        size, resize = int(rng.integers(3, 40)), (1.0, 1.125, 1.5)[i % 3]
-        transform, image = ToPixels("x", size, resize, False), Image.fromarray(pixels)
+        size = int(rng.integers(3, 40))
+        resize = (1.0, 1.125, 1.5)[i % 3]
+        transform = ToPixels("x", size, resize, False)
+        image = Image.fromarray(pixels)
         center = published(image, size, resize, None)
         np.testing.assert_array_equal(transform(record(pixels))["image"], center)
         width, height = resized_size(image.size, round(size * resize))
         odd += (width - size) % 2 + (height - size) % 2
         draws = np.random.default_rng(i)  # of the transform: x, then y
         corner = int(draws.integers(width - size + 1)), int(draws.integers(height - size + 1))
-        want = published(image, size, resize, corner)
-        np.testing.assert_array_equal(transform(record(pixels), np.random.default_rng(i))["image"], want)
+        expected = published(image, size, resize, corner)
+        np.testing.assert_array_equal(transform(record(pixels), np.random.default_rng(i))["image"], expected)
     assert odd > 50  # where rounding the center matters
 
 
 @pytest.mark.parametrize("size", [(60, 1), (1, 60), (200, 3), (3, 200), (1600, 60), (60, 1600), (31, 700)])
 @pytest.mark.parametrize("side", [9, 32, 72])
-def test_the_crop_of_a_thin_image_is_that_of_the_image_resized_whole(size, side):
+def test_the_crop_of_a_thin_image_is_that_of_the_full_image_resized(size, side):
     rng = np.random.default_rng(0)
     image = Image.fromarray(rng.integers(0, 256, (*size[::-1], 3), dtype=np.uint8))
-    whole = resize_short_side(image, side)
-    for _ in range(15):  # two pixels outside as well, as `shift` has them
-        left, top = (int(rng.integers(-2, length - 5 + 3)) for length in whole.size)
+    resized = resize_short_side(image, side)
+    for _ in range(15):  # boxes up to two pixels outside of the image, as with `shift`
+        left, top = (int(rng.integers(-2, length - 5 + 3)) for length in resized.size)
         box = (left, top, left + 5, top + 5)
         crop = np.asarray(resize_and_crop(image, side, box)).astype(int)
-        assert np.abs(crop - np.asarray(whole.crop(box))).max() <= 1, box
+        assert np.abs(crop - np.asarray(resized.crop(box))).max() <= 1, box
 
 
 THIN = """
@@ -150,10 +155,10 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
 def test_a_line_of_60000_pixels_takes_little_memory(size):
     done = subprocess.run([sys.executable, "-c", THIN, *size], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert int(done.stdout) < 20_000  # KiB; resized whole: 15 GB
+    assert int(done.stdout) < 20_000  # KiB; resizing the full image would take 15 GB
 
 
-def test_deep_transparent_and_turned_images_reach_the_model_right():
+def test_16_bit_transparent_and_rotated_images_are_transformed_correctly():
     ramp = np.tile(np.arange(0, 256, 8, dtype=np.uint8), (32, 1))
     pixels = ToPixels("x", 32, 1.0, False)
     np.testing.assert_array_equal(pixels(record(ramp.astype(np.uint16) * 257))["image"][..., 0], ramp)
@@ -173,7 +178,7 @@ def test_the_pixels_of_the_digits_are_as_stored(digits_dir):
         np.testing.assert_array_equal(ToPixels("digits", 8, 1.0, False)(source[i])["image"], stored)
 
 
-def test_memory_that_is_not_there_names_the_record(monkeypatch):
+def test_running_out_of_memory_names_the_record(monkeypatch):
     def exhausted(*_):
         raise MemoryError
 

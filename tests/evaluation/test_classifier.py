@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 from sklearn.datasets import load_digits
 
-from var_jax.evaluation.classifier import Classifier, SampleJudge, spread
+from var_jax.evaluation.classifier import Classifier, SampleJudge, within_class_std
 
 
 @pytest.fixture(scope="module")
@@ -12,7 +12,7 @@ def digits():
     return images[:1200], data.target[:1200], images[1200:], data.target[1200:]
 
 
-def test_it_knows_digits_and_tells_noise_from_them(digits):
+def test_the_classifier_recognizes_digits_and_its_distance_separates_noise(digits):
     images, labels, others, other_labels = digits
     classifier = Classifier(images, labels)
     assert (classifier.classes(others) == other_labels).mean() > 0.93
@@ -22,20 +22,18 @@ def test_it_knows_digits_and_tells_noise_from_them(digits):
     assert classifier.features(others).shape == (len(others), 64)
 
 
-def test_spread_is_within_classes(digits):
+def test_within_class_std_ignores_differences_between_classes(digits):
     images, labels, *_ = digits
-    alone = np.stack(
-        [images[labels == label][0] for label in labels]
-    )  # one image of each class, again and again
-    assert spread(alone, labels) == 0
-    by_hand = [images[labels == c].astype(float).std(0).mean() for c in range(10)]
-    assert spread(images, labels) == pytest.approx(np.mean(by_hand), rel=1e-4)
+    repeated = np.stack([images[labels == label][0] for label in labels])  # one image of each class
+    assert within_class_std(repeated, labels) == 0
+    expected = [images[labels == c].astype(float).std(0).mean() for c in range(10)]
+    assert within_class_std(images, labels) == pytest.approx(np.mean(expected), rel=1e-4)
 
 
-def test_a_jury_tells_copies_from_new_images(digits):
+def test_the_sample_judge_separates_copies_from_new_images(digits):
     images, labels, others, other_labels = digits
-    jury = SampleJudge((images, labels), (others, other_labels))
-    held_out, copies = jury.figures(others, other_labels), jury.figures(images, labels)
+    judge = SampleJudge((images, labels), (others, other_labels))
+    held_out, copies = judge.figures(others, other_labels), judge.figures(images, labels)
     assert held_out["nearest"] == 1 and copies["nearest"] == 0
     assert copies["spread"] == 1 and copies["called_right"] > 0.99
-    assert copies["frechet"] > 0.01  # of as many as are held out, not of all, which would be 0
+    assert copies["frechet"] > 0.01  # of as many as are held out; of all samples it would be 0

@@ -6,24 +6,24 @@ from var_jax.evaluation.frechet import Moments, frechet_distance
 
 
 def moments(features, parts=3):
-    result = Moments()
+    accumulator = Moments()
     for part in np.array_split(features, parts):
-        result.add(part)
-    return result
+        accumulator.add(part)
+    return accumulator
 
 
-def test_moments_of_parts_are_those_of_the_whole():
+def test_moments_of_batches_are_those_of_all_features():
     features = np.random.default_rng(0).standard_normal((50, 4)).astype(np.float32) + 100
     np.testing.assert_allclose(moments(features).covariance, np.cov(features, rowvar=False), rtol=1e-5)
     np.testing.assert_allclose(moments(features).mean, features.mean(0), rtol=1e-6)
 
 
-def test_distance_by_the_root_of_the_matrix():
+def test_distance_equals_that_from_the_matrix_square_root():
     rng = np.random.default_rng(0)
     a, b = rng.standard_normal((40, 5)) @ rng.standard_normal((5, 5)), rng.standard_normal((60, 5)) + 0.5
     ca, cb = np.cov(a, rowvar=False), np.cov(b, rowvar=False)
-    want = ((a.mean(0) - b.mean(0)) ** 2).sum() + np.trace(ca + cb - 2 * scipy.linalg.sqrtm(ca @ cb).real)
-    assert frechet_distance(moments(a), moments(b)) == pytest.approx(want, rel=1e-9)
+    expected = ((a.mean(0) - b.mean(0)) ** 2).sum() + np.trace(ca + cb - 2 * scipy.linalg.sqrtm(ca @ cb).real)
+    assert frechet_distance(moments(a), moments(b)) == pytest.approx(expected, rel=1e-9)
     assert frechet_distance(moments(a), moments(a)) == pytest.approx(0, abs=1e-6)
 
 

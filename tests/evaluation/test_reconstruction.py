@@ -14,19 +14,19 @@ def test_metrics_are_those_of_the_reconstructions(tiny_tokenizer):
     module, params = tiny_tokenizer
     images = np.random.default_rng(0).integers(0, 256, (20, 8, 8, 3), dtype=np.uint8)
     valid = np.array([[1] * 12, [1] * 8 + [0] * 4], np.float32)
-    filled_up = np.resize(images[12:], (12, 8, 8, 3))
-    batches = [{"image": images[:12], "valid": valid[0]}, {"image": filled_up, "valid": valid[1]}]
+    padded = np.resize(images[12:], (12, 8, 8, 3))
+    batches = [{"image": images[:12], "valid": valid[0]}, {"image": padded, "valid": valid[1]}]
     features = lambda x: x.mean((1, 2))  # noqa: E731
     metrics, worst, best = evaluate_reconstruction(module, params, batches, 20, features=features)
     real = images.astype(np.float32) / 127.5 - 1
     tokens = encode(module, params, real)
-    again = np.asarray(decode(module, params, tokens))
-    sides = (Moments(), Moments())
-    files = np.floor((again / 2 + 0.5) * 255 + 0.5) / 127.5 - 1
-    for side, seen in zip(sides, (real, files), strict=True):
-        side.add(features(seen))
-    assert metrics["rfid"] == pytest.approx(frechet_distance(*sides), rel=1e-3)
-    error = ((again - real) ** 2).mean((1, 2, 3))
+    recon = np.asarray(decode(module, params, tokens))
+    moments = (Moments(), Moments())
+    rounded = np.floor((recon / 2 + 0.5) * 255 + 0.5) / 127.5 - 1
+    for accumulator, pixels in zip(moments, (real, rounded), strict=True):
+        accumulator.add(features(pixels))
+    assert metrics["rfid"] == pytest.approx(frechet_distance(*moments), rel=1e-3)
+    error = ((recon - real) ** 2).mean((1, 2, 3))
     psnr = 10 * np.log10(4 / error)
     assert metrics["l2"] == pytest.approx(error.mean(), rel=1e-5)
     assert metrics["psnr"] == pytest.approx(psnr.mean(), rel=1e-5)
@@ -46,7 +46,7 @@ def test_equal_images_use_one_code_of_the_first_map(tiny_tokenizer):
     assert metrics["distinct_0"] == 1 and metrics["perplexity_0"] == 1
 
 
-# A fault in the evaluation itself: no message for users, and never without its traceback.
+# A bug in the evaluation itself must show its traceback, not a message for users.
 FAULTY = """
 import evaluate
 from absl import app

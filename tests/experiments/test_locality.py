@@ -8,9 +8,9 @@ from PIL import Image
 import var_jax
 from experiments.locality.run import GROUPS, check_map, distances, finest_tokens, information, summary
 from tests.helpers.commands import command
+from var_jax.data.decoding import decode_image
 from var_jax.data.loader import batch_indices
 from var_jax.data.sources import open_source
-from var_jax.data.transforms import decode
 from var_jax.transformer.positions import ORDERS
 
 MODULE = ("-m", "experiments.locality.run")
@@ -63,7 +63,7 @@ def test_tokens_are_those_of_the_last_map_of_images_drawn_at_random(tiny_run, di
     tokenizer, source = var_jax.load_tokenizer(tiny_run), open_source("digits", "train", digits_dir)
     result = finest_tokens(tokenizer, source, 70)  # more than a batch
     which = batch_indices(len(source), 64, 0, 0)[[0, 5]]
-    images = np.stack([np.asarray(decode(source[i]["image"])) for i in which])
+    images = np.stack([np.asarray(decode_image(source[i]["image"])) for i in which])
     np.testing.assert_array_equal(result[[0, 5]], tokenizer.encode(images / np.float32(255))[:, 5:])
     assert result.shape == (70, 16)
     with pytest.raises(ValueError, match=r"last map of scales \(1, 1\) has one token"):

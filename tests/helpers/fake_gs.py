@@ -1,16 +1,16 @@
-"""Object store on this machine in place of Google Cloud Storage, for gs:// paths in tests.
+"""Fake Google Cloud Storage on the local machine, for gs:// paths in tests.
 
-Four clients reach a bucket from a training run, and all see the objects of one local folder: TensorStore and
-array_record's reader, which speak HTTP from C++, through a server on loopback; `etils.epath`, through a file
-system of fsspec; Orbax's look at the kind of bucket, through a module in the place of google.cloud.storage.
-As in the real store there is no append, no rename and no directory: an object appears when its upload ends,
-and a folder is the prefix of some object.
+A training run accesses a bucket through four clients, and all of them see the objects of one local folder:
+TensorStore and array_record's reader, HTTP clients in C++, through a server on loopback; `etils.epath`,
+through an fsspec file system; Orbax's check of the kind of bucket, through a fake module
+google.cloud.storage. As in the real store, there is no append, rename or directory: an object appears when
+its upload is complete, and a folder is the prefix of an object.
 
-With VAR_JAX_GCSFS=1 the Python ones are the real gcsfs and google-cloud-storage, talking to the server.
+With VAR_JAX_GCSFS=1 the Python clients are the real gcsfs and google-cloud-storage, connected to the server.
 
     python -m tests.helpers.fake_gs train.py --workdir=gs://...
 
-runs a script or a module (by a name with dots) in a process that sees the store.
+runs a script, or a module by its dotted name, in a process that sees the store.
 """
 
 import contextlib
@@ -36,7 +36,7 @@ SERVERS = ("TENSORSTORE_GCS_HTTP_URL", "CLOUD_STORAGE_EMULATOR_ENDPOINT")  # Ten
 
 
 class Bucket:
-    """Objects by name, each a file of a local folder; puts are atomic."""
+    """Bucket of objects, each a file in a local folder; puts are atomic."""
 
     def __init__(self, folder: Path):
         self.folder = Path(folder)
@@ -46,14 +46,14 @@ class Bucket:
         return self.folder / quote(name, safe="")
 
     def put(self, name: str, content: bytes) -> int:
-        """Writes an object; returns its generation."""
+        """Write an object and return its generation."""
         partial = self.folder / f"%partial-{os.getpid()}-{threading.get_ident()}"
         partial.write_bytes(content)
         partial.replace(self._file(name))
         return self.generation(name)
 
     def generation(self, name: str) -> int:
-        """0 where there is no object of that name."""
+        """Return the generation of an object; 0 if it does not exist."""
         try:
             return self._file(name).stat().st_mtime_ns
         except FileNotFoundError:
@@ -66,18 +66,18 @@ class Bucket:
         self._file(name).unlink()
 
     def list(self, prefix: str = "") -> dict[str, int]:
-        """Name -> bytes."""
+        """Return the sizes in bytes of the objects with a prefix, by name."""
         sizes = {}
         for entry in os.scandir(self.folder):
             name = unquote(entry.name)
             if name.startswith(prefix) and not entry.name.startswith("%partial"):
-                with contextlib.suppress(FileNotFoundError):  # deleted meanwhile
+                with contextlib.suppress(FileNotFoundError):  # deleted in the meantime
                     sizes[name] = entry.stat().st_size
         return dict(sorted(sizes.items()))
 
 
 class _Handler(BaseHTTPRequestHandler):
-    """The part of the JSON API that TensorStore, gcsfs and google-cloud-storage use."""
+    """HTTP handler of the part of the JSON API that TensorStore, gcsfs and google-cloud-storage use."""
 
     protocol_version = "HTTP/1.1"
 
@@ -119,8 +119,8 @@ class _Handler(BaseHTTPRequestHandler):
         }
 
     def _precondition(self, bucket: str, name: str, query: dict) -> bool:
-        now = str(self.server.bucket(bucket).generation(name))
-        return query.get("ifGenerationMatch", now) == now
+        generation = str(self.server.bucket(bucket).generation(name))
+        return query.get("ifGenerationMatch", generation) == generation
 
     def _handle(self) -> None:
         url = urlsplit(self.path)
@@ -150,8 +150,8 @@ class _Handler(BaseHTTPRequestHandler):
         kind, name = query.get("uploadType"), query.get("name")
         if kind == "multipart":
             boundary = re.search(r"boundary=['\"]?([^'\";]+)", self.headers["Content-Type"])[1].encode()
-            about, content = body.split(b"--" + boundary)[1:3]
-            name = json.loads(re.split(rb"\r?\n\r?\n", about, maxsplit=1)[1])["name"]
+            metadata, content = body.split(b"--" + boundary)[1:3]
+            name = json.loads(re.split(rb"\r?\n\r?\n", metadata, maxsplit=1)[1])["name"]
             body = re.sub(rb"\r?\n\Z", b"", re.split(rb"\r?\n\r?\n", content, maxsplit=1)[1])
         elif kind == "resumable" and "upload_id" not in query:
             name = name or json.loads(body)["name"]
@@ -161,13 +161,13 @@ class _Handler(BaseHTTPRequestHandler):
         elif kind == "resumable":
             key = (bucket, name)
             pattern = r"bytes (?:(\d+)-(\d+)|\*)/(\d+|\*)"
-            whole = f"bytes 0-{len(body) - 1}/{len(body)}" if body else "bytes */0"
-            start, end, total = re.fullmatch(pattern, self.headers.get("Content-Range", whole)).groups()
-            held = self.server.uploads.setdefault(key, bytearray())
+            full_range = f"bytes 0-{len(body) - 1}/{len(body)}" if body else "bytes */0"
+            start, end, total = re.fullmatch(pattern, self.headers.get("Content-Range", full_range)).groups()
+            uploaded = self.server.uploads.setdefault(key, bytearray())
             if start is not None:
-                held[int(start) : int(end) + 1] = body
+                uploaded[int(start) : int(end) + 1] = body
             if total == "*":
-                return self._answer(308, Range=f"bytes=0-{len(held) - 1}")
+                return self._answer(308, Range=f"bytes=0-{len(uploaded) - 1}")
             body = bytes(self.server.uploads.pop(key))
         if not self._precondition(bucket, name, query):
             return self._answer(412, {"error": {"code": 412, "message": "generation"}})
@@ -201,7 +201,8 @@ class _Handler(BaseHTTPRequestHandler):
             return self._answer(200, self._resource(bucket, name))
         if query.get("ifGenerationNotMatch") == str(generation):
             return self._answer(304)
-        content, status, extra = store.get(name), 200, {}
+        content = store.get(name)
+        status, extra = 200, {}
         if match := re.fullmatch(r"bytes=(\d*)-(\d*)", self.headers.get("Range", "")):
             start = int(match[1]) if match[1] else max(0, len(content) - int(match[2]))
             stop = int(match[2]) + 1 if match[1] and match[2] else len(content)
@@ -214,7 +215,7 @@ class _Handler(BaseHTTPRequestHandler):
         return self._answer(status, content, **extra)
 
     def _batch(self, body: bytes) -> None:
-        """gcsfs deletes many objects in one call."""
+        """Delete many objects in one request, as gcsfs does."""
         parts = []
         for number, path in enumerate(re.findall(rb"DELETE (\S+) HTTP", body), 1):
             match = re.search(r"/b/([^/]+)/o/([^/?]+)", path.decode())
@@ -251,13 +252,13 @@ class _Server(ThreadingHTTPServer):
         return Bucket(self.folder / name)
 
     def handle_error(self, request, client_address):
-        """Clients that go away in the middle of an answer are not worth a traceback."""
+        """Print no traceback if a client disconnects during a response."""
         if not isinstance(sys.exc_info()[1], ConnectionError):
             super().handle_error(request, client_address)
 
 
 class _Upload(io.BytesIO):
-    """A file being written: the object appears, whole, when it is closed."""
+    """File being written; the object appears when it is closed."""
 
     def __init__(self, bucket: Bucket, name: str, listings: dict):
         super().__init__()
@@ -271,16 +272,17 @@ class _Upload(io.BytesIO):
 
 
 class FakeGcs(fsspec.AbstractFileSystem):
-    """fsspec's view of the buckets, as gcsfs gives it for a bucket without a hierarchical namespace.
+    """fsspec file system of the buckets, like gcsfs on buckets without a hierarchical namespace.
 
-    As gcsfs does, it keeps listings until it writes itself, unless told not to.
+    Like gcsfs, it caches listings until it writes itself, unless `use_listings_cache` is False.
     """
 
     protocol = ("gs", "gcs")
 
     def __init__(self, finalize_on_close: bool = False, use_listings_cache: bool = True, **kwargs):
         super().__init__(use_listings_cache=use_listings_cache, **kwargs)
-        self.keeps_listings, self.listings = use_listings_cache, {}
+        self.caches_listings = use_listings_cache
+        self.listings = {}
 
     @classmethod
     def _strip_protocol(cls, path):
@@ -292,7 +294,7 @@ class FakeGcs(fsspec.AbstractFileSystem):
 
     def ls(self, path, detail=True, **_):
         entries = self.listings.get(self._strip_protocol(path)) or self._list(path)
-        if self.keeps_listings:
+        if self.caches_listings:
             self.listings[self._strip_protocol(path)] = entries
         return list(entries.values()) if detail else sorted(entries)
 
@@ -357,31 +359,32 @@ class FakeGcs(fsspec.AbstractFileSystem):
         names = [name] if bucket.generation(name) else list(bucket.list(f"{name}/")) if recursive else []
         if not names:
             raise FileNotFoundError(path)
-        for result in names:
+        for key in names:
             with contextlib.suppress(FileNotFoundError):
-                bucket.delete(result)
+                bucket.delete(key)
 
     def mv(self, path, target, recursive=False, **_):
-        """Object by object."""
+        """Copy and delete object by object."""
         self.listings.clear()
-        (bucket, name), (_, to) = self._split(path), self._split(target)
+        bucket, name = self._split(path)
+        _, target_name = self._split(target)
         names = [name] if bucket.generation(name) else list(bucket.list(f"{name}/"))
-        for result in names:
-            bucket.put(to + result[len(name) :], bucket.get(result))
-            bucket.delete(result)
+        for key in names:
+            bucket.put(target_name + key[len(name) :], bucket.get(key))
+            bucket.delete(key)
 
     rename = mv
 
 
 def install() -> None:
-    """In this process, gs:// is the store that the environment names; before epath opens its first URL."""
+    """Register the store named in the environment for gs:// URLs; call before epath opens its first URL."""
     if os.environ.get(REAL_CLIENTS):
         return
     for protocol in ("gs", "gcs"):
         fsspec.register_implementation(protocol, FakeGcs, clobber=True)
     storage = types.ModuleType("google.cloud.storage")
-    plain = types.SimpleNamespace(hierarchical_namespace_enabled=False)
-    storage.Client = lambda: types.SimpleNamespace(get_bucket=lambda _: plain)
+    bucket = types.SimpleNamespace(hierarchical_namespace_enabled=False)
+    storage.Client = lambda: types.SimpleNamespace(get_bucket=lambda _: bucket)
     cloud = sys.modules.get("google.cloud") or types.ModuleType("google.cloud")
     cloud.storage = storage
     sys.modules["google.cloud"], sys.modules["google.cloud.storage"] = cloud, storage
@@ -389,7 +392,7 @@ def install() -> None:
 
 @contextlib.contextmanager
 def serving(folder: Path) -> Iterator[dict[str, str]]:
-    """Serves buckets under a folder; yields the environment by which processes reach them."""
+    """Serve buckets under a folder; yield the environment variables that give processes access to them."""
     server = _Server(folder)
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()

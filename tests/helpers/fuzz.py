@@ -1,10 +1,10 @@
-"""Damage real files of weights at random, and read them: the end is tensors, or a ValueError with its name.
+"""Fuzz the readers of weight files: damaged files must give tensors, or a ValueError with their name.
 
     python -m tests.helpers.fuzz --seconds=600 --seed=1          # or --count=20000
 
-Reading a file must take under 2 s of CPU time and 300 MB of memory, and every tensor must be readable to its
-last byte. Files are read in a child process under a limit of its address space, so that a crash (SIGSEGV,
-SIGBUS), a hang or a call for memory is seen. A failure has a number: `--index=N --count=1` repeats it.
+Reading a file must take under 2 s of CPU time and 300 MB of memory, and all bytes of a tensor must be
+readable. Files are read in a child process with a limited address space, so that crashes (SIGSEGV, SIGBUS),
+hangs and large allocations are detected. A failure has a number: `--index=N --count=1` repeats it.
 """
 
 import argparse
@@ -58,12 +58,13 @@ EXTREMES = (
 SIGNATURES = (b"PK\x03\x04", b"PK\x01\x02", b"PK\x05\x06", b"PK\x06\x06", b"PK\x06\x07")
 
 
-# --- one file
+# --- damaged files
 
 
 def safetensors(tensors: dict[str, np.ndarray]) -> bytes:
-    """A `.safetensors` file."""
-    header, offset = {}, 0
+    """Return the bytes of a `.safetensors` file."""
+    header = {}
+    offset = 0
     for name, tensor in tensors.items():
         span = [offset, offset + tensor.nbytes]
         header[name] = {"dtype": "F32", "shape": list(tensor.shape), "data_offsets": span}
@@ -73,7 +74,7 @@ def safetensors(tensors: dict[str, np.ndarray]) -> bytes:
 
 
 def architecture(rng: random.Random) -> dict[str, np.ndarray]:
-    """Tensors that decide the architecture of a network, some under other names or of other shapes."""
+    """Return tensors that determine the architecture of a network, some with other names or shapes."""
     tensors = {
         "pos_1LC": (1, 21, 4),
         "lvl_1L": (1, 21),
@@ -97,7 +98,7 @@ def architecture(rng: random.Random) -> dict[str, np.ndarray]:
             shape[rng.randrange(len(shape))] = rng.choice((0, 1, 2, 20_000))
         elif kind == 2:
             name = re.sub(r"\d+", lambda _: str(rng.choice((0, 1, 7, 256, 9999, 10**12, 10**30))), name)
-        if kind < 3 and math.prod(shape) < 10**6:  # a large file is no finding
+        if kind < 3 and math.prod(shape) < 10**6:  # a large file may take memory
             tensors[name] = tuple(shape)
     levels = np.repeat([0, 1, 2], [1, 4, 16])[None]
     arrays = {name: np.zeros(shape, np.float16) for name, shape in tensors.items()}
@@ -108,53 +109,55 @@ def architecture(rng: random.Random) -> dict[str, np.ndarray]:
 
 
 def damaged(data: bytes, others: list[bytes], rng: random.Random) -> bytes:
-    """A file with one to four changes."""
+    """Return a file with one to four random changes."""
     data = bytearray(data)
     for _ in range(rng.choice((1, 1, 1, 2, 4))):
         if not data:
             break
-        at, kind = rng.randrange(len(data)), rng.randrange(9)
+        offset, kind = rng.randrange(len(data)), rng.randrange(9)
         if kind == 0:
-            data[at] ^= 1 << rng.randrange(8)
+            data[offset] ^= 1 << rng.randrange(8)
         elif kind == 1:
-            data[at] = rng.randrange(256)
+            data[offset] = rng.randrange(256)
         elif kind == 2:
-            data[at] = ord(rng.choice(string.printable[:94] + "\x80\x85\x86\x87\x88\x89\x8a\x8c\x93\x94\x95"))
+            data[offset] = ord(
+                rng.choice(string.printable[:94] + "\x80\x85\x86\x87\x88\x89\x8a\x8c\x93\x94\x95")
+            )
         elif kind == 3:
-            del data[at:]
+            del data[offset:]
         elif kind == 4:
-            del data[at : at + rng.choice((1, 2, 8, 100))]
+            del data[offset : offset + rng.choice((1, 2, 8, 100))]
         elif kind == 5:
-            data[at:at] = rng.randbytes(rng.choice((1, 2, 8, 100)))
+            data[offset:offset] = rng.randbytes(rng.choice((1, 2, 8, 100)))
         elif kind == 6:
             other = rng.choice(others)
             start, size = rng.randrange(len(other)), rng.choice((4, 30, 500))
-            data[at : at + size] = other[start : start + size]
+            data[offset : offset + size] = other[start : start + size]
         elif kind == 7:
             layout = rng.choice(("<B", "<H", "<I", "<Q", ">I"))
             size = struct.calcsize(layout)
             value = (rng.choice(EXTREMES) + rng.randint(-1, 1)) % (1 << 8 * size)
-            data[at : at + size] = struct.pack(layout, value)
-        elif result := [match.span() for match in NUMBERS.finditer(data)]:
-            start, end = rng.choice(result)
+            data[offset : offset + size] = struct.pack(layout, value)
+        elif spans := [match.span() for match in NUMBERS.finditer(data)]:
+            start, end = rng.choice(spans)
             data[start:end] = str(rng.choice((*EXTREMES, 10**30))).encode()
     return bytes(data)
 
 
 def damaged_zip_fields(data: bytes, rng: random.Random) -> bytes:
-    """An archive with one or two extreme numbers in its headers."""
+    """Return a zip archive with one or two extreme numbers in its headers."""
     data = bytearray(data)
-    result = [m.start() for signature in SIGNATURES for m in re.finditer(re.escape(signature), data)]
+    headers = [m.start() for signature in SIGNATURES for m in re.finditer(re.escape(signature), data)]
     for _ in range(rng.randint(1, 2)):
-        at = rng.choice(result) + rng.randrange(4, 46, 2)
+        offset = rng.choice(headers) + rng.randrange(4, 46, 2)
         layout = rng.choice(("<H", "<I", "<Q"))
         size = struct.calcsize(layout)
-        data[at : at + size] = struct.pack(layout, rng.choice(EXTREMES) % (1 << 8 * size))
+        data[offset : offset + size] = struct.pack(layout, rng.choice(EXTREMES) % (1 << 8 * size))
     return bytes(data)
 
 
 def case(index: int, seed: int, files: dict[str, bytes]) -> tuple[str, bytes]:
-    """Suffix and content of a damaged file; the same for the same numbers."""
+    """Return the suffix and content of the damaged file of an index and seed; deterministic."""
     rng = random.Random(seed * 1_000_003 + index)
     if rng.random() < 0.05:
         path = Path(tempfile.gettempdir()) / f"fuzz-{seed}-{index}"
@@ -162,7 +165,8 @@ def case(index: int, seed: int, files: dict[str, bytes]) -> tuple[str, bytes]:
         path.unlink()
         return ".pth", content
     name = rng.choice(sorted(files))
-    data, others, suffix = files[name], list(files.values()), Path(name).suffix
+    data, suffix = files[name], Path(name).suffix
+    others = list(files.values())
     if suffix == ".safetensors" and rng.random() < 0.6:  # a changed header of the right length
         (length,) = struct.unpack("<Q", data[:8])
         header = damaged(data[8 : 8 + length], others, rng)
@@ -171,27 +175,28 @@ def case(index: int, seed: int, files: dict[str, bytes]) -> tuple[str, bytes]:
         chance = rng.random()
         if chance < 0.2:
             return suffix, damaged_zip_fields(data, rng)
-        if chance < 0.7:  # a changed pickle in a sound archive
+        if chance < 0.7:  # a changed pickle in a valid archive
             return suffix, with_changed_pickle(data, others, rng)
     return suffix, damaged(data, others, rng)
 
 
 def with_changed_pickle(data: bytes, others: list[bytes], rng: random.Random) -> bytes:
-    result = io.BytesIO()
-    with zipfile.ZipFile(io.BytesIO(data)) as archive, zipfile.ZipFile(result, "w") as changed:
+    """Return a zip archive with a damaged pickle."""
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(io.BytesIO(data)) as archive, zipfile.ZipFile(buffer, "w") as changed:
         for info in archive.infolist():
             content = archive.read(info)
             if info.filename.endswith("data.pkl"):
                 content = damaged(content, others, rng)
             changed.writestr(info.filename, content)
-    return result.getvalue()
+    return buffer.getvalue()
 
 
 # --- the child process
 
 
 class TooSlow(BaseException):
-    """Raised by the timer; no handler of the code under test catches it."""
+    """Raised by the timer; a BaseException, so that the code under test does not catch it."""
 
 
 def touch(value) -> None:
@@ -204,7 +209,7 @@ def touch(value) -> None:
 
 
 def read(path: Path) -> None:
-    """Read the tensors of a file, and what network they are if they are names and tensors."""
+    """Read the tensors of a file, and derive the network if they are a state dict."""
     from var_jax.interop.load import published_next_scale, published_tokenizer, read_network
     from var_jax.interop.pth import read_pth
     from var_jax.interop.tensor_files import read_networks
@@ -212,22 +217,22 @@ def read(path: Path) -> None:
     content = read_pth(path) if path.suffix == ".pth" else read_networks(path)
     touch(content)
     networks = {}
-    with naming(path):
+    with suppress_named_error(path):
         networks = read_networks(path)
     for kind, tensors in networks.items():
         if kind != "tokenizer":
-            with naming(path):
+            with suppress_named_error(path):
                 published_next_scale(path, tensors)
         if kind != "next_scale":
-            with naming(path):
+            with suppress_named_error(path):
                 published_tokenizer(path, tensors)
-            with naming(path):
+            with suppress_named_error(path):
                 read_network(path, "tokenizer")
 
 
 @contextlib.contextmanager
-def naming(path: Path) -> Iterator[None]:
-    """Pass over a ValueError that names a file."""
+def suppress_named_error(path: Path) -> Iterator[None]:
+    """Suppress a ValueError whose message names a file."""
     try:
         yield
     except ValueError as error:
@@ -236,7 +241,7 @@ def naming(path: Path) -> Iterator[None]:
 
 
 def peak_bytes() -> int:
-    """The largest resident memory since the last `reset_peak`."""
+    """Return the peak resident memory since the last `reset_peak`."""
     status = Path("/proc/self/status").read_text()
     return 1024 * int(re.search(r"VmHWM:\s+(\d+)", status)[1])
 
@@ -246,7 +251,7 @@ def reset_peak() -> None:
 
 
 def child(seed: int, first: int, count: int, folder: Path) -> None:
-    """Read damaged files one after the other; a line of JSON before and after each."""
+    """Read damaged files in sequence; print a line of JSON before and after each."""
     import jax
 
     from var_jax.interop import load
@@ -256,7 +261,7 @@ def child(seed: int, first: int, count: int, folder: Path) -> None:
     # Most files imply one of few architectures, whose parameters take up to a second to trace.
     load.tokenizer_shapes = functools.cache(load.tokenizer_shapes)
     load.next_scale_shapes = functools.cache(load.next_scale_shapes)
-    for name, data in files.items():  # what is compiled or imported on first use
+    for name, data in files.items():  # triggers compilation and imports on first use
         path = folder / name
         path.write_bytes(data)
         with contextlib.suppress(ValueError):
@@ -274,7 +279,8 @@ def child(seed: int, first: int, count: int, folder: Path) -> None:
         path.write_bytes(content)
         print(json.dumps({"index": index}), flush=True)
         reset_peak()
-        before, start = peak_bytes(), time.process_time()
+        bytes_before = peak_bytes()
+        start = time.process_time()
         signal.setitimer(signal.ITIMER_PROF, 5 * MAX_SECONDS)
         outcome = "tensors"
         try:
@@ -284,15 +290,16 @@ def child(seed: int, first: int, count: int, folder: Path) -> None:
         except BaseException as error:
             outcome = f"{type(error).__name__}: {error}"[:500]
         signal.setitimer(signal.ITIMER_PROF, 0)
-        seconds, taken = time.process_time() - start, peak_bytes() - before
-        print(json.dumps({"outcome": outcome, "seconds": seconds, "bytes": taken}), flush=True)
+        seconds = time.process_time() - start
+        num_bytes = peak_bytes() - bytes_before
+        print(json.dumps({"outcome": outcome, "seconds": seconds, "bytes": num_bytes}), flush=True)
 
 
 def originals() -> dict[str, bytes]:
-    """Small real files of every format, by name."""
+    """Return small real files of every format, by name."""
     files = {path.name: path.read_bytes() for path in DATA.glob("*.pth")}
     for name in ("legacy.pth", "legacy_python2.pth", "zip.pth"):
-        if (GOLDENS / name).exists():  # not in every clone
+        if (GOLDENS / name).exists():  # goldens are not in every clone
             files[f"golden_{name}"] = (GOLDENS / name).read_bytes()
     rng = np.random.default_rng(0)
     tensors = {f"blocks.{i}.weight": rng.standard_normal((i + 1, 3)).astype(np.float32) for i in range(9)}
@@ -303,13 +310,13 @@ def originals() -> dict[str, bytes]:
 
 
 def run(seed: int, first: int, count: int, on_result: Callable[[int, dict], None]) -> None:
-    """Read `count` damaged files in child processes; one that dies is followed by another.
+    """Read `count` damaged files in child processes; a child that dies is replaced.
 
     Args:
-      seed: of the files.
-      first: number of the first file.
-      count: of files.
-      on_result: called with the number and the outcome, time and memory of each.
+      seed: seed of the damage.
+      first: index of the first file.
+      count: number of files.
+      on_result: called with the index of each file and its outcome, seconds and bytes.
     """
     end = first + count
     while first < end:
@@ -337,21 +344,21 @@ def run(seed: int, first: int, count: int, on_result: Callable[[int, dict], None
 
 
 class Summary:
-    """Counts of outcomes, the worst file by time and by memory, and what must not be."""
+    """Counts of outcomes, the slowest and the largest file, and failures."""
 
     def __init__(self):
         self.outcomes, self.failures = collections.Counter(), []
         self.slowest, self.largest = (0.0, None), (0, None)
 
     def add(self, index: int, result: dict) -> None:
-        outcome, seconds, taken = result["outcome"], result["seconds"], result["bytes"]
+        outcome, seconds, num_bytes = result["outcome"], result["seconds"], result["bytes"]
         self.outcomes[outcome if outcome in ("tensors", "ValueError") else "failure"] += 1
         self.slowest = max(self.slowest, (seconds, index), key=lambda pair: pair[0])
-        self.largest = max(self.largest, (taken, index), key=lambda pair: pair[0])
+        self.largest = max(self.largest, (num_bytes, index), key=lambda pair: pair[0])
         if outcome not in ("tensors", "ValueError"):
             self.failures.append(f"{index}: {outcome}")
-        elif seconds > MAX_SECONDS or taken > MAX_BYTES:
-            self.failures.append(f"{index}: {outcome} after {seconds:.1f} s with {taken / 2**20:.0f} MB")
+        elif seconds > MAX_SECONDS or num_bytes > MAX_BYTES:
+            self.failures.append(f"{index}: {outcome} after {seconds:.1f} s with {num_bytes / 2**20:.0f} MB")
 
     def __str__(self) -> str:
         return (
@@ -362,23 +369,26 @@ class Summary:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--seconds", type=float, default=60, help="stop after the batch that ends later")
+    parser.add_argument(
+        "--seconds", type=float, default=60, help="stop after the batch of 1000 files that ends later"
+    )
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--index", type=int, default=0, help="number of the first file")
-    parser.add_argument("--count", type=int, help="number of files, in place of --seconds")
+    parser.add_argument("--index", type=int, default=0, help="index of the first file")
+    parser.add_argument("--count", type=int, help="number of files, instead of --seconds")
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     flags = parser.parse_args()
     if flags.child:
         child(flags.seed, flags.index, flags.count, flags.folder)
         return
-    summary, start, index = Summary(), time.monotonic(), flags.index
+    summary = Summary()
+    start, index = time.monotonic(), flags.index
     while True:
-        told = len(summary.failures)
+        num_reported = len(summary.failures)
         batch = min(flags.count - (index - flags.index), 1000) if flags.count else 1000
         run(flags.seed, index, batch, summary.add)
         index += batch
-        lines = [f"{time.monotonic() - start:.0f} s: {summary}", *summary.failures[told:]]
+        lines = [f"{time.monotonic() - start:.0f} s: {summary}", *summary.failures[num_reported:]]
         print("\n".join(lines), flush=True)
         if index - flags.index >= flags.count if flags.count else time.monotonic() - start > flags.seconds:
             break

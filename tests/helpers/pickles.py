@@ -1,4 +1,4 @@
-"""Write pickles and `.pth` files without PyTorch, well-formed or not."""
+"""Write well-formed and malformed pickles and `.pth` files without PyTorch."""
 
 import collections
 import struct
@@ -45,12 +45,12 @@ ORDERED_DICT = call(global_("collections", "OrderedDict"))
 
 
 def storage(key: str, count: int, kind: str = "FloatStorage") -> bytes:
-    """A storage of the file, by its persistent id."""
+    """Return the instructions that push a storage by its persistent id."""
     return tuple_of(text("storage"), global_("torch", kind), text(key), text("cpu"), number(count)) + b"Q"
 
 
 def tensor(base: bytes, offset: int, sizes: tuple[int, ...], strides: tuple[int, ...]) -> bytes:
-    """A view of what `base` puts on the stack."""
+    """Return the instructions that push a tensor, a view of the storage that `base` pushes."""
     shape = (tuple_of(*map(number, sizes)), tuple_of(*map(number, strides)))
     return call(
         global_("torch._utils", "_rebuild_tensor_v2"), base, number(offset), *shape, b"\x89", ORDERED_DICT
@@ -64,7 +64,7 @@ def dict_of(items: Mapping[str, bytes]) -> bytes:
 def write_zip(
     path: Path, pickled: bytes, storages: Mapping[str, bytes] = {}, compression: int = zipfile.ZIP_STORED
 ) -> Path:
-    """A zip archive in the layout of `torch.save`."""
+    """Write a zip archive in the layout of `torch.save`."""
     with zipfile.ZipFile(path, "w", compression) as archive:
         archive.writestr("archive/data.pkl", pickled)
         archive.writestr("archive/version", b"3\n")
@@ -74,13 +74,13 @@ def write_zip(
 
 
 def save(path: Path, value) -> Path:
-    """Write nested dicts, lists and tuples of arrays, numbers and text like `torch.save` of today."""
+    """Write nested dicts, lists and tuples of arrays, numbers and text like the current `torch.save`."""
     pickled, arrays = _dump(value, is_legacy=False)
     return write_zip(path, pickled, {key: array.tobytes() for key, array in arrays.items()})
 
 
 def save_legacy(path: Path, value) -> Path:
-    """Write the same like `torch.save` before PyTorch 1.6."""
+    """Write such a value like `torch.save` before PyTorch 1.6."""
     pickled, arrays = _dump(value, is_legacy=True)
     header = (0x1950A86A20F9469CFC6C, 1001, {"protocol_version": 1001, "little_endian": True})
     with open(path, "wb") as file:
@@ -92,7 +92,7 @@ def save_legacy(path: Path, value) -> Path:
 
 
 def _dump(value, is_legacy: bool) -> tuple[bytes, dict[str, np.ndarray]]:
-    """A pickle, and the arrays in it by the keys of their storages."""
+    """Return the pickle of a value, and its arrays by the keys of their storages."""
     arrays = {}
 
     def pickled(value) -> bytes:
@@ -102,7 +102,7 @@ def _dump(value, is_legacy: bool) -> tuple[bytes, dict[str, np.ndarray]]:
             strides = tuple(stride // value.itemsize for stride in value.strides)
             base = storage(key, value.size, STORAGES[value.dtype.name])
             if is_legacy:
-                base = base.replace(b"tQ", b"NtQ")  # no view of another storage
+                base = base.replace(b"tQ", b"NtQ")  # None: not a view of another storage
             return tensor(base, 0, value.shape, strides)
         if isinstance(value, Mapping):
             empty = ORDERED_DICT if isinstance(value, collections.OrderedDict) else b"}"

@@ -1,4 +1,4 @@
-"""Token caches of the digits, made in this process, and copies of them with another description."""
+"""Make token caches of the digits, and copies of them with other descriptions."""
 
 import dataclasses
 import shutil
@@ -12,8 +12,8 @@ from var_jax.interop.load import load_tokenizer
 from var_jax.tokenizer.model import fingerprint
 
 BATCH = 64
-# As flags of the command.
-HOW = {"crops": 2, "resize": 1.125, "flip": True, "shift": 1, "seed": 3, "shard": 600}
+# Fields of the caches, as flags of the command.
+CACHE_FLAGS = {"crops": 2, "resize": 1.125, "flip": True, "shift": 1, "seed": 3, "shard": 600}
 COMMAND = "python -m var_jax.tools.encode_dataset --these --flags"
 
 
@@ -22,12 +22,12 @@ def sources(digits_dir: Path) -> tuple:
 
 
 def describe(run: Path, **changes) -> CacheSpec:
-    """Of two crops of the digits by the tokenizer of a run, or of what is changed about them."""
+    """Return the spec of a cache of the digits by the tokenizer of a run, with changed fields."""
     _, params = load_tokenizer(run)
     digits = {"data": "digits", "train_split": "train", "eval_split": "test"}
     digits |= {"train_images": 1442, "eval_images": 355, "class_names": tuple("0123456789")}
-    of = {"tokenizer": fingerprint(params), "scales": (1, 2, 4), "num_codes": 16, "dtype": "float32"}
-    return CacheSpec(**{**digits, **of, **HOW, "transform": transforms.VERSION, **changes})
+    tokens = {"tokenizer": fingerprint(params), "scales": (1, 2, 4), "num_codes": 16, "dtype": "float32"}
+    return CacheSpec(**{**digits, **tokens, **CACHE_FLAGS, "transform": transforms.VERSION, **changes})
 
 
 def make_cache(run: Path, digits_dir: Path, out: Path) -> Path:
@@ -37,9 +37,9 @@ def make_cache(run: Path, digits_dir: Path, out: Path) -> Path:
 
 
 def small(digits_dir: Path, tiny_tokenizer: tuple) -> tuple[CacheSpec, list[Source], BatchEncoder]:
-    """Of 40 digits a split, by a tokenizer that was not trained: what `write_cache` takes."""
-    whole = sources(digits_dir)
-    parts = [dataclasses.replace(part, records=[part.records[i] for i in range(40)]) for part in whole]
+    """Return the arguments of `write_cache` for 40 digits per split and an untrained tokenizer."""
+    splits = sources(digits_dir)
+    parts = [dataclasses.replace(split, records=[split.records[i] for i in range(40)]) for split in splits]
     tokenizer, params = tiny_tokenizer
     description = CacheSpec(
         data="digits",
@@ -53,21 +53,20 @@ def small(digits_dir: Path, tiny_tokenizer: tuple) -> tuple[CacheSpec, list[Sour
         num_codes=16,
         dtype="float32",
         transform=transforms.VERSION,
-        **{**HOW, "shard": 50},
+        **{**CACHE_FLAGS, "shard": 50},
     )
     return description, parts, BatchEncoder(tokenizer, params, 32)
 
 
 def altered(cache: Path, out: Path, complete: bool = True, **changes) -> Path:
-    """A copy of a cache whose description says something else."""
+    """Copy a cache with a changed description."""
     shutil.copytree(cache, out)
-    CacheManifest(dataclasses.replace(CacheManifest.read(cache).holds, **changes), COMMAND, complete).write(
-        out
-    )
+    spec = dataclasses.replace(CacheManifest.read(cache).holds, **changes)
+    CacheManifest(spec, COMMAND, complete).write(out)
     return out
 
 
 def content(directory: Path) -> dict[str, bytes]:
-    """Every file's bytes, but for the command in the description."""
+    """Return the bytes of every file of a cache, and its spec (the command may differ)."""
     files = {path.name: path.read_bytes() for path in directory.iterdir() if path.suffix != ".json"}
     return files | {"holds": repr(CacheManifest.read(directory).holds).encode()}

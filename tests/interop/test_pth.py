@@ -1,4 +1,4 @@
-"""Reading PyTorch's files: every format that it wrote, and files that were made to do harm."""
+"""Read weight files: every format that PyTorch wrote, and malicious files."""
 
 import collections
 import io
@@ -28,14 +28,14 @@ DATA = Path(__file__).parent / "data"
 
 
 def flat(value, path: str = "") -> dict[str, np.ndarray]:
-    """Arrays of nested containers by their paths."""
+    """Return the arrays in nested containers by path."""
     if isinstance(value, np.ndarray):
         return {path: value}
     items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
     return {k: v for key, child in items for k, v in flat(child, f"{path}/{key}".lstrip("/")).items()}
 
 
-# --- what PyTorch wrote
+# --- files that PyTorch wrote
 
 
 @pytest.mark.parametrize("name", ["legacy", "legacy_python2", "zip"])
@@ -47,10 +47,10 @@ def test_every_format_reads_exactly_equal(name, goldens):
     arrays = flat(content)
     assert arrays.keys() == expected.keys()
     for path, array in arrays.items():
-        want = expected[path]
+        golden = expected[path]
         is_bfloat16 = array.dtype == ml_dtypes.bfloat16
-        assert array.shape == want.shape and (array.dtype == want.dtype or is_bfloat16), path
-        np.testing.assert_array_equal(array.astype(want.dtype), want, err_msg=path)
+        assert array.shape == golden.shape and (array.dtype == golden.dtype or is_bfloat16), path
+        np.testing.assert_array_equal(array.astype(golden.dtype), golden, err_msg=path)
         assert not array.flags.writeable or array.size == 0
     assert json.loads(json.dumps({key: content[key] for key in objects})) == objects
     assert type(content["state_dict"]) is collections.OrderedDict
@@ -58,7 +58,7 @@ def test_every_format_reads_exactly_equal(name, goldens):
 
 @pytest.mark.parametrize("name", ["trainer", "trainer_legacy"])
 def test_a_checkpoint_of_the_published_trainer_reads_as_pytorch_wrote_it(name):
-    """Made by data/make_trainer.py: both networks, AdamW and its gradient scaler."""
+    """The files are made by data/make_trainer.py: both networks, AdamW and its gradient scaler."""
     content = read_pth(DATA / f"{name}.pth")
     trainer, optimizer = content["trainer"], content["trainer"]["var_opt"]["optimizer"]
     assert (
@@ -91,8 +91,9 @@ def test_a_file_written_by_pytorch_reads_as_views_of_the_file(goldens):
 
 
 def resident(array: np.ndarray) -> int:
-    """Bytes of the mapping around an array that are in memory."""
-    address, inside = array.ctypes.data, False
+    """Return the resident bytes of the memory mapping of an array."""
+    address = array.ctypes.data
+    inside = False
     for line in Path("/proc/self/smaps").read_text().splitlines():
         if match := re.match(r"([0-9a-f]+)-([0-9a-f]+) ", line):
             inside = int(match[1], 16) <= address < int(match[2], 16)
@@ -101,7 +102,7 @@ def resident(array: np.ndarray) -> int:
     raise AssertionError("not mapped")
 
 
-def test_memory_of_a_tensor_is_let_go_and_read_again(tmp_path):
+def test_released_memory_of_a_tensor_is_freed_and_read_again(tmp_path):
     big, small = np.arange(1 << 20, dtype=np.float32), np.arange(5, dtype=np.float32)
     tensors = read_pth(pickles.save(tmp_path / "x.pth", {"small": small, "big": big, "last": small}))
     np.testing.assert_array_equal(tensors["big"], big)
@@ -130,7 +131,7 @@ def test_thousands_of_storages_take_one_open_file(tmp_path):
     assert done.returncode == 0, done.stderr
 
 
-# --- files that ask for more than tensors
+# --- files that name other globals than those of tensors
 
 
 @pytest.mark.parametrize(
@@ -144,7 +145,7 @@ def test_thousands_of_storages_take_one_open_file(tmp_path):
         ("collections", "OrderedDict.__class__"),
     ],
 )
-def test_any_other_global_is_refused_before_anything_runs(tmp_path, module, name):
+def test_any_other_global_is_rejected_before_anything_runs(tmp_path, module, name):
     by_line = global_(module, name)
     by_stack = b"".join(b"\x8c" + bytes([len(part)]) + part.encode() for part in (module, name)) + b"\x93"
     for function in (by_line, by_stack):
@@ -167,7 +168,7 @@ def test_any_other_global_is_refused_before_anything_runs(tmp_path, module, name
         (b"\x80\x01N", "protocol 1; torch.save writes 2 to 5"),
     ],
 )
-def test_instructions_that_torch_save_does_not_write_are_refused_by_name(tmp_path, opcodes, instruction):
+def test_instructions_that_torch_save_does_not_write_are_rejected_by_name(tmp_path, opcodes, instruction):
     with pytest.raises(ValueError, match=f"evil.pth .*{instruction}"):
         read_pth(write_zip(tmp_path / "evil.pth", PROTOCOL + opcodes + STOP))
 
@@ -186,7 +187,7 @@ def test_a_file_cannot_change_a_dtype(tmp_path):
     assert np.dtype(ml_dtypes.bfloat16).itemsize == 2 and jnp.ones(3, jnp.bfloat16).sum() == 3
 
 
-def test_what_a_file_names_comes_back_inert(tmp_path):
+def test_globals_named_in_a_file_are_read_as_inert_tokens(tmp_path):
     content = read_pth(
         write_zip(
             tmp_path / "x.pth",
@@ -209,7 +210,7 @@ def test_what_a_file_names_comes_back_inert(tmp_path):
             token.name = "float64"
 
 
-# --- tensors that are not in their storage
+# --- tensors outside of their storage
 
 
 @pytest.mark.parametrize(
@@ -230,8 +231,8 @@ def test_what_a_file_names_comes_back_inert(tmp_path):
         (0, (2, True), (1, 1), None),
     ],
 )
-def test_tensors_that_reach_outside_their_storage_are_refused(tmp_path, offset, sizes, strides, message):
-    if message is None:  # True in place of a number
+def test_tensors_that_reach_outside_their_storage_are_rejected(tmp_path, offset, sizes, strides, message):
+    if message is None:  # True instead of a number
         shape = pickles.tuple_of(number(2), b"\x88"), pickles.tuple_of(number(1), number(1))
         parts = (storage("0", 4), number(0), *shape, b"\x89", pickles.ORDERED_DICT)
         evil, message = pickles.call(global_("torch._utils", "_rebuild_tensor_v2"), *parts), "no count"
@@ -250,7 +251,7 @@ def test_a_tensor_is_no_storage(tmp_path):
         read_pth(path)
 
 
-def test_members_that_are_too_short_or_missing_are_refused(goldens, tmp_path):
+def test_members_that_are_too_short_or_missing_are_rejected(goldens, tmp_path):
     path = tmp_path / "short.pth"
     with zipfile.ZipFile(goldens / "var.pth") as good, zipfile.ZipFile(path, "w") as bad:
         for info in good.infolist():
@@ -263,11 +264,11 @@ def test_members_that_are_too_short_or_missing_are_refused(goldens, tmp_path):
         read_pth(write_zip(tmp_path / "evil.pth", evil))
 
 
-# --- small files that would take memory or time
+# --- small files that would take much memory or time
 
 
-def bounded(path: Path, max_bytes: int = 1 << 24) -> str:
-    """The message with which a file is refused, in little memory."""
+def rejection(path: Path, max_bytes: int = 1 << 24) -> str:
+    """Return the error message for a file; reading it must take little memory."""
     tracemalloc.start()
     try:
         with pytest.raises(ValueError, match=path.name) as error:
@@ -278,9 +279,9 @@ def bounded(path: Path, max_bytes: int = 1 << 24) -> str:
     return str(error.value)
 
 
-def test_a_memo_is_as_large_as_what_is_kept(tmp_path):
+def test_the_memo_is_not_larger_than_the_number_of_stored_values(tmp_path):
     evil = PROTOCOL + b"Nr" + struct.pack("<I", 1 << 30) + b"j" + struct.pack("<I", (1 << 30) - 1) + STOP
-    assert "recalls value" in bounded(write_zip(tmp_path / "evil.pth", evil))
+    assert "recalls value" in rejection(write_zip(tmp_path / "evil.pth", evil))
 
 
 @pytest.mark.parametrize(
@@ -302,88 +303,88 @@ def test_a_memo_is_as_large_as_what_is_kept(tmp_path):
         (b"R", "empty stack"),
     ],
 )
-def test_programs_that_grow_or_go_round_are_refused(tmp_path, evil, message):
-    said = bounded(write_zip(tmp_path / "evil.pth", PROTOCOL + evil + STOP), 1 << 26)
-    assert re.search(message, said), said
+def test_programs_that_grow_or_are_cyclic_are_rejected(tmp_path, evil, message):
+    error = rejection(write_zip(tmp_path / "evil.pth", PROTOCOL + evil + STOP), 1 << 26)
+    assert re.search(message, error), error
 
 
 def test_a_call_cannot_copy_one_list_many_times(tmp_path):
-    """A list of 5,000 pairs, and a dict of it for every eight bytes."""
+    """The file has a list of 5,000 pairs, and makes a dict of it for every eight bytes."""
     pairs = b"](" + b"".join(b"](X\x01\x00\x00\x00aNe" for _ in range(5_000)) + b"eq\x00"
     evil = pairs + global_("collections", "OrderedDict") + b"q\x01" + b"h\x01h\x00\x85R" * 1000
-    assert "instructions" in bounded(write_zip(tmp_path / "evil.pth", PROTOCOL + evil + STOP), 1 << 26)
+    assert "instructions" in rejection(write_zip(tmp_path / "evil.pth", PROTOCOL + evil + STOP), 1 << 26)
 
 
 def test_a_call_cannot_copy_one_text_many_times(tmp_path):
-    """A name of 16,000 wide characters, and a device of it for every eight bytes: 64 kB each."""
+    """The file has a name of 16,000 wide characters, and a device of it (64 kB) for every eight bytes."""
     name = b"X\x00\xfa\x00\x00" + "\U0001f600".encode() * 16_000 + b"q\x00"
     evil = b"(" + name + global_("torch", "device") + b"q\x01" + b"h\x01h\x00K\x01\x86R" * 3000 + b"t"
-    assert "device with other arguments" in bounded(write_zip(tmp_path / "evil.pth", PROTOCOL + evil + STOP))
+    assert "device with other arguments" in rejection(
+        write_zip(tmp_path / "evil.pth", PROTOCOL + evil + STOP)
+    )
 
 
 @pytest.mark.parametrize("name", ["quantize.ema_vocab_hit_SV", "class_emb.weight"])
-def test_a_tensor_without_elements_has_no_other_size_that_is_huge(tmp_path, name):
+def test_a_tensor_without_elements_and_with_a_huge_size_is_rejected(tmp_path, name):
     empty = dict_of({name: tensor(storage("0", 0), 0, (1 << 32, 0), (0, 1))})
     path = write_zip(tmp_path / "evil.pth", PROTOCOL + empty + STOP, {"0": b""})
-    assert "an empty tensor of shape" in bounded(path)
+    assert "an empty tensor of shape" in rejection(path)
 
 
-def test_tensors_together_are_not_many_times_the_file(tmp_path):
-    """A hundred names for one storage of a megabyte: a network of them would take a hundred megabytes."""
+def test_tensors_of_many_times_the_bytes_of_the_file_are_rejected(tmp_path):
+    """A hundred tensors share one storage of a megabyte: copied, they would take a hundred megabytes."""
     view = tensor(storage("0", 1 << 18), 0, (1 << 18,), (1,))
     tensors = dict_of({f"x{i}": view for i in range(100)})
     path = write_zip(tmp_path / "evil.pth", PROTOCOL + tensors + STOP, {"0": bytes(1 << 20)})
-    assert "more than 8 times as many bytes as the file" in bounded(path)
+    assert "more than 8 times as many bytes as the file" in rejection(path)
 
 
-def test_compressed_archives_are_refused_and_not_inflated(tmp_path):
+def test_compressed_archives_are_rejected_and_not_inflated(tmp_path):
     pickled = PROTOCOL + b"]" + b"N0" * 5_000_000 + STOP
     path = write_zip(tmp_path / "bomb.pth", pickled, compression=zipfile.ZIP_DEFLATED)
-    assert "compressed" in (said := bounded(path))
-    assert "torch.save(torch.load(old, weights_only=True), new)" in said
+    error = rejection(path)
+    assert "compressed" in error and "torch.save(torch.load(old, weights_only=True), new)" in error
 
 
 # --- ambiguous archives
 
 
-def edited(path: Path, old: bytes, new: bytes, count: int = 1) -> None:
+def replace_bytes(path: Path, old: bytes, new: bytes, count: int = 1) -> None:
     data = path.read_bytes()
     assert old in data and len(old) == len(new)
     path.write_bytes(data.replace(old, new, count))
 
 
-def test_archives_that_other_tools_would_read_differently_are_refused(tmp_path):
+def test_archives_that_other_tools_would_read_differently_are_rejected(tmp_path):
     good = PROTOCOL + dict_of({"x": tensor(storage("0", 4), 0, (4,), (1,))}) + STOP
     path = tmp_path / "evil.pth"
     write_zip(path, good, {"0": bytes(16), "1": bytes(16)})
     assert read_pth(path)["x"].shape == (4,)
     with pytest.warns(UserWarning, match="Duplicate name"), zipfile.ZipFile(path, "a") as archive:
         archive.writestr("archive/data.pkl", good)
-    assert "is there twice" in bounded(path)
+    assert "is there twice" in rejection(path)
     write_zip(path, good, {"0": bytes(16), "1": bytes(16)})
-    edited(path, b"archive/data/1", b"archive/data/9")  # the local header, not the directory
-    assert "is not where the central directory says" in bounded(path)
+    replace_bytes(path, b"archive/data/1", b"archive/data/9")  # the local header, not the directory
+    assert "is not where the central directory says" in rejection(path)
     write_zip(path, good, {"0": bytes(16), "1": bytes(16)})
     data = path.read_bytes()
-    at = (
-        data.rindex(b"archive/data/1") - 46
-    )  # entry of the directory: its sizes, so that it runs into the directory
-    path.write_bytes(data[: at + 20] + struct.pack("<2I", 500, 500) + data[at + 28 :])
-    assert "overlap" in bounded(path)
+    entry = data.rindex(b"archive/data/1") - 46  # its sizes are enlarged, to overlap the central directory
+    path.write_bytes(data[: entry + 20] + struct.pack("<2I", 500, 500) + data[entry + 28 :])
+    assert "overlap" in rejection(path)
     path.write_bytes(data + b"x")
-    assert "bytes follow the end" in bounded(path)
+    assert "bytes follow the end" in rejection(path)
 
 
 def test_zip64_archives_are_read(tmp_path, monkeypatch):
     value = {"x": np.arange(4, dtype=np.float32)}
-    monkeypatch.setattr(zipfile, "ZIP64_LIMIT", 10)  # sizes and offsets above stand in the extra fields
+    monkeypatch.setattr(zipfile, "ZIP64_LIMIT", 10)  # larger sizes and offsets are in the extra fields
     monkeypatch.setattr(zipfile, "ZIP_FILECOUNT_LIMIT", 1)
     path = pickles.save(tmp_path / "x.pth", value)
     assert b"PK\x06\x06" in path.read_bytes()
     np.testing.assert_array_equal(read_pth(path)["x"], value["x"])
 
 
-# --- files that are something else
+# --- files of other formats
 
 
 @pytest.mark.parametrize("cut", [0, 1, 100, -100])
@@ -397,12 +398,12 @@ def test_damaged_files_are_named(goldens, tmp_path, cut):
         read_pth(path)
 
 
-def test_formats_that_pytorch_alone_reads_say_what_to_do(tmp_path):
+def test_errors_for_formats_that_only_pytorch_reads_say_what_to_do(tmp_path):
     path = tmp_path / "x.pth"
     path.write_bytes(bytes(257) + b"ustar" + bytes(1000))
     with pytest.raises(ValueError, match="tar archive of PyTorch before 0.1.10"):
         read_pth(path)
-    with zipfile.ZipFile(path, "w") as archive:  # as the inception network of 2015-12-05 is distributed
+    with zipfile.ZipFile(path, "w") as archive:  # the layout of the Inception network of 2015-12-05
         for name in ("data.pkl", "constants.pkl", "code/__torch__.py"):
             archive.writestr(f"inception/{name}", b"")
     with pytest.raises(ValueError, match=r"torch.save\(torch.jit.load\(old\).state_dict\(\), new\)"):
@@ -419,7 +420,7 @@ def test_formats_that_pytorch_alone_reads_say_what_to_do(tmp_path):
         read_pth(path)
 
 
-def test_files_that_are_something_else(tmp_path):
+def test_files_of_other_formats_are_rejected(tmp_path):
     with pytest.raises(FileNotFoundError, match="no such file: .*nothing.pth"):
         read_tensors(tmp_path / "nothing.pth", "tokenizer")
     (tmp_path / "x.bin").write_bytes(b"x")
@@ -440,7 +441,7 @@ def test_files_that_are_something_else(tmp_path):
 # --- safetensors
 
 
-def test_safetensors_read_alike(tmp_path):
+def test_safetensors_are_read_as_written(tmp_path):
     tensors = {
         "a": np.arange(6, dtype=np.float32).reshape(2, 3),
         "b": np.arange(3).astype(ml_dtypes.bfloat16),
@@ -450,9 +451,9 @@ def test_safetensors_read_alike(tmp_path):
     save_file(tensors, tmp_path / "x.safetensors", metadata={"format": "pt"})
     read = read_tensors(tmp_path / "x.safetensors", "tokenizer")
     assert read.keys() == tensors.keys()
-    for name, want in tensors.items():
-        assert read[name].dtype == want.dtype and read[name].shape == want.shape
-        np.testing.assert_array_equal(read[name], want)
+    for name, expected in tensors.items():
+        assert read[name].dtype == expected.dtype and read[name].shape == expected.shape
+        np.testing.assert_array_equal(read[name], expected)
 
 
 @pytest.mark.parametrize(
@@ -487,7 +488,7 @@ def test_safetensors_read_alike(tmp_path):
         ),
     ],
 )
-def test_safetensors_that_lie_are_refused(tmp_path, header, message):
+def test_safetensors_with_an_inconsistent_header_are_rejected(tmp_path, header, message):
     path = tmp_path / "evil.safetensors"
     path.write_bytes(struct.pack("<Q", len(header)) + header.encode() + bytes(16))
     with pytest.raises(ValueError, match=f"evil.safetensors is not a safetensors file: .*{message}"):

@@ -20,11 +20,11 @@ from var_jax.interop.tensor_files import read_networks, read_tensors
 from var_jax.transformer.config import NextScaleConfig
 
 
-def assert_identical(got: dict, want: dict) -> None:
-    assert set(got) == set(want)
-    for name, tensor in want.items():
-        assert got[name].dtype == tensor.dtype and got[name].shape == tensor.shape, name
-        np.testing.assert_array_equal(got[name], tensor, err_msg=name)
+def assert_identical(actual: dict, expected: dict) -> None:
+    assert set(actual) == set(expected)
+    for name, tensor in expected.items():
+        assert actual[name].dtype == tensor.dtype and actual[name].shape == tensor.shape, name
+        np.testing.assert_array_equal(actual[name], tensor, err_msg=name)
 
 
 def test_tokenizer_round_trip_is_the_identity(goldens, golden_tokenizer):
@@ -38,13 +38,13 @@ def test_transformer_round_trip_is_the_identity(name, goldens, golden_tokenizer)
     model = var_jax.load_var(goldens / f"{name}.pth", tokenizer=golden_tokenizer)
     config = model.module.config
     assert (config.depth, config.num_heads, config.num_classes) == (3, 3, 10)
-    got = to_published(model.params, next_scale_table(config), next_scale_constants(config))
-    assert_identical(got, read_tensors(goldens / f"{name}.pth", "next_scale"))
+    tensors = to_published(model.params, next_scale_table(config), next_scale_constants(config))
+    assert_identical(tensors, read_tensors(goldens / f"{name}.pth", "next_scale"))
 
 
 @pytest.fixture
 def changed(goldens, tmp_path):
-    """Writes a golden file as .safetensors with changes; returns its path."""
+    """Return a function that writes a changed copy of a golden file as .safetensors and returns its path."""
 
     def write(name: str, change) -> str:
         (tensors,) = read_networks(goldens / f"{name}.pth").values()
@@ -79,13 +79,13 @@ def test_missing_unknown_and_misshapen_tensors_are_all_named(changed, golden_tok
         assert words in str(error.value)
 
 
-def test_constants_of_another_architecture_are_noticed(changed, golden_tokenizer):
+def test_constants_of_another_architecture_are_rejected(changed, golden_tokenizer):
     path = changed("var", lambda t: t.update(lvl_1L=np.zeros((1, 30), np.int64)))
     with pytest.raises(ValueError, match=r"lvl_1L .* holds other values"):
         var_jax.load_var(path, tokenizer=golden_tokenizer)
 
 
-def test_scales_must_be_given_where_the_published_ones_do_not_fit(goldens):
+def test_scales_must_be_given_if_the_published_ones_do_not_fit(goldens):
     with pytest.raises(ValueError, match=r"quantize.ema_vocab_hit_SV has shape \(4, 128\).*pass scales="):
         var_jax.load_tokenizer(goldens / "vae.pth")
     with pytest.raises(ValueError, match=r"has shape \(4, 128\), but scales \(1, 2, 4\) .* need \(3, 128\)"):
@@ -106,18 +106,18 @@ def test_a_transformer_of_other_scales_names_tensor_and_both_shapes(goldens):
         var_jax.load_var(goldens / "var.pth", tokenizer=tokenizer)
 
 
-def test_the_wrong_kind_of_file_is_noticed(goldens, golden_tokenizer):
+def test_a_file_of_another_network_is_rejected(goldens, golden_tokenizer):
     with pytest.raises(ValueError, match="no published tokenizer: it has no tensor encoder.conv_in.weight"):
         var_jax.load_tokenizer(goldens / "var.pth", scales=GOLDEN_SCALES)
     with pytest.raises(ValueError, match="no published VAR transformer: it has no tensor pos_1LC"):
         var_jax.load_var(goldens / "vae.pth", tokenizer=golden_tokenizer)
 
 
-# --- files that were made to do harm
+# --- malicious files
 
 
-def refusal(load, *args, max_bytes: int = 1 << 25) -> str:
-    """The message of a ValueError that takes little memory."""
+def rejection(load, *args, max_bytes: int = 1 << 25) -> str:
+    """Return the message of the ValueError that a call raises; the call must take little memory."""
     tracemalloc.start()
     try:
         with pytest.raises(ValueError) as error:
@@ -129,7 +129,7 @@ def refusal(load, *args, max_bytes: int = 1 << 25) -> str:
 
 
 def small_transformer(**changes) -> dict[str, np.ndarray]:
-    """Tensors that decide the architecture of a transformer of scales (1, 2)."""
+    """Return the tensors that determine the architecture of a transformer of scales (1, 2)."""
     zeros = lambda *shape: np.zeros(shape, np.float32)  # noqa: E731
     tensors = {
         "pos_1LC": zeros(1, 5, 64),
@@ -169,10 +169,10 @@ def small_transformer(**changes) -> dict[str, np.ndarray]:
         ({"word_embed.weight": None}, "no tensor word_embed.weight"),
     ],
 )
-def test_names_and_shapes_cannot_cost_memory(tmp_path, changes, message):
+def test_names_and_shapes_of_a_transformer_cannot_cost_memory(tmp_path, changes, message):
     path = pickles.save(tmp_path / "evil.pth", small_transformer(**changes))
-    said = refusal(lambda: published_next_scale(path, read_tensors(path, "next_scale")))
-    assert "evil.pth" in said and re.search(message, said), said
+    error = rejection(lambda: published_next_scale(path, read_tensors(path, "next_scale")))
+    assert "evil.pth" in error and re.search(message, error), error
 
 
 @pytest.mark.parametrize(
@@ -197,7 +197,7 @@ def test_names_and_shapes_cannot_cost_memory(tmp_path, changes, message):
         ({"quantize.ema_vocab_hit_SV": np.zeros((0, 8))}, "scales"),
     ],
 )
-def test_names_and_shapes_of_a_tokenizer_cannot_either(tmp_path, changes, message):
+def test_names_and_shapes_of_a_tokenizer_cannot_cost_memory(tmp_path, changes, message):
     zeros = lambda *shape: np.zeros(shape, np.float32)  # noqa: E731
     tensors = {
         "encoder.conv_in.weight": zeros(32, 3, 3, 3),
@@ -208,12 +208,12 @@ def test_names_and_shapes_of_a_tokenizer_cannot_either(tmp_path, changes, messag
     tensors = {name: tensor for name, tensor in (tensors | changes).items() if tensor is not None}
     path = pickles.save(tmp_path / "evil.pth", {n: np.asarray(t, np.float32) for n, t in tensors.items()})
     for load in (lambda: var_jax.load_tokenizer(path), lambda: read_network(path, "tokenizer")):
-        said = refusal(load)
-        assert "evil.pth" in said and re.search(message, said), said
+        error = rejection(load)
+        assert "evil.pth" in error and re.search(message, error), error
 
 
-def test_no_mask_is_made_that_the_file_does_not_hold():
-    """The constants of a long sequence are made one by one, and only to be compared with what is there."""
+def test_a_mask_is_not_computed_unless_the_file_holds_one():
+    """Constants are computed one at a time, and only to compare them with those in the file."""
     tracemalloc.start()
     config = NextScaleConfig(depth=3, width=64, scales=(1, 64, 64))
     constants = next_scale_constants(config)

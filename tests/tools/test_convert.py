@@ -18,7 +18,7 @@ from var_jax.interop.load import load_tokenizer, load_transformer, read_network
 from var_jax.interop.tensor_files import read_networks, read_tensors, write_safetensors
 from var_jax.sampling.options import SamplingOptions
 from var_jax.scales import SCALES_512, Scales
-from var_jax.stages import _other_tokenizer, given_params
+from var_jax.stages import _other_tokenizer, initial_params
 from var_jax.tools.convert import check_path, convert, to_file, to_run
 from var_jax.training.checkpoint import CHECKPOINT_DIR, load_config
 from var_jax.training.transformer_task import NextScaleTask
@@ -155,7 +155,7 @@ def test_a_converted_run_can_be_started_from(goldens, golden_tokenizer, tmp_path
     assert load_config(tmp_path / "run" / "next_scale" / CHECKPOINT_DIR)[1]["tokenizer"] == task.fingerprint
     for run in ("run", "without"):
         stage.init_from = str(tmp_path / run)
-        initial = given_params(stage, task, tmp_path / "new")
+        initial = initial_params(stage, task, tmp_path / "new")
         np.testing.assert_array_equal(
             initial["head/kernel"].values, read_network(stage.init_from, "next_scale")[1]["head"]["kernel"]
         )

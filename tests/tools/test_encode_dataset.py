@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from tests.helpers.commands import command
-from tests.helpers.token_cache import BATCH, COMMAND, HOW, altered, content, describe, small, sources
+from tests.helpers.token_cache import BATCH, CACHE_FLAGS, COMMAND, altered, content, describe, small, sources
 from var_jax.data import token_writer
 from var_jax.data.token_cache import CacheManifest, open_token_cache
 from var_jax.data.token_writer import BatchEncoder, CacheMismatch, write_cache
@@ -22,10 +22,12 @@ from var_jax.tools import encode_dataset
 def test_tokens_are_those_of_the_crops_that_seed_image_and_crop_decide(token_cache, tiny_run, digits_dir):
     train, held_out = open_token_cache(token_cache)
     images, images_held_out = sources(digits_dir)
-    transform = ToPixels("digits", 8, HOW["resize"], HOW["flip"], HOW["shift"])
+    transform = ToPixels("digits", 8, CACHE_FLAGS["resize"], CACHE_FLAGS["flip"], CACHE_FLAGS["shift"])
     tokenizer, params = load_tokenizer(tiny_run)
     crops = [(i, crop) for i in (0, 7, 1441) for crop in (0, 1)]
-    pixels = [transform(images[i], np.random.default_rng((HOW["seed"], i, crop))) for i, crop in crops]
+    pixels = [
+        transform(images[i], np.random.default_rng((CACHE_FLAGS["seed"], i, crop))) for i, crop in crops
+    ]
     centered = [transform(images_held_out[i]) for i in (0, 354)]
     assert (pixels[0]["image"] != pixels[1]["image"]).any()
     records = [train[crop * 1442 + i] for i, crop in crops] + [held_out[i] for i in (0, 354)]
@@ -39,7 +41,7 @@ def test_tokens_are_those_of_the_crops_that_seed_image_and_crop_decide(token_cac
 def test_the_command_on_one_device_writes_what_eight_do_and_goes_on(
     token_cache, tiny_run, digits_dir, tmp_path
 ):
-    flags = [f"--{name}={value}" for name, value in HOW.items()]
+    flags = [f"--{name}={value}" for name, value in CACHE_FLAGS.items()]
     flags += [
         f"--workdir={tiny_run}",
         "--data=digits",

@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 from examples import coloured_shapes
-from var_jax.data.image_folder import ImageFile, UnusableFolder, hold_out, list_images, summary
+from var_jax.data.image_folder import ImageFile, UnusableFolder, format_counts, hold_out, list_images
 from var_jax.data.sources import open_source
 from var_jax.data.transforms import ToPixels
 from var_jax.errors import ConfigError
@@ -104,7 +104,7 @@ def test_the_same_share_of_every_class_is_held_out_again_and_folders_of_splits_a
     ]
     images, passed_over = list_images(moved_folder)
     assert len(images) == 46 and {image.label for image in images} == set(COLOURS)
-    assert passed_over["folders beside those of the splits"] == 1
+    assert passed_over["folders that are not splits"] == 1
 
 
 @pytest.mark.parametrize(("images", "test"), [(20, 10), (2, 10), (1, 1)])
@@ -161,7 +161,7 @@ def test_links_are_followed_once_and_what_is_passed_over_is_counted(folder, tmp_
         "files that are neither files nor folders": 1,
         "links to folders that are read already": 2,
     }
-    assert summary({".txt": 3, ".heic": 12, ".db": 3}) == "12 .heic, 3 .db, 3 .txt"
+    assert format_counts({".txt": 3, ".heic": 12, ".db": 3}) == "12 .heic, 3 .db, 3 .txt"
     assert prepare(folder, "colours", tmp_path / "data", 0.2, False, workers=1) == (33, 8)
     output = capsys.readouterr().out
     assert "41 images in 4 classes" in output and "passed over: 3 hidden folders, 2 .heic" in output
@@ -202,7 +202,7 @@ def test_a_flat_folder_has_one_class_and_a_mixed_one_is_refused(tmp_path):
     assert {f.label for f in list_images(tmp_path)[0]} == {"image"}
     (tmp_path / "cats").mkdir()
     (tmp_path / "cats" / "a.png").write_bytes(encoded((9, 9, 9), "PNG"))
-    with pytest.raises(UnusableFolder, match="holds 3 images beside its folders of classes, e.g. 0.png"):
+    with pytest.raises(UnusableFolder, match="holds 3 images outside of its class folders, e.g. 0.png"):
         list_images(tmp_path)
 
 

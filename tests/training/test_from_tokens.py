@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from tests.helpers.tiny import tiny_config
-from tests.helpers.token_cache import COMMAND, HOW, altered, sources
+from tests.helpers.token_cache import CACHE_FLAGS, COMMAND, altered, sources
 from var_jax.data.sources import DataSetMissing
 from var_jax.data.token_cache import open_token_cache
 from var_jax.data.transforms import ToPixels
@@ -23,7 +23,7 @@ def stage(tiny_run, token_cache, tmp_path):
     """The stage next_scale on the cache; the images are nowhere."""
     stage = tiny_config(tmp_path / "no_images", steps=2).next_scale
     stage.tokenizer, stage.data.tokens = str(tiny_run), str(token_cache)
-    stage.data.update({name: HOW[name] for name in ("resize", "flip", "shift")})
+    stage.data.update({name: CACHE_FLAGS[name] for name in ("resize", "flip", "shift")})
     return stage
 
 
@@ -43,9 +43,9 @@ def test_tokens_of_other_crops_than_the_config_asks_for_are_refused(stage, tmp_p
 def test_a_step_from_the_cache_is_a_step_from_the_same_crops(tiny_run, token_cache, digits_dir, tmp_path):
     task = NextScaleTask(tiny_config(tmp_path).next_scale, 6, *load_tokenizer(tiny_run), classes=10)
     images, (cached, _) = sources(digits_dir)[0], open_token_cache(token_cache)
-    transform = ToPixels("digits", 8, HOW["resize"], HOW["flip"], HOW["shift"])
+    transform = ToPixels("digits", 8, CACHE_FLAGS["resize"], CACHE_FLAGS["flip"], CACHE_FLAGS["shift"])
     which = np.random.default_rng(0).permutation(len(cached))[:16]
-    rng = lambda i: np.random.default_rng((HOW["seed"], i % 1442, i // 1442))  # noqa: E731
+    rng = lambda i: np.random.default_rng((CACHE_FLAGS["seed"], i % 1442, i // 1442))  # noqa: E731
     on_the_fly = [transform(images[i % 1442], rng(i)) for i in which]
     together = lambda items: jax.tree.map(lambda *leaves: np.stack(leaves), *items)  # noqa: E731
     batches = together(on_the_fly), together([cached[i] for i in which])

@@ -1,4 +1,4 @@
-"""Decoding of encoded images of any common format, size and mode to 8-bit RGB."""
+"""Decode images of any common format, size and mode to 8-bit RGB."""
 
 import io
 import struct
@@ -10,10 +10,12 @@ from PIL import ExifTags, Image, UnidentifiedImageError, features
 
 WHITE, BLACK = (255, 255, 255), (0, 0, 0)
 
-# Formats that are decoded by libraries alone: EPS, for one, would start Ghostscript on the user's file.
+# Formats decoded by libraries only: EPS, for example, would run Ghostscript on the user's file.
 _FORMATS = ("JPEG", "PNG", "WEBP", "AVIF", "GIF", "BMP", "TIFF", "PPM", "JPEG2000")
-_OPTIONAL = {"WEBP": "webp", "AVIF": "avif", "JPEG2000": "jpg_2000"}  # by the build of Pillow
-FORMATS = tuple(name for name in _FORMATS if name not in _OPTIONAL or features.check(_OPTIONAL[name]))
+_OPTIONAL_FORMATS = {"WEBP": "webp", "AVIF": "avif", "JPEG2000": "jpg_2000"}  # depend on the build of Pillow
+FORMATS = tuple(
+    name for name in _FORMATS if name not in _OPTIONAL_FORMATS or features.check(_OPTIONAL_FORMATS[name])
+)
 
 _TRANSPOSITIONS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -26,30 +28,30 @@ _TRANSPOSITIONS = {
 }
 _PHOTOMETRIC, _BITS_PER_SAMPLE = 262, 258  # TIFF tags
 
-# Raised by Pillow on damaged files; the RuntimeError is of its AVIF decoder.
-_DAMAGED = (OSError, SyntaxError, ValueError, EOFError, RuntimeError, struct.error, zlib.error)
+# Raised by Pillow on damaged files; RuntimeError by its AVIF decoder.
+_DAMAGED_FILE_ERRORS = (OSError, SyntaxError, ValueError, EOFError, RuntimeError, struct.error, zlib.error)
 
-# An image of 89 to 178 million pixels is a warning to Pillow, one beyond an error: both are refused.
+# Pillow warns above 89 million pixels and raises an error above 178 million: reject both.
 warnings.filterwarnings("error", category=Image.DecompressionBombWarning)
 
 
 class DecodeError(ValueError):
-    """Bytes that are no image, are damaged, or hold pixels whose brightness is not defined."""
+    """Bytes that are not an image, are damaged, or have pixel values without a defined white level."""
 
 
-def decode(data: bytes, exif: bool = True, background: tuple[int, int, int] = WHITE) -> Image.Image:
-    """Decode an image to RGB; of an animation, the first frame.
+def decode_image(data: bytes, exif: bool = True, background: tuple[int, int, int] = WHITE) -> Image.Image:
+    """Decode an image to 8-bit RGB; of an animation, the first frame.
 
-    16-bit channels keep their high byte, floats of 0..1 are scaled, transparent pixels are composited onto
-    the background. Color profiles are ignored.
+    16-bit channels are reduced to their high byte, floats in [0, 1] are scaled to [0, 255], and transparent
+    pixels are composited onto the background. Color profiles are ignored.
 
     Args:
       data: encoded image.
-      exif: turn the image as its EXIF orientation says, as viewers do.
+      exif: apply the EXIF orientation, as image viewers do.
       background: color behind transparent pixels.
 
     Raises:
-      DecodeError: if there is no image in the bytes that can be decoded.
+      DecodeError: if the bytes cannot be decoded.
     """
     try:
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
@@ -57,18 +59,18 @@ def decode(data: bytes, exif: bool = True, background: tuple[int, int, int] = WH
             rgb = _to_rgb(image, background)
             transposition = _TRANSPOSITIONS.get(_orientation(image)) if exif else None
         return rgb if transposition is None else rgb.transpose(transposition)
-    except UnidentifiedImageError as error:  # its own words name a buffer in memory
+    except UnidentifiedImageError as error:  # its message names only a buffer in memory
         raise DecodeError(_unidentified(data)) from error
     except MemoryError as error:
         raise DecodeError("takes more memory than there is") from error
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise DecodeError(f"more than {Image.MAX_IMAGE_PIXELS:,} pixels") from error
-    except _DAMAGED as error:
+    except _DAMAGED_FILE_ERRORS as error:
         raise DecodeError(str(error) or type(error).__name__) from error
 
 
 def _to_rgb(image: Image.Image, background: tuple[int, int, int]) -> Image.Image:
-    """Convert a decoded image of any mode, not turned yet."""
+    """Convert a decoded image of any mode to RGB, before EXIF orientation is applied."""
     if image.mode.startswith("I") or image.mode == "F":
         gray = _to_8_bits(image)
         if (transparent := image.info.get("transparency")) is not None:
@@ -76,39 +78,42 @@ def _to_rgb(image: Image.Image, background: tuple[int, int, int]) -> Image.Image
         return Image.fromarray(gray).convert("RGB")
     if not image.has_transparency_data:
         return image.convert("RGB")
-    over = image.convert("RGBA")
-    return Image.alpha_composite(Image.new("RGBA", over.size, (*background, 255)), over).convert("RGB")
+    rgba = image.convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", rgba.size, (*background, 255)), rgba).convert("RGB")
 
 
 def _to_8_bits(image: Image.Image) -> np.ndarray:
-    """Scale a gray image of more than 8 bits to uint8 [H, W].
+    """Reduce a grayscale image of more than 8 bits to uint8 [H, W].
 
     Raises:
       DecodeError: if the file does not define which value is white.
     """
-    values, tags = np.asarray(image), getattr(image, "tag_v2", {})
+    values = np.asarray(image)
+    tags = getattr(image, "tag_v2", {})
     if image.mode == "F":
         low, high = float(values.min()), float(values.max())
         if not (low >= 0 and high <= 1):  # also NaN
-            raise DecodeError(f"float pixels from {low:g} to {high:g}: only 0 to 1 is taken; scale them")
+            raise DecodeError(
+                f"float pixels from {low:g} to {high:g}: only 0 to 1 is taken; scale them to that range"
+            )
         return np.round(values * 255).astype(np.uint8)
     if image.mode == "I" and image.format == "TIFF":
-        raise DecodeError("integer pixels whose white is not defined: store them in 8 or 16 bits, unsigned")
-    bits = tags.get(_BITS_PER_SAMPLE, (16,))[0]  # Pillow scales the samples of all formats but TIFF to 16
+        raise DecodeError("integer pixels whose white is not defined: store them as unsigned 8 or 16 bits")
+    bits = tags.get(_BITS_PER_SAMPLE, (16,))[0]  # Pillow scales to 16 bits, except for TIFF
     gray = (values >> (bits - 8)).astype(np.uint8)
     return 255 - gray if tags.get(_PHOTOMETRIC) == 0 else gray
 
 
 def _orientation(image: Image.Image) -> int:
-    """EXIF orientation, 1 (upright) to 8; 1 where the metadata are damaged, which the pixels are not."""
+    """Return the EXIF orientation, 1 (upright) to 8; 1 if the metadata are damaged."""
     try:
         return image.getexif().get(ExifTags.Base.Orientation, 1)
-    except (*_DAMAGED, KeyError, IndexError, TypeError, AssertionError):
+    except (*_DAMAGED_FILE_ERRORS, KeyError, IndexError, TypeError, AssertionError):
         return 1
 
 
 def _unidentified(data: bytes) -> str:
-    """Reason for which Pillow knows no format for these bytes."""
+    """Return the reason why Pillow does not recognize these bytes."""
     if not data:
         return "empty"
     brand = data[8:12] if data[4:8] == b"ftyp" else b""

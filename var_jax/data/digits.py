@@ -1,7 +1,7 @@
 """The embedded default: 1797 handwritten digits bundled with scikit-learn, as a TFDS data set.
 
-8x8 pixels of 17 grey levels (Alpaydin & Kaynak 1998), stored as PNG in array_record files.  Neither
-a network nor TensorFlow is needed.
+8x8 pixels of 17 gray levels (Alpaydin & Kaynak 1998), stored as PNG in array_record files.  Preparing them
+needs neither internet access nor TensorFlow.
 """
 
 import io
@@ -10,11 +10,11 @@ import numpy as np
 import tensorflow_datasets as tfds
 from PIL import Image
 
-TEST_EVERY = 5  # every fifth digit of each class is held out
+TEST_EVERY = 5  # keeps the variety of classes and writers in both splits
 
 
-def held_out(labels: np.ndarray) -> np.ndarray:
-    """bool [N]: the test split, as varied in classes and writers as the training split."""
+def test_mask(labels: np.ndarray) -> np.ndarray:
+    """Return the mask of the test split, bool [N]: every fifth digit of each class in `labels` [N]."""
     test = np.zeros(len(labels), bool)
     for label in np.unique(labels):
         test[np.flatnonzero(labels == label)[TEST_EVERY - 1 :: TEST_EVERY]] = True
@@ -22,7 +22,7 @@ def held_out(labels: np.ndarray) -> np.ndarray:
 
 
 class Digits(tfds.core.GeneratorBasedBuilder):
-    """Builder of the data set `digits`: train 1442, test 355, always the same."""
+    """TFDS builder of the data set `digits`, with a fixed split: train 1442, test 355 images."""
 
     VERSION = tfds.core.Version("1.0.0")
 
@@ -44,10 +44,10 @@ class Digits(tfds.core.GeneratorBasedBuilder):
         return {"train": self._generate_examples(False), "test": self._generate_examples(True)}
 
     def _generate_examples(self, test: bool = False):
-        from sklearn.datasets import load_digits  # a second to import, for the first run alone
+        from sklearn.datasets import load_digits  # takes a second to import, and only the first run needs it
 
         digits = load_digits()
-        for i in np.flatnonzero(held_out(digits.target) == test):
+        for i in np.flatnonzero(test_mask(digits.target) == test):
             image, label = digits.images[i], digits.target[i]
             buffer = io.BytesIO()
             Image.fromarray(np.round(image * (255 / 16)).astype(np.uint8)).save(buffer, "PNG")

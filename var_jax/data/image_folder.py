@@ -1,8 +1,9 @@
-"""A folder of images as a TFDS data set: encoded bytes are passed through as they are.
+"""A TFDS data set from a folder of images, stored as their original encoded bytes.
 
-`root/class/*.jpg` is labelled by the folders, `root/*.jpg` has one class.  Where `root` holds `train` and
-`test` (or `val`, `validation`) folders, these are the splits; else a share of every class is held out, chosen
-by the names of the files, so that the same files are held out whenever it is prepared again.
+Images in `root/class/*.jpg` have the folder's name as their class; images in `root/*.jpg` have one class.
+If `root` has folders `train` and `test` (or `val`, `validation`), these are the splits.  Otherwise a share of
+every class is held out, chosen by the names of the files, so that preparing the data set again holds out the
+same files.
 """
 
 import collections
@@ -16,20 +17,20 @@ from pathlib import Path
 import tensorflow_datasets as tfds
 from PIL import features as pillow_features
 
-SUFFIXES = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif")
-_OPTIONAL = {".webp": "webp", ".avif": "avif"}  # by the build of Pillow
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif")
+_OPTIONAL_SUFFIXES = {".webp": "webp", ".avif": "avif"}  # depend on the build of Pillow
 SPLIT_FOLDERS = {"train": "train", "test": "test", "val": "test", "validation": "test"}
-UNLABELLED = "image"  # the one class of a flat folder
-RESOURCE_FORKS = "__MACOSX"  # folder in archives made by macOS, of files named like the images
+UNLABELLED = "image"  # the only class of a folder without class folders
+RESOURCE_FORKS = "__MACOSX"  # in archives made by macOS: a folder of metadata files named like the images
 
 
 class UnusableFolder(ValueError):
-    """A folder that makes no data set."""
+    """A folder that cannot be made into a data set."""
 
 
 @dataclasses.dataclass(frozen=True)
 class ImageFile:
-    """One image of a folder: its path, its class and its split (`train` or `test`; empty: not decided)."""
+    """An image file with its class and its split (`train`, `test`, or empty if not decided yet)."""
 
     path: Path
     label: str
@@ -37,19 +38,21 @@ class ImageFile:
 
 
 def readable_suffixes() -> tuple[str, ...]:
-    """Suffixes of the formats that this build of Pillow decodes."""
+    """Return the file suffixes of the formats that this build of Pillow can decode."""
     return tuple(
-        suffix for suffix in SUFFIXES if suffix not in _OPTIONAL or pillow_features.check(_OPTIONAL[suffix])
+        suffix
+        for suffix in IMAGE_SUFFIXES
+        if suffix not in _OPTIONAL_SUFFIXES or pillow_features.check(_OPTIONAL_SUFFIXES[suffix])
     )
 
 
 def printable(path: str | os.PathLike) -> str:
-    """A path for messages: bytes that are not UTF-8, which cannot be printed, as \\xNN."""
+    """Return a path as printable text: bytes that are not UTF-8 become \\xNN."""
     return os.fsencode(path).decode("utf-8", "backslashreplace")
 
 
 def list_images(root: Path) -> tuple[list[ImageFile], collections.Counter]:
-    """List the images under a folder, in the order of their paths.
+    """List the images under a folder, sorted by path.
 
     Links to folders and files are followed; within a class, no folder is read twice.
 
@@ -57,37 +60,38 @@ def list_images(root: Path) -> tuple[list[ImageFile], collections.Counter]:
       root: the folder.
 
     Returns:
-      The images, and how many files and folders were passed over, by suffix or reason.
+      The images, and the counts of the files and folders that were passed over, by suffix or reason.
 
     Raises:
-      FileNotFoundError: if there is no folder, or no image in it.
-      UnusableFolder: if images lie both in class folders and beside them, or names cannot be class names.
+      FileNotFoundError: if there is no such folder, or no image in it.
+      UnusableFolder: if there are images both inside and outside of class folders, or if the name of a
+        folder cannot be a class name.
     """
     if not root.is_dir():
         raise FileNotFoundError(f"no such folder: {printable(root)}")
     passed_over = collections.Counter()
     folders = [path.name for path in root.iterdir() if path.is_dir() and not _is_hidden(path.name)]
     splits = {name: root / name for name in SPLIT_FOLDERS if name in folders}
-    if folders == ["train"]:  # an archive of the training images alone
+    if folders == ["train"]:  # an archive of the training images only
         splits = {"": root / "train"}
     elif "train" not in splits or len(splits) < 2:
         splits = {"": root}
     elif others := len(folders) - len(splits):
-        passed_over["folders beside those of the splits"] += others
+        passed_over["folders that are not splits"] += others
     images = []
     for name, folder in splits.items():
         paths = sorted(_image_paths(folder, passed_over))
         flat = [path for path in paths if path.parent == folder]
         if flat and len(flat) < len(paths):
             raise UnusableFolder(
-                f"{printable(folder)} holds {len(flat)} images beside its folders of classes, e.g. "
-                f"{printable(flat[0].name)}: put every image into a folder of its class, or all of them flat"
+                f"{printable(folder)} holds {len(flat)} images outside of its class folders, e.g. "
+                f"{printable(flat[0].name)}: put every image into a class folder, or use no class folders"
             )
         for path in paths:
             label = UNLABELLED if flat else path.relative_to(folder).parts[0]
             images.append(ImageFile(path, label, SPLIT_FOLDERS.get(name, "")))
     if not images:
-        reasons = f"; passed over: {summary(passed_over)}" if passed_over else ""
+        reasons = f"; passed over: {format_counts(passed_over)}" if passed_over else ""
         raise FileNotFoundError(
             f"no images ({' '.join(readable_suffixes())}) under {printable(root)}{reasons}"
         )
@@ -95,10 +99,10 @@ def list_images(root: Path) -> tuple[list[ImageFile], collections.Counter]:
     return images, passed_over
 
 
-def summary(passed_over: Mapping[str, int]) -> str:
-    """`12 .heic, 3 .txt`, the most frequent first."""
+def format_counts(passed_over: Mapping[str, int]) -> str:
+    """Format counts as `12 .heic, 3 .txt`, the most frequent first."""
     return ", ".join(
-        f"{n} {what}" for what, n in sorted(passed_over.items(), key=lambda item: (-item[1], item[0]))
+        f"{n} {kind}" for kind, n in sorted(passed_over.items(), key=lambda item: (-item[1], item[0]))
     )
 
 
@@ -107,20 +111,22 @@ def _is_hidden(name: str) -> bool:
 
 
 def _image_paths(folder: Path, passed_over: collections.Counter) -> Iterator[Path]:
-    """Images anywhere under a folder; whatever else there is, is counted in `passed_over`."""
+    """Yield the paths of all images under a folder; count everything else in `passed_over`."""
 
-    def cannot_be_read(error: OSError) -> None:
+    def count_unreadable(error: OSError) -> None:
         passed_over["folders that cannot be read"] += 1
 
-    suffixes, real_root = readable_suffixes(), Path(os.path.realpath(folder))
-    seen = collections.defaultdict(set)  # by class: two classes may be links to one folder
-    for parent, folders, files in os.walk(folder, followlinks=True, onerror=cannot_be_read):
-        real, label = Path(os.path.realpath(parent)), Path(parent).relative_to(folder).parts[:1]
-        if real in seen[label] or (label and real_root.is_relative_to(real)):
+    suffixes = readable_suffixes()
+    real_root = Path(os.path.realpath(folder))
+    visited = collections.defaultdict(set)  # real paths by class: two classes may be links to one folder
+    for parent, folders, files in os.walk(folder, followlinks=True, onerror=count_unreadable):
+        real_path = Path(os.path.realpath(parent))
+        label = Path(parent).relative_to(folder).parts[:1]
+        if real_path in visited[label] or (label and real_root.is_relative_to(real_path)):
             passed_over["links to folders that are read already"] += 1
             folders.clear()
             continue
-        seen[label].add(real)
+        visited[label].add(real_path)
         if hidden := [name for name in folders if _is_hidden(name)]:
             passed_over["hidden folders"] += len(hidden)
             folders[:] = [name for name in folders if name not in hidden]
@@ -133,7 +139,7 @@ def _image_paths(folder: Path, passed_over: collections.Counter) -> Iterator[Pat
 
 
 def _reason_to_pass_over(path: Path, suffixes: tuple[str, ...]) -> str | None:
-    """What a file is that is no image, or None."""
+    """Return why a file is not listed as an image, or None if it is an image."""
     if path.name.startswith("."):
         return "hidden files"
     if path.suffix.lower() not in suffixes:
@@ -146,7 +152,11 @@ def _reason_to_pass_over(path: Path, suffixes: tuple[str, ...]) -> str | None:
 
 
 def _check_labels(images: Iterable[ImageFile]) -> None:
-    """Raises UnusableFolder on names that TFDS reads otherwise: it writes lines, and strips them."""
+    """Check that class names survive TFDS, which writes one name per line and strips whitespace.
+
+    Raises:
+      UnusableFolder: on a name that does not.
+    """
     for label in sorted({image.label for image in images}):
         try:
             label.encode()
@@ -156,23 +166,23 @@ def _check_labels(images: Iterable[ImageFile]) -> None:
             ) from error
         if label != label.strip() or "\n" in label or "\r" in label:
             raise UnusableFolder(
-                f"the folder {label!r} has a name with spaces at its ends or a line break, which a class "
-                "cannot have: rename it"
+                f"the folder {label!r} has a name that begins or ends with a space or has a line break, "
+                "which a class name cannot have: rename it"
             )
 
 
 def hold_out(
     images: Sequence[ImageFile], share: float, digests: Mapping[Path, str], root: Path
 ) -> list[ImageFile]:
-    """Decide the splits of the images that have none.
+    """Assign a split to the images that have none, holding out a share of every class for testing.
 
-    Of every class, `share` of its distinct images are held out, at least one, but not all: those whose names
-    have the lowest checksums.  So a file stays where it is when others are added to other classes.  Copies of
-    an image, of whatever name or class, are on the same side.
+    In every class, `share` of its distinct images are held out, at least one but not all: those whose names
+    have the lowest checksums.  So a file keeps its split when files are added to other classes.  Copies of
+    an image, under any name or class, are in the same split.
 
     Args:
       images: of a folder.
-      share: of the images of a class.
+      share: fraction of the images of a class to hold out.
       digests: path -> checksum of the file's bytes.
       root: folder that the names are relative to.
 
@@ -184,16 +194,16 @@ def hold_out(
         name = os.fsencode(image.path.relative_to(root).as_posix())
         return zlib.crc32(name), name
 
-    first_copies = {}  # of each distinct image, that which decides for all
+    first_copies = {}  # by digest: the copy of lowest rank decides for all copies
     for image in sorted((image for image in images if not image.split), key=rank):
         first_copies.setdefault(digests[image.path], image)
-    of_class = collections.defaultdict(list)
-    for digest, image in first_copies.items():  # by rank
-        of_class[image.label].append(digest)
+    digests_by_class = collections.defaultdict(list)
+    for digest, image in first_copies.items():  # in order of rank
+        digests_by_class[image.label].append(digest)
     held_out = set()
-    for members in of_class.values():
+    for members in digests_by_class.values():
         held_out.update(members[: min(max(1, round(share * len(members))), len(members) - 1)])
-    if not held_out and len(first_copies) > 1:  # one image a class
+    if not held_out and len(first_copies) > 1:  # one image per class
         held_out.update(list(first_copies)[: max(1, round(share * len(first_copies)))])
     return [
         image
@@ -204,7 +214,7 @@ def hold_out(
 
 
 class ImageFolder(tfds.core.GeneratorBasedBuilder):
-    """Builder of a data set from image files; made by `builder_of`, which gives it its name."""
+    """TFDS builder of a data set from image files; create it with `make_builder`, which sets its name."""
 
     VERSION = tfds.core.Version("1.0.0")
     files: Sequence[ImageFile] = ()
@@ -225,8 +235,8 @@ class ImageFolder(tfds.core.GeneratorBasedBuilder):
                 yield i, {"image": file.path.read_bytes(), "label": file.label}
 
 
-def builder_of(name: str, files: Sequence[ImageFile], data_dir: Path) -> ImageFolder:
-    """A builder that writes these files as the data set `name` under `data_dir`, in array_record form."""
-    with tfds.core.registered.skip_registration():  # which knows a name once and for all
+def make_builder(name: str, files: Sequence[ImageFile], data_dir: Path) -> ImageFolder:
+    """Return a builder that writes files as the data set `name` under `data_dir`, in array_record format."""
+    with tfds.core.registered.skip_registration():  # the registry accepts a name only once per process
         cls = type(name, (ImageFolder,), {"name": name, "files": files})
     return cls(data_dir=data_dir, file_format="array_record")

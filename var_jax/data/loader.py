@@ -1,10 +1,10 @@
-"""Batches of a source, by grain: shuffled and endless, or once in order.
+"""Training and evaluation batches of a source, loaded with grain.
 
 A batch on the host is {"image": uint8 [b, H, W, 3], "label": int32 [b], "valid": float32 [b]}, or has
-"tokens": int32 [b, L] in place of the images; b is the number of rows that this process feeds.  Row r of
-the training batch of step s (from 0) is item s * batch + r of one endless shuffled sequence, and what chance
-does to it depends on the seed and that position alone.  So training goes on at any step, with any number of
-processes, on the very same batches.
+"tokens": int32 [b, L] instead of "image"; b is the number of rows that this process loads.  Row r of the
+training batch of step s (from 0) is item s * batch + r of one endless shuffled sequence, and its random
+augmentation depends only on the seed and that position.  So training can resume at any step, with any number
+of processes, on exactly the same batches.
 """
 
 import sys
@@ -19,7 +19,7 @@ from var_jax.data.transforms import ToPixels
 
 
 def local_rows(sharding: Sharding, batch: int) -> np.ndarray:
-    """int64 [b]: the rows of a global batch, ascending, that the devices of this process hold."""
+    """Return the rows of a global batch on the devices of this process: int64 [b], ascending."""
     parts = [
         np.arange(batch)[index[0]] for index in sharding.addressable_devices_indices_map((batch,)).values()
     ]
@@ -36,18 +36,21 @@ def train_batches(
     start: int = 0,
     rows: np.ndarray | None = None,
 ) -> grain.DatasetIterator:
-    """Endless batches, reshuffled every epoch over all processes.
+    """Return an iterator over endless training batches, globally reshuffled every epoch.
 
     Args:
       source: the data.
-      transform: applied with a random generator that depends on the seed and the position alone; None
-        where the items are tokens.
-      batch: images of one batch over all processes.
+      transform: applied with a random generator that depends only on the seed and the position; None if
+        the items are tokens.
+      batch: global batch size, over all processes.
       seed: of the order and the crops.
-      threads: that read and decode ahead in this process (or in each worker).
-      workers: processes that do so instead; needs parsed absl flags.
+      threads: number of threads that read and decode ahead, in this process or in each worker.
+      workers: number of worker processes; 0 reads in this process.  Workers need parsed absl flags.
       start: step of the first batch, from 0.
-      rows: of the global batch that this process feeds; by default all.
+      rows: rows of the global batch that this process loads, int [b]; all by default.
+
+    Raises:
+      ValueError: if there are fewer images than one batch.
     """
     if len(source) < batch:
         raise ValueError(f"data set {source.name} has {len(source)} images, fewer than one batch of {batch}")
@@ -64,7 +67,7 @@ def train_batches(
 
 
 def batch_indices(num: int, batch: int, seed: int, step: int) -> np.ndarray:
-    """int64 [batch]: which of `num` records make the global training batch of a step, from 0."""
+    """Return the indices of the records, of `num`, in the global training batch of a step: int64 [batch]."""
     order = _shuffled(grain.MapDataset.range(num), seed)
     return np.array([order[i] for i in range(step * batch, (step + 1) * batch)])
 
@@ -72,7 +75,10 @@ def batch_indices(num: int, batch: int, seed: int, step: int) -> np.ndarray:
 def eval_batches(
     source: Source, transform: ToPixels | None, batch: int, threads: int = 16, rows: np.ndarray | None = None
 ) -> grain.DatasetIterator:
-    """Every image once, in order, centre-cropped; the last batch is filled up with `valid` = 0."""
+    """Return an iterator over every image once, in order, center-cropped.
+
+    The last batch is padded with rows of `valid` = 0.  Arguments as for `train_batches`.
+    """
     rows = np.arange(batch) if rows is None else rows
     source = source.pad_to_multiple(batch)
     dataset = grain.MapDataset.source(source)
@@ -83,26 +89,29 @@ def eval_batches(
 
 
 def read_ahead(dataset: grain.MapDataset, batch: int, threads: int) -> grain.IterDataset:
-    """Threads keep two batches ready, image by image: by batches, each thread would fill one of its own."""
+    """Prefetch two batches of items with threads.
+
+    Prefetching is per item: if it were per batch, each thread would fill a batch of its own.
+    """
     return dataset.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * batch))
 
 
 def _shuffled(dataset: grain.MapDataset, seed: int) -> grain.MapDataset:
-    """The endless sequence that batches are cut from, in another order every epoch."""
+    """Return the endless sequence that batches are taken from, reshuffled every epoch."""
     return dataset.seed(seed).shuffle().repeat()
 
 
 def _reordered(dataset: grain.MapDataset, position, length: int) -> grain.MapDataset:
-    """The items at position(0), position(1), ..."""
+    """Return the items at position(0), position(1), ..., position(length - 1)."""
     return grain.MapDataset.range(length).map(lambda i: dataset[position(i)])
 
 
 def _position(i: int, batch: int, rows: np.ndarray, start: int = 0, workers: int = 1) -> int:
-    """Where in the sequence the i-th item that this process reads stands.
+    """Return the position in the shuffled sequence of the i-th item that this process reads.
 
-    Grain deals items out to workers in turn, and takes whole batches from them in turn: worker w reads
-    i = w, w + workers, ... and makes batches w, w + workers, ... of them.
+    Grain assigns items to workers round-robin, and takes batches from the workers round-robin: worker w reads
+    items i = w, w + workers, ... and makes batches w, w + workers, ... of them.
     """
-    count, worker = divmod(i, workers)
-    turn, row = divmod(count, len(rows))
-    return (start + turn * workers + worker) * batch + int(rows[row])
+    item, worker = divmod(i, workers)
+    batch_of_worker, row = divmod(item, len(rows))
+    return (start + batch_of_worker * workers + worker) * batch + int(rows[row])

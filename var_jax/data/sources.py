@@ -1,4 +1,4 @@
-"""Prepared data sets as random-access sources of encoded images."""
+"""Open prepared TFDS data sets as random-access sources of encoded images."""
 
 import dataclasses
 import os
@@ -13,24 +13,26 @@ from var_jax.data.digits import Digits
 from var_jax.errors import UserError
 from var_jax.paths import as_path, is_remote, local_path
 
-# Read with EXIF orientation ignored, as the published loader reads it.
+# Data sets read with EXIF orientation ignored, as in the published loader.
 EXIF_IGNORED = ("imagenet2012",)
 
 
 class DataSetMissing(UserError, FileNotFoundError):
-    """A data set is not where the config says; the message tells how to prepare it."""
+    """Data set not found at the path in the config; the message says how to prepare it."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """One split of a data set; item i is a dict of encoded bytes `image`, `label`, its `index` and `exif`.
+    """One split of a data set; an item has `image`, `label`, `index`, `exif` and `valid`.
+
+    `image` is the encoded bytes of an image.
 
     Attributes:
-      name: of data set and split, for messages.
+      name: `data set/split`, for messages.
       records: random-access TFDS data source, images not decoded.
-      class_names: of labels 0, 1, ...
-      exif: whether the EXIF orientation of the images counts.
-      padded: length to which the end is filled up with the last item, marked by `valid` = 0.
+      class_names: names of labels 0, 1, ...
+      exif: whether to apply the EXIF orientation of the images.
+      padded: length to which the source is padded with copies of the last item, of `valid` = 0.
     """
 
     name: str
@@ -45,12 +47,12 @@ class Source:
 
     @property
     def num_records(self) -> int:
-        """Items without filling."""
+        """Number of items without padding."""
         return len(self.records)
 
     @property
     def num_images(self) -> int:
-        """Images, which make an epoch; fewer than the items where these are several crops of each."""
+        """Number of images in an epoch; less than `num_records` if there are several crops of each image."""
         return self.num_records
 
     def __len__(self) -> int:
@@ -66,31 +68,31 @@ class Source:
         return {"image": record["image"], "label": label, "index": index, "exif": self.exif}
 
     def pad_to_multiple(self, size: int) -> "Source":
-        """The same source, filled up to whole batches of `size`."""
+        """Return this source, padded to a multiple of `size` items."""
         return dataclasses.replace(self, padded=-(-self.num_records // size) * size)
 
 
 def readable_path(path: str | os.PathLike, name: str) -> epath.Path:
-    """A path that array_record files are read from: local or gs://, the only URLs that their reader knows.
+    """Return a path for reading array_record files: local or gs://, the only URLs that their reader supports.
 
     Raises:
-      ValueError: on another URL; names the config field or flag `name`.
+      ValueError: on any other URL; names the config field or flag `name`.
     """
     return as_path(path) if os.fspath(path).startswith("gs://") else local_path(path, name)
 
 
 def open_source(name: str, split: str, data_dir: str | os.PathLike) -> Source:
-    """Opens a split of a data set prepared under `data_dir` in array_record form.
+    """Open a split of a data set prepared under `data_dir` in array_record format.
 
-    The embedded `digits` are prepared on first use.
+    The embedded data set `digits` is prepared on first use.
 
     Args:
       name: of the data set.
       split: of the data set.
-      data_dir: local or gs://.
+      data_dir: directory of prepared data sets, local or gs://.
 
     Raises:
-      DataSetMissing: if the data set is not there; says how to prepare it.
+      DataSetMissing: if the data set is not there; the message says how to prepare it.
       ValueError: if it has no such split, or is not in a random-access format.
     """
     data_dir = readable_path(data_dir, "config.data.dir")
@@ -99,14 +101,14 @@ def open_source(name: str, split: str, data_dir: str | os.PathLike) -> Source:
     try:
         builder = tfds.core.read_only_builder.builder_from_files(name, data_dir=data_dir)
     except tfds.core.DatasetNotFoundError as error:
-        raise DataSetMissing(_how_to_prepare(name, data_dir)) from error
+        raise DataSetMissing(_missing_message(name, data_dir)) from error
     if split not in builder.info.splits:
         raise ValueError(f"data set {name!r} has no split {split!r}; it has {sorted(builder.info.splits)}")
     try:
         records = builder.as_data_source(split, decoders={"image": tfds.decode.SkipDecoding()})
     except NotImplementedError as error:
         raise ValueError(
-            f"data set {name!r} under {data_dir} is not in array_record form, which random access needs; "
+            f"data set {name!r} under {data_dir} is not in array_record format, which random access needs; "
             f"prepare it again: tfds build {name} --file_format=array_record --data_dir={data_dir}"
         ) from error
     label = builder.info.features["label"]
@@ -115,36 +117,37 @@ def open_source(name: str, split: str, data_dir: str | os.PathLike) -> Source:
 
 
 def prepare_digits(data_dir: epath.Path) -> None:
-    """Writes the digits under `data_dir`, unless they are there.
+    """Write the data set `digits` under `data_dir`, unless it exists.
 
-    Several processes, of several hosts, may do so at once: each writes a copy of its own, and the first to
-    have it whole renames it into place.
+    Safe for several processes and hosts at once: each writes its own copy to a temporary directory, and the
+    first to finish renames it into place.
     """
     path = data_dir / "digits" / str(Digits.VERSION)
     if path.exists():
         return
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".digits.", dir=data_dir) as own:
-        own_builder = Digits(data_dir=own, file_format="array_record")
-        own_builder.download_and_prepare(file_format="array_record")
+    with tempfile.TemporaryDirectory(prefix=".digits.", dir=data_dir) as temporary:
+        builder = Digits(data_dir=temporary, file_format="array_record")
+        builder.download_and_prepare(file_format="array_record")
         try:
-            own_builder.data_path.rename(path)
+            builder.data_path.rename(path)
         except OSError:
             if not path.exists():
                 raise
 
 
-def _how_to_prepare(name: str, data_dir: epath.Path) -> str:
+def _missing_message(name: str, data_dir: epath.Path) -> str:
+    """Return the message for a data set that is not prepared, with the commands that prepare it."""
     if name == "digits":
         return (
-            f"the digits are not under {data_dir} (config.data.dir), where they cannot be written.\n"
-            "  Open them once in a local --config.data.dir, and copy its folder `digits` there."
+            f"the digits are not under {data_dir} (config.data.dir); they cannot be prepared in a bucket.\n"
+            f"  Prepare them in a local --config.data.dir, and copy its folder `digits` to {data_dir}."
         )
     return (
         f"data set {name!r} is not prepared under {data_dir} (config.data.dir).\n"
         f"  To prepare it: pip install tensorflow, then\n"
         f"    tfds build {name} --file_format=array_record --data_dir={data_dir}\n"
         f"  (for imagenet2012, first put ILSVRC2012_img_train.tar and ILSVRC2012_img_val.tar into\n"
-        f"  {data_dir}/downloads/manual).  If it is elsewhere: --config.data.dir=DIR.\n"
-        f"  To see everything work without any data set: python train.py --config=configs/digits.py"
+        f"  {data_dir}/downloads/manual).  If it is somewhere else: --config.data.dir=DIR.\n"
+        f"  To try everything without a data set: python train.py --config=configs/digits.py"
     )

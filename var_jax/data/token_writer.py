@@ -1,4 +1,4 @@
-"""Encodes the images of a data set into a token cache (`token_cache`), on all devices of this host."""
+"""Encode the images of a data set into a token cache (`token_cache`), on all devices of this host."""
 
 import shutil
 import tempfile
@@ -25,55 +25,60 @@ from var_jax.sampling.cast_params import tokenizer_in_compute_dtype
 from var_jax.sharding import batch_sharding, make_mesh, replicated
 from var_jax.tokenizer.model import Tokenizer, fingerprint
 
-OVERHEAD = 128  # bytes at most that a record takes in a file beside its own
+OVERHEAD = 128  # upper bound on the bytes that a file format adds to a record
 
 
 class CacheMismatch(UserError, ValueError):
-    """A directory holds something else than what is to be written; names every difference."""
+    """Output directory that holds another cache or other files; the message names every difference."""
 
 
 class BatchEncoder:
-    """Turns up to `batch` images uint8 [n, H, W, 3] into tokens int32 [n, L], on all devices.
+    """Compiled encoder of up to `batch` images uint8 [n, H, W, 3] to tokens int32 [n, L], on all devices.
 
     Attributes:
       image_size: H and W.
-      batch: images at once.
+      batch: maximum number of images per call.
 
     Raises:
-      ValueError: on a batch that the devices cannot share.
+      ValueError: if the batch is not a multiple of the number of devices.
     """
 
     def __init__(self, tokenizer: Tokenizer, params: dict, batch: int):
         mesh = make_mesh()
         if batch % mesh.size:
             raise ValueError(f"--batch={batch} must be a multiple of {mesh.size}, the number of devices")
-        self.image_size, self.batch = tokenizer.config.image_size, batch
+        self.image_size = tokenizer.config.image_size
+        self.batch = batch
         self._sharding = batch_sharding(mesh)
         self._params = jax.device_put(tokenizer_in_compute_dtype(params, tokenizer), replicated(mesh))
-        self._program = jax.jit(
+        self._encode = jax.jit(
             lambda params, images: tokenizer.apply({"params": params}, normalize(images), method="encode")
         )
 
     def __call__(self, images: np.ndarray) -> np.ndarray:
-        filled = np.zeros((self.batch, *images.shape[1:]), np.uint8)  # one shape: compiled once
-        filled[: len(images)] = images
-        tokens = self._program(self._params, jax.device_put(filled, self._sharding))
+        # Always pad to one shape, so that the encoder is compiled once.
+        padded = np.zeros((self.batch, *images.shape[1:]), np.uint8)
+        padded[: len(images)] = images
+        tokens = self._encode(self._params, jax.device_put(padded, self._sharding))
         return np.asarray(tokens)[: len(images)]
 
 
 def crop_record(source: Source, transform: ToPixels, seed: int | None, record: int) -> dict:
-    """Record c * images + i of a cache, not encoded yet: crop c of image i; the centre without a seed."""
+    """Return a record of a cache before encoding: record c * num_records + i is crop c of image i.
+
+    The crop is random, a function of (seed, i, c), or the center crop if `seed` is None.
+    """
     crop, image = divmod(record, source.num_records)
     return transform(source[image], None if seed is None else np.random.default_rng((seed, image, crop)))
 
 
 def write_records(path: epath.Path, records: np.ndarray) -> None:
-    """Writes a file, which has its name only when it is whole.
+    """Write an array_record file atomically.
 
     Raises:
-      OSError: where it cannot be written.
+      OSError: if it cannot be written.
     """
-    if is_remote(path):  # where array_record writes nothing, and an object appears whole or not at all
+    if is_remote(path):  # array_record writes only local files; an upload is atomic
         with tempfile.TemporaryDirectory() as folder:
             local = epath.Path(folder) / path.name
             write_records(local, records)
@@ -86,86 +91,95 @@ def write_records(path: epath.Path, records: np.ndarray) -> None:
             writer.write(record.tobytes())
         writer.close()
     except RuntimeError as error:
-        raise OSError(f"{path} could not be written: {error}; run the same command again to go on") from error
+        message = f"{path} could not be written: {error}; run the same command again to resume"
+        raise OSError(message) from error
     partial_path.rename(path)
 
 
-def claim_directory(out: epath.Path, description: CacheSpec, command: str) -> None:
-    """Notes down what a directory is going to hold, or finds that it holds just that, or a part of it.
+def claim_directory(out: epath.Path, spec: CacheSpec, command: str) -> None:
+    """Write the manifest of a new cache, or check that the directory has a manifest of the same spec.
 
     Raises:
-      OtherCache: where it holds something else; names every difference.
+      CacheMismatch: if the directory holds something else; the message names every difference.
     """
     try:
-        different = CacheManifest.read(out).holds.differences(description)
+        differences = CacheManifest.read(out).holds.differences(spec)
     except FileNotFoundError:
-        different = [path.name for path in sorted(out.glob("*.array_record"))[:1]]
+        differences = [path.name for path in sorted(out.glob("*.array_record"))[:1]]
         out.mkdir(parents=True, exist_ok=True)
-        CacheManifest(description, command).write(out)
-    if different:
+        CacheManifest(spec, command).write(out)
+    if differences:
         raise CacheMismatch(
             f"{out} holds something else already; remove it, or choose another --out\n  "
-            + "\n  ".join(different)
+            + "\n  ".join(differences)
         )
 
 
-def check_space(out: epath.Path, description: CacheSpec, records: int) -> None:
-    """Raises OSError unless the disk has room for so many records; object storage always has."""
+def check_disk_space(out: epath.Path, spec: CacheSpec, records: int) -> None:
+    """Check that the disk has room for a number of records; object storage is not checked.
+
+    Raises:
+      OSError: if it has not.
+    """
     if is_remote(out):
         return
-    need, free = records * (description.layout.itemsize + OVERHEAD), shutil.disk_usage(out).free
+    need = records * (spec.layout.itemsize + OVERHEAD)
+    free = shutil.disk_usage(out).free
     if free < need:
         raise OSError(f"{out} has {free / 2**30:.2f} GiB free, the tokens take {need / 2**30:.2f} GiB")
 
 
 def write_cache(
     out: epath.Path,
-    description: CacheSpec,
+    spec: CacheSpec,
     sources: tuple[Source, Source],
     encode: BatchEncoder,
     threads: int,
     command: str,
 ) -> None:
-    """Writes what a cache lacks.
+    """Write the missing files of a token cache, and mark it complete.
 
     Args:
       out: directory of the cache.
-      description: of what it shall hold.
+      spec: of the cache.
       sources: training and held-out images.
       encode: images to tokens.
-      threads: that read and decode ahead.
-      command: that does this, to be named where the cache is found incomplete.
+      threads: number of threads that read and decode ahead.
+      command: command that resumes writing, for the message about an incomplete cache.
 
     Raises:
-      OtherCache: where the directory holds something else.
-      OSError: where there is no room.
-      CorruptImage: naming a record that is no image.
+      CacheMismatch: if the directory holds something else.
+      OSError: if there is not enough disk space, or a file cannot be written.
+      CorruptImage: if an image cannot be decoded; the message names the record.
     """
-    claim_directory(out, description, command)
+    claim_directory(out, spec, command)
     train, held_out = sources
-    spec, side = description, encode.image_size
-    pixels = ToPixels(train.name, side, spec.resize, spec.flip, spec.shift)
+    side = encode.image_size
+    train_transform = ToPixels(train.name, side, spec.resize, spec.flip, spec.shift)
+    eval_transform = ToPixels(held_out.name, side, spec.resize, False)
     crops = {
-        "train": partial(crop_record, train, pixels, spec.seed),
-        "eval": partial(crop_record, held_out, ToPixels(held_out.name, side, spec.resize, False), None),
+        "train": partial(crop_record, train, train_transform, spec.seed),
+        "eval": partial(crop_record, held_out, eval_transform, None),
     }
     shards = [(split, *shard) for split in SPLITS for shard in spec.shards(out, split).items()]
     missing = [shard for shard in shards if not shard[1].exists()]
-    total, left = (sum(len(records) for *_, records in some) for some in (shards, missing))
-    check_space(out, spec, left)
+    total, left = (sum(len(records) for *_, records in group) for group in (shards, missing))
+    check_disk_space(out, spec, left)
     with tqdm(total=total, initial=total - left, unit="image", desc="encoding") as bar:
-        for split, path, which in missing:
-            dataset = grain.MapDataset.range(which.start, which.stop).map(crops[split])
+        for split, path, indices in missing:
+            dataset = grain.MapDataset.range(indices.start, indices.stop).map(crops[split])
             parts = []
             for batch in read_ahead(dataset, encode.batch, threads).batch(encode.batch):
-                parts.append(np.zeros(len(batch["label"]), spec.layout))
-                parts[-1]["label"], parts[-1]["tokens"] = batch["label"], encode(batch["image"])
-                bar.update(len(parts[-1]))
+                part = np.zeros(len(batch["label"]), spec.layout)
+                part["label"] = batch["label"]
+                part["tokens"] = encode(batch["image"])
+                parts.append(part)
+                bar.update(len(part))
             write_records(path, np.concatenate(parts))
     CacheManifest(spec, command, complete=True).write(out)
 
 
-def describe(
+def make_cache_spec(
     tokenizer: Tokenizer,
     params: dict,
     sources: tuple[Source, Source],
@@ -174,19 +188,19 @@ def describe(
     seed: int,
     shard: int = 2**16,
 ) -> CacheSpec:
-    """What a cache of these images by this tokenizer holds.
+    """Return the spec of a cache of these images and this tokenizer.
 
     Args:
-      tokenizer, params: that encode.
+      tokenizer, params: the tokenizer that encodes.
       sources: training and held-out images.
-      data: name, train_split, eval_split, resize, flip and shift, as a config's section `data` has them.
-      crops, seed, shard: as `CacheSpec` has them.
+      data: section `data` of a config: name, train_split, eval_split, resize, flip and shift.
+      crops, seed, shard: fields of `CacheSpec`.
     """
     train, held_out = sources
-    same = ("train_split", "eval_split", "resize", "flip", "shift")
+    copied_fields = ("train_split", "eval_split", "resize", "flip", "shift")
     return CacheSpec(
         data=data["name"],
-        **{name: data[name] for name in same},
+        **{name: data[name] for name in copied_fields},
         train_images=train.num_images,
         eval_images=held_out.num_images,
         class_names=train.class_names,

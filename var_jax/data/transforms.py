@@ -1,4 +1,4 @@
-"""Host-side image transforms: encoded bytes to uint8 pixels of the model's size."""
+"""Transform encoded images to uint8 pixels of the model's size, on the host."""
 
 import dataclasses
 import math
@@ -6,53 +6,56 @@ import math
 import numpy as np
 from PIL import Image
 
-from var_jax.data.decoding import DecodeError, decode
+from var_jax.data.decoding import DecodeError, decode_image
 from var_jax.errors import UserError
 
-# Changes whenever the same record comes out as other pixels; token caches record it.  Before version 1, EXIF
-# orientation and alpha were ignored, and the longer side and centre crops were rounded otherwise.
+# Incremented when a change makes other pixels of the same record; token caches record it.  Version 0 ignored
+# EXIF orientation and alpha, and rounded the longer side and the center crop differently.
 VERSION = 1
-MAX_ASPECT = 20  # longer over shorter side, up to which an image is resized whole before it is cropped
-_LANCZOS_SUPPORT = 3  # pixels of the smaller of the two images, on each side
+MAX_ASPECT = 20  # longer over shorter side; up to it, the image is resized in full and then cropped
+_LANCZOS_SUPPORT = 3  # on each side, in pixels of the smaller of the two images
 
 
 class CorruptImage(UserError, ValueError):
-    """An image of a data set cannot be decoded; names the record."""
+    """Image of a data set that cannot be decoded; the message names the record."""
 
 
 def resized_size(size: tuple[int, int], side: int) -> tuple[int, int]:
-    """(width, height) once the shorter side is `side`; the longer one is cut off as by torchvision."""
+    """Return (width, height) with shorter side `side`; the longer is rounded down, as in torchvision."""
     width, height = size
     longer = int(side * max(size) / min(size))
     return (side, longer) if width <= height else (longer, side)
 
 
 def resize_short_side(image: Image.Image, side: int) -> Image.Image:
-    """Scales so that the shorter side is `side`, by Lanczos; as it is where it already fits."""
+    """Resize an image to shorter side `side` with a Lanczos filter; return it as is if that fits already."""
     if min(image.size) == side:
         return image
     return image.resize(resized_size(image.size, side), Image.Resampling.LANCZOS)
 
 
 def resize_and_crop(image: Image.Image, side: int, box: tuple[int, int, int, int]) -> Image.Image:
-    """The crop of an image that `resize_short_side` has scaled; black where it reaches outside.
+    """Resize as by `resize_short_side`, and crop; pixels outside of the image are black.
 
-    Of an image longer than MAX_ASPECT times its shorter side, only the region of the crop is resized: whole,
-    a single line of 60000 pixels would take 15 GB.  Its pixels may be one grey level off.
+    If the longer side is more than MAX_ASPECT times the shorter one, only the region of the crop is resized:
+    resized in full, a single line of 60000 pixels would take 15 GB.  The result may be off by one gray level.
 
     Args:
       image: RGB.
-      side: of the shorter side, scaled.
-      box: left, top, right, bottom of the crop in the scaled image.
+      side: length of the shorter side after resizing.
+      box: left, top, right, bottom of the crop in the resized image.
     """
     if max(image.size) <= MAX_ASPECT * min(image.size):
         return resize_short_side(image, side).crop(box)
     scaled = resized_size(image.size, side)
-    x, y = spans = [_source_span(image.size[axis], scaled[axis], box[axis], box[axis + 2]) for axis in (0, 1)]
+    spans = [_source_span(image.size[axis], scaled[axis], box[axis], box[axis + 2]) for axis in (0, 1)]
+    x, y = spans
     part = image.crop((x.window[0], y.window[0], x.window[1], y.window[1]))
-    vertical_first = image.height > image.width and scaled[1] < image.height  # as Pillow resizes it whole
+    # The same order of axes as in Pillow's resizing of a full image.
+    vertical_first = image.height > image.width and scaled[1] < image.height
     for axis in (1, 0) if vertical_first else (0, 1):
-        size, region = list(part.size), [0.0, 0.0, *part.size]
+        size = list(part.size)
+        region = [0.0, 0.0, *part.size]
         size[axis] = spans[axis].target[1] - spans[axis].target[0]
         region[axis], region[axis + 2] = spans[axis].region
         part = part.resize(size, Image.Resampling.LANCZOS, box=region)
@@ -63,12 +66,12 @@ def resize_and_crop(image: Image.Image, side: int, box: tuple[int, int, int, int
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _Span:
-    """Where along one axis the pixels of a crop come from; pairs of start and stop.
+    """Source of a crop's pixels along one axis, as (start, stop) pairs.
 
     Attributes:
-      target: part of the crop that is inside the scaled image.
-      window: pixels of the image that the filter reads for it.
-      region: what the target covers, in pixels of the window.
+      target: part of the crop that is inside the resized image.
+      window: pixels of the original image that the filter reads for the target.
+      region: extent of the target in pixels of the window.
     """
 
     target: tuple[int, int]
@@ -77,8 +80,9 @@ class _Span:
 
 
 def _source_span(length: int, scaled: int, start: int, stop: int) -> _Span:
-    """Source of the crop `start` to `stop`, in an image of `length` pixels scaled to `scaled`."""
-    start, stop, scale = max(start, 0), min(stop, scaled), length / scaled
+    """Return the source of the crop [start, stop) of an axis of `length` pixels resized to `scaled`."""
+    start, stop = max(start, 0), min(stop, scaled)
+    scale = length / scaled
     support = math.ceil(_LANCZOS_SUPPORT * max(scale, 1)) + 1
     low = max(math.floor(start * scale) - support, 0)
     high = min(math.ceil(stop * scale) + support, length)
@@ -87,15 +91,15 @@ def _source_span(length: int, scaled: int, start: int, stop: int) -> _Span:
 
 
 class ToPixels:
-    """Record -> {"image": uint8 [size, size, 3], "label": int32, "valid": float32}.
+    """Transform of a record to {"image": uint8 [size, size, 3], "label": int32, "valid": float32}.
 
     Attributes:
-      name: of the data set, for messages.
-      size: side of the result.
-      resize: the shorter side is first brought to size * resize.
+      name: name of the data set, for messages.
+      size: side of the resulting image.
+      resize: the shorter side is first resized to size * resize.
       flip: mirror half of the images (random mode only).
-      shift: move half of the images by up to so many pixels, black coming in (random mode only); for data
-        sets whose images are too small to be enlarged and cropped.
+      shift: translate half of the images by up to this many pixels, filling with black (random mode only);
+        for data sets whose images are too small for `resize`.
     """
 
     def __init__(self, name: str, size: int, resize: float, flip: bool, shift: int = 0):
@@ -106,18 +110,18 @@ class ToPixels:
         self.name, self.size, self.resize, self.flip, self.shift = name, size, resize, flip, shift
 
     def __call__(self, record: dict, rng: np.random.Generator | None = None) -> dict:
-        """Crops at random with `rng`, at the centre without.
+        """Decode, resize and crop an image: at random with `rng`, at the center without.
 
         Args:
-          record: encoded `image`, `label`, `valid`, `index` and, optionally, `exif`: whether its EXIF
-            orientation counts, as it does by default.
-          rng: of the crop.
+          record: `image` (encoded bytes), `label`, `valid`, `index` and, optionally, `exif`: whether to apply
+            the EXIF orientation (default True).
+          rng: random generator of flip, shift and crop.
 
         Raises:
-          CorruptImage: naming the record.
+          CorruptImage: if the image cannot be decoded; the message names the record.
         """
         try:
-            pixels = self._pixels(decode(record["image"], exif=record.get("exif", True)), rng)
+            pixels = self._pixels(decode_image(record["image"], exif=record.get("exif", True)), rng)
         except (DecodeError, MemoryError) as error:
             raise CorruptImage(
                 f"record {record['index']} of data set {self.name} holds no readable image "
@@ -131,7 +135,7 @@ class ToPixels:
         margin = self.shift if self.shift and rng is not None and rng.random() < 0.5 else 0
         room_x, room_y = width + 2 * margin - self.size, height + 2 * margin - self.size
         if rng is None:
-            x, y = round(room_x / 2), round(room_y / 2)  # as torchvision: half to even
+            x, y = round(room_x / 2), round(room_y / 2)  # half to even, as in torchvision
         else:
             x, y = int(rng.integers(room_x + 1)), int(rng.integers(room_y + 1))
         left, top = x - margin, y - margin

@@ -1,7 +1,7 @@
-"""A small classifier of small pictures, to judge samples by: does it call them what was asked for?
+"""Evaluate samples of small images with a small classifier: accuracy, Frechet distance, diversity, copies.
 
-A perceptron with one hidden layer on the pixels, by scikit-learn.  Its hidden layer gives features for a
-Frechet distance where Inception's mean nothing: digits, icons, textures.
+The classifier is scikit-learn's perceptron with one hidden layer on the pixels.  Its hidden layer gives the
+features of a Frechet distance for images on which Inception's are meaningless: digits, icons, textures.
 """
 
 import numpy as np
@@ -10,11 +10,11 @@ from sklearn.neural_network import MLPClassifier
 
 from var_jax.evaluation.frechet import Moments, frechet_distance
 
-HIDDEN = 64
+HIDDEN_SIZE = 64
 
 
 class Classifier:
-    """Fitted to real pictures.
+    """Perceptron with one hidden layer, fitted to images and labels.
 
     Args:
       images: uint8 [N, H, W, 3].
@@ -22,72 +22,76 @@ class Classifier:
     """
 
     def __init__(self, images: np.ndarray, labels: np.ndarray):
-        self._network = MLPClassifier((HIDDEN,), alpha=1e-2, max_iter=300, random_state=0)
-        self._network.fit(_flat(images), labels)
+        self._network = MLPClassifier((HIDDEN_SIZE,), alpha=1e-2, max_iter=300, random_state=0)
+        self._network.fit(_flatten(images), labels)
 
     def classes(self, images: np.ndarray) -> np.ndarray:
-        """Images uint8 [N, H, W, 3] -> int [N]."""
-        return self._network.predict(_flat(images))
+        """Predict the classes of images uint8 [N, H, W, 3]: int [N]."""
+        return self._network.predict(_flatten(images))
 
     def features(self, images: np.ndarray) -> np.ndarray:
-        """Images uint8 [N, H, W, 3] -> what the hidden layer makes of them, float [N, 64]."""
+        """Compute the hidden activations of images uint8 [N, H, W, 3]: float [N, 64]."""
         weights, bias = self._network.coefs_[0], self._network.intercepts_[0]
-        return np.maximum(_flat(images) @ weights + bias, 0)
+        return np.maximum(_flatten(images) @ weights + bias, 0)
 
     def frechet(self, a: np.ndarray, b: np.ndarray) -> float:
-        """Frechet distance of two sets of images in these features."""
-        moments = Moments(), Moments()
-        for result, images in zip(moments, (a, b), strict=True):
-            result.add(self.features(images))
-        return frechet_distance(*moments)
+        """Compute the Frechet distance of two sets of images uint8 [n, H, W, 3] in these features."""
+        moments_a, moments_b = Moments(), Moments()
+        moments_a.add(self.features(a))
+        moments_b.add(self.features(b))
+        return frechet_distance(moments_a, moments_b)
 
 
 class SampleJudge:
-    """Judges samples beside held-out images, all by as many as these are, since a Frechet distance falls with
+    """Evaluator of samples relative to training and held-out images.
+
+    Frechet distances are of as many samples as there are held-out images, since the distance decreases with
     the number of images.
 
     Args:
       real: training images uint8 [N, H, W, 3] and labels int [N].
-      held_out: the same of held-out images.
+      held_out: held-out images uint8 [n, H, W, 3] and labels int [n].
 
     Attributes:
-      held_out, held_out_labels: as given.
+      held_out: the held-out images.
+      held_out_labels: their labels.
     """
 
     def __init__(self, real: tuple[np.ndarray, np.ndarray], held_out: tuple[np.ndarray, np.ndarray]):
         self._images, self._labels = real
         self.held_out, self.held_out_labels = held_out
         self._classifier = Classifier(*real)
-        self._spread = spread(*real)
-        self._nearest = self._to_nearest(self.held_out)
+        self._real_std = within_class_std(*real)
+        self._held_out_distance = self._distance_to_nearest(self.held_out)
 
     def figures(self, images: np.ndarray, labels: np.ndarray) -> dict[str, float]:
-        """Of images uint8 [N, H, W, 3] that were to be of labels [N].
+        """Compute the metrics of samples uint8 [N, H, W, 3] of labels [N].
 
         Returns:
-          called_right: share that the classifier calls what was asked for.
-          frechet: distance to the training images in its features, of as many images as are held out (evenly
-            chosen; all where there are fewer).
-          spread: standard deviation within a class, of that of the training images.
-          nearest: median distance to the nearest training image, of that of a held-out image.
+          called_right: fraction of the samples that the classifier assigns to their label.
+          frechet: Frechet distance to the training images in its features, of evenly chosen samples, as many
+            as there are held-out images (or all if there are fewer).
+          spread: standard deviation within a class, divided by that of the training images.
+          nearest: median distance to the nearest training image, divided by that of the held-out images.
         """
-        some = np.linspace(0, len(images) - 1, min(len(images), len(self.held_out))).astype(int)
+        subset = np.linspace(0, len(images) - 1, min(len(images), len(self.held_out))).astype(int)
         return {
             "called_right": float((self._classifier.classes(images) == labels).mean()),
-            "frechet": self._classifier.frechet(images[some], self._images),
-            "spread": spread(images, labels) / self._spread,
-            "nearest": self._to_nearest(images) / self._nearest,
+            "frechet": self._classifier.frechet(images[subset], self._images),
+            "spread": within_class_std(images, labels) / self._real_std,
+            "nearest": self._distance_to_nearest(images) / self._held_out_distance,
         }
 
-    def _to_nearest(self, images: np.ndarray) -> float:
-        return float(np.median(cdist(_flat(images), _flat(self._images)).min(1)))
+    def _distance_to_nearest(self, images: np.ndarray) -> float:
+        """Compute the median distance of images to the nearest training image."""
+        return float(np.median(cdist(_flatten(images), _flatten(self._images)).min(1)))
 
 
-def spread(images: np.ndarray, labels: np.ndarray) -> float:
-    """Standard deviation of a pixel within a class, mean over pixels and classes, in grey levels."""
+def within_class_std(images: np.ndarray, labels: np.ndarray) -> float:
+    """Compute the standard deviation of pixels within a class, averaged over pixels and classes."""
     within = [images[labels == label].astype(np.float32).std(0).mean() for label in np.unique(labels)]
     return float(np.mean(within))
 
 
-def _flat(images: np.ndarray) -> np.ndarray:
+def _flatten(images: np.ndarray) -> np.ndarray:
     return images.reshape(len(images), -1).astype(np.float32) / 255

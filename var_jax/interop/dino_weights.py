@@ -1,4 +1,4 @@
-"""Weights of a DINO vision transformer, from the published files."""
+"""Load the weights of a DINO vision transformer from the published files."""
 
 import math
 from pathlib import Path
@@ -11,73 +11,73 @@ from var_jax.interop.load import with_path
 from var_jax.interop.published import (
     BATCHED,
     CONV,
+    IDENTITY,
     LINEAR,
     MAX_DEPTH,
-    SAME,
     Entry,
     Tensors,
     check_tensors,
-    count,
-    require,
+    count_layers,
+    require_tensors,
     to_ours,
 )
 from var_jax.interop.tensor_files import read_tensors
 from var_jax.tokenizer.dino import HEAD_SIZE
 
-# Layers after the blocks, from which the features are taken.
+# Features are taken from the blocks; the layers after them are not used.
 UNUSED = ("norm.", "head.")
 
 
 def load_dino(path: str | Path) -> dict:
-    """Parameters for `dino_features`; the shapes in the file decide width, depth and patch size.
+    """Load the parameters of `dino_features`; shapes in the file determine width, depth and patch size.
 
     Args:
-      path: a state dict in the published names, as `dino_deitsmall16_pretrain.pth` or timm's files; those
-        may be prefixed `backbone.`.  The last normalisation and a head are left alone.
+      path: file of a state dict with the published names, such as `dino_deitsmall16_pretrain.pth` or timm's
+        files; names may have the prefix `backbone.`.  The final norm and a head are ignored.
 
     Raises:
-      FileNotFoundError: where there is no file.
-      ValueError: naming what is missing, unknown (a network of another kind has more), or has another shape.
+      FileNotFoundError: if the file does not exist.
+      ValueError: if tensors are missing, unknown or of other shapes; the message names them.
     """
-    tensors, table, shapes = with_path(path, _checked, read_tensors(path, "dino"))
+    tensors, table, shapes = with_path(path, _check_dino, read_tensors(path, "dino"))
     return jax.tree.map(jnp.asarray, to_ours(tensors, table, shapes))
 
 
-def _checked(tensors: Tensors) -> tuple[Tensors, list[Entry], dict]:
-    """The tensors that are used, their table, and the shapes of our parameters."""
+def _check_dino(tensors: Tensors) -> tuple[Tensors, list[Entry], dict]:
+    """Check the tensors of a file; return those used, their table, and the shapes of our parameters."""
     prefix = "backbone." if any(name.startswith("backbone.") for name in tensors) else ""
     tensors = {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
     tensors = {name: t for name, t in tensors.items() if not name.startswith(UNUSED)}
     names = ("patch_embed.proj.weight", "pos_embed", "blocks.0.attn.qkv.weight")
-    require(tensors, dict.fromkeys(names), "DINO")
-    depth = count(tensors, r"blocks\.(\d{1,4})\.", MAX_DEPTH)
-    table, shapes = _table(depth), _shapes(tensors, depth)
+    require_tensors(tensors, dict.fromkeys(names), "DINO")
+    depth = count_layers(tensors, r"blocks\.(\d{1,4})\.", MAX_DEPTH)
+    table, shapes = _table(depth), _param_shapes(tensors, depth)
     check_tensors(tensors, table, shapes)
     return tensors, table, shapes
 
 
 def _table(depth: int) -> list[Entry]:
-    """Our parameters and the published tensors that they hold."""
+    """Return the table of our parameters and the published tensors that they are made of."""
     table = [
         Entry("patch/kernel", ("patch_embed.proj.weight",), CONV),
-        Entry("patch/bias", ("patch_embed.proj.bias",), SAME),
+        Entry("patch/bias", ("patch_embed.proj.bias",), IDENTITY),
         Entry("class_token", ("cls_token",), BATCHED),
         Entry("positions", ("pos_embed",), BATCHED),
     ]
     for layer in ("norm1", "attn.qkv", "attn.proj", "norm2", "mlp.fc1", "mlp.fc2"):
         ours = f"blocks/{layer.split('.')[-1]}"
-        weight, layout = ("scale", SAME) if layer.startswith("norm") else ("kernel", LINEAR)
+        weight, layout = ("scale", IDENTITY) if layer.startswith("norm") else ("kernel", LINEAR)
         names = [f"blocks.{i}.{layer}" for i in range(depth)]
         table.append(Entry(f"{ours}/{weight}", tuple(f"{n}.weight" for n in names), layout, stacked=True))
-        table.append(Entry(f"{ours}/bias", tuple(f"{n}.bias" for n in names), SAME, stacked=True))
+        table.append(Entry(f"{ours}/bias", tuple(f"{n}.bias" for n in names), IDENTITY, stacked=True))
     return table
 
 
-def _shapes(tensors: Tensors, depth: int) -> dict:
-    """Our parameters as shapes; those of the patches and the positions decide the rest.
+def _param_shapes(tensors: Tensors, depth: int) -> dict:
+    """Return the shapes of our parameters, derived from those of the patch and position embeddings.
 
     Raises:
-      ValueError: where these two are not those of a vision transformer with heads of 64.
+      ValueError: if these two are not of a vision transformer with heads of 64 channels.
     """
     kernel, positions = tensors["patch_embed.proj.weight"].shape, tensors["pos_embed"].shape
     if len(kernel) != 4 or kernel[1:] != (3, kernel[3], kernel[3]) or kernel[0] % HEAD_SIZE or 0 in kernel:

@@ -1,4 +1,4 @@
-"""Networks with their parameters, from a run of ours or a file in the published layout."""
+"""Load networks and their parameters from a run directory or a published weight file."""
 
 from pathlib import Path
 
@@ -22,27 +22,28 @@ from var_jax.transformer.next_scale import NextScale
 from var_jax.transformer.next_token import NextToken
 
 CONFIGS = {"tokenizer": TokenizerConfig, "next_scale": NextScaleConfig, "next_token": NextTokenConfig}
-NETWORKS = {"next_scale": NextScale, "next_token": NextToken}  # kind of stage -> network
+TRANSFORMER_CLASSES = {"next_scale": NextScale, "next_token": NextToken}  # task -> module class
 
 
 def load_tokenizer(
     path: str | Path, scales=None, step: int | str = "latest", dtype: str = "auto"
 ) -> tuple[Tokenizer, dict]:
-    """A tokenizer and its parameters, as float32 arrays on the host.
+    """Load a tokenizer and its parameters, float32 arrays on the host.
 
     Args:
-      path: of a run (its --workdir), or of a published .pth or .safetensors file.  A run that was trained
-        on a tokenizer from elsewhere leads to that.
-      scales: sides of the token maps, where a file's are not those of 256px.
+      path: of a run (its --workdir), or of a published .pth or .safetensors file.  For a run that has only a
+        transformer, the tokenizer that it was trained with is loaded.
+      scales: sides of the token maps, if a file's are not those of 256px.
       step: checkpoint of a run: a step, `latest` or `best`.
-      dtype: of the convolutions: float32 or bfloat16; auto is float32 in the encoder, so that tokens are the
-        same on every platform, and in the decoder bfloat16 on accelerators.
+      dtype: of the convolutions: float32, bfloat16 or auto: float32 in the encoder, so that tokens are the
+        same on every platform, and in the decoder bfloat16 on accelerators and float32 on CPU.
 
     Raises:
-      FileNotFoundError: where there is nothing of the kind.
-      ValueError: where the tensors do not fit, naming them.
+      FileNotFoundError: if there is no tokenizer.
+      ValueError: if the scales or the tensors do not fit; the message names them.
     """
-    path, computed = as_path(path), _tokenizer_dtypes(dtype)
+    path = as_path(path)
+    dtypes = _tokenizer_dtypes(dtype)
     if not _is_weights(path):
         if not (path / "tokenizer").exists() and (path / _transformer_of(path) / CHECKPOINT_DIR).exists():
             stage = load_config(path / _transformer_of(path) / CHECKPOINT_DIR)[1]["stage"]
@@ -54,13 +55,13 @@ def load_tokenizer(
             raise ValueError(
                 f"the tokenizer under {path} has scales {config.scales}, asked for {tuple(scales)}"
             )
-        return Tokenizer(config, **computed), params
+        return Tokenizer(config, **dtypes), params
     config, params = _from_file(path, "tokenizer", read_tensors(path, "tokenizer"), scales)
-    return Tokenizer(config, **computed), params
+    return Tokenizer(config, **dtypes), params
 
 
 def _tokenizer_dtypes(name: str) -> dict:
-    """The fields of a `Tokenizer` that an argument `dtype` stands for."""
+    """Return the dtype fields of `Tokenizer` for the argument `dtype` of `load_tokenizer`."""
     decoder = compute_dtype(name)
     return {"dtype": decoder, "encoder_dtype": jnp.dtype(jnp.float32) if name == "auto" else decoder}
 
@@ -68,52 +69,55 @@ def _tokenizer_dtypes(name: str) -> dict:
 def load_transformer(
     path: str | Path, tokenizer: TokenizerConfig, step: int | str = "latest", dtype: str = "auto"
 ) -> tuple[ARTransformer, dict, SamplingOptions]:
-    """A transformer for a tokenizer, its float32 parameters on the host, and how its run samples.
+    """Load a transformer, its parameters (float32 arrays on the host) and its default sampling options.
 
     Args:
-      path: of a run (its --workdir), whose next-scale or else next-token stage is meant, or of a published
-        .pth or .safetensors file.
-      tokenizer: what it predicts the tokens of.
+      path: of a run (its --workdir), of which the next-scale stage is loaded, or else the next-token stage;
+        or of a published .pth or .safetensors file.
+      tokenizer: config of the tokenizer whose tokens it predicts.
       step: checkpoint of a run: a step, `latest` or `best`.
       dtype: of the matrix products: float32 or bfloat16; auto is bfloat16 on accelerators, float32 on CPU.
 
     Raises:
-      FileNotFoundError: where there is nothing of the kind.
-      ValueError: where the tensors do not fit each other or the tokenizer, naming them.
+      FileNotFoundError: if there is no transformer.
+      ValueError: if the tensors do not fit each other or the tokenizer; the message names them.
     """
-    path, computed = as_path(path), compute_dtype(dtype)
+    path = as_path(path)
+    compute = compute_dtype(dtype)
     if not _is_weights(path):
         kind = _transformer_of(path)
         params, record = load_params(path / kind / CHECKPOINT_DIR, step)
         config = CONFIGS[kind](**record["model"])
         _check_fit(path, config, tokenizer)
-        return NETWORKS[kind](config, computed), params, SamplingOptions(**record["stage"]["sampling"])
+        model = TRANSFORMER_CLASSES[kind](config, compute)
+        return model, params, SamplingOptions(**record["stage"]["sampling"])
     config, params = _from_file(path, "next_scale", read_tensors(path, "next_scale"), tokenizer.scales)
     _check_fit(path, config, tokenizer)
-    return NextScale(config, computed), params, SamplingOptions()
+    return NextScale(config, compute), params, SamplingOptions()
 
 
 def _transformer_of(run: Path) -> str:
-    """The kind of transformer that a run has; next_scale where it has none, or both."""
-    return next((kind for kind in NETWORKS if (run / kind / CHECKPOINT_DIR).exists()), "next_scale")
+    """Return the task of a run's transformer; next_scale if it has none, or both."""
+    kinds = (kind for kind in TRANSFORMER_CLASSES if (run / kind / CHECKPOINT_DIR).exists())
+    return next(kinds, "next_scale")
 
 
 def read_network(path: str | Path, kind: str) -> tuple[TokenizerConfig | TransformerConfig, dict]:
-    """Architecture and parameters of a network as they are, whatever they are wanted for.
+    """Read the config and parameters of a network, without checks against another network.
 
-    The scales of a published tokenizer mean nothing but their number: its file does not hold them, and no
-    parameter depends on them.
+    A published tokenizer file does not hold the scales, and no parameter depends on them: only the number of
+    scales in the returned config is meaningful.
 
     Args:
       path: of a run (its --workdir), whose latest checkpoint is read, or of a published file.
-      kind: `tokenizer`, `next_scale` or `next_token` (which no published file is).
+      kind: `tokenizer`, `next_scale` or `next_token` (runs only).
 
     Returns:
-      Architecture, and float32 arrays on the host.
+      Config, and parameters as float32 arrays on the host.
 
     Raises:
-      FileNotFoundError: where there is nothing of the kind.
-      ValueError: where the tensors do not fit each other, naming them.
+      FileNotFoundError: if there is no such network.
+      ValueError: if the tensors do not fit each other; the message names them.
     """
     path = as_path(path)
     if _is_weights(path):
@@ -121,8 +125,8 @@ def read_network(path: str | Path, kind: str) -> tuple[TokenizerConfig | Transfo
             raise ValueError(f"{path}: a published file holds no next-token transformer; give a run")
         tensors = read_tensors(path, kind)
         hits = tensors.get("quantize.ema_vocab_hit_SV")
-        known = hits is not None and hits.ndim == 2 and len(hits) <= published.MAX_SCALES
-        return _from_file(path, kind, tensors, (1,) * len(hits) if known else None)
+        has_scales = hits is not None and hits.ndim == 2 and len(hits) <= published.MAX_SCALES
+        return _from_file(path, kind, tensors, (1,) * len(hits) if has_scales else None)
     folder = path / kind / CHECKPOINT_DIR
     step, record = load_config(folder)
     saved = SavedArrays(folder, step, "params")
@@ -133,19 +137,19 @@ def read_network(path: str | Path, kind: str) -> tuple[TokenizerConfig | Transfo
 def _from_file(
     path: Path, kind: str, tensors: Tensors, scales
 ) -> tuple[TokenizerConfig | NextScaleConfig, dict]:
-    """Architecture and parameters (host arrays) of a file in the published layout."""
-    read = published_tokenizer if kind == "tokenizer" else published_next_scale
-    config, *layout = read(path, tensors, scales)
-    params = published.to_ours(tensors, *layout)
+    """Return config and parameters (host arrays) of a file in the published layout."""
+    check_file = published_tokenizer if kind == "tokenizer" else published_next_scale
+    config, table, shapes = check_file(path, tensors, scales)
+    params = published.to_ours(tensors, table, shapes)
     params.pop("code_hits", None)
     return config, params
 
 
 def published_tokenizer(path: Path, tensors: Tensors, scales=None) -> tuple[TokenizerConfig, list, dict]:
-    """Architecture of a published tokenizer, its table, and the shapes of our parameters.
+    """Check the tensors of a published tokenizer; return its config, table, and shapes of our parameters.
 
     Raises:
-      ValueError: naming the file and the tensors that do not fit.
+      ValueError: if tensors do not fit; the message names them and the file.
     """
     config = with_path(path, published.tokenizer_config, tensors, scales)
     table, shapes = published.tokenizer_table(config), tokenizer_shapes(config)
@@ -154,10 +158,10 @@ def published_tokenizer(path: Path, tensors: Tensors, scales=None) -> tuple[Toke
 
 
 def published_next_scale(path: Path, tensors: Tensors, scales=None) -> tuple[NextScaleConfig, list, dict]:
-    """Architecture of a published transformer, its table, and the shapes of our parameters.
+    """Check the tensors of a published transformer; return its config, table, and shapes of our parameters.
 
     Raises:
-      ValueError: naming the file and the tensors that do not fit.
+      ValueError: if tensors do not fit; the message names them and the file.
     """
     config = with_path(path, published.next_scale_config, tensors, scales)
     table, shapes = published.next_scale_table(config), next_scale_shapes(config)
@@ -166,21 +170,21 @@ def published_next_scale(path: Path, tensors: Tensors, scales=None) -> tuple[Nex
 
 
 def tokenizer_shapes(config: TokenizerConfig) -> dict:
-    """Our parameters, and the counts of code uses that a published file holds beside them, as shapes."""
-    shapes = _shapes(Tokenizer(config), _abstract((1, config.image_size, config.image_size, 3)))
+    """Return the shapes of our tokenizer parameters and of the code counts in published files."""
+    shapes = _init_shapes(Tokenizer(config), _abstract((1, config.image_size, config.image_size, 3)))
     hits = jax.ShapeDtypeStruct((len(config.scales), config.num_codes), jnp.float32)
     return {**shapes, "code_hits": hits}
 
 
 def next_scale_shapes(config: NextScaleConfig) -> dict:
-    """Our parameters as shapes."""
+    """Return the shapes of our transformer parameters."""
     scales = config.schedule
     inputs = _abstract((1, scales.length - scales.ends[0], config.code_dim))
-    return _shapes(NextScale(config), _abstract((1,), jnp.int32), inputs)
+    return _init_shapes(NextScale(config), _abstract((1,), jnp.int32), inputs)
 
 
 def _is_weights(path: Path) -> bool:
-    """Whether a path means a file of weights (be it missing) and not the directory of a run."""
+    """Return True if a path is a weight file, or has the suffix of one, rather than a run directory."""
     return path.is_file() or path.suffix in SUFFIXES
 
 
@@ -188,13 +192,13 @@ def _abstract(shape: tuple[int, ...], dtype=jnp.float32) -> jax.ShapeDtypeStruct
     return jax.ShapeDtypeStruct(shape, dtype)
 
 
-def _shapes(model: nn.Module, *inputs) -> dict:
+def _init_shapes(model: nn.Module, *inputs) -> dict:
     variables = jax.eval_shape(lambda *args: model.init(jax.random.key(0), *args), *inputs)
     return nn.meta.unbox(variables)["params"]
 
 
 def with_path(path: Path, function, *args):
-    """Calls a function; a ValueError of it says which file it is about."""
+    """Call `function(*args)`, and prepend the path to the message of a ValueError."""
     try:
         return function(*args)
     except ValueError as error:
@@ -202,8 +206,12 @@ def with_path(path: Path, function, *args):
 
 
 def _check_fit(path: Path, config: TransformerConfig, tokenizer: TokenizerConfig) -> None:
-    """Raises ValueError where a transformer was made for another tokenizer."""
+    """Check that a transformer was trained for this tokenizer.
+
+    Raises:
+      ValueError: naming the field that differs, with both values.
+    """
     for field in ("scales", "num_codes", "code_dim"):
-        have, need = getattr(config, field), getattr(tokenizer, field)
-        if have != need:
-            raise ValueError(f"the transformer {path} has {field} {have}, but the tokenizer has {need}")
+        value, expected = getattr(config, field), getattr(tokenizer, field)
+        if value != expected:
+            raise ValueError(f"the transformer {path} has {field} {value}, but the tokenizer has {expected}")

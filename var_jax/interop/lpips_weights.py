@@ -1,4 +1,4 @@
-"""VGG-16 and LPIPS weights from the files that people have."""
+"""Load VGG-16 and LPIPS weights from torchvision and LPIPS files."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -11,21 +11,22 @@ from var_jax.tokenizer.lpips import CHANNELS, LAYERS
 
 
 def load_perceptual(paths: Iterable[str | Path]) -> dict:
-    """Parameters for `perceptual_distance`.
+    """Load the parameters of `perceptual_distance`.
 
     Args:
-      paths: files that hold together the convolutions, named as by torchvision (`features.0.weight`) or by
+      paths: files that together hold the convolutions, named as in torchvision (`features.0.weight`) or
         LPIPS (`net.slice1.0.weight`), and LPIPS's channel weights (`lin0.model.1.weight` or
-        `lins.0.model.1.weight`).  Other tensors, as torchvision's classifier, are left alone.
+        `lins.0.model.1.weight`).  Other tensors, such as torchvision's classifier, are ignored.
 
     Raises:
-      FileNotFoundError: where there is no file.
-      ValueError: naming what is missing, or has another shape.
+      FileNotFoundError: if a file does not exist.
+      ValueError: if tensors are missing or have other shapes; the message names them.
     """
-    paths, tensors = list(paths), {}
+    paths = list(paths)
+    tensors = {}
     for path in paths:
         tensors |= read_tensors(path, "perceptual")
-    where, problems = " and ".join(map(str, paths)), []
+    problems = []
 
     def find(names: tuple[str, ...], shape: tuple[int, ...]) -> np.ndarray:
         name = next((name for name in names if name in tensors), None)
@@ -37,7 +38,8 @@ def load_perceptual(paths: Iterable[str | Path]) -> dict:
             return np.asarray(tensors[name], np.float32)
         return np.zeros(shape, np.float32)
 
-    conv, linear, channels = {}, {}, 3
+    conv, linear = {}, {}
+    channels = 3
     for layer, convolutions in enumerate(LAYERS):
         out = CHANNELS[layer]
         for i in convolutions:
@@ -49,5 +51,6 @@ def load_perceptual(paths: Iterable[str | Path]) -> dict:
         names = (f"lin{layer}.model.1.weight", f"lins.{layer}.model.1.weight")
         linear[str(layer)] = jnp.asarray(find(names, (1, out, 1, 1)).reshape(-1))
     if problems:
-        raise ValueError(f"{where}: no weights for LPIPS on VGG-16:\n  " + "\n  ".join(problems))
+        names = " and ".join(map(str, paths))
+        raise ValueError(f"{names}: no weights for LPIPS on VGG-16:\n  " + "\n  ".join(problems))
     return {"conv": conv, "linear": linear}

@@ -1,7 +1,7 @@
-"""The published PyTorch key layout and ours, both ways.
+"""Convert parameters between the published PyTorch state dicts and our parameter trees.
 
-One table per network lists, for each parameter of ours, the published tensors that it holds and how
-a tensor is laid out there.  The same table reads and writes, so that a round trip is the identity.
+One table per network lists, for each of our parameters, the published tensors that it is made of and their
+layout.  The same table is used to read and to write, so that a round trip is the identity.
 """
 
 import dataclasses
@@ -20,25 +20,25 @@ from var_jax.transformer.config import NextScaleConfig
 
 Tensors = Mapping[str, np.ndarray]
 
-# Bounds on what a file may imply, so that a few names or shapes in it cannot cost memory or time.
+# Limits on the architecture that a file implies, so that crafted names or shapes cannot cost memory or time.
 MAX_DEPTH = 256  # blocks of a transformer
-_MAX_LEVELS = 7  # of a tokenizer: images of 64 times the side of the features
-_MAX_BLOCKS = 8  # of a level
+_MAX_LEVELS = 7  # of a tokenizer: downsampling by 64
+_MAX_BLOCKS = 8  # of a tokenizer level
 _MAX_PHIS = 64
 MAX_SCALES = 64
 _MAX_LENGTH = 10_000  # tokens of an image; the maps of 1024px have 9451
-_MAX_PROBLEMS = 20  # of one kind, that a message lists
+_MAX_PROBLEMS = 20  # listed in a message, per kind
 
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """How one kind of tensor is laid out: published -> ours, and back."""
+    """Pair of functions that convert a tensor from the published layout to ours and back."""
 
     ours: Callable[[np.ndarray], np.ndarray]
     published: Callable[[np.ndarray], np.ndarray]
 
 
-SAME = Layout(lambda t: t, lambda a: a)
+IDENTITY = Layout(lambda t: t, lambda a: a)
 LINEAR = Layout(lambda t: t.T, lambda a: a.T)
 CONV = Layout(lambda t: t.transpose(2, 3, 1, 0), lambda a: a.transpose(3, 2, 0, 1))
 BATCHED = Layout(lambda t: t[0], lambda a: a[None])  # a leading axis of 1
@@ -48,16 +48,16 @@ OFFSETS = Layout(lambda t: t[0, 0], lambda a: a[None, None])
 
 @dataclasses.dataclass(frozen=True)
 class Constant:
-    """A tensor that the architecture decides, which the published network stores beside its parameters."""
+    """Non-trainable tensor, determined by the architecture, that published state dicts also hold."""
 
     shape: tuple[int, ...]
     dtype: np.dtype
-    value: Callable[[], np.ndarray]  # made when it is needed: a mask has L x L numbers
+    value: Callable[[], np.ndarray]  # computed on demand: a mask has L x L numbers
 
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """One parameter of ours: its path, the published tensors it stacks (one if not stacked)."""
+    """Table row: path of our parameter, and names of its published tensors (one, unless stacked)."""
 
     path: str
     names: tuple[str, ...]
@@ -66,11 +66,11 @@ class Entry:
 
 
 def _layer(ours: str, published: str, layout: Layout, norm: bool = False) -> list[Entry]:
-    """Weight and bias of one layer."""
+    """Return the entries of the weight and bias of one layer."""
     weight = "scale" if norm else "kernel"
     return [
-        Entry(f"{ours}/{weight}", (f"{published}.weight",), SAME if norm else layout),
-        Entry(f"{ours}/bias", (f"{published}.bias",), SAME),
+        Entry(f"{ours}/{weight}", (f"{published}.weight",), IDENTITY if norm else layout),
+        Entry(f"{ours}/bias", (f"{published}.bias",), IDENTITY),
     ]
 
 
@@ -80,82 +80,86 @@ def _layer(ours: str, published: str, layout: Layout, norm: bool = False) -> lis
 def _residual(ours: str, published: str, shortcut: bool) -> list[Entry]:
     entries = []
     for i in (1, 2):
-        entries += _layer(f"{ours}/norm{i}", f"{published}.norm{i}", SAME, norm=True)
+        entries += _layer(f"{ours}/norm{i}", f"{published}.norm{i}", IDENTITY, norm=True)
         entries += _layer(f"{ours}/conv{i}", f"{published}.conv{i}", CONV)
     return entries + (_layer(f"{ours}/shortcut", f"{published}.nin_shortcut", CONV) if shortcut else [])
 
 
 def _attention(ours: str, published: str) -> list[Entry]:
     return [
-        *_layer(f"{ours}/norm", f"{published}.norm", SAME, norm=True),
+        *_layer(f"{ours}/norm", f"{published}.norm", IDENTITY, norm=True),
         *_layer(f"{ours}/qkv", f"{published}.qkv", CONV),
         *_layer(f"{ours}/proj", f"{published}.proj_out", CONV),
     ]
 
 
 def _pyramid(config: TokenizerConfig, part: str) -> list[Entry]:
-    """Encoder ("down") or decoder ("up"); the order of the levels decides where channels change."""
+    """Return the entries of the encoder ("down") or decoder ("up"); `part` is `encoder` or `decoder`."""
     encoder = part == "encoder"
     side, resample = ("down", "downsample") if encoder else ("up", "upsample")
-    mults, last = config.ch_mult, len(config.ch_mult) - 1
+    mults = config.ch_mult
+    last = len(mults) - 1
     entries = _layer(f"{part}/conv_in", f"{part}.conv_in", CONV)
     for level, mult in enumerate(mults):
-        before = mults[max(level - 1, 0)] if encoder else mults[min(level + 1, last)]
+        previous_mult = mults[max(level - 1, 0)] if encoder else mults[min(level + 1, last)]
         if encoder and level == 0:
-            before = 1
+            previous_mult = 1
         for i in range(config.num_blocks + (not encoder)):
             name = f"{part}.{side}.{level}.block.{i}"
-            entries += _residual(f"{part}/level{level}_block{i}", name, i == 0 and before != mult)
+            entries += _residual(f"{part}/level{level}_block{i}", name, i == 0 and previous_mult != mult)
             if level == last:
                 name = f"{part}.{side}.{level}.attn.{i}"
                 entries += _attention(f"{part}/level{level}_attention{i}", name)
         if level != (last if encoder else 0):
             name = f"{part}.{side}.{level}.{resample}.conv"
             entries += _layer(f"{part}/level{level}_{resample}/conv", name, CONV)
-    for ours, theirs in (("block1", "block_1"), ("block2", "block_2")):
-        entries += _residual(f"{part}/middle/{ours}", f"{part}.mid.{theirs}", False)
+    for ours, published in (("block1", "block_1"), ("block2", "block_2")):
+        entries += _residual(f"{part}/middle/{ours}", f"{part}.mid.{published}", False)
     entries += _attention(f"{part}/middle/attention", f"{part}.mid.attn_1")
-    entries += _layer(f"{part}/norm_out", f"{part}.norm_out", SAME, norm=True)
+    entries += _layer(f"{part}/norm_out", f"{part}.norm_out", IDENTITY, norm=True)
     return entries + _layer(f"{part}/conv_out", f"{part}.conv_out", CONV)
 
 
 def tokenizer_table(config: TokenizerConfig) -> list[Entry]:
-    """All parameters of a tokenizer, and the per-scale code counts `code_hits`."""
+    """Return the table of a tokenizer: all parameters, and the per-scale code counts `code_hits`."""
     table = _pyramid(config, "encoder") + _pyramid(config, "decoder")
     table += _layer("quant_conv", "quant_conv", CONV) + _layer("post_quant_conv", "post_quant_conv", CONV)
-    table.append(Entry("quantizer/codebook", ("quantize.embedding.weight",), SAME))
+    table.append(Entry("quantizer/codebook", ("quantize.embedding.weight",), IDENTITY))
     if n := config.num_phis:
         root = "quantize.quant_resi"
         phis = [f"{root}.qresi"] if n == 1 else [f"{root}.qresi_ls.{i}" for i in range(n)]
         weights, biases = tuple(f"{p}.weight" for p in phis), tuple(f"{p}.bias" for p in phis)
         table.append(Entry("quantizer/phi_kernel", weights, CONV, stacked=True))
-        table.append(Entry("quantizer/phi_bias", biases, SAME, stacked=True))
-    return [*table, Entry("code_hits", ("quantize.ema_vocab_hit_SV",), SAME)]
+        table.append(Entry("quantizer/phi_bias", biases, IDENTITY, stacked=True))
+    return [*table, Entry("code_hits", ("quantize.ema_vocab_hit_SV",), IDENTITY)]
 
 
 _PHI = r"quantize\.quant_resi\.qresi_ls\.(\d{1,4})\."
 
 
 def tokenizer_config(tensors: Tensors, scales=None) -> TokenizerConfig:
-    """The architecture that the shapes of a published tokenizer imply.
+    """Derive the config of a published tokenizer from the shapes of its tensors.
 
     Args:
       tensors: the published state dict.
-      scales: sides of the token maps; by default those of 256px, where the file has K = 10.
+      scales: sides of the token maps; by default those of 256px, if the file has K = 10.
 
     Raises:
-      ValueError: if this is no published tokenizer, or its K is not that of the scales.
+      ValueError: if this is not a published tokenizer, or its K is not that of the scales.
     """
     required = {"encoder.conv_in.weight": 4, "quantize.embedding.weight": 2, "quant_conv.weight": 4}
     required["encoder.down.0.block.0.conv1.weight"] = 4
-    require(tensors, required, "tokenizer")
-    levels = count(tensors, r"encoder\.down\.(\d{1,4})\.", _MAX_LEVELS)
-    firsts = [f"encoder.down.{i}.block.0.conv1.weight" for i in range(levels)]
-    require(tensors, dict.fromkeys(firsts, 4), "tokenizer")
+    require_tensors(tensors, required, "tokenizer")
+    levels = count_layers(tensors, r"encoder\.down\.(\d{1,4})\.", _MAX_LEVELS)
+    first_convs = [f"encoder.down.{i}.block.0.conv1.weight" for i in range(levels)]
+    require_tensors(tensors, dict.fromkeys(first_convs, 4), "tokenizer")
     num_codes, code_dim = tensors["quantize.embedding.weight"].shape
-    ch, outs = tensors["encoder.conv_in.weight"].shape[0], [tensors[name].shape[0] for name in firsts]
-    if not ch or any(out % ch for out in outs):
-        raise ValueError(f"the levels of the encoder have {outs} channels, no multiples of the first {ch}")
+    ch = tensors["encoder.conv_in.weight"].shape[0]
+    level_channels = [tensors[name].shape[0] for name in first_convs]
+    if not ch or any(channels % ch for channels in level_channels):
+        raise ValueError(
+            f"the levels of the encoder have {level_channels} channels, no multiples of the first {ch}"
+        )
     hits = tensors.get("quantize.ema_vocab_hit_SV")
     if hits is not None and (hits.ndim != 2 or len(hits) > MAX_SCALES):
         raise ValueError(
@@ -179,9 +183,9 @@ def tokenizer_config(tensors: Tensors, scales=None) -> TokenizerConfig:
         num_codes=num_codes,
         code_dim=code_dim,
         ch=ch,
-        ch_mult=tuple(out // ch for out in outs),
-        num_blocks=count(tensors, r"encoder\.down\.0\.block\.(\d{1,4})\.", _MAX_BLOCKS),
-        num_phis=1 if single else count(tensors, _PHI, _MAX_PHIS),
+        ch_mult=tuple(channels // ch for channels in level_channels),
+        num_blocks=count_layers(tensors, r"encoder\.down\.0\.block\.(\d{1,4})\.", _MAX_BLOCKS),
+        num_phis=1 if single else count_layers(tensors, _PHI, _MAX_PHIS),
     )
 
 
@@ -189,7 +193,7 @@ def tokenizer_config(tensors: Tensors, scales=None) -> TokenizerConfig:
 
 
 def next_scale_table(config: NextScaleConfig) -> list[Entry]:
-    """All parameters of a VAR transformer."""
+    """Return the table of a VAR transformer: all parameters."""
 
     def blocks(ours: str, published: str, layout: Layout) -> Entry:
         names = tuple(f"blocks.{i}.{published}" for i in range(config.depth))
@@ -197,34 +201,36 @@ def next_scale_table(config: NextScaleConfig) -> list[Entry]:
 
     layers = "blocks/layers"
     table = [
-        Entry("class_embedding", ("class_emb.weight",), SAME),
+        Entry("class_embedding", ("class_emb.weight",), IDENTITY),
         Entry("start_embedding", ("pos_start",), BATCHED),
         Entry("position_embedding", ("pos_1LC",), BATCHED),
-        Entry("level_embedding", ("lvl_embed.weight",), SAME),
+        Entry("level_embedding", ("lvl_embed.weight",), IDENTITY),
         *_layer("code_embedding", "word_embed", LINEAR),
         *_layer("head_adaln", "head_nm.ada_lin.1", LINEAR),
         *_layer("head", "head", LINEAR),
         blocks(f"{layers}/attention/qkv/kernel", "attn.mat_qkv.weight", LINEAR),
-        blocks(f"{layers}/attention/q_bias", "attn.q_bias", SAME),
-        blocks(f"{layers}/attention/v_bias", "attn.v_bias", SAME),
+        blocks(f"{layers}/attention/q_bias", "attn.q_bias", IDENTITY),
+        blocks(f"{layers}/attention/v_bias", "attn.v_bias", IDENTITY),
         blocks(f"{layers}/attention/proj/kernel", "attn.proj.weight", LINEAR),
-        blocks(f"{layers}/attention/proj/bias", "attn.proj.bias", SAME),
+        blocks(f"{layers}/attention/proj/bias", "attn.proj.bias", IDENTITY),
     ]
     for fc in ("fc1", "fc2"):
         table.append(blocks(f"{layers}/mlp/{fc}/kernel", f"ffn.{fc}.weight", LINEAR))
-        table.append(blocks(f"{layers}/mlp/{fc}/bias", f"ffn.{fc}.bias", SAME))
+        table.append(blocks(f"{layers}/mlp/{fc}/bias", f"ffn.{fc}.bias", IDENTITY))
     if config.normalized_attention:
         table.append(blocks(f"{layers}/attention/log_temperature", "attn.scale_mul_1H11", PER_HEAD))
     if config.shared_adaln:
         table += _layer("shared_adaln", "shared_ada_lin.1", LINEAR)
         return [*table, blocks("adaln_offset", "ada_gss", OFFSETS)]
     table.append(blocks("adaln/adaln/kernel", "ada_lin.1.weight", LINEAR))
-    return [*table, blocks("adaln/adaln/bias", "ada_lin.1.bias", SAME)]
+    return [*table, blocks("adaln/adaln/bias", "ada_lin.1.bias", IDENTITY)]
 
 
 def next_scale_constants(config: NextScaleConfig) -> dict[str, Constant]:
-    """Tensors that the published network stores beside its parameters."""
-    scales, length, width, float32 = config.schedule, config.length, config.width, np.dtype(np.float32)
+    """Return the constants of a published transformer (level indices, mask, zero biases), by name."""
+    scales = config.schedule
+    length, width = config.length, config.width
+    float32 = np.dtype(np.float32)
     levels = Constant((1, length), np.dtype(np.int64), lambda: scales.levels[None].astype(np.int64))
     mask = Constant(
         (1, 1, length, length),
@@ -237,22 +243,22 @@ def next_scale_constants(config: NextScaleConfig) -> dict[str, Constant]:
 
 
 def next_scale_config(tensors: Tensors, scales=None) -> NextScaleConfig:
-    """The architecture that the shapes of a published transformer imply.
+    """Derive the config of a published transformer from the shapes of its tensors.
 
     Args:
       tensors: the published state dict.
-      scales: sides of the token maps, those of its tokenizer; by default what `lvl_1L` says, or the published
-        ones of that length.
+      scales: sides of the token maps of its tokenizer; by default from `lvl_1L`, or the published scales of
+        that length.
 
     Raises:
-      ValueError: if this is no published transformer, or one of other scales.
+      ValueError: if this is not a published transformer, or one of other scales.
     """
     required = {"pos_1LC": 3, "word_embed.weight": 2, "class_emb.weight": 2, "head.weight": 2}
-    require(tensors, required, "VAR transformer")
+    require_tensors(tensors, required, "VAR transformer")
     classes, width = tensors["class_emb.weight"].shape
     temperature = tensors.get("blocks.0.attn.scale_mul_1H11")
     if temperature is not None:
-        require(tensors, {"blocks.0.attn.scale_mul_1H11": 4}, "VAR transformer")
+        require_tensors(tensors, {"blocks.0.attn.scale_mul_1H11": 4}, "VAR transformer")
     scales = _scales_of(tensors) if scales is None else scales
     length = Scales(scales).length
     if tensors["pos_1LC"].shape[1] != length:
@@ -261,7 +267,7 @@ def next_scale_config(tensors: Tensors, scales=None) -> NextScaleConfig:
             f"{length} positions: expected {(1, length, width)}; pass the right scales= to load_tokenizer"
         )
     return NextScaleConfig(
-        depth=count(tensors, r"blocks\.(\d{1,4})\.", MAX_DEPTH),
+        depth=count_layers(tensors, r"blocks\.(\d{1,4})\.", MAX_DEPTH),
         width=width,
         num_heads=0 if temperature is None else temperature.shape[1],
         num_classes=classes - 1,
@@ -274,7 +280,7 @@ def next_scale_config(tensors: Tensors, scales=None) -> NextScaleConfig:
 
 
 def _scales_of(tensors: Tensors) -> tuple[int, ...]:
-    """Sides of the token maps of a transformer: by the level of every position, or else by their number."""
+    """Return the scales of a transformer from its level indices, or else from its number of positions."""
     length = tensors["pos_1LC"].shape[1]
     if length > _MAX_LENGTH:
         raise ValueError(f"pos_1LC has {length} positions; without scales, at most {_MAX_LENGTH} are read")
@@ -286,11 +292,12 @@ def _scales_of(tensors: Tensors) -> tuple[int, ...]:
         if len(sides) > MAX_SCALES or sum(side * side for side in sides) != length:
             raise ValueError(f"lvl_1L has {len(sides)} levels that are not up to {MAX_SCALES} square maps")
         return sides
-    known = {Scales(sides).length: sides for sides in (SCALES_256, SCALES_512)}
-    if (scales := known.get(length)) is None:
+    scales_by_length = {Scales(sides).length: sides for sides in (SCALES_256, SCALES_512)}
+    if (scales := scales_by_length.get(length)) is None:
         raise ValueError(
-            f"pos_1LC has shape {tensors['pos_1LC'].shape}, not the {' or '.join(map(str, known))} "
-            "positions of the published 256 or 512 pixels; give scales, the sides of its token maps"
+            f"pos_1LC has shape {tensors['pos_1LC'].shape}, not the "
+            f"{' or '.join(map(str, scales_by_length))} positions of the published 256 or 512 pixels; "
+            "give scales, the sides of its token maps"
         )
     return scales
 
@@ -299,44 +306,46 @@ def _scales_of(tensors: Tensors) -> tuple[int, ...]:
 
 
 def published_shapes(table: list[Entry], shapes: dict) -> dict[str, tuple[int, ...]]:
-    """Shape of every tensor that a network has in the published layout.
+    """Return the shape of every published tensor of a network, by name.
 
     Args:
-      table: of the network.
-      shapes: our tree of parameters, as anything with a shape.
+      table: table of the network.
+      shapes: our parameter tree, with leaves that have a shape.
     """
-    ours, result = flatten_dict(shapes, sep="/"), {}
+    ours = flatten_dict(shapes, sep="/")
+    published = {}
     for entry in table:
         shape = ours[entry.path].shape[1:] if entry.stacked else ours[entry.path].shape
-        layout = entry.layout.published(np.broadcast_to(np.float32(0), shape))
-        result |= dict.fromkeys(entry.names, layout.shape)
-    return result
+        tensor = entry.layout.published(np.broadcast_to(np.float32(0), shape))
+        published |= dict.fromkeys(entry.names, tensor.shape)
+    return published
 
 
 def check_tensors(
     tensors: Tensors, table: list[Entry], shapes: dict, constants: Mapping[str, Constant] | None = None
 ) -> None:
-    """Check that a published state dict is that of a network, every tensor accounted for.
+    """Check that a published state dict has exactly the tensors of a network.
 
     Args:
       tensors: the published state dict.
-      table: of the network.
-      shapes: our tree of parameters, as anything with a shape.
-      constants: that the file must hold with these very values, or may lack.
+      table: table of the network.
+      shapes: our parameter tree, with leaves that have a shape.
+      constants: constants of the network; the file may lack them, but not hold other values.
 
     Raises:
       ValueError: naming the tensors that are missing, unknown, or of another shape or value.
     """
-    constants, expected = constants or {}, published_shapes(table, shapes)
+    constants = constants or {}
+    expected = published_shapes(table, shapes)
     missing = sorted(set(expected) - set(tensors))
     unknown = sorted(set(tensors) - set(expected) - set(constants))
-    problems = _first([f"missing: {name}" for name in missing])
-    problems += _first([f"unknown: {name} {tensors[name].shape}" for name in unknown])
+    problems = _truncate([f"missing: {name}" for name in missing])
+    problems += _truncate([f"unknown: {name} {tensors[name].shape}" for name in unknown])
     for name in sorted(set(constants) & set(tensors)):
         constant, tensor = constants[name], tensors[name]
         if constant.shape != tensor.shape or not np.array_equal(constant.value(), tensor):
             problems.append(f"{name} {tensor.shape} holds other values than this architecture implies")
-    problems += _first(
+    problems += _truncate(
         [
             f"{name} has shape {tensors[name].shape}, expected {shape}"
             for name, shape in expected.items()
@@ -347,25 +356,26 @@ def check_tensors(
         raise ValueError("the tensors do not fit the architecture:\n  " + "\n  ".join(problems))
 
 
-def _first(problems: list[str]) -> list[str]:
-    """The first problems of one kind, and the number of the others."""
-    more = problems[_MAX_PROBLEMS:]
-    return problems[:_MAX_PROBLEMS] + ([f"... and {len(more)} more"] if more else [])
+def _truncate(problems: list[str]) -> list[str]:
+    """Return the first _MAX_PROBLEMS problems, and a line with the number of the others."""
+    num_more = len(problems) - _MAX_PROBLEMS
+    return problems[:_MAX_PROBLEMS] + ([f"... and {num_more} more"] if num_more > 0 else [])
 
 
 def to_ours(tensors: Tensors, table: list[Entry], shapes: dict) -> dict:
-    """Published tensors -> our tree of parameters (float32).
+    """Convert a published state dict to our parameter tree (float32).
 
-    Takes the memory of the result alone: a tensor that is mapped from a file is let go once it is copied.
+    Peak memory is that of the result: the pages of a memory-mapped tensor are freed once it is copied.
 
     Args:
       tensors: the published state dict, checked by `check_tensors`.
-      table: of the network.
-      shapes: our tree of parameters, as anything with a shape.
+      table: table of the network.
+      shapes: our parameter tree, with leaves that have a shape.
     """
-    flat, ours = flatten_dict(shapes, sep="/"), {}
+    flat_shapes = flatten_dict(shapes, sep="/")
+    ours = {}
     for entry in table:
-        ours[entry.path] = np.empty(flat[entry.path].shape, np.float32)
+        ours[entry.path] = np.empty(flat_shapes[entry.path].shape, np.float32)
         for i, name in enumerate(entry.names):
             part = ours[entry.path][i] if entry.stacked else ours[entry.path]
             part[...] = entry.layout.ours(tensors[name])
@@ -376,7 +386,7 @@ def to_ours(tensors: Tensors, table: list[Entry], shapes: dict) -> dict:
 def to_published(
     params: dict, table: list[Entry], constants: Mapping[str, Constant] | None = None
 ) -> dict[str, np.ndarray]:
-    """Our tree of parameters -> the published state dict, with its constants."""
+    """Convert our parameter tree to a published state dict, including its constants."""
     flat = flatten_dict(params, sep="/")
     return dict(published_tensors(lambda path: np.asarray(jax.device_get(flat[path])), table, constants))
 
@@ -384,12 +394,12 @@ def to_published(
 def published_tensors(
     read: Callable[[str], np.ndarray], table: list[Entry], constants: Mapping[str, Constant] | None = None
 ) -> Iterator[tuple[str, np.ndarray]]:
-    """Names and tensors of the published state dict, one parameter of ours at a time.
+    """Yield the names and tensors of a published state dict, reading our parameters one at a time.
 
     Args:
-      read: path of a parameter of ours -> the parameter.
-      table: of the network.
-      constants: that the published network stores beside its parameters.
+      read: function that returns our parameter of a path.
+      table: table of the network.
+      constants: constants of the network.
     """
     for name, constant in (constants or {}).items():
         yield name, constant.value()
@@ -400,11 +410,11 @@ def published_tensors(
             yield name, np.ascontiguousarray(entry.layout.published(part))
 
 
-def count(tensors: Tensors, pattern: str, max_count: int) -> int:
-    """Number of layers in a list, whose numbers the names hold at the group of a pattern.
+def count_layers(tensors: Tensors, pattern: str, max_count: int) -> int:
+    """Return the number of layers whose tensor names match a pattern; its group is the layer's index.
 
     Raises:
-      ValueError: if a number is left out, or there are more than `max_count`.
+      ValueError: if an index is missing, or there are more than `max_count` layers.
     """
     names = {int(match[1]): name for name in tensors if (match := re.match(pattern, name))}
     missing = next(i for i in range(len(names) + 1) if i not in names)
@@ -415,16 +425,16 @@ def count(tensors: Tensors, pattern: str, max_count: int) -> int:
     return missing
 
 
-def require(tensors: Tensors, ranks: Mapping[str, int | None], kind: str) -> None:
-    """Check those tensors that a published network of a kind must have.
+def require_tensors(tensors: Tensors, ranks: Mapping[str, int | None], kind: str) -> None:
+    """Check that a state dict has tensors of given names and ranks.
 
     Args:
       tensors: the state dict.
-      ranks: names of tensors, and their numbers of dimensions; None for any.
-      kind: of the network, for the message.
+      ranks: number of dimensions by name; None for any.
+      kind: kind of network, for the message.
 
     Raises:
-      ValueError: naming those that are missing, or one of another rank.
+      ValueError: naming the tensors that are missing, or one of another rank.
     """
     if missing := [name for name in ranks if name not in tensors]:
         raise ValueError(f"no published {kind}: it has no tensor {', '.join(missing)}")

@@ -1,4 +1,4 @@
-"""Files of named tensors: `.pth` and `.safetensors`, not held whole in memory."""
+"""Read and write weight files (`.pth` and `.safetensors`) without loading them into memory at once."""
 
 import contextlib
 import json
@@ -11,13 +11,13 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 
-from var_jax.interop.byte_reader import ByteReader, InvalidFile, decode
+from var_jax.interop.byte_reader import ByteReader, InvalidFile, decode_text
 from var_jax.interop.pth import empty_array, map_file, read_pth
 from var_jax.paths import local_path
 
 SUFFIXES = (".pth", ".pt", ".safetensors")
 
-# Where the published trainer keeps the networks in its own checkpoints.
+# Keys of the networks in checkpoints of the published trainer.
 TRAINER_NAMES = {"tokenizer": "vae_local", "next_scale": "var_wo_ddp"}
 
 _SAFETENSORS_DTYPES = {
@@ -37,21 +37,21 @@ _SAFETENSORS_DTYPES = {
     "U8": np.uint8,
     "BOOL": np.bool_,
 }
-_MAX_HEADER = 1 << 23  # some 60,000 tensors
+_MAX_HEADER = 1 << 23  # bytes, of about 60,000 tensors
 _MAX_DIMENSIONS = 16
 _MAX_NAME = 1024
 
 
 def read_networks(path: str | Path) -> dict[str | None, Mapping[str, np.ndarray]]:
-    """State dicts in a file of weights, tensors mapped from the file.
+    """Read the state dicts in a weight file, with tensors memory-mapped from the file.
 
     Returns:
-      {None: the state dict} of a file that holds one network; or, of a checkpoint of the published trainer,
-      those of `tokenizer` and `next_scale` that it holds.
+      {None: state dict} for a file of one network; for a checkpoint of the published trainer, the state
+      dicts of `tokenizer` and `next_scale`, as far as it has them.
 
     Raises:
-      FileNotFoundError: where there is no file.
-      ValueError: naming the file and what was found in it instead.
+      FileNotFoundError: if there is no such file.
+      ValueError: if it holds no state dict; the message names the file and what it holds instead.
     """
     path = Path(local_path(path, "weights"))
     if not path.is_file():
@@ -78,9 +78,14 @@ def read_networks(path: str | Path) -> dict[str | None, Mapping[str, np.ndarray]
 
 
 def read_tensors(path: str | Path, kind: str) -> Mapping[str, np.ndarray]:
-    """The state dict of a file; of a `tokenizer` or `next_scale` if it holds both.
+    """Read the state dict of a weight file; from a checkpoint of the published trainer, that of `kind`.
 
-    Errors as for `read_networks`.
+    Args:
+      path: of the file.
+      kind: `tokenizer` or `next_scale`.
+
+    Raises:
+      FileNotFoundError, ValueError: as for `read_networks`, or if a trainer checkpoint has no such network.
     """
     networks = read_networks(path)
     if None in networks:
@@ -91,7 +96,7 @@ def read_tensors(path: str | Path, kind: str) -> Mapping[str, np.ndarray]:
 
 
 def _is_state_dict(value) -> bool:
-    """Whether a value is a non-empty mapping of names to tensors."""
+    """Return True if a value is a non-empty mapping of names to tensors."""
     return (
         isinstance(value, Mapping)
         and len(value) > 0
@@ -101,50 +106,52 @@ def _is_state_dict(value) -> bool:
 
 
 def _read_safetensors(path: Path) -> dict[str, np.ndarray]:
-    """Named tensors of a `.safetensors` file, mapped from it.
+    """Read the named tensors of a `.safetensors` file, memory-mapped.
 
-    The format: https://huggingface.co/docs/safetensors. The bytes that are checked are those that are used:
-    the file is opened and mapped once.
+    The format: https://huggingface.co/docs/safetensors. The file is opened and mapped once, so that the bytes
+    that are checked are the bytes that are used.
     """
     buffer = map_file(path)
     try:
-        return _safetensors(buffer)
+        return _parse_safetensors(buffer)
     except InvalidFile as error:
         raise ValueError(f"{path} is not a safetensors file: {error}") from error
 
 
-def _safetensors(buffer: mmap.mmap | bytes) -> dict[str, np.ndarray]:
+def _parse_safetensors(buffer: mmap.mmap | bytes) -> dict[str, np.ndarray]:
+    """Return the tensors of a mapped `.safetensors` file as views; every byte must belong to one tensor."""
     reader = ByteReader(buffer)
     if (length := reader.unpack("<Q")) > _MAX_HEADER:
         raise InvalidFile(f"its header has {length} bytes; at most {_MAX_HEADER} are read")
-    entries = _header(reader.take(length))
+    entries = _parse_header(reader.take(length))
     entries.pop("__metadata__", None)
-    start, tensors, extents = reader.position, {}, []
+    start = reader.position
+    tensors, extents = {}, []
     for name, entry in entries.items():
         if len(name) > _MAX_NAME:
             raise InvalidFile(f"a tensor's name of {len(name)} characters; at most {_MAX_NAME} are read")
-        dtype, shape, first, last = _entry(name, entry)
-        if last - first != math.prod(shape) * dtype.itemsize or start + last > len(buffer):
+        dtype, shape, first, stop = _parse_entry(name, entry)
+        if stop - first != math.prod(shape) * dtype.itemsize or start + stop > len(buffer):
             raise InvalidFile(
-                f"{name} of shape {shape} does not have bytes {first} to {last} of {len(buffer) - start}"
+                f"{name} of shape {shape} does not have bytes {first} to {stop} of {len(buffer) - start}"
             )
-        if first == last:
+        if first == stop:
             tensors[name] = empty_array(shape, dtype)
         else:
             tensors[name] = np.ndarray(shape, dtype, buffer, start + first)
-        extents.append((first, last))
+        extents.append((first, stop))
     end = 0
-    for first, last in sorted(extents):
+    for first, stop in sorted(extents):
         if first != end:
             raise InvalidFile(f"tensors overlap, or leave a gap, at byte {first}")
-        end = last
+        end = stop
     if start + end != len(buffer):
         raise InvalidFile(f"{len(buffer) - start - end} bytes follow the tensors")
     return tensors
 
 
-def _header(text: bytes) -> dict:
-    """The JSON object at the start of the file; every name in it is there once."""
+def _parse_header(text: bytes) -> dict:
+    """Parse the JSON header of a `.safetensors` file, rejecting duplicate names."""
 
     def unique(pairs: list[tuple]) -> dict:
         if len(fields := dict(pairs)) != len(pairs):
@@ -152,7 +159,7 @@ def _header(text: bytes) -> dict:
         return fields
 
     try:
-        header = json.loads(decode(text), object_pairs_hook=unique)
+        header = json.loads(decode_text(text), object_pairs_hook=unique)
     except (ValueError, RecursionError) as error:  # an int of too many digits is a plain ValueError
         raise InvalidFile(f"its header is not JSON: {error}") from error
     if not isinstance(header, dict):
@@ -160,15 +167,15 @@ def _header(text: bytes) -> dict:
     return header
 
 
-def _entry(name: str, entry) -> tuple[np.dtype, tuple[int, ...], int, int]:
-    """Dtype, shape, first byte and one past the last byte of a tensor."""
+def _parse_entry(name: str, entry) -> tuple[np.dtype, tuple[int, ...], int, int]:
+    """Return dtype, shape, first byte and end byte (exclusive) of a tensor in the header."""
     match entry:
-        case {"dtype": str(dtype), "shape": list(shape), "data_offsets": [first, last]}:
+        case {"dtype": str(dtype), "shape": list(shape), "data_offsets": [first, stop]}:
             if dtype not in _SAFETENSORS_DTYPES:
                 raise InvalidFile(f"{name} has dtype {dtype}, which is not read")
-            if len(shape) <= _MAX_DIMENSIONS and all(map(_is_count, (first, last, *shape))):
-                return np.dtype(_SAFETENSORS_DTYPES[dtype]), tuple(shape), first, last
-    raise InvalidFile(f"{name} has no dtype, shape and data_offsets as they should be")
+            if len(shape) <= _MAX_DIMENSIONS and all(map(_is_count, (first, stop, *shape))):
+                return np.dtype(_SAFETENSORS_DTYPES[dtype]), tuple(shape), first, stop
+    raise InvalidFile(f"{name} has no dtype, shape and data_offsets, or invalid ones")
 
 
 def _is_count(value) -> bool:
@@ -176,32 +183,36 @@ def _is_count(value) -> bool:
 
 
 def release(tensor: np.ndarray) -> None:
-    """Let go of the memory of an array that is mapped from a file; used again, it is read again."""
+    """Free the resident pages of a memory-mapped array; the next access reads them from the file again."""
     base = tensor
     while base is not None and not isinstance(base, mmap.mmap):
         base = getattr(base, "base", None)
     if base is None or not tensor.size:
         return
     start = tensor.ctypes.data - np.frombuffer(base, np.uint8).ctypes.data
-    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.strides, strict=True))
-    end = start + last + tensor.itemsize
-    start -= start % mmap.PAGESIZE  # pages that it shares with its neighbours are let go as well
+    last_offset = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.strides, strict=True))
+    end = start + last_offset + tensor.itemsize
+    start -= start % mmap.PAGESIZE  # also frees the pages shared with neighboring tensors
     base.madvise(mmap.MADV_DONTNEED, start, end - start)
 
 
 def write_safetensors(
     path: Path, shapes: Mapping[str, tuple], tensors: Iterator[tuple[str, np.ndarray]], dtypes: Mapping
 ) -> None:
-    """Writes tensors as they come, in any order; the file takes its name when it is complete.
+    """Write a `.safetensors` file atomically from a stream of tensors in any order.
 
     Args:
       path: of the file.
-      shapes: of every tensor.
-      tensors: names and tensors.
-      dtypes: of those that are not float32.
+      shapes: shape of every tensor, by name.
+      tensors: iterator of (name, tensor).
+      dtypes: dtypes of the tensors that are not float32, by name.
+
+    Raises:
+      ValueError: if the tensors do not match `shapes` and `dtypes`.
     """
     names = {np.dtype(dtype): name for name, dtype in _SAFETENSORS_DTYPES.items()}
-    header, offset = {}, 0
+    header = {}
+    offset = 0
     for name, shape in shapes.items():
         dtype = np.dtype(dtypes.get(name, np.float32))
         size = int(np.prod(shape)) * dtype.itemsize
@@ -213,23 +224,23 @@ def write_safetensors(
         offset += size
     encoded = json.dumps(header).encode()
     encoded += b" " * (-len(encoded) % 8)
-    with complete_or_absent(path) as partial, open(partial, "wb") as file:
+    with atomic_path(path) as partial, open(partial, "wb") as file:
         file.write(struct.pack("<Q", len(encoded)) + encoded)
         for name, tensor in tensors:
             entry = header.pop(name)
             if list(tensor.shape) != entry["shape"] or names[tensor.dtype] != entry["dtype"]:
-                raise ValueError(f"{name} came as {tensor.dtype} {tensor.shape}, announced as {entry}")
+                raise ValueError(f"{name} is {tensor.dtype} {tensor.shape}, but was declared as {entry}")
             file.seek(8 + len(encoded) + entry["data_offsets"][0])
             file.write(np.ascontiguousarray(tensor).data)
         if header:
-            raise ValueError(f"announced but not given: {', '.join(header)}")
+            raise ValueError(f"declared but not given: {', '.join(header)}")
 
 
 def write_pth(path: Path, tensors: Iterator[tuple[str, np.ndarray]]) -> None:
-    """Writes a state dict as PyTorch does.
+    """Write a state dict as a `.pth` file with PyTorch, atomically.
 
     Raises:
-      ModuleNotFoundError: without PyTorch; says which extra brings it.
+      ModuleNotFoundError: if PyTorch is not installed; the message names the extra that installs it.
     """
     try:
         import torch
@@ -238,13 +249,13 @@ def write_pth(path: Path, tensors: Iterator[tuple[str, np.ndarray]]) -> None:
             "writing .pth needs PyTorch: pip install -e '.[torch]', or write .safetensors"
         ) from error
     state = {name: torch.from_numpy(np.array(tensor)) for name, tensor in tensors}
-    with complete_or_absent(path) as partial:
+    with atomic_path(path) as partial:
         torch.save(state, partial)
 
 
 @contextlib.contextmanager
-def complete_or_absent(path: Path) -> Iterator[Path]:
-    """A path to write to, which becomes `path` when all went well and is removed when not."""
+def atomic_path(path: Path) -> Iterator[Path]:
+    """Yield a temporary path to write to; rename it to `path` on success, and remove it on an error."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
     try:

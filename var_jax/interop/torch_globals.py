@@ -1,7 +1,7 @@
-"""Inert stand-ins for the names of PyTorch that its files hold.
+"""Define inert stand-ins for the PyTorch globals (functions, storage types, dtypes) named in `.pth` pickles.
 
-Files name functions, types of storages and dtypes. None of them is looked up here: each name of a closed list
-stands for a token, and a call of a token yields a plain value or the description of a tensor.
+No name in a file is imported or called. Each name of a closed list maps to a token, and a call of a token
+returns a plain value or the description of a tensor.
 """
 
 import collections
@@ -12,26 +12,27 @@ from var_jax.interop.byte_reader import InvalidFile
 
 _MAX_COUNT = 1 << 48
 _MAX_DIMENSIONS = 16
-_MAX_DEVICE = 32  # characters of its name: text is not counted as work
-_MAX_KEY = 1 << 53  # larger ints can be chosen to have equal hashes
+_MAX_DEVICE = 32  # characters of the name: the work limit of `unpickle` does not count text
+_MAX_KEY = 1 << 53  # a file could choose larger ints with equal hashes
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class ElementType:
-    """The type of a tensor's elements, by its name in PyTorch (`float32`)."""
+    """Element type of a tensor, by its name in PyTorch (`float32`)."""
 
     name: str
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Storage:
-    """A flat array in the file that tensors are views of: elements `start` to `start + count` of it.
+    """Flat array in the file, or a part of it, that tensors are views of.
 
     Attributes:
-      key: of the array in the file.
+      key: key of the array in the file.
       type: of its elements.
       total: number of elements of the array.
-      start, count: the part that is meant; the whole array, except in files of PyTorch before 0.4.
+      start, count: first element and number of elements of the part; the full array, except in files of
+        PyTorch before 0.4.
     """
 
     key: str
@@ -43,7 +44,7 @@ class Storage:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Tensor:
-    """A tensor as its strided view of a storage; offset and strides count elements of `type`."""
+    """Description of a tensor as a strided view of a storage; offset and strides in elements of `type`."""
 
     storage: Storage
     type: ElementType
@@ -53,7 +54,7 @@ class Tensor:
 
 
 class Constructor(enum.Enum):
-    """The callables that a file may name."""
+    """Callables that a file may name."""
 
     ORDERED_DICT = "collections.OrderedDict"
     SET = "set"
@@ -94,8 +95,8 @@ GLOBALS = {
 }
 
 
-def call(function: Constructor, arguments: tuple):
-    """Result of a call in the file.
+def call_constructor(function: Constructor, arguments: tuple):
+    """Return the value of a constructor call in a file, without calling PyTorch.
 
     Raises:
       InvalidFile: on arguments that `torch.save` does not write.
@@ -104,9 +105,9 @@ def call(function: Constructor, arguments: tuple):
         case Constructor.ORDERED_DICT, ():
             return collections.OrderedDict()
         case Constructor.ORDERED_DICT, (list(pairs),) if all(type(p) is list and len(p) == 2 for p in pairs):
-            return collections.OrderedDict((as_key(key), value) for key, value in pairs)  # Python 2
+            return collections.OrderedDict((check_key(key), value) for key, value in pairs)  # Python 2
         case Constructor.SET, (list(items),):
-            return set(map(as_key, items))
+            return set(map(check_key, items))
         case Constructor.SIZE, (tuple(sizes),) if len(sizes) <= _MAX_DIMENSIONS and _are_counts(*sizes):
             return sizes
         case Constructor.DEVICE, (str(kind), *index) if (
@@ -134,13 +135,13 @@ def _tensor(storage: Storage, kind: ElementType, offset, sizes, strides) -> Tens
     return Tensor(storage, kind, offset, sizes, strides)
 
 
-def storage_of(identity) -> Storage:
-    """The storage that a persistent id describes; before PyTorch 0.4 it could be a part of another one.
+def parse_storage(persistent_id) -> Storage:
+    """Return the storage, or part of one (before PyTorch 0.4), that a persistent id of a pickle describes.
 
     Raises:
-      InvalidFile: if it describes anything else.
+      InvalidFile: if the id does not describe a storage.
     """
-    match identity:
+    match persistent_id:
         case ("storage", ElementType() as kind, str(key), _, total) if _are_counts(total):
             return Storage(key, kind, total, 0, total)
         case ("storage", ElementType() as kind, str(key), _, total, None) if _are_counts(total):
@@ -149,15 +150,15 @@ def storage_of(identity) -> Storage:
             _are_counts(total, start, count) and start + count <= total
         ):
             return Storage(key, kind, total, start, count)
-    raise InvalidFile("a persistent id that is not that of a storage")
+    raise InvalidFile("a persistent id that does not describe a storage")
 
 
 def _are_counts(*values) -> bool:
     return all(type(value) is int and 0 <= value <= _MAX_COUNT for value in values)
 
 
-def as_key(value) -> str | int | None:
-    """A key of a dict or an item of a set, of a type whose hash cannot be chosen at will.
+def check_key(value) -> str | int | None:
+    """Check and return a dict key or set item: only types for which a file cannot choose colliding hashes.
 
     Raises:
       InvalidFile: on any other type.

@@ -1,8 +1,9 @@
-"""An interpreter of the pickles that `torch.save` writes, which runs nothing.
+"""Interpret the pickles that `torch.save` writes without executing any code they name.
 
-A pickle is a program that may call any function. Here a closed list of its instructions builds plain
-values, names of PyTorch become inert tokens, and tensors become descriptions of where their numbers are.
-Every other instruction and name is refused, and every length is checked before memory is taken for it.
+A pickle is a program that may call any function. This interpreter supports a closed list of instructions,
+which build plain values; names of PyTorch become inert tokens (`torch_globals`), and tensors become
+descriptions of their storages. All other instructions and names are rejected, and every length is checked
+before memory is allocated for it.
 """
 
 import collections
@@ -10,10 +11,17 @@ import pickle
 import pickletools
 from collections.abc import Callable
 
-from var_jax.interop.byte_reader import ByteReader, InvalidFile, decode
-from var_jax.interop.torch_globals import GLOBALS, Constructor, Storage, as_key, call, storage_of
+from var_jax.interop.byte_reader import ByteReader, InvalidFile, decode_text
+from var_jax.interop.torch_globals import (
+    GLOBALS,
+    Constructor,
+    Storage,
+    call_constructor,
+    check_key,
+    parse_storage,
+)
 
-MAX_BYTES = 1 << 25  # of one pickle: 100 times a trainer checkpoint of d36
+MAX_PICKLE_BYTES = 1 << 25  # of one pickle: 100 times a trainer checkpoint of d36
 _MAX_WORK = 1 << 19  # instructions: 5 times a trainer checkpoint of d36
 _MAX_STACK = 1 << 18
 _MAX_MARKS = 64
@@ -21,11 +29,11 @@ _MAX_TEXT = 1 << 16
 
 
 def unpickle(reader: ByteReader) -> tuple[object, dict[str, Storage]]:
-    """Runs the pickle at the position of a reader, up to its end.
+    """Interpret the pickle at the position of a reader, and move the reader to its end.
 
     Returns:
-      Its value: dicts, lists, tuples, sets, numbers, text, None, `ElementType` and `Tensor`; and the storages
-      that the value names, by key. A container may hold itself.
+      The unpickled value: dicts, lists, tuples, sets, numbers, text, None, `ElementType` and `Tensor`; and
+      the storages that it refers to, by key. A container may contain itself.
 
     Raises:
       InvalidFile: on an instruction or name that `torch.save` does not write, or a number that is too large.
@@ -41,15 +49,16 @@ def unpickle(reader: ByteReader) -> tuple[object, dict[str, Storage]]:
 
 
 class _Machine:
-    """Stack, marks and memo of a running pickle."""
+    """State of a pickle program: stack, marks and memo, with the instructions as methods."""
 
     def __init__(self, reader: ByteReader):
-        self.reader, self.storages = reader, {}
+        self.reader = reader
+        self.storages = {}
         self._stack, self._marks, self._memo = [], [], {}
         self._work_left = _MAX_WORK
 
     def spend(self, work: int) -> None:
-        """Count instructions, and the arguments that a call copies."""
+        """Subtract from the work limit, which counts instructions and the arguments that a call copies."""
         self._work_left -= work
         if self._work_left < 0:
             raise InvalidFile(f"a pickle of more than {_MAX_WORK} instructions")
@@ -65,7 +74,7 @@ class _Machine:
         return self._stack.pop()
 
     def top(self, kinds: type | tuple[type, ...]):
-        """The topmost value, which must be of one of these types."""
+        """Return the topmost value, which must be of one of these types."""
         self.push(value := self.pop())
         if type(value) not in (kinds if isinstance(kinds, tuple) else (kinds,)):
             raise InvalidFile(f"a pickle that fills a {type(value).__name__}")
@@ -91,7 +100,7 @@ class _Machine:
     def text(self, length_layout: str) -> None:
         if (length := self.reader.unpack(length_layout)) > _MAX_TEXT:
             raise InvalidFile(f"a text of {length} bytes in the pickle; at most {_MAX_TEXT} are read")
-        self.push(decode(self.reader.take(length)))
+        self.push(decode_text(self.reader.take(length)))
 
     def long(self) -> None:
         self.push(int.from_bytes(self.reader.take(self.reader.unpack("<B")), "little", signed=True))
@@ -104,13 +113,13 @@ class _Machine:
         self.top(list).extend(values)
 
     def add(self, values: list) -> None:
-        self.top(set).update(map(as_key, values))
+        self.top(set).update(map(check_key, values))
 
     def set_items(self, values: list) -> None:
         if len(values) % 2:
             raise InvalidFile("a pickle with a key without a value")
         self.top((dict, collections.OrderedDict)).update(
-            zip(map(as_key, values[::2]), values[1::2], strict=True)
+            zip(map(check_key, values[::2]), values[1::2], strict=True)
         )
 
     def put(self, index: int) -> None:
@@ -123,7 +132,7 @@ class _Machine:
 
     def get(self, index: int) -> None:
         if index not in self._memo:
-            raise InvalidFile(f"a pickle that recalls value {index}, which it has not kept")
+            raise InvalidFile(f"a pickle that recalls value {index}, which it has not stored")
         self.push(self._memo[index])
 
     def name(self, module: str, name: str) -> None:
@@ -132,8 +141,8 @@ class _Machine:
         if f"{module} {name}" not in GLOBALS:
             raise InvalidFile(
                 f"the file asks for {module[:100]}.{name[:100]}, which is not one of the globals that "
-                "rebuild tensors; refused, since loading it could run any code. Of a file that you trust, "
-                "save the state dict alone: torch.save(model.state_dict(), new)"
+                "rebuild tensors; it is rejected, since loading it could run any code. If you trust it, load "
+                "it with PyTorch and save only the state dict: torch.save(model.state_dict(), new)"
             )
         self.push(GLOBALS[f"{module} {name}"])
 
@@ -142,9 +151,9 @@ class _Machine:
         self.name(module, name)
 
     def persistent(self) -> None:
-        self.push(storage := storage_of(self.pop()))
-        known = self.storages.setdefault(storage.key, storage)
-        if (known.type, known.total) != (storage.type, storage.total):
+        self.push(storage := parse_storage(self.pop()))
+        first = self.storages.setdefault(storage.key, storage)
+        if (first.type, first.total) != (storage.type, storage.total):
             raise InvalidFile(f"storage {storage.key!r} is described in two ways")
 
     def call(self) -> None:
@@ -152,19 +161,19 @@ class _Machine:
         if type(function) is not Constructor or type(arguments) is not tuple:
             raise InvalidFile(f"a pickle that calls a {type(function).__name__}")
         self.spend(len(arguments) + sum(len(value) for value in arguments if type(value) is list))
-        self.push(call(function, arguments))
+        self.push(call_constructor(function, arguments))
 
     def set_state(self) -> None:
-        """Pass over attributes of an OrderedDict: `_metadata` of a state dict, versions of its modules."""
+        """Ignore attributes set on an OrderedDict: `_metadata` of a state dict, versions of its modules."""
         self.pop()
         self.top(collections.OrderedDict)
 
 
-def _number(layout: str) -> Callable[[_Machine], None]:
+def _push_number(layout: str) -> Callable[[_Machine], None]:
     return lambda machine: machine.push(machine.reader.unpack(layout))
 
 
-def _constant(value) -> Callable[[_Machine], None]:
+def _push_constant(value) -> Callable[[_Machine], None]:
     return lambda machine: machine.push(value)
 
 
@@ -173,13 +182,13 @@ _ACTIONS: dict[bytes, Callable[[_Machine], None]] = {
     pickle.PROTO: _Machine.protocol,
     pickle.FRAME: lambda m: m.reader.take(8),
     pickle.MARK: _Machine.mark,
-    pickle.NONE: _constant(None),
-    pickle.NEWTRUE: _constant(True),
-    pickle.NEWFALSE: _constant(False),
-    pickle.BININT: _number("<i"),
-    pickle.BININT1: _number("<B"),
-    pickle.BININT2: _number("<H"),
-    pickle.BINFLOAT: _number(">d"),
+    pickle.NONE: _push_constant(None),
+    pickle.NEWTRUE: _push_constant(True),
+    pickle.NEWFALSE: _push_constant(False),
+    pickle.BININT: _push_number("<i"),
+    pickle.BININT1: _push_number("<B"),
+    pickle.BININT2: _push_number("<H"),
+    pickle.BINFLOAT: _push_number(">d"),
     pickle.LONG1: _Machine.long,
     pickle.BINUNICODE: lambda m: m.text("<I"),
     pickle.SHORT_BINUNICODE: lambda m: m.text("<B"),
@@ -188,7 +197,7 @@ _ACTIONS: dict[bytes, Callable[[_Machine], None]] = {
     pickle.EMPTY_DICT: lambda m: m.push({}),
     pickle.EMPTY_LIST: lambda m: m.push([]),
     pickle.EMPTY_SET: lambda m: m.push(set()),
-    pickle.EMPTY_TUPLE: _constant(()),
+    pickle.EMPTY_TUPLE: _push_constant(()),
     pickle.TUPLE1: lambda m: m.make_tuple(1),
     pickle.TUPLE2: lambda m: m.make_tuple(2),
     pickle.TUPLE3: lambda m: m.make_tuple(3),

@@ -1,19 +1,19 @@
-"""Where the members of a zip archive lie, so that they can be read as views of one mapping of the file.
+"""Locate the members of a zip archive by offset and size, to read them from a memory-mapped file.
 
-The format: https://pkware.cachefly.net/webdocs/casestudies/APPNOTE.TXT. An archive is refused if two members
-share a name or bytes, or if one is described differently by its own header and by the central directory:
-other tools would then read another file than this one.
+The format: https://pkware.cachefly.net/webdocs/casestudies/APPNOTE.TXT. An archive is rejected if two members
+share a name or bytes, or if a member's local header and the central directory disagree: other tools could
+read other contents from such an archive.
 """
 
 import dataclasses
 import mmap
 import struct
 
-from var_jax.interop.byte_reader import ByteReader, InvalidFile, decode
+from var_jax.interop.byte_reader import ByteReader, InvalidFile, decode_text
 
 _END, _END64_LOCATOR, _END64 = b"PK\x05\x06", b"PK\x06\x07", b"PK\x06\x06"
 _CENTRAL, _LOCAL = b"PK\x01\x02", b"PK\x03\x04"
-_ZIP64_EXTRA = 1  # id of the extra field that holds what does not fit into 32 bits
+_ZIP64_EXTRA = 1  # id of the extra field with values that do not fit into 32 bits
 _ENCRYPTED = 1  # bit of the flags
 _MAX_MEMBERS = 1 << 16
 _MAX_DIRECTORY = 1 << 25
@@ -21,7 +21,7 @@ _MAX_DIRECTORY = 1 << 25
 
 @dataclasses.dataclass(frozen=True)
 class Member:
-    """The bytes of one member: `size` of them from `start` on, as they are in the file."""
+    """Byte range of an archive member: `size` bytes from offset `start` of the file."""
 
     start: int
     size: int
@@ -29,10 +29,10 @@ class Member:
 
 
 def zip_members(buffer: mmap.mmap) -> dict[str, Member]:
-    """Members of the archive in a buffer, by name.
+    """Return the members of the zip archive in a buffer, by name.
 
     Raises:
-      InvalidFile: if it is no zip archive, or an ambiguous one.
+      InvalidFile: if it is not a zip archive, or an ambiguous one.
     """
     directory, size, count = _central_directory(buffer)
     if count > _MAX_MEMBERS or size > _MAX_DIRECTORY:
@@ -40,7 +40,8 @@ def zip_members(buffer: mmap.mmap) -> dict[str, Member]:
             f"a zip archive of {count} members in a directory of {size} bytes; at most {_MAX_MEMBERS} "
             f"members and {_MAX_DIRECTORY} bytes are read"
         )
-    reader, members, extents = ByteReader(buffer, directory, directory + size), {}, []
+    reader = ByteReader(buffer, directory, directory + size)
+    members, extents = {}, []
     for _ in range(count):
         name, header, member_size, is_compressed = _central_entry(reader)
         if name in members:
@@ -57,48 +58,49 @@ def zip_members(buffer: mmap.mmap) -> dict[str, Member]:
 
 
 def _central_directory(buffer: mmap.mmap) -> tuple[int, int, int]:
-    """Offset, size and number of entries of the central directory."""
-    at = buffer.rfind(_END, max(len(buffer) - 22 - 0xFFFF, 0))
-    if at < 0:
+    """Return the offset, size and number of entries of the central directory."""
+    end_offset = buffer.rfind(_END, max(len(buffer) - 22 - 0xFFFF, 0))
+    if end_offset < 0:
         raise InvalidFile("not a zip archive, or cut short: its end is missing")
-    end = ByteReader(buffer, at).take(22)
-    disk, first_disk, here, count, size, offset, comment = struct.unpack("<4x4H2IH", end)
-    if at + 22 + comment != len(buffer):
+    record = ByteReader(buffer, end_offset).take(22)
+    disk, first_disk, disk_count, count, size, offset, comment_length = struct.unpack("<4x4H2IH", record)
+    if end_offset + 22 + comment_length != len(buffer):
         raise InvalidFile("bytes follow the end of the zip archive, or it is cut short")
-    end = at
-    if 0xFFFF in (here, count) or 0xFFFFFFFF in (size, offset):
-        locator = ByteReader(buffer, max(at - 20, 0)).take(20)
+    directory_end = end_offset
+    if 0xFFFF in (disk_count, count) or 0xFFFFFFFF in (size, offset):
+        locator = ByteReader(buffer, max(end_offset - 20, 0)).take(20)
         if not locator.startswith(_END64_LOCATOR):
             raise InvalidFile("zip64 archive without its end record")
-        (end,) = struct.unpack_from("<Q", locator, 8)
-        record = ByteReader(buffer, end).take(56)
+        (directory_end,) = struct.unpack_from("<Q", locator, 8)
+        record = ByteReader(buffer, directory_end).take(56)
         if not record.startswith(_END64):
             raise InvalidFile("zip64 archive without its end record")
-        disk, first_disk, here, count, size, offset = struct.unpack_from("<2I4Q", record, 16)
-    if disk or first_disk or here != count:
+        disk, first_disk, disk_count, count, size, offset = struct.unpack_from("<2I4Q", record, 16)
+    if disk or first_disk or disk_count != count:
         raise InvalidFile("zip archive in several parts")
-    if offset + size > end:
+    if offset + size > directory_end:
         raise InvalidFile("the central directory of the zip archive lies outside it")
     return offset, size, count
 
 
 def _central_entry(reader: ByteReader) -> tuple[str, int, int, bool]:
-    """Name, offset of the local header, size, and compression of the next entry of the directory."""
+    """Return name, offset of the local header, size, and whether compressed, of the next directory entry."""
     entry = reader.take(46)
     if not entry.startswith(_CENTRAL):
         raise InvalidFile("damaged central directory of the zip archive")
     flags, method, packed, size, name_length, extra_length, comment_length, header = struct.unpack(
         "<4x4x2H8x2I3H8xI", entry
     )
-    name, extra = decode(reader.take(name_length)), reader.take(extra_length)
+    name = decode_text(reader.take(name_length))
+    extra = reader.take(extra_length)
     reader.take(comment_length)
-    wide = _zip64_values(extra)
+    zip64_values = _zip64_values(extra)
     sizes = {"size": size, "packed": packed, "header": header}
-    for field, value in sizes.items():  # those that do not fit stand in the extra field, in this order
+    for field, value in sizes.items():  # values over 32 bits are in the extra field, in this order
         if value == 0xFFFFFFFF:
-            if not wide:
+            if not zip64_values:
                 raise InvalidFile(f"zip member {name!r} has no zip64 {field}")
-            sizes[field] = wide.pop(0)
+            sizes[field] = zip64_values.pop(0)
     if flags & _ENCRYPTED:
         raise InvalidFile(f"zip member {name!r} is encrypted")
     if method == 0 and sizes["size"] != sizes["packed"]:
@@ -107,9 +109,9 @@ def _central_entry(reader: ByteReader) -> tuple[str, int, int, bool]:
 
 
 def _zip64_values(extra: bytes) -> list[int]:
-    """64-bit numbers of the zip64 extra field; empty without one."""
-    reader, end = ByteReader(extra), len(extra)
-    while end - reader.position >= 4:
+    """Return the 64-bit numbers of the zip64 extra field; [] if there is none."""
+    reader = ByteReader(extra)
+    while len(extra) - reader.position >= 4:
         kind, length = reader.unpack("<H"), reader.unpack("<H")
         field = reader.take(length)
         if kind == _ZIP64_EXTRA:
@@ -118,10 +120,10 @@ def _zip64_values(extra: bytes) -> list[int]:
 
 
 def _data_start(buffer: mmap.mmap, header: int, name: str, is_compressed: bool) -> int:
-    """Offset of the bytes of a member, whose local header must agree with the central directory."""
+    """Return the offset of a member's bytes, and check its local header against the central directory."""
     reader = ByteReader(buffer, min(header, len(buffer)))
     method, name_length, extra_length = struct.unpack("<8xH16x2H", (local := reader.take(30)))
-    if not local.startswith(_LOCAL) or decode(reader.take(name_length)) != name:
+    if not local.startswith(_LOCAL) or decode_text(reader.take(name_length)) != name:
         raise InvalidFile(f"zip member {name!r} is not where the central directory says")
     if (method != 0) != is_compressed:
         raise InvalidFile(f"zip member {name!r} has two methods of compression")

@@ -19,7 +19,7 @@ from etils import epath
 from var_jax import cli
 from var_jax.data.sources import Source, open_source, readable_path
 from var_jax.data.token_cache import CacheSpec
-from var_jax.data.token_writer import BatchEncoder, describe, write_cache
+from var_jax.data.token_writer import BatchEncoder, make_cache_spec, write_cache
 from var_jax.errors import config_errors
 from var_jax.interop.load import load_tokenizer
 
@@ -44,7 +44,7 @@ def from_flags() -> tuple[epath.Path, CacheSpec, tuple[Source, Source], BatchEnc
     sources = tuple(
         open_source(FLAGS.data, split, FLAGS.data_dir) for split in (FLAGS.train_split, FLAGS.eval_split)
     )
-    spec = describe(tokenizer, params, sources, data, FLAGS.crops, FLAGS.seed, FLAGS.shard)
+    spec = make_cache_spec(tokenizer, params, sources, data, FLAGS.crops, FLAGS.seed, FLAGS.shard)
     return out, spec, sources, BatchEncoder(tokenizer, params, FLAGS.batch)
 
 

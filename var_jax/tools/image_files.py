@@ -2,7 +2,7 @@
 
 from PIL import Image
 
-from var_jax.data.decoding import BLACK, WHITE, DecodeError, decode
+from var_jax.data.decoding import BLACK, WHITE, DecodeError, decode_image
 from var_jax.errors import UserError
 from var_jax.paths import as_path
 
@@ -29,7 +29,7 @@ def open_image(path: str, mode: str) -> Image.Image:
     except OSError as error:
         raise UnusableImage(f"{path} cannot be read: {error}") from error
     try:
-        return decode(data, background=BLACK if mode == "L" else WHITE).convert(mode)
+        return decode_image(data, background=BLACK if mode == "L" else WHITE).convert(mode)
     except DecodeError as error:
         raise UnusableImage(f"{path} is not an image, or is damaged: {error}") from error
 

@@ -29,15 +29,15 @@ from absl import flags, logging
 from tqdm import tqdm
 
 from var_jax import cli
-from var_jax.data.decoding import DecodeError, decode
+from var_jax.data.decoding import DecodeError, decode_image
 from var_jax.data.image_folder import (
     ImageFile,
     UnusableFolder,
-    builder_of,
+    format_counts,
     hold_out,
     list_images,
+    make_builder,
     printable,
-    summary,
 )
 from var_jax.data.transforms import MAX_ASPECT
 from var_jax.errors import config_errors
@@ -76,7 +76,7 @@ def inspect(path: Path) -> Check:
         return Check(str(error) or "takes more memory than there is")
     digest = hashlib.blake2b(data, digest_size=16).hexdigest()
     try:
-        width, height = decode(data).size
+        width, height = decode_image(data).size
     except DecodeError as error:
         return Check(str(error), digest)
     if max(width, height) > MAX_ASPECT * min(width, height):
@@ -290,7 +290,7 @@ def prepare(
     files, ignored = list_images(root)
     print(f"{len(files)} images in {len({file.label for file in files})} classes under {printable(root)}")
     if ignored:
-        print(f"passed over: {summary(ignored)}")
+        print(f"passed over: {format_counts(ignored)}")
     with open_check_log(log_path) as log:
         if _is_complete(folder):
             was_interrupted = bool(read_check_log(log))
@@ -317,7 +317,7 @@ def prepare(
                 f"{data_dir} has {free / 2**30:.2f} GiB free, but the images take {size / 2**30:.2f} GiB: "
                 "make room or choose another --data_dir"
             )
-        builder_of(name, files, data_dir).download_and_prepare(file_format="array_record")
+        make_builder(name, files, data_dir).download_and_prepare(file_format="array_record")
         log_path.unlink()
     return counts
 

@@ -19,7 +19,7 @@ from etils import epath
 from tensorboardX.record_writer import register_writer_factory
 from tqdm import tqdm
 
-from var_jax.paths import as_path, is_remote, storage_errors, write_whole
+from var_jax.paths import as_path, is_remote, storage_errors, write_atomic
 from var_jax.training.hardware import peak_flops
 
 SHARE = 0.05  # of the time at most is spent on writing
@@ -40,7 +40,7 @@ class AppendFile:
         self._whole = bytearray(content) if is_remote(self.path) else None
         self._next = 0.0  # no flush before this time
         self._lock = threading.Lock()  # of what is pending
-        write_whole(self.path, content)
+        write_atomic(self.path, content)
 
     def write(self, content: bytes) -> None:
         """Take content, to be written by `flush`; may be called from another thread."""
@@ -60,7 +60,7 @@ class AppendFile:
         if self._whole is None:
             self._append(content)
         else:
-            write_whole(self.path, bytes(self._whole + content))
+            write_atomic(self.path, bytes(self._whole + content))
             self._whole += content
         self._size += len(content)
         with self._lock:
@@ -339,4 +339,4 @@ def draw_curves(directory: os.PathLike, path: os.PathLike, title: str) -> None:
     figure.tight_layout()
     content = io.BytesIO()
     figure.savefig(content, dpi=110, format="png")
-    write_whole(path, content.getvalue())
+    write_atomic(path, content.getvalue())

@@ -23,7 +23,7 @@ from var_jax.data.loader import batch_indices, eval_batches, local_rows, train_b
 from var_jax.data.sources import Source
 from var_jax.data.transforms import ToPixels
 from var_jax.errors import ConfigError, config_errors
-from var_jax.paths import as_path, write_whole
+from var_jax.paths import as_path, write_atomic
 from var_jax.sharding import (
     batch_sharding,
     check_batch,
@@ -281,7 +281,7 @@ class Trainer:
         )
         path = self.directory / "config.json"
         if self.log.active:
-            write_whole(path, json.dumps(self.record, indent=1).encode())
+            write_atomic(path, json.dumps(self.record, indent=1).encode())
         self.log.say(f"{task.name}: the config of this run is in {path}")
         if self.notice:
             self.log.say(f"{task.name}: {self.notice}")

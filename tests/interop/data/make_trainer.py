@@ -3,9 +3,9 @@
     pip install torch==2.13.0 && python tests/interop/data/make_trainer.py
 
 The layout is that of `VARTrainer.state_dict` and `Args.state_dict`; the optimizer is the published one, fused
-AdamW with two groups, after a step in float16 with a gradient scaler. The transformer is a whole one of width
-4 and depth 1 for 5 classes, 16 codes of 4 numbers and scales (1, 2, 4). Of the tokenizer there are only some
-tensors: a whole one has at least 32 channels, which is too large for a repository.
+AdamW with two groups, after a step in float16 with a gradient scaler. The transformer is complete: width 4,
+depth 1, 5 classes, 16 codes of 4 channels and scales (1, 2, 4). Of the tokenizer only some tensors are saved:
+a complete one has at least 32 channels, which is too large for a repository.
 """
 
 from collections import OrderedDict
@@ -43,8 +43,9 @@ VAE = {"quantize.embedding.weight": (CODES, CODE_DIM), "quant_conv.weight": (COD
 
 
 def network(shapes: dict[str, tuple], buffers: dict[str, torch.Tensor]) -> torch.nn.Module:
-    """A module with parameters and buffers of these names, whose n-th number is n / 64."""
-    root, first = torch.nn.Module(), 0
+    """Build a module with parameters and buffers of these names; the n-th number of all is n / 64."""
+    root = torch.nn.Module()
+    first = 0
     for name, value in [*shapes.items(), *buffers.items()]:
         *folders, leaf = name.split(".")
         module = root
@@ -69,7 +70,8 @@ def checkpoint() -> dict:
         "attn_bias_for_masking": mask,
         "blocks.0.attn.zero_k_bias": torch.zeros(WIDTH),
     }
-    var, vae = network(VAR, constants), network(VAE, {"quantize.ema_vocab_hit_SV": torch.zeros(3, CODES)})
+    var = network(VAR, constants)
+    vae = network(VAE, {"quantize.ema_vocab_hit_SV": torch.zeros(3, CODES)})
     decayed = [p for p in var.parameters() if p.ndim > 1]
     others = [p for p in var.parameters() if p.ndim <= 1]
     groups = [
