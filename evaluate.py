@@ -48,7 +48,7 @@ def main(_):
     metrics, worst, best = evaluate_reconstruction(
         tokenizer.module, tokenizer.params, batches, source.num_records, vgg
     )
-    rows = [np.concatenate([side.images, side.again]) for side in (worst, best)]
+    rows = [np.concatenate([extremes.images, extremes.recon]) for extremes in (worst, best)]
     grid = image_grid(np.concatenate(rows), columns=len(worst.images))
     path = save_png(grid, out / "reconstruction_extremes.png")
     (out / "reconstruction.json").write_text(json.dumps(metrics, indent=1))
