@@ -38,7 +38,7 @@ from var_jax.errors import config_errors
 from var_jax.paths import local_path
 from var_jax.sharding import check_batch, make_mesh
 from var_jax.stages import stages_of
-from var_jax.training.hardware import SHARE, chip, memory_bytes, remat_that_fits
+from var_jax.training.hardware import USABLE_MEMORY_FRACTION, chip, memory_bytes, remat_that_fits
 from var_jax.training.task import Task, program_flops
 from var_jax.training.tokenizer_task import TokenizerTask
 from var_jax.training.transformer_task import NextScaleTask
@@ -130,7 +130,9 @@ def suggestion(task: NextScaleTask, step: Step, mesh: Mesh) -> str:
         there = make_mesh(**sizes, devices=mesh.devices.flatten())
         return remat_that_fits(stage, task.config, there, task.model.attention, task.model.dtype)
 
-    sizes, remat = best_mesh(task.config, step, data_sheet, SHARE * data_sheet.memory / 2, remat_on)
+    sizes, remat = best_mesh(
+        task.config, step, data_sheet, USABLE_MEMORY_FRACTION * data_sheet.memory / 2, remat_on
+    )
     return f"{in_words(sizes)}, remat {remat}"
 
 

@@ -1,4 +1,4 @@
-"""The digits config at a size that trains in seconds, with all that the tokenizer's training can do."""
+"""Tiny version of the digits config that trains in seconds, with every feature of tokenizer training."""
 
 from ml_collections import ConfigDict
 
@@ -6,6 +6,7 @@ from configs import digits
 
 
 def tiny_config(data_dir, steps: int = 6, every: int = 2) -> ConfigDict:
+    """Return the config of both stages, with a checkpoint every `every` steps."""
     config = digits.get_config()
     for stage in (config.tokenizer, config.next_scale):
         stage.data.dir = str(data_dir)

@@ -1,4 +1,4 @@
-"""A task of eight numbers, which learns the mean brightness of a batch; it breaks on request."""
+"""Toy task of eight parameters that learn the mean brightness of a batch, with failures on request."""
 
 import flax.linen as nn
 import jax
@@ -14,10 +14,13 @@ RATE, WIDTH = 0.1, 8
 
 
 class Toy(Task):
-    """The loss of the steps `bad` (counted from 1) is NaN, that of step `high` a hundred times too large.
+    """Task whose parameters follow the mean brightness of the images.
 
-    `ballast` are numbers that make checkpoints larger.  With `noisy` each row of a batch has a random
-    weight, so that their order matters.
+    Attributes:
+      bad: steps, counted from 1, whose loss is NaN.
+      high: step whose loss is multiplied by 100; 0 for none.
+      ballast: number of further parameters, to make checkpoints larger.
+      noisy: give each row of a batch a random weight, so that the order of rows matters.
     """
 
     name = "toy"
@@ -25,10 +28,13 @@ class Toy(Task):
 
     def __init__(self, bad=(), high: int = 0, ballast: int = 1, noisy: bool = False):
         self.noisy = noisy
-        self.bad, self.high, self.ballast = np.array(bad, np.int32), high, ballast
-        self.optimizer, self.frozen = optax.sgd(RATE), {}
+        self.bad = np.array(bad, np.int32)
+        self.high = high
+        self.ballast = ballast
+        self.optimizer = optax.sgd(RATE)
+        self.frozen = {}
 
-    def init(self, key, given=()):
+    def init(self, key, loaded=()):
         w = nn.LogicallyPartitioned(jnp.zeros(WIDTH), ("embed",))
         return {"w": w, "ballast": jax.random.normal(key, (self.ballast,))}, {}
 
@@ -69,7 +75,7 @@ class Toy(Task):
 
 
 def toy_stage(data_dir, every: int, **train):
-    """Config of a stage; a checkpoint every so many steps."""
+    """Return the config of a stage of the toy, with a checkpoint every `every` steps."""
     stage = tiny_config(data_dir, every=every).next_scale
     stage.train.update(dict(ema_decay=0.0, eval_every=1000, preview_every=1000, **train))
     return stage

@@ -1,6 +1,6 @@
-"""One process of a run of the toy, with the flags that train.py has for several hosts.
+"""Train the toy in one process of a run, with the flags that train.py has for several hosts.
 
-Writes which images it fed to each step into WORKDIR/fed, a file for each process.
+Every process writes the checksums of the images that it feeds to each step into a file under WORKDIR/fed.
 """
 
 import json
@@ -21,15 +21,15 @@ from var_jax.training import hosts, trainer
 from var_jax.training.metrics import Log
 
 FLAGS = flags.FLAGS
-flags.DEFINE_string("workdir", None, "Of the run")
-flags.DEFINE_string("data_dir", None, "Where the digits are")
-flags.DEFINE_integer("steps", None, "In all")
-flags.DEFINE_integer("batch", None, "Images a step")
-flags.DEFINE_float("pause", 0.0, "Seconds that a step takes at least")
-flags.DEFINE_integer("fails_at", 0, "Step at which process 1 fails")
-flags.DEFINE_integer("full_at", 0, "Step at which something else fills the disk, but for room for logs")
-flags.DEFINE_integer("ballast", 1, "Of the toy")
-flags.DEFINE_float("seen_within", 30.0, "Seconds for a file to be seen by all hosts")
+flags.DEFINE_string("workdir", None, "Directory of the run.")
+flags.DEFINE_string("data_dir", None, "Directory of the digits.")
+flags.DEFINE_integer("steps", None, "Total number of steps.")
+flags.DEFINE_integer("batch", None, "Images per step.")
+flags.DEFINE_float("pause", 0.0, "Minimum seconds per step.")
+flags.DEFINE_integer("fails_at", 0, "Step at which process 1 fails; 0 for none.")
+flags.DEFINE_integer("full_at", 0, "Step at which the disk is filled, except room for logs; 0 for none.")
+flags.DEFINE_integer("ballast", 1, "Further parameters of the toy.")
+flags.DEFINE_float("file_timeout", 30.0, "Seconds until all hosts must see a new file.")
 define_host_flags()
 
 
@@ -44,21 +44,21 @@ class SlowLog(Log):
             (Path(FLAGS.workdir) / "filler").write_bytes(bytes(free - 200_000))
 
 
-def noted_batches(source, transform, batch, seed, threads, workers, start, rows) -> Iterator[dict]:
-    """As `train_batches`; writes down their images."""
+def recorded_batches(source, transform, batch, seed, threads, workers, start, rows) -> Iterator[dict]:
+    """Yield the batches of `train_batches`, recording their images."""
     path = Path(FLAGS.workdir) / "fed" / f"{jax.process_index()}_of_{jax.process_count()}.jsonl"
     path.parent.mkdir(parents=True, exist_ok=True)
     batches = train_batches(source, transform, batch, seed, threads, workers, start, rows)
-    for step, result in enumerate(batches, start + 1):
+    for step, batch_of_step in enumerate(batches, start + 1):
         with path.open("a") as file:
-            file.write(json.dumps([step, [zlib.crc32(image) for image in result["image"]]]) + "\n")
-        yield result
+            file.write(json.dumps([step, [zlib.crc32(image) for image in batch_of_step["image"]]]) + "\n")
+        yield batch_of_step
 
 
 def main(_):
     join_hosts()
-    trainer.Log, trainer.train_batches = SlowLog, noted_batches
-    hosts.SEEN_WITHIN = FLAGS.seen_within
+    trainer.Log, trainer.train_batches = SlowLog, recorded_batches
+    hosts.FILE_TIMEOUT = FLAGS.file_timeout
     sources = tuple(open_source("digits", split, FLAGS.data_dir) for split in ("train", "test"))
     stage = toy_stage(FLAGS.data_dir, every=5, batch=FLAGS.batch)
     with failing_at_once():

@@ -1,6 +1,6 @@
-"""train.py on hosts whose devices have, or seem to have, other memory, as with NVIDIA's allocator.
+"""Run train.py on hosts whose devices report different amounts of memory, as with NVIDIA's allocator.
 
-A process that asks for the memory of another's device is told that of the data sheet.
+For devices of another process, a process only knows the data sheet.
 """
 
 import jax
@@ -11,7 +11,7 @@ from var_jax.training import hardware
 
 
 def memory_bytes(device: jax.Device) -> float:
-    """That of process 0 is small."""
+    """Return a small memory on process 0."""
     return 2.0**20 if device.process_index == jax.process_index() == 0 else 80e9
 
 

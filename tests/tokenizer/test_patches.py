@@ -182,8 +182,10 @@ def test_what_can_start_from_patches_and_what_cannot(patch_run, tmp_path):
 
     given, notes = start(scales=(4,))
     assert list(given) == ["quantizer/codebook"] and not notes
-    assert start(num_codes=32)[1] == ["quantizer/codebook is [64, 12] there, [32, 12] here: made anew"]
-    with pytest.raises(ValueError, match="config.model.patch must be 2, as there; got 4"):
+    assert start(num_codes=32)[1] == [
+        "quantizer/codebook is [64, 12] in init_from, [32, 12] in this run: initialized"
+    ]
+    with pytest.raises(ValueError, match="config.model.patch must be 2, as in init_from; got 4"):
         start(patch=4)
     with pytest.raises(ValueError, match="cannot express this network: patch is 2, must be 0"):
         to_file(patch_run, "tokenizer", tmp_path / "x.safetensors")

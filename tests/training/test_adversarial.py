@@ -1,4 +1,4 @@
-"""The adversarial step: who learns from what, and with which weight."""
+"""Adversarial training: gradients of both networks, the adaptive weight, and regularization."""
 
 import chex
 import jax
@@ -21,7 +21,7 @@ KEY = jax.random.key(5)
 
 
 def make(weight=0.4, frozen=None, **fields):
-    """A task and its first state, codebook left to the gradient."""
+    """Return a task and its initial state, with the codebook trained by its gradient."""
     config = tiny_config("none").tokenizer
     config.codebook.update(dict(kmeans_steps=0, ema_decay=0.0, restart_every=0))
     config.model.quantizer_dropout = 0.0
@@ -65,7 +65,7 @@ def test_each_loss_reaches_its_own_parameters_alone(with_adversary, plain):
     task, state, step = with_adversary
     running = at(state, 12)
     after, metrics = step(running)
-    # The discriminator learns from its hinge on these images and their reconstructions, which are given.
+    # The discriminator learns from its hinge on these images and their fixed reconstructions.
     real = normalize(BATCH["image"])
     fake = jax.jit(task.model.apply)({"params": state.params}, real).images
     judge = lambda params: hinge(*(task.adversary.logits(params, {}, x, KEY) for x in (real, fake)))  # noqa: E731
@@ -85,7 +85,7 @@ def _kernel(state):
 
 
 def test_the_weight_is_the_ratio_of_gradients_at_the_last_layer(with_adversary):
-    """By hand: two backward passes to the last kernel; then the gradients of the weighted sum."""
+    """Compare with two backward passes to the last kernel, and the gradient of the weighted sum."""
     task, state, _ = with_adversary
     images, params, adversary = normalize(BATCH["image"]), state.params, state.extra["adversary"]
     output = lambda params: task.model.apply({"params": params}, images, train=True)  # noqa: E731
@@ -109,11 +109,11 @@ def test_the_weight_is_the_ratio_of_gradients_at_the_last_layer(with_adversary):
     weight = 0.4 * (9 - 5 + 1) / 10  # the fifth step of ten that it rises in
     close(metrics["adversarial_weight"], weight * ratio)
 
-    def whole(params):
+    def weighted_sum(params):
         codebook = task.weights["codebook"] * output(params).quantized.loss.mean()
         return rebuild(params) + codebook + weight * ratio * fool(params)
 
-    close(ravel_pytree(grads)[0], ravel_pytree(jax.jit(jax.grad(whole))(params))[0])
+    close(ravel_pytree(grads)[0], ravel_pytree(jax.jit(jax.grad(weighted_sum))(params))[0])
 
 
 def test_the_weight_rises_from_its_start():

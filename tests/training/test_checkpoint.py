@@ -20,12 +20,12 @@ from var_jax.training.checkpoint import (
     load_params,
     save_params,
 )
-from var_jax.training.checkpoint_integrity import FILE as MANIFEST
 from var_jax.training.checkpoint_integrity import (
-    NOT_LISTED,
+    MANIFEST_FILE,
+    UNLISTED_FILES,
     CheckpointDamaged,
     CheckpointNotWritten,
-    check_space,
+    check_checkpoint_space,
     is_storage_error,
     quarantine_corrupt,
     steps_under,
@@ -81,8 +81,8 @@ def test_keeps_the_latest_and_the_best(tmp_path):
         saved.wait()
     saved.close()
     assert sorted(int(p.name) for p in tmp_path.iterdir() if p.name.isdigit()) == [2, 4, 5]
-    for which, step in (("latest", 5), ("best", 2), (4, 4), ("4", 4)):
-        params, config = load_params(tmp_path, which)
+    for name, step in (("latest", 5), ("best", 2), (4, 4), ("4", 4)):
+        params, config = load_params(tmp_path, name)
         assert config["step"] == step and np.all(params["w"] == step)
     with pytest.raises(CheckpointMissing, match=r"no checkpoint of step 3 under .*there are \[2, 4, 5\]"):
         load_params(tmp_path, 3)
@@ -98,7 +98,7 @@ def test_no_checkpoint_is_an_error_that_names_the_folder(tmp_path):
 
 
 def test_a_disk_that_fills_up_loses_nothing(tmp_path, monkeypatch, caplog):
-    """Without a disk to fill."""
+    """Fail the save by a patched error, without filling a disk."""
     state, _ = toy_state()
     saved = Checkpoints(tmp_path, keep=2)
     saved.save(1, state, {}, None)
@@ -122,7 +122,7 @@ def test_a_disk_that_fills_up_loses_nothing(tmp_path, monkeypatch, caplog):
 
 @pytest.fixture
 def train_on(small_disk, digits_dir, monkeypatch):
-    """Trains 12 steps, a checkpoint (0.8 MB) every two, while something else fills the disk at times."""
+    """Train 12 steps with a checkpoint (0.8 MB) every two, while the disk is full at some steps."""
     sources = tuple(open_source("digits", split, digits_dir) for split in ("train", "test"))
     save, filler = Checkpoints.save, small_disk / "filler"
 
@@ -144,9 +144,11 @@ def test_a_disk_that_is_full_once_is_warned_of_and_training_goes_on(train_on, sm
     folder = small_disk / "toy" / "checkpoints"
     assert sorted(path.name for path in folder.iterdir()) == ["10", "12"]
     load_params(folder)
-    (said,) = (record.getMessage() for record in caplog.records if "Training goes on" in record.getMessage())
+    (message,) = (
+        record.getMessage() for record in caplog.records if "Training goes on" in record.getMessage()
+    )
     for words in (f"could not be written under {folder}", "last complete one is of step 2", "GiB are free"):
-        assert words in said
+        assert words in message
 
 
 def test_a_disk_that_stays_full_ends_training_and_loses_nothing(train_on, small_disk):
@@ -164,9 +166,9 @@ def every_file(folder) -> list[str]:
     return [str(path.relative_to(folder)) for path in sorted(folder.rglob("*")) if path.is_file()]
 
 
-@pytest.mark.parametrize("how", ["deleted", "emptied", "halved"])
-def test_a_checkpoint_that_was_cut_off_is_never_taken_for_whole(digits_dir, tmp_path, caplog, how):
-    """Each file of the newer of two in turn."""
+@pytest.mark.parametrize("damage", ["deleted", "emptied", "halved"])
+def test_a_checkpoint_that_was_cut_off_is_never_taken_for_whole(digits_dir, tmp_path, caplog, damage):
+    """Damage each file of the newer of two checkpoints in turn."""
     state, abstract = toy_state()
     saved = Checkpoints(tmp_path / "sound", keep=2)
     for step in (1, 2):
@@ -182,12 +184,12 @@ def test_a_checkpoint_that_was_cut_off_is_never_taken_for_whole(digits_dir, tmp_
         caplog.clear()
         content = damaged.read_bytes()
         damaged.unlink()
-        if how != "deleted":
-            damaged.write_bytes(content[: len(content) // 2 if how == "halved" else 0])
-        harmless = name == NOT_LISTED[2]  # a word of Orbax that nothing reads
+        if damage != "deleted":
+            damaged.write_bytes(content[: len(content) // 2 if damage == "halved" else 0])
+        harmless = name == UNLISTED_FILES[2]  # a word of Orbax that nothing reads
         try:
             params, _ = load_params(folder)
-            assert harmless or (name, how) == (MANIFEST, "deleted")  # as of an older version
+            assert harmless or (name, damage) == (MANIFEST_FILE, "deleted")  # as of an older version
             np.testing.assert_array_equal(params["w"], state.params["w"])
         except CheckpointDamaged as error:
             assert str(folder / "2") in str(error)
@@ -232,7 +234,7 @@ def test_a_bug_in_saving_ends_at_once_as_itself(tmp_path, params, config, error,
 
 @pytest.mark.parametrize("free", [0, 20_000, 200_000])
 def test_whatever_a_full_disk_raises_is_told_as_that(small_disk, free, tmp_path):
-    """Of Python, of TensorStore's metadata, or of its data, depending on where the room ends."""
+    """Errors of Python, of TensorStore's metadata, or of its data, depending on the free space."""
     saved = Checkpoints(small_disk, keep=2)
     (small_disk / "filler").write_bytes(bytes(shutil.disk_usage(small_disk).free - free))
     make_state, _ = create_state(
@@ -287,13 +289,13 @@ def test_a_checkpoint_of_another_network_names_the_arrays(tmp_path):
 
 
 def test_files_that_the_manifest_does_not_know_of_are_damage_when_read(tmp_path):
-    """Of a checkpoint of an older version, without a manifest."""
+    """Remove the manifest, as in a checkpoint of an older version."""
     state, _ = toy_state()
     saved = Checkpoints(tmp_path, keep=2)
     saved.save(1, state, {}, None)
     saved.wait()
     saved.close()
-    (tmp_path / "1" / MANIFEST).unlink()
+    (tmp_path / "1" / MANIFEST_FILE).unlink()
     for name in ("params/_METADATA", "params/manifest.ocdbt", "config/metadata"):
         content = (tmp_path / "1" / name).read_bytes()
         (tmp_path / "1" / name).write_bytes(content[: len(content) // 2])
@@ -305,8 +307,8 @@ def test_files_that_the_manifest_does_not_know_of_are_damage_when_read(tmp_path)
         load_params(tmp_path)
 
 
-@pytest.mark.parametrize("which", ["latest", "best"])
-def test_a_checkpoint_that_is_removed_while_it_is_read_is_followed_by_the_next(tmp_path, monkeypatch, which):
+@pytest.mark.parametrize("name", ["latest", "best"])
+def test_a_checkpoint_that_is_removed_while_it_is_read_is_followed_by_the_next(tmp_path, monkeypatch, name):
     state, _ = toy_state()
     training = Checkpoints(tmp_path, keep=1)
     training.save(1, state, {"step": 1}, 5.0)
@@ -321,15 +323,15 @@ def test_a_checkpoint_that_is_removed_while_it_is_read_is_followed_by_the_next(t
         return restore(manager, step, *args, **kwargs)
 
     monkeypatch.setattr(type(training._manager), "restore", restore_after_saves)
-    assert load_params(tmp_path, which)[1]["step"] == 5
-    assert load_config(tmp_path, which) == (5, {"step": 5})
+    assert load_params(tmp_path, name)[1]["step"] == 5
+    assert load_config(tmp_path, name) == (5, {"step": 5})
     with pytest.raises(CheckpointMissing, match=r"no checkpoint of step 1 under .*there are \[4, 5\]"):
         load_params(tmp_path, 1)
     training.close()
 
 
 class TwoProcesses:
-    """Collective functions of the first process, then of the second, which gets what the first one sent."""
+    """Fake collectives of process 0, then of process 1, which receives the values that process 0 sent."""
 
     def __init__(self, monkeypatch):
         self.index, self.sent = 0, []
@@ -348,7 +350,7 @@ class TwoProcesses:
 
 
 def test_the_first_process_judges_checkpoints_for_all(tmp_path, monkeypatch):
-    """The second one sees an older state of the folders, in which none, or all, is whole."""
+    """Let process 1 see an older state of the directories, in which all or no checkpoints are damaged."""
     state, _ = toy_state()
     saved = Checkpoints(tmp_path / "0", keep=2)
     for step in (1, 2):
@@ -372,10 +374,10 @@ def test_the_first_process_judges_checkpoints_for_all(tmp_path, monkeypatch):
 
 def test_a_disk_without_room_is_noticed_before_anything_runs(task, tmp_path, monkeypatch):
     _, abstract = state_on(task, make_mesh(fsdp=8))
-    check_space(tmp_path, abstract)
+    check_checkpoint_space(tmp_path, abstract)
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1000))
     with pytest.raises(
         CheckpointNotWritten, match=r"has 0.00 GiB free, but two checkpoints of this run take"
     ):
-        check_space(tmp_path, abstract)
+        check_checkpoint_space(tmp_path, abstract)

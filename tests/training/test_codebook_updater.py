@@ -1,4 +1,4 @@
-"""What happens to the codebook beside the gradient, counted by hand on two codes and more."""
+"""Updates of the codebook, checked by hand on a few codes."""
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +15,7 @@ MODEL = TokenizerConfig(scales=(1, 2), num_codes=4, code_dim=2, ch=8, ch_mult=(1
 KEY = jax.random.key(0)
 
 
-def make(given=False, **fields) -> tuple[CodebookUpdater, TrainState]:
+def make(loaded=False, **fields) -> tuple[CodebookUpdater, TrainState]:
     cfg = tiny_config("none").tokenizer.codebook
     cfg.update(
         {"kmeans_steps": 0, "ema_decay": 0.0, "restart_every": 0, "hits_decay": 0.5, "window": 12, **fields}
@@ -23,12 +23,12 @@ def make(given=False, **fields) -> tuple[CodebookUpdater, TrainState]:
     codebook_updater = CodebookUpdater(cfg, MODEL, steps=20, batch=2)
     params = {"quantizer": {"codebook": jnp.arange(8.0).reshape(4, 2)}, "other": jnp.ones(3)}
     return codebook_updater, TrainState(
-        jnp.zeros((), jnp.int32), params, jax.tree.map(jnp.copy, params), (), codebook_updater.init(given)
+        jnp.zeros((), jnp.int32), params, jax.tree.map(jnp.copy, params), (), codebook_updater.init(loaded)
     )
 
 
 def quantized(tokens) -> Quantized:
-    """Two images with the same 1 + 4 tokens; the targets are all (10, 10)."""
+    """Return two images with the same 1 + 4 tokens; all targets are (10, 10)."""
     tokens = jnp.tile(jnp.array(tokens, jnp.int32), (2, 1))
     return Quantized(tokens, jnp.zeros((2, 2, 2, 2)), jnp.zeros(2), jnp.full((2, 5, 2), 10.0))
 
@@ -45,17 +45,17 @@ def codebooks(state):
 
 def test_use_is_counted_over_a_window_that_slides_by_halves():
     codebook_updater, state = make()  # 12 images: halves of 3 steps
-    seen = []
+    most = []
     for step in range(1, 10):
         state, metrics = after(codebook_updater, state, [0, step % 4, 3, 3, 3], step)
-        seen.append(float(metrics["most_0"]))
+        most.append(float(metrics["most_0"]))
         images = float(state.extra["window"]["images"].sum())
         assert images == 2 * {1: 1, 2: 2, 3: 3, 4: 4, 5: 5, 6: 6, 7: 4, 8: 5, 9: 6}[step]
     # Of steps 4 to 9, the last two halves: code 0 at the first map, 3 mostly at the second.
     counts = np.asarray(state.extra["window"]["counts"].sum(0))
     np.testing.assert_array_equal(counts[0], [12, 0, 0, 0])
     np.testing.assert_array_equal(counts[1], 2 * np.array([2, 2, 1, 1 + 18]))
-    assert seen[:3] == [2, 4, 4] and float(metrics["perplexity_0"]) == pytest.approx(1)
+    assert most[:3] == [2, 4, 4] and float(metrics["perplexity_0"]) == pytest.approx(1)
     assert float(metrics["code_norm"]) == pytest.approx(np.linalg.norm(codebooks(state)[0], axis=1).mean())
 
 
@@ -79,7 +79,7 @@ def test_dead_codes_move_onto_targets_in_both_codebooks_when_due_and_start_afres
     np.testing.assert_array_equal(codebooks(late)[0], np.arange(8).reshape(4, 2))
 
 
-def test_codes_follow_their_targets_and_the_optimiser_has_no_say():
+def test_codes_follow_their_targets_and_not_the_optimizer():
     codebook_updater, state = make(ema_decay=0.5)
     assert (
         float(
@@ -101,7 +101,7 @@ def test_codes_follow_their_targets_and_the_optimiser_has_no_say():
     np.testing.assert_array_equal(state.extra["code_uses"], [6, 4, 0, 0])
 
 
-def test_kmeans_in_the_first_steps_unless_the_codebook_was_given():
+def test_kmeans_in_the_first_steps_unless_the_codebook_was_loaded():
     features = lambda params: jax.random.normal(KEY, (8, 2, 2, 2))  # noqa: E731
     codebook_updater, state = make(kmeans_steps=3)
     fitted = codebook_updater.before_step(state, features, KEY)
@@ -109,7 +109,7 @@ def test_kmeans_in_the_first_steps_unless_the_codebook_was_given():
     np.testing.assert_array_equal(*codebooks(fitted))
     late = codebook_updater.before_step(fitted.replace(step=jnp.asarray(3, jnp.int32)), features, KEY)
     np.testing.assert_array_equal(codebooks(late)[0], codebooks(fitted)[0])
-    codebook_updater, state = make(kmeans_steps=3, ema_decay=0.9, given=True)
+    codebook_updater, state = make(kmeans_steps=3, ema_decay=0.9, loaded=True)
     np.testing.assert_array_equal(
         codebooks(codebook_updater.before_step(state, features, KEY))[0], codebooks(state)[0]
     )

@@ -1,4 +1,4 @@
-"""FLOPs counted in a jaxpr: XLA's count where XLA counts rightly, and the same on every platform."""
+"""FLOPs counted from a jaxpr: equal to XLA's count where that is right, and equal on every platform."""
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +14,7 @@ IMAGES = jax.ShapeDtypeStruct((2, 13, 16, 6), jnp.float32)
 
 
 def xla_flops(function, *inputs) -> float:
-    """FLOPs by XLA's CPU backend, whose lowered programs have a cost analysis."""
+    """Return the FLOPs by the cost analysis of XLA's CPU backend."""
     return jax.jit(function).lower(*inputs).cost_analysis()["flops"]
 
 
@@ -74,7 +74,7 @@ def test_a_loop_of_unknown_length_is_refused():
 
 @pytest.mark.parametrize("method", ["encode", "__call__"])
 def test_a_tokenizer_counts_as_in_xla_but_for_what_is_no_product(method):
-    """XLA counts norms and activations too: little beside convolutions of 64 channels."""
+    """XLA also counts norms and activations, few FLOPs compared with convolutions of 64 channels."""
     model = Tokenizer(
         TokenizerConfig(scales=(1, 2, 4), num_codes=64, code_dim=16, ch=64, ch_mult=(1, 2, 2), num_blocks=1)
     )
@@ -86,7 +86,7 @@ def test_a_tokenizer_counts_as_in_xla_but_for_what_is_no_product(method):
 
 
 def test_training_needs_no_cost_analysis(monkeypatch):
-    """On a GPU a lowered program has none; `train.py` asks for the FLOPs before its first step."""
+    """Lowered programs have no cost analysis on GPU, and `train.py` counts FLOPs before its first step."""
     monkeypatch.setattr(jax.stages.Lowered, "cost_analysis", lambda self: None)
     stage = tiny_config("none").tokenizer
     with_adversary = TokenizerTask(stage, 10).flops_per_image()

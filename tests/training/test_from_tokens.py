@@ -20,7 +20,7 @@ from var_jax.training.transformer_task import NextScaleTask
 
 @pytest.fixture
 def stage(tiny_run, token_cache, tmp_path):
-    """The stage next_scale on the cache; the images are nowhere."""
+    """Return the stage next_scale on the token cache, without images."""
     stage = tiny_config(tmp_path / "no_images", steps=2).next_scale
     stage.tokenizer, stage.data.tokens = str(tiny_run), str(token_cache)
     stage.data.update({name: CACHE_FLAGS[name] for name in ("resize", "flip", "shift")})
@@ -44,11 +44,11 @@ def test_a_step_from_the_cache_is_a_step_from_the_same_crops(tiny_run, token_cac
     task = NextScaleTask(tiny_config(tmp_path).next_scale, 6, *load_tokenizer(tiny_run), classes=10)
     images, (cached, _) = sources(digits_dir)[0], open_token_cache(token_cache)
     transform = ToPixels("digits", 8, CACHE_FLAGS["resize"], CACHE_FLAGS["flip"], CACHE_FLAGS["shift"])
-    which = np.random.default_rng(0).permutation(len(cached))[:16]
+    indices = np.random.default_rng(0).permutation(len(cached))[:16]
     rng = lambda i: np.random.default_rng((CACHE_FLAGS["seed"], i % 1442, i // 1442))  # noqa: E731
-    on_the_fly = [transform(images[i % 1442], rng(i)) for i in which]
+    on_the_fly = [transform(images[i % 1442], rng(i)) for i in indices]
     together = lambda items: jax.tree.map(lambda *leaves: np.stack(leaves), *items)  # noqa: E731
-    batches = together(on_the_fly), together([cached[i] for i in which])
+    batches = together(on_the_fly), together([cached[i] for i in indices])
     assert "image" not in batches[1] and "tokens" not in batches[0]
     make_state, _ = create_state(task.init, task.optimizer, True, jax.random.key(0), make_mesh())
     key = jax.random.key(1)

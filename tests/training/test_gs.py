@@ -1,4 +1,4 @@
-"""Runs under gs://: Orbax and TensorStore write to tests/helpers/fake_gs.py by their own protocols."""
+"""Runs under gs://, by the protocols of Orbax and TensorStore, on the server of tests/helpers/fake_gs.py."""
 
 import os
 import socket
@@ -31,7 +31,7 @@ from var_jax.training.checkpoint import (
     load_params,
 )
 from var_jax.training.checkpoint_integrity import CheckpointDamaged, steps_under
-from var_jax.training.metrics import AppendFile, Log, draw_curves, read_metrics
+from var_jax.training.metrics import AppendFile, Log, plot_curves, read_metrics
 from var_jax.training.profiling import Profile, StepRange
 from var_jax.training.state import create_state
 from var_jax.training.trainer import train
@@ -39,13 +39,13 @@ from var_jax.training.trainer import train
 
 @pytest.fixture
 def run(bucket, request):
-    """URL of a run that no other test uses."""
+    """Return the URL of a run that no other test uses."""
     return as_path(bucket) / request.node.name
 
 
 @pytest.fixture(scope="module")
 def two_steps(bucket):
-    """URL of two checkpoints, of steps 1 and 2, their state and its abstract form; to be copied."""
+    """Save checkpoints of steps 1 and 2, to be copied; return their URL, state and abstract state."""
     folder = as_path(bucket) / "two_steps"
     toy = Toy()
     make_state, abstract = create_state(toy.init, toy.optimizer, False, jax.random.key(0), make_mesh(fsdp=8))
@@ -59,7 +59,7 @@ def two_steps(bucket):
 
 
 def files(folder) -> list:
-    """All files under a folder."""
+    """Return all files under a directory."""
     return [f for p in folder.iterdir() for f in (files(p) if p.is_dir() else [p])]
 
 
@@ -95,7 +95,7 @@ def test_a_run_that_is_interrupted_ends_in_the_numbers_of_a_local_one(run, digit
 
 HOST = """
 from absl import app, flags
-from tests import fake_gs
+from tests.helpers import fake_gs
 fake_gs.install()
 from tests.helpers.toy import Toy, toy_stage
 from var_jax.cli import define_host_flags, failing_at_once, join_hosts
@@ -118,7 +118,7 @@ app.run(main)
 
 
 def on_two_hosts(run, digits_dir) -> list[str]:
-    """Trains 8 steps on two processes with four devices each; what they said on stderr."""
+    """Train 8 steps on two processes with four devices each; return their stderr."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
@@ -140,12 +140,12 @@ def on_two_hosts(run, digits_dir) -> list[str]:
         for i in range(2)
     ]
     try:
-        said = [host.communicate(timeout=300)[1] for host in hosts]
+        stderr = [host.communicate(timeout=300)[1] for host in hosts]
     finally:
         for host in hosts:
             host.kill()
-    assert [host.returncode for host in hosts] == [0, 0], said[0][-2000:] + said[1][-2000:]
-    return said
+    assert [host.returncode for host in hosts] == [0, 0], stderr[0][-2000:] + stderr[1][-2000:]
+    return stderr
 
 
 def test_two_hosts_write_one_checkpoint_and_agree_on_a_damaged_one(run, digits_dir, tmp_path):
@@ -161,9 +161,9 @@ def test_two_hosts_write_one_checkpoint_and_agree_on_a_damaged_one(run, digits_d
     }
     np.testing.assert_allclose(load_params(folder)[0]["w"], want["w"], rtol=1e-5)
     (folder / "8" / "params" / "ocdbt.process_1" / "manifest.ocdbt").unlink()
-    said = on_two_hosts(run, digits_dir)
-    assert "8 is damaged: params/ocdbt.process_1/manifest.ocdbt is missing" in said[0]
-    assert "is damaged: " not in said[1]  # process 0 alone looks
+    stderr = on_two_hosts(run, digits_dir)
+    assert "8 is damaged: params/ocdbt.process_1/manifest.ocdbt is missing" in stderr[0]
+    assert "is damaged: " not in stderr[1]  # process 0 alone looks
     assert steps_under(folder) == [4, 8] and (folder / "8.damaged").exists()
     np.testing.assert_allclose(load_params(folder)[0]["w"], want["w"], rtol=1e-5)
 
@@ -202,7 +202,7 @@ def test_a_damaged_checkpoint_is_set_aside_and_stays_there(run, two_steps, caplo
 
 
 def test_a_listing_is_never_an_old_one(run):
-    """TensorStore and other processes write files that gcsfs does not know of, and it keeps its listings."""
+    """gcsfs caches listings by default, but TensorStore and other processes write files too."""
     (run / "first").write_text("")
     assert [path.name for path in run.iterdir()] == ["first"]
     bucket, _, name = str(run).removeprefix("gs://").partition("/")
@@ -218,7 +218,7 @@ def test_logs_pictures_and_traces(run):
     log.sync()
     assert [line["step"] for line in read_metrics(run / "metrics.jsonl")] == [1, 2, 3]
     log.close()
-    draw_curves(run, run / "curves.png", "toy")
+    plot_curves(run, run / "curves.png", "toy")
     save_png(Image.new("RGB", (8, 8)), run / "previews" / "black.png")
     for name in ("curves.png", "previews/black.png"):
         assert (run / name).read_bytes().startswith(b"\x89PNG")
@@ -261,7 +261,7 @@ def test_a_missing_package_is_named(bucket, monkeypatch):
 
 
 def test_train_py_and_its_stages_write_to_a_bucket(run, digits_dir):
-    """A tokenizer with all its pictures, by the programs of the tiny run."""
+    """Train a tokenizer with all its previews, with the programs of the tiny run."""
     config = tiny_config(digits_dir, steps=2)
     config.stages = ("tokenizer",)
     stages.run(config, run)

@@ -1,4 +1,4 @@
-"""What is chosen by the memory of devices, known or not."""
+"""Choices that depend on the memory of devices, known or unknown."""
 
 import types
 
@@ -37,7 +37,7 @@ def test_memory_is_the_allocators_then_the_data_sheets():
 
 
 def choose(monkeypatch, known, **transformer) -> str:
-    """Remat on eight devices with these memories."""
+    """Return the remat policy for eight devices with these amounts of memory."""
     values = iter(known)
     monkeypatch.setattr(hardware, "memory_bytes", lambda _: next(values))
     stage = var.get_config("d16")

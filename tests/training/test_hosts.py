@@ -1,4 +1,4 @@
-"""Several hosts, as processes on loopback with two devices each."""
+"""Runs on several hosts, as processes on loopback with two devices each."""
 
 import os
 import re
@@ -31,11 +31,11 @@ CLOSE = 1e-5  # sums over devices in another order
 
 @pytest.fixture(scope="module")
 def start():
-    """Starts the processes of a run."""
+    """Return a function that starts the processes of a run."""
     environment = {**os.environ, "XLA_FLAGS": fake_devices(2)}
 
     def run(processes: int, workdir, *command, own=lambda i: ()) -> list[subprocess.Popen]:
-        """`own` are further flags of each process."""
+        """Start the processes; `own` returns further flags of a process."""
         with socket.socket() as free:
             free.bind(("localhost", 0))
             port = free.getsockname()[1]
@@ -58,13 +58,13 @@ def start():
 
 @pytest.fixture(scope="module")
 def start_toy(start, digits_dir):
-    return lambda processes, workdir, *extra, **how: start(
-        processes, workdir, *TOY, f"--data_dir={digits_dir}", *extra, **how
+    return lambda processes, workdir, *extra, **fields: start(
+        processes, workdir, *TOY, f"--data_dir={digits_dir}", *extra, **fields
     )
 
 
 def ended(processes, within: float) -> list[tuple[int, str, str]]:
-    """Exit code, stdout and stderr of each."""
+    """Wait for the processes; return the exit code, stdout and stderr of each."""
     deadline, result = time.monotonic() + within, []
     for process in processes:
         try:
@@ -93,7 +93,7 @@ def wait_for_step(processes, workdir, step) -> None:
 
 
 def fed(workdir, processes: int) -> dict[int, list[int]]:
-    """Checksums of the images that so many processes fed to each step (the last time, if twice), in order."""
+    """Return the checksums of the images fed to each step by a number of processes, in order."""
     result = {}
     for i in range(processes):
         for step, images in read_metrics(workdir / "fed" / f"{i}_of_{processes}.jsonl"):
@@ -151,7 +151,7 @@ def test_preempted_on_two_hosts_killed_on_four_done_on_one_equals_unbroken(start
 
 @pytest.fixture(scope="module")
 def next_scale_flags(tiny_run, digits_dir, tmp_path_factory) -> tuple[str, ...]:
-    """Of train.py, for three steps of the transformer."""
+    """Return the flags of train.py for three steps of the transformer."""
     config = tmp_path_factory.mktemp("config") / "config.py"
     config.write_text(
         "from tests.helpers.tiny import tiny_config\n"
@@ -162,7 +162,7 @@ def next_scale_flags(tiny_run, digits_dir, tmp_path_factory) -> tuple[str, ...]:
 
 
 def test_the_networks_learn_on_two_hosts_as_on_one(start, next_scale_flags, tmp_path):
-    """train.py itself; of the two hosts each sees the memory of its own devices alone, which differs."""
+    """Run train.py on two hosts that see different amounts of memory, each of its own devices only."""
     commands = {1: ("train.py",), 2: ("-m", "tests.helpers.uneven_memory")}
     result = [
         host
@@ -185,13 +185,13 @@ def test_hosts_that_would_run_different_programs_are_refused(start, next_scale_f
     for _, _, err in result:
         assert "train.py: the hosts would run different programs" in err, err[-2000:]
         assert re.search(r"process 0, \S+: dtype float32, attention einsum, remat none, jax [\d.]+\n", err)
-        assert re.search(r"process 1, \S+: .* remat full, .* <- another than process 0", err)
+        assert re.search(r"process 1, \S+: .* remat full, .* <- differs from process 0", err)
         assert "Traceback" not in err
     assert not (tmp_path / "next_scale" / "metrics.jsonl").exists()
 
 
 def test_hosts_that_do_not_share_a_file_system_are_refused(start_toy, tmp_path):
-    local = lambda i: ("--seen_within=1", f"--workdir={tmp_path}/{i}")  # noqa: E731
+    local = lambda i: ("--file_timeout=1", f"--workdir={tmp_path}/{i}")  # noqa: E731
     result = ended(start_toy(2, tmp_path, own=local), within=120)
     assert all(code == 1 for code, _, _ in result)
     for _, _, err in result:
@@ -208,12 +208,14 @@ def test_a_failure_on_one_host_ends_all(start_toy, tmp_path):
 
 
 def test_a_full_disk_ends_several_hosts_and_loses_nothing(start_toy, small_disk):
-    """They do not know of each other's disks, so the first checkpoint that fails ends them."""
+    """Hosts do not know of each other's disks, so the first checkpoint that fails ends the run."""
     run = lambda processes, *extra: start_toy(processes, small_disk, "--ballast=200000", *extra)  # noqa: E731
     result = ended(run(2, "--pause=0.1", "--full_at=8"), within=120)
     assert all(code != 0 for code, _, _ in result)
-    said = "".join(err for _, _, err in result)
-    assert "could not be written under" in said and "last complete one is of step 5" in said, said[-3000:]
+    message = "".join(err for _, _, err in result)
+    assert "could not be written under" in message and "last complete one is of step 5" in message, message[
+        -3000:
+    ]
     (small_disk / "filler").unlink()
     ((code, out, err),) = ended(run(1), within=100)
     assert code == 0, err[-2000:]
@@ -246,7 +248,7 @@ app.run(main)
 
 @pytest.mark.parametrize("inside", [True, False])
 def test_a_cluster_that_jax_knows_is_joined_without_flags_and_none_is_missed(inside):
-    """A SLURM job of one task; and a plain shell, where JAX's own error must keep its words."""
+    """Join a SLURM job of one task; and train alone in a plain shell, without a cluster."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]

@@ -1,4 +1,4 @@
-"""The lock on a run; other processes are real ones."""
+"""Lock of a run, against real processes."""
 
 import json
 import os
@@ -26,7 +26,7 @@ with RunLock(as_path(sys.argv[1])):
 
 @pytest.fixture
 def holder(tmp_path):
-    """Another process of this machine that holds the lock of tmp_path."""
+    """Start a process of this machine that holds the lock of tmp_path."""
     process = subprocess.Popen(
         [sys.executable, "-c", HOLDER, str(tmp_path)], cwd=REPOSITORY, stdout=subprocess.PIPE, text=True
     )
@@ -37,7 +37,7 @@ def holder(tmp_path):
 
 
 def from_another_machine(path, beat: float) -> None:
-    """Makes a lock look like one that a process elsewhere touched so many seconds ago."""
+    """Change a lock to one of another machine, with the last heartbeat `beat` seconds ago."""
     content = json.loads(path.read_text()) | {"machine": "elsewhere", "host": "elsewhere"}
     path.write_text(json.dumps(content))
     os.utime(path, (time.time() - beat,) * 2)
@@ -50,7 +50,7 @@ def test_a_second_start_is_refused_and_a_killed_one_is_taken_over_at_once(holder
         RunLock(as_path(tmp_path)).__enter__()
     holder.send_signal(signal.SIGKILL)
     holder.wait()
-    assert (tmp_path / lock.FILE).exists()
+    assert (tmp_path / lock.LOCK_FILE).exists()
     began = time.monotonic()
     with RunLock(as_path(tmp_path)) as own:
         own.check()
@@ -60,8 +60,8 @@ def test_a_second_start_is_refused_and_a_killed_one_is_taken_over_at_once(holder
 
 
 def test_a_number_of_a_process_that_another_has_by_now_is_not_taken_for_it(holder, tmp_path):
-    """As in containers, where numbers recur."""
-    path = tmp_path / lock.FILE
+    """Reuse a PID, as containers do."""
+    path = tmp_path / lock.LOCK_FILE
     path.write_text(json.dumps(json.loads(path.read_text()) | {"pid": os.getpid()}))
     with RunLock(as_path(tmp_path)):
         pass
@@ -72,8 +72,8 @@ def test_a_silent_holder_on_another_machine_is_taken_over_after_a_while(
 ):
     holder.send_signal(signal.SIGKILL)
     holder.wait()
-    from_another_machine(tmp_path / lock.FILE, beat=5)
-    monkeypatch.setattr(lock, "STALE", 3.0)
+    from_another_machine(tmp_path / lock.LOCK_FILE, beat=5)
+    monkeypatch.setattr(lock, "STALE_AFTER", 3.0)
     began = time.monotonic()
     with RunLock(as_path(tmp_path)):
         assert 3 <= time.monotonic() - began < 30
@@ -81,8 +81,8 @@ def test_a_silent_holder_on_another_machine_is_taken_over_after_a_while(
 
 
 def test_a_holder_on_another_machine_that_lives_is_waited_for_then_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(lock, "BEAT", 0.5)
-    monkeypatch.setattr(lock, "PATIENCE", 3.0)
+    monkeypatch.setattr(lock, "HEARTBEAT_INTERVAL", 0.5)
+    monkeypatch.setattr(lock, "LOCK_TIMEOUT", 3.0)
     with RunLock(as_path(tmp_path)) as held:  # touches the file all along
         held._own["machine"] = "elsewhere"
         held.path.write_text(json.dumps(held._own))
@@ -92,13 +92,13 @@ def test_a_holder_on_another_machine_that_lives_is_waited_for_then_refused(tmp_p
 
 
 def test_a_run_whose_lock_was_taken_over_stops(tmp_path, monkeypatch):
-    monkeypatch.setattr(lock, "BEAT", 0.2)
+    monkeypatch.setattr(lock, "HEARTBEAT_INTERVAL", 0.2)
     with RunLock(as_path(tmp_path)) as own:
-        held = json.loads((tmp_path / lock.FILE).read_text())
-        (tmp_path / lock.FILE).write_text(json.dumps(held | {"nonce": "other", "host": "elsewhere"}))
+        held = json.loads((tmp_path / lock.LOCK_FILE).read_text())
+        (tmp_path / lock.LOCK_FILE).write_text(json.dumps(held | {"nonce": "other", "host": "elsewhere"}))
         deadline = time.monotonic() + 20
         with pytest.raises(RunLocked, match="was taken over by process .* on elsewhere"):
             while time.monotonic() < deadline:
                 own.check()
                 time.sleep(0.1)
-    assert (tmp_path / lock.FILE).exists()  # it is the other's
+    assert (tmp_path / lock.LOCK_FILE).exists()  # it is the other's

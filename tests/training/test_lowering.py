@@ -1,4 +1,4 @@
-"""Everything that a run compiles, lowered for TPU without one: Mosaic says there what it refuses."""
+"""Lowering for TPU, without one, of every program of a run: Mosaic reports unsupported kernels there."""
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +14,7 @@ SCALES_WITH_KERNEL = {"step", "evaluation", "preview samples", "sampling"}
 
 
 def as_on_tpu(task):
-    """A transformer's task with the kernel and the dtype that TPUs have, on the fake devices."""
+    """Give a transformer task the attention kernel and the dtype of TPUs."""
     task.model = task.model.clone(attention="splash", dtype=jnp.bfloat16)
     return task
 
@@ -50,7 +50,7 @@ def published_tokenizer(mesh):
     ids=["tiny", "d16", "d36", "tokenizer"],
 )
 def test_all_that_a_pod_runs_lowers_for_tpu(make, sizes, with_kernel):
-    """Mosaic kernels are refused where the compiler would have to partition them by itself."""
+    """Mosaic kernels outside `shard_map` are an error on several devices."""
     mesh = make_mesh(**sizes, devices=jax.devices()[:4])
     task = make(mesh)
     programs, _, _ = training_programs(task, mesh, from_tokens=False)

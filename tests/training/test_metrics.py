@@ -8,7 +8,7 @@ import pytest
 
 from tests.helpers.commands import command
 from var_jax.training.hardware import peak_flops
-from var_jax.training.metrics import Log, draw_curves, duration, read_metrics
+from var_jax.training.metrics import Log, duration, plot_curves, read_metrics
 
 
 class FakeDevice:
@@ -39,7 +39,7 @@ def test_lines_curves_and_going_on(tmp_path, capsys):
     assert "loss_3" not in out  # single scales are in the files only
     lines = read_metrics(tmp_path / "metrics.jsonl")
     assert [line["step"] for line in lines] == [10, 20, 20] and lines[0]["loss_3"] == 1.0
-    draw_curves(tmp_path, tmp_path / "curves.png", "tokenizer")
+    plot_curves(tmp_path, tmp_path / "curves.png", "tokenizer")
     assert (tmp_path / "curves.png").stat().st_size > 1000
     Log(tmp_path, "tokenizer", 10, 100, 8, 1e6).close()  # goes on from step 10
     assert [line["step"] for line in read_metrics(tmp_path / "metrics.jsonl")] == [10]
@@ -123,7 +123,7 @@ def test_what_is_not_finite_is_null_and_read_as_nan(tmp_path):
     assert line == {"step": 1, "kind": "train", "loss": None, "norm": None}
     path.write_text(path.read_text() + '{"step": 2, "kind": "train", "loss": NaN}\n')  # of an older run
     assert all(math.isnan(line["loss"]) for line in read_metrics(path))
-    draw_curves(tmp_path, tmp_path / "curves.png", "toy")
+    plot_curves(tmp_path, tmp_path / "curves.png", "toy")
     Log(tmp_path, "toy", 2, 100, 8, 1e6).close()
     assert "NaN" not in path.read_text() and len(read_metrics(path)) == 2
 

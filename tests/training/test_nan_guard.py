@@ -27,7 +27,7 @@ def lines(workdir, kind) -> list[dict]:
 
 
 def expected(source, stage, steps, skipped) -> float:
-    """What the numbers become that follow the mean of each batch that is not skipped."""
+    """Compute the parameters after following the mean of each batch that is not skipped."""
     batches = train_batches(source, ToPixels("digits", 8, 1.0, False), 16, stage.seed)
     w = 0.0
     for step in range(1, steps + 1):
@@ -48,8 +48,8 @@ def test_a_step_that_is_not_finite_changes_nothing_and_is_logged(sources, digits
         assert line["records"] == want.tolist()
     last = lines(tmp_path, "train")[-1]
     assert (last["step"], last["skipped"], last["skipped_in_a_row"]) == (10, 2, 0)
-    said = "toy skipped: step 3  loss nan  its loss or gradient is not finite; records "
-    assert f"{said}{result[0]['records'][0]}, " in capsys.readouterr().out
+    line_start = "toy skipped: step 3  loss nan  its loss or gradient is not finite; records "
+    assert f"{line_start}{result[0]['records'][0]}, " in capsys.readouterr().out
 
 
 def test_a_run_that_diverges_ends_with_its_last_sound_checkpoint(sources, digits_dir, tmp_path):

@@ -1,4 +1,4 @@
-"""A next-token run from config to samples: the loop, checkpoints and public API of the maps."""
+"""Next-token run from config to samples, by the same loop, checkpoints and API as next-scale."""
 
 import numpy as np
 import pytest

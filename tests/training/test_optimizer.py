@@ -9,14 +9,14 @@ from tests.helpers.arrays import close
 from var_jax.interop.published import next_scale_table, tokenizer_table
 from var_jax.training.optimizer import accumulated_gradients, decay_mask, make_optimizer, update_ema
 
-# Published names of what does not decay, beside everything with one dimension.
+# Published names of what does not decay; nor does any array with one axis.
 NO_DECAY = ("pos_1LC", "pos_start", "lvl_embed", "ada_gss", "scale_mul", "bias", "ema_vocab_hit_SV")
 
 
-@pytest.mark.parametrize("which", ["tiny_var", "tiny_shared_var", "tiny_tokenizer"])
-def test_weight_decay_groups_are_the_published_ones(which, request):
-    module, params = request.getfixturevalue(which)
-    table = (tokenizer_table if which == "tiny_tokenizer" else next_scale_table)(module.config)
+@pytest.mark.parametrize("fixture", ["tiny_var", "tiny_shared_var", "tiny_tokenizer"])
+def test_weight_decay_groups_are_the_published_ones(fixture, request):
+    module, params = request.getfixturevalue(fixture)
+    table = (tokenizer_table if fixture == "tiny_tokenizer" else next_scale_table)(module.config)
     mask, flat = flatten_dict(decay_mask(params), sep="/"), flatten_dict(params, sep="/")
     assert set(mask) <= {entry.path for entry in table}
     for entry in table:

@@ -21,111 +21,113 @@ from var_jax.training.transformer_task import NextScaleTask
 from var_jax.transformer.config import NextScaleConfig
 
 
-def taken_over(path, kind, **changes):
-    """Parameters there, those of a changed network that starts from them (zeros where not taken), notes."""
+def load_into(path, kind, **changes):
+    """Return pretrained parameters, those of a changed network loaded from them (else zeros), and notes."""
     config, params = read_network(path, kind)
-    wanted = dataclasses.replace(config, **changes)
-    shapes = next_scale_shapes(wanted) if kind == "next_scale" else tokenizer_shapes(wanted)
+    target_config = dataclasses.replace(config, **changes)
+    shapes = next_scale_shapes(target_config) if kind == "next_scale" else tokenizer_shapes(target_config)
     shapes.pop("code_hits", None)
-    given, notes = match_params(params, config, shapes, wanted)
+    init_values, notes = match_params(params, config, shapes, target_config)
     ours = {path: np.zeros(leaf.shape, np.float32) for path, leaf in flatten_dict(shapes, sep="/").items()}
-    for path, leaf in given.items():
+    for path, leaf in init_values.items():
         ours[path][slice(None) if leaf.rows is None else leaf.rows] = leaf.values
     return flatten_dict(params, sep="/"), ours, notes
 
 
-def assert_equal_but(ours: dict, there: dict, *paths: str) -> None:
-    assert set(ours) == set(there) and set(paths) <= set(ours)
+def assert_equal_except(ours: dict, pretrained: dict, *paths: str) -> None:
+    assert set(ours) == set(pretrained) and set(paths) <= set(ours)
     for path in set(ours) - set(paths):
-        np.testing.assert_array_equal(ours[path], there[path], err_msg=path)
+        np.testing.assert_array_equal(ours[path], pretrained[path], err_msg=path)
 
 
-# --- which tensors
+# --- Matching of parameters
 
 
 @pytest.mark.parametrize("name", TRANSFORMERS)
 def test_other_classes_keep_all_but_their_embedding(goldens, name):
-    there, ours, notes = taken_over(goldens / f"{name}.pth", "next_scale", num_classes=4)
-    assert_equal_but(ours, there, "class_embedding")
-    np.testing.assert_array_equal(ours["class_embedding"][4], there["class_embedding"][10])
+    pretrained, ours, notes = load_into(goldens / f"{name}.pth", "next_scale", num_classes=4)
+    assert_equal_except(ours, pretrained, "class_embedding")
+    np.testing.assert_array_equal(ours["class_embedding"][4], pretrained["class_embedding"][10])
     assert not ours["class_embedding"][:4].any()
     (note,) = notes
-    assert (
-        note == "class_embedding is [11, 192] there, [5, 192] here: 1 of 5 rows taken, the others made anew"
-    )
+    assert note.startswith("class_embedding is [11, 192] in init_from, [5, 192] in this run: ")
+    assert note.endswith(": 1 of 5 rows loaded, the others initialized")
 
 
 def test_other_scales_keep_the_rows_of_equal_maps(goldens):
     path = goldens / "var.pth"
-    there, ours, notes = taken_over(path, "next_scale", scales=(1, 1, 3, 4, 5))
-    assert_equal_but(ours, there, "level_embedding", "position_embedding")
+    pretrained, ours, notes = load_into(path, "next_scale", scales=(1, 1, 3, 4, 5))
+    assert_equal_except(ours, pretrained, "level_embedding", "position_embedding")
     level, position = ours["level_embedding"], ours["position_embedding"]
-    np.testing.assert_array_equal(level[[0, 2, 3]], there["level_embedding"][[0, 2, 3]])
-    np.testing.assert_array_equal(position[0], there["position_embedding"][0])
-    np.testing.assert_array_equal(position[2:27], there["position_embedding"][5:30])  # sides 3 and 4
+    np.testing.assert_array_equal(level[[0, 2, 3]], pretrained["level_embedding"][[0, 2, 3]])
+    np.testing.assert_array_equal(position[0], pretrained["position_embedding"][0])
+    np.testing.assert_array_equal(position[2:27], pretrained["position_embedding"][5:30])  # sides 3 and 4
     assert not level[[1, 4]].any() and not position[1].any() and not position[27:].any()
-    assert (
-        "level_embedding is [4, 192] there, [5, 192] here: 3 of 5 rows taken, the others made anew" in notes
-    )
+    shapes = "level_embedding is [4, 192] in init_from, [5, 192] in this run"
+    assert f"{shapes}: 3 of 5 rows loaded, the others initialized" in notes
     # As many positions, but of other maps.
-    there, ours, notes = taken_over(path, "next_scale", scales=(1, 2, 5))
-    np.testing.assert_array_equal(ours["position_embedding"][:5], there["position_embedding"][:5])
+    pretrained, ours, notes = load_into(path, "next_scale", scales=(1, 2, 5))
+    np.testing.assert_array_equal(ours["position_embedding"][:5], pretrained["position_embedding"][:5])
     assert not ours["position_embedding"][5:].any()
-    assert "position_embedding is of other maps: 5 of 30 rows taken, the others made anew" in notes
-    _, ours, notes = taken_over(path, "next_scale", scales=(2, 6))
+    assert "position_embedding is of other maps: 5 of 30 rows loaded, the others initialized" in notes
+    _, ours, notes = load_into(path, "next_scale", scales=(2, 6))
     assert not ours["start_embedding"].any()
-    assert "start_embedding is [1, 192] there, [4, 192] here: made anew" in notes
+    assert "start_embedding is [1, 192] in init_from, [4, 192] in this run: initialized" in notes
 
 
 def test_other_codes_make_a_new_head_or_codebook(goldens):
-    there, ours, notes = taken_over(goldens / "var.pth", "next_scale", num_codes=50)
-    assert_equal_but(ours, there, "head/kernel", "head/bias")
-    assert "head/kernel is [192, 128] there, [192, 50] here: made anew" in notes and len(notes) == 2
-    there, ours, notes = taken_over(goldens / "vae.pth", "tokenizer", scales=(1, 2), num_codes=50, num_phis=2)
-    assert_equal_but(ours, there, "quantizer/codebook", "quantizer/phi_kernel", "quantizer/phi_bias")
-    assert "quantizer/codebook is [128, 16] there, [50, 16] here: made anew" in notes and len(notes) == 3
-    there, ours, notes = taken_over(goldens / "vae.pth", "tokenizer", scales=(1, 2), num_phis=0)
-    assert there.keys() - ours.keys() == {"quantizer/phi_kernel", "quantizer/phi_bias"}
-    assert notes[0].endswith("there, absent here: not used")
+    pretrained, ours, notes = load_into(goldens / "var.pth", "next_scale", num_codes=50)
+    assert_equal_except(ours, pretrained, "head/kernel", "head/bias")
+    assert len(notes) == 2
+    assert "head/kernel is [192, 128] in init_from, [192, 50] in this run: initialized" in notes
+    pretrained, ours, notes = load_into(
+        goldens / "vae.pth", "tokenizer", scales=(1, 2), num_codes=50, num_phis=2
+    )
+    assert_equal_except(ours, pretrained, "quantizer/codebook", "quantizer/phi_kernel", "quantizer/phi_bias")
+    assert len(notes) == 3
+    assert "quantizer/codebook is [128, 16] in init_from, [50, 16] in this run: initialized" in notes
+    pretrained, ours, notes = load_into(goldens / "vae.pth", "tokenizer", scales=(1, 2), num_phis=0)
+    assert pretrained.keys() - ours.keys() == {"quantizer/phi_kernel", "quantizer/phi_bias"}
+    assert notes[0].endswith("in init_from, absent in this run: not used")
 
 
 def test_another_network_is_refused_with_fields_and_tensors(goldens):
     with pytest.raises(ValueError) as error:
-        taken_over(goldens / "var.pth", "next_scale", width=96, depth=2, num_classes=4)
+        load_into(goldens / "var.pth", "next_scale", width=96, depth=2, num_classes=4)
     for words in (
-        "config.model.width must be 192, as there; got 96",
-        "config.model.depth must be 3, as there; got 2",
-        "head/kernel is [192, 128] there, [96, 128] here",
-        "blocks/layers/attention/qkv/kernel is [3, 192, 576] there, [2, 96, 288] here",
-        "class_embedding is [11, 192] there, [5, 96] here",
+        "config.model.width must be 192, as in init_from; got 96",
+        "config.model.depth must be 3, as in init_from; got 2",
+        "head/kernel is [192, 128] in init_from, [96, 128] in this run",
+        "blocks/layers/attention/qkv/kernel is [3, 192, 576] in init_from, [2, 96, 288] in this run",
+        "class_embedding is [11, 192] in init_from, [5, 96] in this run",
     ):
         assert words in str(error.value)
     # What no shape shows.
-    with pytest.raises(ValueError, match="config.model.num_heads must be 3, as there; got 6"):
-        taken_over(goldens / "var_plain_attention.pth", "next_scale", num_heads=6)
-    with pytest.raises(ValueError, match="config.model.l2_normalized must be False, as there; got True"):
-        taken_over(goldens / "vae.pth", "tokenizer", l2_normalized=True)
+    with pytest.raises(ValueError, match="config.model.num_heads must be 3, as in init_from; got 6"):
+        load_into(goldens / "var_plain_attention.pth", "next_scale", num_heads=6)
+    with pytest.raises(ValueError, match="config.model.l2_normalized must be False, as in init_from; got"):
+        load_into(goldens / "vae.pth", "tokenizer", l2_normalized=True)
 
 
-# --- in a run
+# --- In a run
 
 
 @pytest.mark.parametrize("use_ema", [True, False])
-def test_they_live_where_those_of_a_fresh_state_do(goldens, golden_tokenizer, digits_dir, use_ema):
+def test_loaded_parameters_are_sharded_like_initial_ones(goldens, golden_tokenizer, digits_dir, use_ema):
     config, params = read_network(goldens / "var.pth", "next_scale")
     stage = tiny_config(digits_dir).next_scale
     stage.model.update(dict(depth=3, width=192, num_heads=3))
     task = NextScaleTask(stage, 6, golden_tokenizer.module, golden_tokenizer.params, classes=4)
-    given, _ = match_params(params, config, next_scale_shapes(task.config), task.config)
+    init_values, _ = match_params(params, config, next_scale_shapes(task.config), task.config)
     make_state, abstract = create_state(
         task.init, task.optimizer, use_ema, jax.random.key(0), make_mesh(fsdp=4, data=2)
     )
-    state = make_state(given)
+    state = make_state(init_values)
     got = jax.tree.map(lambda leaf: leaf.sharding, state)
     assert got == jax.tree.map(lambda leaf: leaf.sharding, abstract)
     assert not state.params["head"]["kernel"].is_fully_replicated
     ours = flatten_dict(jax.device_get(state.params), sep="/")
-    assert_equal_but(ours, flatten_dict(params, sep="/"), "class_embedding")
+    assert_equal_except(ours, flatten_dict(params, sep="/"), "class_embedding")
     np.testing.assert_array_equal(ours["class_embedding"][4], params["class_embedding"][10])
     assert ours["class_embedding"][:4].std() == pytest.approx((1 / (3 * 192)) ** 0.5, rel=0.1)  # initial
     if use_ema:
@@ -150,18 +152,18 @@ def test_a_run_from_itself_starts_at_the_loss_it_had(tiny_run, digits_dir, tmp_p
         stage.init_from = str(tiny_run)
         stage.train.update(dict(base_learning_rate=0.0, ema_decay=ema))
     run(config, tmp_path)
-    said = capsys.readouterr().out
+    output = capsys.readouterr().out
     for stage in stages:
-        assert f"{stage}: starts from {tiny_run}\n" in said
+        assert f"{stage}: starts from {tiny_run}\n" in output
         want, got = evaluation(tiny_run, stage), evaluation(tmp_path, stage)
         assert got["step"] == 1 and want["step"] == 2
         assert {**got, "step": 2} == pytest.approx(want, rel=1e-5)
-        there, here = (load_params(folder / stage / "checkpoints")[0] for folder in (tiny_run, tmp_path))
-        chex.assert_trees_all_equal(here, there)
+        want, got = (load_params(folder / stage / "checkpoints")[0] for folder in (tiny_run, tmp_path))
+        chex.assert_trees_all_equal(got, want)
 
 
 def fine_tuning(digits_dir, source):
-    """Config of the transformer alone: 4 steps, a checkpoint every 2."""
+    """Return the config of the transformer stage: 4 steps, a checkpoint every 2."""
     config = tiny_config(digits_dir, steps=4)
     config.stages = ("next_scale",)
     config.next_scale.tokenizer = str(source)
@@ -193,7 +195,7 @@ def test_what_cannot_be_started_from_is_found_before_the_first_stage_trains(
     for init_from, error, message in (
         ("no.pth", CheckpointMissing, f"no next_scale at config.init_from={tmp_path}/no.pth: no such file"),
         ("none", CheckpointMissing, "no checkpoints under .*none/next_scale/checkpoints"),
-        (str(goldens / "var.pth"), ValueError, "var.pth: it is another network\n.*depth must be 3, as there"),
+        (str(goldens / "var.pth"), ValueError, "var.pth: it is another network\n.*depth must be 3, as in"),
         (str(goldens / "vae.pth"), ValueError, "vae.pth: no published VAR transformer"),
     ):
         config.next_scale.init_from = init_from

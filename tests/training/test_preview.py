@@ -23,14 +23,14 @@ def state_of(task, mesh):
 
 @pytest.fixture(scope="module")
 def tiny_task(tiny_tokenizer):
-    """The transformer's, with a tokenizer of random weights."""
+    """Return the transformer task, with a tokenizer of random weights."""
     tokenizer, params = tiny_tokenizer
     stage = tiny_config("unused").next_scale
     return NextScaleTask(stage, 6, tokenizer, params, 10, make_mesh())
 
 
 def test_samples_of_a_preview_are_those_of_the_generator(tiny_task):
-    """Drawn by parts on the mesh from sharded parameters, without gathering these on one device."""
+    """Generate in chunks on the mesh from sharded parameters, and compare with one device."""
     mesh = make_mesh(data=2, fsdp=2, tensor=2)
     state, shapes, frozen = state_of(tiny_task, mesh)
     programs = tiny_task.preview_programs(mesh, shapes.params, frozen)
@@ -59,7 +59,7 @@ def test_samples_of_a_preview_are_those_of_the_generator(tiny_task):
 
 
 def test_reconstructions_of_a_preview_are_those_of_the_tokenizer(digits_dir):
-    """A few images a device at a time; a number of them that is no multiple of the devices."""
+    """Reconstruct in chunks; the number of images is not a multiple of the devices."""
     mesh = make_mesh(data=4, fsdp=2)
     task = TokenizerTask(tiny_config(digits_dir).tokenizer, 6)
     state, shapes, frozen = state_of(task, mesh)
@@ -81,7 +81,7 @@ def test_reconstructions_of_a_preview_are_those_of_the_tokenizer(digits_dir):
 
 
 def test_memory_of_a_preview_is_shared_by_the_devices(tiny_task):
-    """Temporaries of the program on each device, for the same number of images."""
+    """Compare the temporary memory per device for the same number of images."""
     sizes = {}
     for devices in (1, 4):
         mesh = make_mesh(devices=jax.devices()[:devices])
@@ -94,7 +94,7 @@ def test_memory_of_a_preview_is_shared_by_the_devices(tiny_task):
 
 
 def test_a_state_has_the_types_that_a_step_returns(digits_dir, tiny_task):
-    """A weakly typed number would have the step compiled again at the second call."""
+    """A weakly typed array would make jit recompile the step at the second call."""
     for task in (TokenizerTask(tiny_config(digits_dir).tokenizer, 6), tiny_task):
         shapes = jax.eval_shape(lambda task=task: task.init(jax.random.key(0)))
         weak = [

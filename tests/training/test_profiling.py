@@ -1,4 +1,4 @@
-"""Traces of training steps: which steps are in them, across a resume, and flags that name none."""
+"""Profiler traces: their steps, also across a resume, and invalid flags."""
 
 import gzip
 import json
@@ -14,7 +14,7 @@ from var_jax.training.profiling import EVENT, Profile, StepRange, parse_steps
 
 
 def traced_steps(directory) -> list[list[int]]:
-    """Numbers of the steps in each trace of a stage, the oldest trace first."""
+    """Return the steps in each trace of a stage, the oldest trace first."""
     result = []
     for path in sorted(directory.glob("profile/process_0/plugins/profile/*/perfetto_trace.json.gz")):
         events = json.loads(gzip.decompress(path.read_bytes()))["traceEvents"]
@@ -24,7 +24,7 @@ def traced_steps(directory) -> list[list[int]]:
 
 
 def loop(profile: Profile, first: int, last: int) -> None:
-    """Steps as the training loop takes them."""
+    """Take steps as the training loop does."""
     state, step_fn = jnp.zeros(()), jax.jit(lambda x: x + 1)
     with profile:
         for step in range(first, last + 1):

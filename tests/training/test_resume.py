@@ -1,4 +1,4 @@
-"""Training that is killed anywhere goes on to the same numbers: in processes of their own."""
+"""Resuming: a run killed anywhere ends in the numbers of an unbroken one; configs that do not match."""
 
 import json
 import os
@@ -15,14 +15,16 @@ import pytest
 
 from tests.helpers.commands import REPOSITORY
 from tests.helpers.xla_flags import QUICK
+from var_jax.errors import ConfigError
 from var_jax.training.metrics import read_metrics
+from var_jax.training.resume import check_resume_compatible
 
 STEPS = 12
 
 
 @pytest.fixture(scope="module")
 def launch(digits_dir, tmp_path_factory):
-    """Starts train.py on the tiny config in a process with one device."""
+    """Return a function that starts train.py on the tiny config in a process with one device."""
     config = tmp_path_factory.mktemp("config") / "config.py"
     config.write_text(
         "from tests.helpers.tiny import tiny_config\n"
@@ -51,27 +53,27 @@ def unbroken(launch, tmp_path_factory):
 
 
 def logged(workdir, stage) -> list[dict]:
-    """Metrics of every step but those of speed."""
+    """Return the metrics of every logged line, except those of speed."""
     lines = (workdir / stage / "metrics.jsonl").read_text().splitlines()
     speeds = ("images_per_s", "tflops", "mfu")
     return [{k: v for k, v in json.loads(line).items() if k not in speeds} for line in lines]
 
 
 def trained(workdir, stage) -> list[int]:
-    """Steps that are in the log."""
+    """Return the training steps in the log."""
     lines = read_metrics(workdir / stage / "metrics.jsonl")
     return [line["step"] for line in lines if line["kind"] == "train"]
 
 
 def final_state(workdir, stage) -> dict:
-    """Everything in the last checkpoint: parameters, moving average, optimiser, counts."""
+    """Read the last checkpoint: parameters, moving average, optimizer state and counts."""
     folder = workdir / stage / "checkpoints" / str(STEPS)
     restore = lambda item: ocp.StandardCheckpointer().restore(folder / item)  # noqa: E731
     return {"params": restore("params"), "state": restore("state")}
 
 
 def wait_for(happened, process):
-    """Until something has happened, while a process runs."""
+    """Wait until a condition holds, while a process runs."""
     deadline = time.monotonic() + 240
     while process.poll() is None and time.monotonic() < deadline:
         if happened():
@@ -81,12 +83,12 @@ def wait_for(happened, process):
 
 
 def wait_for_step(process, workdir, stage, step):
-    """Until a step of a stage has been logged."""
+    """Wait until a step of a stage has been logged."""
     wait_for(lambda: step in trained(workdir, stage), process)
 
 
 def test_stopped_at_random_steps_and_resumed_equals_unbroken(launch, unbroken, tmp_path):
-    """The tokenizer with its adversary by SIGTERM, then both stages by SIGKILL."""
+    """Stop the tokenizer with its adversary by SIGTERM, then both stages by SIGKILL."""
     stops = [("tokenizer", signal.SIGTERM), ("tokenizer", signal.SIGKILL), ("next_scale", signal.SIGKILL)]
     for stage, stop in stops:
         first, last = len(trained(tmp_path, stage)) + 1, STEPS // 2 if stop == signal.SIGTERM else STEPS - 2
@@ -100,8 +102,8 @@ def test_stopped_at_random_steps_and_resumed_equals_unbroken(launch, unbroken, t
         _, err = process.communicate(timeout=600)
         assert process.returncode != 0
         if stop == signal.SIGTERM:
-            said = rf"{stage}: stopped at step \d+, saved; run the same command again"
-            assert re.search(said, err), err[-2000:]
+            pattern = rf"{stage}: stopped at step \d+, saved; run the same command again"
+            assert re.search(pattern, err), err[-2000:]
     run(launch(tmp_path))
     for stage in ("tokenizer", "next_scale"):
         chex.assert_trees_all_equal(final_state(tmp_path, stage), final_state(unbroken[0], stage))
@@ -135,3 +137,12 @@ def test_another_config_is_refused_with_the_fields_named(launch, unbroken):
     assert process.returncode != 0
     for words in ("config.train.batch: 16 there, 32 now", "config.model.ch: 8 there, 16 now"):
         assert words in err
+
+
+def test_names_of_classes_do_not_matter_to_a_resumed_run(tmp_path):
+    now = {"task": "tokenizer", "steps": 4, "dtype": "float32", "weights": {}, "class_names": ["cat", "dog"]}
+    older = {name: value for name, value in now.items() if name != "class_names"}
+    for saved in (older, {**now, "class_names": []}, {**now, "class_names": ["Cat", "Dog"]}):
+        assert check_resume_compatible(saved, now, tmp_path) == ""
+    with pytest.raises(ConfigError, match="steps: 3 there, 4 now"):
+        check_resume_compatible({**older, "steps": 3}, now, tmp_path)

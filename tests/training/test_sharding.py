@@ -39,7 +39,7 @@ def tasks(tiny_tokenizer, tmp_path_factory):
 
 
 def losses(task, mesh, steps=5):
-    """Losses of a few steps from the same start and batches, on a mesh; and the final state."""
+    """Return the losses of a few steps on a mesh, from a fixed start and batches, and the final state."""
     cfg = task.stage.train
     make_state, abstract = create_state(task.init, task.optimizer, True, jax.random.key(0), mesh)
     state, rng = make_state(), np.random.default_rng(0)
@@ -85,7 +85,7 @@ def test_tensor_and_data_axes_equal_one(tasks):
 
 
 def test_each_device_encodes_its_own_images_and_none_are_gathered(tasks):
-    """Seen in a step from images; `tests/benchmarks/test_plan.py` has one from tokens, for a TPU."""
+    """Check a step from images; `tests/benchmarks/test_plan.py` checks one from tokens, for TPU."""
     task, mesh = tasks["next_scale"], make_mesh(data=2, fsdp=4)
     _, state = create_state(task.init, task.optimizer, True, jax.random.key(0), mesh)
     put = lambda shape, dtype: jax.ShapeDtypeStruct(shape, dtype, sharding=batch_sharding(mesh))  # noqa: E731

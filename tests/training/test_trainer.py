@@ -1,10 +1,11 @@
-"""The order of the loop, what a stopped run still owes, and pictures that fail."""
+"""Training loop: its order, unfinished work of a stopped run, and previews that fail."""
 
 import json
 import os
 import shutil
 import signal
 import time
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -29,10 +30,10 @@ def sources(digits_dir):
 
 
 class Drawing(Toy):
-    """The toy with scores given for each evaluation, in turn, and a picture."""
+    """Toy with predefined scores of its evaluations, and a preview."""
 
-    def __init__(self, scores=(1.0,) * 100, draw=lambda: None, **how):
-        super().__init__(**how)
+    def __init__(self, scores=(1.0,) * 100, draw=lambda: None, **fields):
+        super().__init__(**fields)
         self.scores, self.draw = iter(scores), draw
 
     def summarize(self, sums):
@@ -63,7 +64,7 @@ def steps_under(workdir) -> list[int]:
 
 
 def wait_for_checkpoint(workdir, step) -> list[int]:
-    """The steps of complete checkpoints once there is one of this step: it is written in the background."""
+    """Wait for the checkpoint of a step; return the steps of all complete checkpoints."""
     deadline = time.monotonic() + 60
     while not (workdir / "toy" / "checkpoints" / str(step)).exists() and time.monotonic() < deadline:
         time.sleep(0.01)
@@ -71,7 +72,7 @@ def wait_for_checkpoint(workdir, step) -> list[int]:
 
 
 class Crash(Exception):
-    """Stands for the end of the process."""
+    """Error that stands for the end of the process."""
 
 
 def crash(*_):
@@ -82,7 +83,7 @@ def crash(*_):
 def test_a_crash_after_a_checkpoint_loses_nothing_and_what_was_owed_is_done_later(
     digits_dir, sources, tmp_path, where
 ):
-    """The last checkpoint of a run, whose evaluation or pictures end the process."""
+    """End the process in the evaluation or preview after the last checkpoint of a run."""
     task = Drawing(draw=crash) if where == "pictures" else Drawing(scores=map(crash, "x"))
     with pytest.raises(Crash):
         train(task, stage_of(digits_dir), 2, tmp_path, sources)
@@ -95,11 +96,11 @@ def test_a_crash_after_a_checkpoint_loses_nothing_and_what_was_owed_is_done_late
 
 
 def test_sigterm_during_an_evaluation_saves_at_once(digits_dir, sources, tmp_path, monkeypatch):
-    """At a step of which no checkpoint was due; neither the evaluation nor a picture is waited for."""
-    whole, batches = trainer.eval_batches, []
+    """Stop at a step without a due checkpoint; the evaluation is cut short and no preview drawn."""
+    original, batches = trainer.eval_batches, []
 
     def terminated(*args):
-        for batch in whole(*args):
+        for batch in original(*args):
             batches.append(batch)
             os.kill(os.getpid(), signal.SIGTERM)
             yield batch
@@ -112,7 +113,7 @@ def test_sigterm_during_an_evaluation_saves_at_once(digits_dir, sources, tmp_pat
     with pytest.raises(Preempted, match="stopped at step 2, saved"):  # in the evaluation that is owed
         train(Drawing(draw=crash), stage, 4, tmp_path, sources)
     assert len(batches) == 2 and [step for step, _ in lines(tmp_path, "train")] == [1, 2]
-    monkeypatch.setattr(trainer, "eval_batches", whole)
+    monkeypatch.setattr(trainer, "eval_batches", original)
     train(Drawing(scores=(7.0, 8.0)), stage, 4, tmp_path, sources)
     assert lines(tmp_path, "eval") == [(2, 7.0), (4, 8.0)]
     assert [step for step, _ in lines(tmp_path, "train")] == [1, 2, 3, 4]
@@ -141,7 +142,7 @@ def test_scores_come_after_the_checkpoint_and_nan_is_never_the_best(digits_dir, 
 
 
 def test_the_best_of_a_run_whose_scores_were_saved_with_the_checkpoints_stays(digits_dir, sources, tmp_path):
-    """As they were saved up to now, then goes on."""
+    """Save the score with the checkpoint, as older versions did, then resume."""
     toy, stage = Drawing(), stage_of(digits_dir, every=1, max_to_keep=1)
     train(toy, stage, 2, tmp_path, sources)
     folder = tmp_path / "toy" / "checkpoints"
@@ -175,8 +176,10 @@ def broken():
 def test_a_preview_that_runs_out_of_memory_is_a_warning(digits_dir, sources, tmp_path, caplog):
     train(Drawing(draw=exhausted), stage_of(digits_dir), 4, tmp_path, sources)
     assert [step for step, _ in lines(tmp_path, "eval")] == [2, 4] and steps_under(tmp_path) == [2, 4]
-    said = [record.getMessage() for record in caplog.records if "no pictures of step" in record.getMessage()]
-    assert len(said) == 2 and "training goes on. RESOURCE_EXHAUSTED" in said[0]
+    messages = [
+        record.getMessage() for record in caplog.records if "no pictures of step" in record.getMessage()
+    ]
+    assert len(messages) == 2 and "training goes on. RESOURCE_EXHAUSTED" in messages[0]
     with pytest.raises(jax.errors.JaxRuntimeError, match="a kernel is wrong"):
         train(Drawing(draw=broken), stage_of(digits_dir), 4, tmp_path / "other", sources)
     assert steps_under(tmp_path / "other") == [2]
@@ -185,7 +188,7 @@ def test_a_preview_that_runs_out_of_memory_is_a_warning(digits_dir, sources, tmp
 def test_pictures_that_a_full_disk_refuses_are_a_warning(
     digits_dir, sources, small_disk, caplog, monkeypatch
 ):
-    """The disk is full when pictures and curves of step 2 are written."""
+    """Fill the disk when pictures and curves of step 2 are written."""
     filler = small_disk / "filler"
 
     def fill():
@@ -200,8 +203,10 @@ def test_pictures_that_a_full_disk_refuses_are_a_warning(
 
     monkeypatch.setattr(Checkpoints, "save", save_with_room)
     train(Drawing(draw=fill), stage_of(digits_dir), 4, small_disk, sources)
-    (said,) = (x.getMessage() for x in caplog.records if "could not be written" in x.getMessage())
-    assert "pictures of step 2 could not be written; training goes on" in said and "No space left" in said
+    (message,) = (x.getMessage() for x in caplog.records if "could not be written" in x.getMessage())
+    assert (
+        "pictures of step 2 could not be written; training goes on" in message and "No space left" in message
+    )
     assert (small_disk / "toy" / "previews" / "dot_0000004.png").stat().st_size > 0
     assert steps_under(small_disk) == [2, 4] and not list(small_disk.rglob("*.partial"))
 
@@ -217,3 +222,11 @@ def test_metrics_that_break_the_contract_of_a_task_are_named(digits_dir):
     batch = {"image": jax.ShapeDtypeStruct((16, 8, 8, 3), jnp.uint8)}
     with pytest.raises(TypeError, match=r"must be scalars, got shapes {'per_image': \(3,\)}"):
         program.trace(state, {}, batch, jax.random.key(0))
+
+
+def test_a_checkpoint_records_the_names_of_the_classes(digits_dir, sources, tmp_path):
+    stage = stage_of(digits_dir)
+    train(Drawing(), stage, 2, tmp_path / "named", sources)
+    train(Drawing(), stage, 2, tmp_path / "unnamed", [replace(source, class_names=()) for source in sources])
+    for name, want in (("named", list("0123456789")), ("unnamed", [])):
+        assert load_config(tmp_path / name / "toy" / "checkpoints")[1]["class_names"] == want

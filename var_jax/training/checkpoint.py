@@ -1,8 +1,8 @@
-"""Checkpoints of a stage, by Orbax: written in the background, complete or not there at all.
+"""Checkpoints of a stage, by Orbax: written asynchronously and committed atomically.
 
-One checkpoint holds three items: `params`, the parameters to sample with (the moving average where
-there is one); `state`, everything else that training goes on from; `config`, what was trained.  The
-position of the data is the step.
+A checkpoint holds three items: `params`, the parameters to sample with (the moving average if there is one);
+`state`, everything else that resuming needs; `config`, the record of what was trained. The position in the
+data follows from the step.
 """
 
 import importlib
@@ -40,14 +40,8 @@ from var_jax.training.config_fields import with_present_names
 from var_jax.training.state import TrainState
 
 CHECKPOINT_DIR = "checkpoints"
-READS = 5  # times that the newest checkpoint is asked for while others take its place
-STATE_FIELDS = (
-    "step",
-    "opt_state",
-    "extra",
-    "skipped",
-    "skipped_in_a_row",
-)  # of the state, beside parameters
+MAX_READ_ATTEMPTS = 5  # when a running training keeps replacing the checkpoint that is being read
+STATE_FIELDS = ("step", "opt_state", "extra", "skipped", "skipped_in_a_row")  # all but the parameters
 
 
 def _item_handlers() -> dict:
@@ -59,39 +53,39 @@ def _item_handlers() -> dict:
 
 
 def _score(metrics: dict) -> float:
-    """What is least at the best checkpoint."""
+    """Return the metric minimized to select the best checkpoint."""
     return metrics["score"]
 
 
 class CheckpointMissing(UserError, FileNotFoundError):
-    """There is no complete checkpoint where one is needed."""
+    """Error for a directory without the complete checkpoint that is needed."""
 
 
 class CheckpointMismatch(UserError, ValueError):
-    """A checkpoint is of another network than the one that it is restored into; names the arrays."""
+    """Error for a checkpoint whose arrays differ from those of the network restored into; names them."""
 
 
 def check_storage(path: os.PathLike, name: str) -> epath.Path:
-    """The absolute path of a folder that checkpoints can be kept in: a local one, or gs://.
+    """Return the absolute path of a directory that Orbax can write checkpoints to: local, or gs://.
 
     Args:
-      path: given by the user.
-      name: the flag or config field that it was given by, for the message.
+      path: path from the user.
+      name: flag or config field of the path, for the message.
 
     Raises:
-      ValueError: on another URL, on gs:// without the packages that reach it, or on a bucket that cannot be
+      ValueError: if it is another URL, the packages that gs:// needs are missing, or the bucket cannot be
         reached.
     """
     if not is_remote(path):
         return as_path(path)
     if not os.fspath(path).startswith("gs://"):
         raise ValueError(
-            f"{name}={path}: Orbax keeps checkpoints in local folders and under gs:// alone. Mount the "
-            "bucket, and give the path of the mount."
+            f"{name}={path}: Orbax keeps checkpoints in local directories and under gs:// only. Mount the "
+            "bucket and give the path of the mount."
         )
     path = as_path(path)
     try:
-        importlib.import_module("google.cloud.storage")  # Orbax asks it about the bucket
+        importlib.import_module("google.cloud.storage")  # Orbax queries the bucket with it
         path.exists()
     except ImportError as error:
         raise ValueError(f"{name}={path}: gs:// needs gcsfs (pip install gcsfs): {error}") from error
@@ -101,24 +95,30 @@ def check_storage(path: os.PathLike, name: str) -> epath.Path:
 
 
 class Checkpoints:
-    """The checkpoints of one stage of a run.
+    """Checkpoints of one stage of a run.
 
-    On one process, a save that fails because of the disk is warned of, and the next one tried; the second
-    in a row is an error.  Several processes do not know of each other's disks: there the first one is.
+    On a single process, a save that fails because of the disk is a warning, and the second failure in a row
+    an error. Several processes do not know of each other's disks, so the first failure is an error there.
 
     Attributes:
-      directory: absolute path of their folder.
+      directory: absolute path of the checkpoints.
     """
 
     def __init__(self, directory: os.PathLike, keep: int):
-        """Keeps the latest `keep` and the one with the least score; sets aside those that are not whole.
+        """Open the checkpoints for saving, and quarantine damaged ones.
+
+        Args:
+          directory: directory of the checkpoints.
+          keep: number of latest checkpoints to keep, besides the one with the lowest score.
 
         Raises:
-          CheckpointDamaged: where there are some, but none is whole.
+          CheckpointDamaged: if there are checkpoints, but all are damaged.
         """
         self.directory = as_path(directory)
-        self._pending, self._failed = False, 0  # a save not yet waited for; how many failed in a row
-        self._scores: dict[int, float] = {}  # of checkpoints that may still be being written
+        self._has_pending_save = False
+        self._failures_in_a_row = 0
+        self._last_failure: CheckpointNotWritten | None = None
+        self._unwritten_scores: dict[int, float] = {}  # the checkpoints may still be in progress
         quarantine_corrupt(self.directory)
         best = checkpoint_managers.BestN(
             get_metric_fn=_score, reverse=True, n=1, keep_checkpoints_without_metrics=False
@@ -136,14 +136,14 @@ class Checkpoints:
         )
 
     def latest(self) -> int | None:
-        """Step of the newest complete checkpoint."""
+        """Return the step of the newest complete checkpoint."""
         return self._manager.latest_step()
 
     def save(self, step: int, state: TrainState, config: dict, score: float | None = None):
-        """Starts writing; returns as soon as the arrays are copied.  Less is better in `score`.
+        """Start saving, and return as soon as the arrays are copied; a lower `score` is better.
 
         Raises:
-          CheckpointNotWritten: if this and the one before it could not be written.
+          CheckpointNotWritten: if neither this nor the previous checkpoint could be written.
         """
         self.finish_pending_save()
         params, rest = _split(state)
@@ -152,26 +152,27 @@ class Checkpoints:
             state=ocp.args.StandardSave(rest),
             config=ocp.args.JsonSave(config),
         )
-        self._pending = self._attempt(lambda: self._manager.save(step, args=items))
+        self._has_pending_save = self._attempt(lambda: self._manager.save(step, args=items))
         if score is not None:
             self.set_score(step, score)
 
     def score(self, step: int) -> float | None:
-        """The score of a checkpoint, as it was saved with it or set afterwards; None without one."""
+        """Return the score of a checkpoint; None without one."""
         metrics = self._manager.metrics(step)
         return None if metrics is None else _score(metrics)
 
     def set_score(self, step: int, score: float) -> None:
-        """Gives a checkpoint that was saved already its score; one that is not finite is never the best.
+        """Set the score of a saved checkpoint; a score that is not finite is ignored, so is never the best.
 
-        It is written, where Orbax has it, once the checkpoint is: at the latest by the next `save` or `wait`.
+        It is written to Orbax's metrics once the checkpoint is complete: at the latest by the next `save` or
+        `wait`.
         """
         if np.isfinite(score):
-            self._scores[step] = float(score)
+            self._unwritten_scores[step] = float(score)
 
     def _write_scores(self) -> None:
-        """Writes the scores of checkpoints that are complete, and lets Orbax read them."""
-        scores, self._scores = self._scores, {}
+        """Write the scores of complete checkpoints, and let Orbax reload them."""
+        scores, self._unwritten_scores = self._unwritten_scores, {}
         scores = {step: score for step, score in scores.items() if step in self._manager.all_steps()}
         if not scores:
             return
@@ -186,11 +187,15 @@ class Checkpoints:
         self._manager.reload()
 
     def restore(self, step: int, abstract: TrainState) -> TrainState:
-        """The state at a step, sharded as the abstract state says.
+        """Restore the state at a step.
+
+        Args:
+          step: step of a complete checkpoint.
+          abstract: shapes and shardings of the state.
 
         Raises:
-          CheckpointDamaged: where files are missing, cut short or unreadable.
-          CheckpointMismatch: where it holds other arrays than the abstract state; names them.
+          CheckpointDamaged: if files are missing, truncated or unreadable.
+          CheckpointMismatch: if its arrays differ from those of the abstract state; names them.
         """
         params, rest = _split(abstract)
         items = ocp.args.Composite(
@@ -208,27 +213,27 @@ class Checkpoints:
         return _join(restored["params"], restored["state"], abstract)
 
     def config(self, step: int) -> dict:
-        """What was trained, as it was saved."""
+        """Return the record of what was trained, with the current names of config fields."""
         with reading(self.directory / str(step)):
             restored = self._manager.restore(step, args=ocp.args.Composite(config=ocp.args.JsonRestore()))
         return with_present_names(restored["config"])
 
     def preempted(self, step: int) -> bool:
-        """Whether the machines are about to be taken away (asked of all hosts at once)."""
+        """Return whether the machines are about to be preempted; the same on all hosts at a step."""
         return self._manager.reached_preemption(step)
 
     def wait(self) -> None:
-        """Returns when everything is on disk.
+        """Wait until everything is on disk.
 
         Raises:
-          CheckpointNotWritten: if it could not be written.
+          CheckpointNotWritten: if the last checkpoint could not be written.
         """
         self.finish_pending_save()
-        if self._failed:
-            raise self._not_written
+        if self._failures_in_a_row:
+            raise self._last_failure
 
     def poll(self) -> None:
-        """Warns of a save that has failed meanwhile, without waiting for one that goes on."""
+        """Warn if the last save has failed, without waiting for a save in progress."""
         if jax.process_count() == 1 and not self._manager.is_saving_in_progress():
             self.finish_pending_save()
 
@@ -236,22 +241,23 @@ class Checkpoints:
         self._manager.close()
 
     def finish_pending_save(self) -> None:
-        """Waits for the save before, and says if it failed."""
-        if self._pending:
-            self._pending = False
+        """Wait for the save in progress, and warn or raise if it failed."""
+        if self._has_pending_save:
+            self._has_pending_save = False
             if self._attempt(self._manager.wait_until_finished):
-                self._failed = 0
-        if self._scores:
+                self._failures_in_a_row = 0
+        if self._unwritten_scores:
             self._write_scores()
 
     def _attempt(self, write: Callable[[], object]) -> bool:
-        """Whether writing succeeded, in so far as it is done when the call returns."""
+        """Return whether a write succeeded, as far as it is done when the call returns."""
         try:
-            with writing(self.directory, self._not_lost):
+            with writing(self.directory, self._clean_up_failed_save):
                 write()
         except CheckpointNotWritten as error:
-            self._failed, self._not_written = self._failed + 1, error
-            if self._failed > 1 or jax.process_count() > 1:
+            self._failures_in_a_row += 1
+            self._last_failure = error
+            if self._failures_in_a_row > 1 or jax.process_count() > 1:
                 raise
             logging.warning(
                 "%s\n  Training goes on; it ends if the next one cannot be written either.", error
@@ -259,65 +265,64 @@ class Checkpoints:
             return False
         return True
 
-    def _not_lost(self) -> str:
-        """Frees what the failed save has taken, and says what there still is."""
+    def _clean_up_failed_save(self) -> str:
+        """Delete the files of a failed save; return a sentence that names the last complete checkpoint."""
         if jax.process_count() == 1 and not is_remote(self.directory):
-            for left in self.directory.glob(f"*{atomicity.TMP_DIR_SUFFIX}*"):
-                shutil.rmtree(left, ignore_errors=True)  # what is still being written goes at the next start
-        self._manager.reload()  # it has forgotten those that would have been deleted by now
+            for temporary in self.directory.glob(f"*{atomicity.TMP_DIR_SUFFIX}*"):
+                shutil.rmtree(temporary, ignore_errors=True)  # files still being written go at the next start
+        self._manager.reload()  # the manager has dropped those that the save would have displaced
         return f"  Nothing is lost: the last complete one is of step {self.latest()}. "
 
 
 def _split(state: TrainState) -> tuple[dict, dict]:
-    """The parameters to sample with, and the rest of the state, as plain trees."""
+    """Split a state into the parameters to sample with and the rest, as plain trees."""
     rest = {name: getattr(state, name) for name in STATE_FIELDS}
     if state.ema is not None:
         rest["params"] = state.params
     return state.sampling_params, rest
 
 
-def _join(params: dict, rest: dict, like: TrainState) -> TrainState:
-    ema = None if like.ema is None else params
+def _join(params: dict, rest: dict, abstract: TrainState) -> TrainState:
+    """Join the two items of `_split`."""
+    ema = None if abstract.ema is None else params
     return TrainState(
         params=rest.get("params", params), ema=ema, **{name: rest[name] for name in STATE_FIELDS}
     )
 
 
 def _metadata(manager: ocp.CheckpointManager, step: int, item: str):
-    """Shapes and types of the arrays of an item of a checkpoint, as a tree."""
+    """Return the shapes and dtypes of an item of a checkpoint, as a tree."""
     metadata = manager.item_metadata(step).get(item)
     if metadata is None:
         raise FileNotFoundError(f"{item} is missing")
     return metadata
 
 
-def _shapes(tree) -> dict[str, tuple[int, ...]]:
-    """Path -> shape of every array of a tree, or of what Orbax tells of a saved one."""
-    word = lambda key: str(getattr(key, "key", getattr(key, "idx", getattr(key, "name", key))))  # noqa: E731
+def _shapes_by_path(tree) -> dict[str, tuple[int, ...]]:
+    """Return the shape of every array of a tree, or of Orbax's metadata of a saved one, by its path."""
+    key_name = lambda key: str(getattr(key, "key", getattr(key, "idx", getattr(key, "name", key))))  # noqa: E731
     leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
-    return {"/".join(map(word, path)): tuple(leaf.shape) for path, leaf in leaves}
+    return {"/".join(map(key_name, path)): tuple(leaf.shape) for path, leaf in leaves}
 
 
-def _differences(saved, wanted) -> list[str]:
-    """Lines that name the arrays by which a saved item differs from an abstract one."""
-    saved, wanted = _shapes(saved), _shapes(wanted)
-    names = sorted(saved.keys() | wanted.keys())
-    shown = lambda shapes, name: str(shapes.get(name, "missing"))  # noqa: E731
+def _differences(saved, abstract) -> list[str]:
+    """Describe the arrays that differ between a saved item and an abstract one, a line each."""
+    saved, abstract = _shapes_by_path(saved), _shapes_by_path(abstract)
     return [
-        f"{name}: {shown(saved, name)} in the checkpoint, {shown(wanted, name)} in this run"
-        for name in names
-        if saved.get(name) != wanted.get(name)
+        f"{path}: {saved.get(path, 'missing')} in the checkpoint, {abstract.get(path, 'missing')} in this run"
+        for path in sorted(saved.keys() | abstract.keys())
+        if saved.get(path) != abstract.get(path)
     ]
 
 
 def has_checkpoint(directory: os.PathLike) -> bool:
-    """Whether there is a checkpoint to go on from."""
+    """Return whether there is a checkpoint to resume from."""
     return bool(steps_under(directory))
 
 
 def load_config(directory: os.PathLike, step: int | str = "latest") -> tuple[int, dict]:
-    """Step and what was trained, as a checkpoint has it; arguments and errors as for `load_params`."""
-    return _read(directory, step, _restore_config)
+    """Load the step and the record of what was trained; arguments and errors as for `load_params`."""
+    return _read_with_retries(directory, step, _restore_config)
 
 
 def _restore_config(manager: ocp.CheckpointManager, step: int) -> tuple[int, dict]:
@@ -326,24 +331,24 @@ def _restore_config(manager: ocp.CheckpointManager, step: int) -> tuple[int, dic
 
 
 def load_params(directory: os.PathLike, step: int | str = "latest") -> tuple[dict, dict]:
-    """Parameters to sample with and the config of a checkpoint, on one device.
+    """Load the parameters to sample with and the config of a checkpoint.
 
     Args:
-      directory: folder of the checkpoints of a stage.
-      step: a step, `latest`, or `best` (least score at evaluation).
+      directory: directory of the checkpoints of a stage.
+      step: a step, `latest`, or `best` (lowest score at evaluation).
 
     Returns:
-      Parameters (host arrays) and config.
+      Parameters (host arrays) and the record of what was trained.
 
     Raises:
-      CheckpointMissing: naming the folder, and the steps that there are.
-      CheckpointDamaged: naming the checkpoint that cannot be read.
+      CheckpointMissing: if there is no such checkpoint; names the directory and the existing steps.
+      CheckpointDamaged: if the checkpoint cannot be read; names it.
     """
-    return _read(directory, step, _restore_params)
+    return _read_with_retries(directory, step, _restore_params)
 
 
 def _restore_params(manager: ocp.CheckpointManager, step: int) -> tuple[dict, dict]:
-    # Numpy arrays are restored as such: who needs another dtype casts on the host. These take no memory.
+    # Restored as NumPy arrays, so that callers can cast on the host. Broadcast zeros take no memory.
     abstract = jax.tree.map(
         lambda leaf: np.broadcast_to(np.zeros((), leaf.dtype), leaf.shape),
         dict(_metadata(manager, step, "params")),
@@ -354,27 +359,27 @@ def _restore_params(manager: ocp.CheckpointManager, step: int) -> tuple[dict, di
 
 
 def check_is_new(directory: os.PathLike) -> None:
-    """Raises FileExistsError where a folder of checkpoints holds any."""
+    """Raise FileExistsError if a directory holds checkpoints."""
     if steps_under(directory):
         raise FileExistsError(f"{directory} holds checkpoints already; give another directory")
 
 
 def save_params(directory: os.PathLike, params: dict, extra: dict, config: dict) -> None:
-    """Writes a checkpoint of step 0 that can be sampled from, in little more memory than the parameters.
+    """Write a checkpoint of step 0 to sample from, in little more memory than the parameters take.
 
     Args:
-      directory: folder of the checkpoints of a stage; must hold none.
+      directory: directory of the checkpoints of a stage; must hold none.
       params: host arrays.
-      extra: what the task carries in its state.
-      config: as the training loop saves it.
+      extra: `TrainState.extra` of the task.
+      config: record of what was trained, as the training loop saves it.
 
     Raises:
-      FileExistsError: where there is a checkpoint already.
+      FileExistsError: if there is a checkpoint already.
       CheckpointNotWritten: if the disk is full.
     """
     directory = as_path(directory)
     check_is_new(directory)
-    # Orbax would copy every array first, for saving in the background; here it is waited for.
+    # By default Orbax copies every array, which only asynchronous saving needs.
     numpy_handler = ocp.type_handlers.NumpyHandler(deepcopy_host_arrays=False)
     registry = ocp.type_handlers.create_type_handler_registry((np.ndarray, numpy_handler))
     handler = partial(
@@ -403,11 +408,12 @@ def save_params(directory: os.PathLike, params: dict, extra: dict, config: dict)
 
 
 class SavedArrays:
-    """The arrays of one item of a checkpoint (`params` or `state`), read one at a time by their paths."""
+    """Arrays of one item of a checkpoint (`params` or `state`), read one at a time by their paths."""
 
     def __init__(self, directory: os.PathLike, step: int, item: str):
-        self._where, self._handler = as_path(directory) / str(step) / item, ocp.PyTreeCheckpointHandler()
-        tree = self._handler.metadata(self._where).tree if self._where.exists() else {}
+        self._path = as_path(directory) / str(step) / item
+        self._handler = ocp.PyTreeCheckpointHandler()
+        tree = self._handler.metadata(self._path).tree if self._path.exists() else {}
         self._leaves = flatten_dict(tree, sep="/")
 
     def __contains__(self, path: str) -> bool:
@@ -417,18 +423,20 @@ class SavedArrays:
         return iter(self._leaves)
 
     def read(self, path: str) -> np.ndarray:
-        """The array at a path like `quantizer/codebook`."""
+        """Read the array at a path like `quantizer/codebook`."""
         leaf = self._leaves[path]
         abstract = unflatten_dict({path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)}, sep="/")
         args = unflatten_dict({path: ocp.RestoreArgs(restore_type=np.ndarray)}, sep="/")
         restore = ocp.args.PyTreeRestore(abstract, restore_args=args, partial_restore=True)
-        return jax.tree.leaves(self._handler.restore(self._where, args=restore))[0]
+        return jax.tree.leaves(self._handler.restore(self._path, args=restore))[0]
 
 
-def _read(directory: os.PathLike, step: int | str, restore: Callable[[ocp.CheckpointManager, int], tuple]):
-    """Reads a checkpoint; where a running training removes it meanwhile, the one that `step` names then."""
+def _read_with_retries(
+    directory: os.PathLike, step: int | str, restore: Callable[[ocp.CheckpointManager, int], tuple]
+):
+    """Read a checkpoint; if a running training removes it meanwhile, read the one that `step` then names."""
     directory = as_path(directory)
-    for _ in range(READS):
+    for _ in range(MAX_READ_ATTEMPTS):
         steps = steps_under(directory)
         try:
             manager, number = _open(directory, step)
@@ -442,7 +450,7 @@ def _read(directory: os.PathLike, step: int | str, restore: Callable[[ocp.Checkp
 
 
 def _open(directory: epath.Path, step: int | str) -> tuple[ocp.CheckpointManager, int]:
-    """The checkpoints under a folder for reading, and the number of the step asked for."""
+    """Open the checkpoints of a directory for reading, and resolve `latest` and `best` to a step."""
     if not directory.is_dir():
         raise CheckpointMissing(f"no checkpoints under {directory}: train this stage first")
     options = ocp.CheckpointManagerOptions(
@@ -451,7 +459,7 @@ def _open(directory: epath.Path, step: int | str) -> tuple[ocp.CheckpointManager
     try:
         with reading(directory):
             manager = ocp.CheckpointManager(directory, options=options, item_handlers=_item_handlers())
-    except CheckpointDamaged:  # it reads a little of every checkpoint, and does not say of which
+    except CheckpointDamaged:  # Orbax reads metadata of every checkpoint, but does not name the damaged one
         for number in steps_under(directory):
             verify(directory / str(number))
         raise

@@ -1,4 +1,4 @@
-"""Config fields of the last release and their present names; for saved runs and for the command line."""
+"""Renamed config fields: old names of the last release, for saved runs and for the command line."""
 
 _TRAIN = {
     "keep": "max_to_keep",
@@ -25,24 +25,24 @@ RENAMED = {
 
 
 def with_present_names(record: dict) -> dict:
-    """Rename the fields of a saved config, at any depth; those of present names stay."""
+    """Rename the old fields of a saved config, at any depth."""
 
-    def renamed(section: dict, names: dict[str, str]) -> dict:
+    def rename(section: dict, names: dict[str, str]) -> dict:
         return {
-            names.get(name, name): renamed(value, RENAMED.get(name, {})) if isinstance(value, dict) else value
+            names.get(name, name): rename(value, RENAMED.get(name, {})) if isinstance(value, dict) else value
             for name, value in section.items()
         }
 
-    return renamed(record, {})
+    return rename(record, {})
 
 
 def rename_flags(arguments: list[str]) -> tuple[list[str], list[str]]:
-    """Rename the config fields in flags like `--config.train.learning_rate=1e-4`.
+    """Rename old config fields in flags like `--config.train.learning_rate=1e-4`.
 
     Returns:
       The arguments, and a notice for each that was renamed.
     """
-    result, notices = [], []
+    renamed, notices = [], []
     for argument in arguments:
         path, equals, value = argument.partition("=")
         parts = path.split(".")
@@ -52,5 +52,5 @@ def rename_flags(arguments: list[str]) -> tuple[list[str], list[str]]:
                 present = ".".join([*parts[:-1], new])
                 notices.append(f"{path} is called {present} now; the old name goes with the next release")
                 path = present
-        result.append(path + equals + value)
-    return result, notices
+        renamed.append(path + equals + value)
+    return renamed, notices

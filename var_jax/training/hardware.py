@@ -1,4 +1,4 @@
-"""Accelerators that are known by name, their memory, and what a training step takes of it."""
+"""Data sheets of accelerators, device memory, and what of it training and previews take."""
 
 import dataclasses
 import os
@@ -20,16 +20,22 @@ from var_jax.transformer.flops import matrix_parameters
 from var_jax.transformer.model import LOGITS_CHUNK, ARTransformer
 from var_jax.transformer.remat import WITH_SCORES, choose_remat, saved_activation_bytes
 
+USABLE_MEMORY_FRACTION = 0.9  # of a device; the compiler and the allocator need the rest
+MAX_PREVIEW_IMAGES = 8  # that a device generates at once
+
+
+# --- Data sheets
+
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """One device as JAX counts them.
+    """Data sheet of one device, as JAX counts devices.
 
     Attributes:
       flops: dense bfloat16 peak, FLOP/s.
       memory: bytes.
-      bandwidth: of the memory, bytes/s.
-      link: to other chips of the slice or node, all links of a chip in one direction, bytes/s.
+      bandwidth: memory bandwidth, bytes/s.
+      link: bandwidth to other chips of the slice or node, all links in one direction, bytes/s.
     """
 
     flops: float
@@ -38,7 +44,7 @@ class Chip:
     link: float
 
 
-# By a part of JAX's `device_kind`; the first that fits counts.
+# By a part of JAX's `device_kind`; the first match counts.
 CHIPS = {
     "TPU v4": Chip(275e12, 32 * 2**30, 1.23e12, 300e9),
     "TPU v5 lite": Chip(197e12, 16 * 2**30, 0.82e12, 200e9),
@@ -53,65 +59,64 @@ CHIPS = {
 
 
 def chip(device: jax.Device) -> Chip | None:
-    """The data sheet of a device, where it is known."""
-    return next((result for name, result in CHIPS.items() if name in device.device_kind), None)
+    """Look up the data sheet of a device; None if it is unknown."""
+    return next((sheet for name, sheet in CHIPS.items() if name in device.device_kind), None)
 
 
 def peak_flops(device: jax.Device) -> float | None:
-    """Peak of the device in FLOP/s, where known."""
-    return result.flops if (result := chip(device)) else None
+    """Return the dense bfloat16 peak of a device in FLOP/s; None if it is unknown."""
+    return sheet.flops if (sheet := chip(device)) else None
 
 
-def memory_bytes(device: jax.Device) -> float | None:
-    """Memory of a device of this process, or of one that is only compiled for, in bytes.
-
-    That of its allocator, else of its data sheet, else None; on a CPU its share of the machine's.
-    """
-    if device.platform == "cpu":
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / jax.local_device_count()
-    if "bytes_limit" in (stats := _stats(device)):
-        return stats["bytes_limit"]
-    known = chip(device)
-    if known is None:
-        return None
-    return known.memory * (gpu_allocator_share() if device.platform == "gpu" else 1.0)
+# --- Memory of devices
 
 
 def gpu_allocator_share() -> float:
-    """Share of a GPU's memory that JAX takes at the start, and never more."""
+    """Return the fraction of a GPU's memory that JAX preallocates and never exceeds."""
     return float(os.environ.get("XLA_PYTHON_CLIENT_MEM_FRACTION", 0.75))
 
 
-def _stats(device: jax.Device) -> dict:
-    """What the device says of its memory; nothing where it is only compiled for."""
+def memory_bytes(device: jax.Device) -> float | None:
+    """Return the memory in bytes of a device of this process, or of one that is only compiled for.
+
+    It is the limit of the allocator, else the memory of the data sheet, else None; on CPU an equal share of
+    the machine's memory.
+    """
+    if device.platform == "cpu":
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / jax.local_device_count()
     try:
-        return device.memory_stats() or {}
-    except (AttributeError, jax.errors.JaxRuntimeError):
-        return {}
-
-
-SHARE = 0.9  # of the memory that is planned with: compilers and allocators need some
-MAX_PREVIEW = 8  # images a device generates at once for a preview
+        stats = device.memory_stats() or {}
+    except (AttributeError, jax.errors.JaxRuntimeError):  # a device that is only compiled for
+        stats = {}
+    if "bytes_limit" in stats:
+        return stats["bytes_limit"]
+    sheet = chip(device)
+    if sheet is None:
+        return None
+    return sheet.memory * (gpu_allocator_share() if device.platform == "gpu" else 1.0)
 
 
 def smallest_memory(mesh: Mesh) -> float | None:
-    """Memory in bytes of the smallest device of a mesh, the same value on all its processes.
+    """Return the memory in bytes of the smallest device of a mesh, the same value on all its processes.
 
-    A process can ask its own devices only, so the processes gather what each knows.  None where one of them
-    does not know.
+    A process can only query its own devices, so the processes gather their values. None if the memory of any
+    device is unknown.
     """
-    own = [device for device in mesh.devices.flat if device.process_index == jax.process_index()]
-    known = [memory_bytes(device) for device in own]
-    smallest = min(known) if known and None not in known else 0.0
-    if jax.process_count() > 1 and len(own) < mesh.size:
-        mebibytes = np.int32(smallest / 2**20)  # arrays of JAX have 32 bits
+    local_devices = [device for device in mesh.devices.flat if device.process_index == jax.process_index()]
+    memory = [memory_bytes(device) for device in local_devices]
+    smallest = min(memory) if memory and None not in memory else 0.0
+    if jax.process_count() > 1 and len(local_devices) < mesh.size:
+        mebibytes = np.int32(smallest / 2**20)  # JAX gathers 32-bit integers
         smallest = float(multihost_utils.process_allgather(mebibytes).min()) * 2**20
     return smallest or None
 
 
+# --- Memory of training and previews
+
+
 def state_bytes(stage: ConfigDict, cfg: TransformerConfig, mesh: Mesh) -> float:
-    """Bytes of the training state and the gradients on one device: matrices alone, all float32."""
-    # Parameters, two moments, gradients and their sum; and what the products read.
+    """Estimate the float32 bytes of the training state and gradients on one device, matrices only."""
+    # Parameters, two moments and gradients; the moving average, and the sum of accumulated gradients.
     copies = 4 + (stage.train.ema_decay > 0) + (stage.train.grad_accum_steps > 1)
     return 4 * copies * matrix_parameters(cfg) / (mesh.shape["fsdp"] * mesh.shape.get(TENSOR, 1))
 
@@ -124,39 +129,53 @@ def preview_images(
     memory: float | None,
     mesh: Mesh,
 ) -> int:
-    """Images that one device generates at once for a preview, beside the training state: 1 to MAX_PREVIEW.
+    """Choose how many preview images a device generates at once, with the training state in memory.
 
-    `memory` of a device is that of `smallest_memory`; None, not known, makes one image at a time.
+    Args:
+      stage: config of the stage.
+      tokenizer: decodes the images.
+      model: predicts the tokens.
+      controls: sampling options.
+      memory: bytes of a device, as `smallest_memory` returns it; None gives one image.
+      mesh: mesh of the run.
+
+    Returns:
+      A number from 1 to MAX_PREVIEW_IMAGES.
     """
-    room = SHARE * (memory or 0.0) - state_bytes(stage, model.config, mesh)
+    room = USABLE_MEMORY_FRACTION * (memory or 0.0) - state_bytes(stage, model.config, mesh)
     fits = int(room / 2 // bytes_per_image(tokenizer, model, controls))
-    return max(1, min(fits, MAX_PREVIEW))
+    return max(1, min(fits, MAX_PREVIEW_IMAGES))
 
 
 def remat_that_fits(stage: ConfigDict, cfg: TransformerConfig, mesh: Mesh, attention: str, dtype) -> str:
-    """The policy of `config.transformer.remat` on a mesh; `auto`: the fastest that the chip's memory holds.
+    """Resolve `config.transformer.remat`; `auto` is the fastest policy whose activations fit into memory.
 
-    An estimate from above; `benchmarks.plan` asks the compiler.
+    The estimate is an upper bound; `benchmarks.plan` asks the compiler.
+
+    Args:
+      stage: config of the stage.
+      cfg: architecture.
+      mesh: mesh of the run.
+      attention: attention implementation.
+      dtype: of the activations.
 
     Raises:
-      ConfigError: on a policy that does not exist; for `auto` where the memory is not known.
+      ConfigError: if the policy does not exist, or is `auto` and the memory is unknown.
     """
-    memory = smallest_memory(
-        mesh
-    )  # gathered whatever the policy, so that hosts with different ones do not hang
+    memory = smallest_memory(mesh)  # gathered for any policy, so that hosts with different ones do not hang
     if memory is None:
         if stage.transformer.remat == "auto":
             kinds = ", ".join(sorted({device.device_kind for device in mesh.devices.flat}))
             raise ConfigError(f"the memory of {kinds} is not known; set config.transformer.remat")
         memory = 0.0
-    itemsize, scores = jnp.dtype(dtype).itemsize, attention in WITH_SCORES
+    itemsize = jnp.dtype(dtype).itemsize
+    scores = attention in WITH_SCORES
     tensor = mesh.shape.get(TENSOR, 1)
     images = stage.train.batch / stage.train.grad_accum_steps / (mesh.size / tensor)
     logits = 3 * 4 * min(LOGITS_CHUNK, cfg.schedule.length) * cfg.num_codes / tensor
-    block = (
-        saved_activation_bytes(cfg, "none", itemsize, scores) / cfg.depth / tensor
-    )  # being worked out again
-    room = SHARE * memory - state_bytes(stage, cfg, mesh) - images * (logits + block)
+    # The activations of one block, which the backward pass recomputes.
+    block = saved_activation_bytes(cfg, "none", itemsize, scores) / cfg.depth / tensor
+    room = USABLE_MEMORY_FRACTION * memory - state_bytes(stage, cfg, mesh) - images * (logits + block)
     platform = mesh.devices.flat[0].platform
     with config_errors():
         return choose_remat(cfg, stage.transformer.remat, images / tensor, room, itemsize, scores, platform)

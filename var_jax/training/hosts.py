@@ -1,4 +1,4 @@
-"""What the hosts of a run agree on before and while they train together."""
+"""Checks and exchanges between the hosts of a run."""
 
 import hashlib
 import os
@@ -17,21 +17,21 @@ from jax.experimental import multihost_utils
 
 from var_jax.errors import ConfigError
 
-WIDTH = 512  # bytes of a text that is gathered
-SEEN_WITHIN = 30.0  # seconds that a new file may take to be seen by all hosts
-ANSWER_WITHIN = 300.0  # seconds that the other hosts may take to answer one that failed
+MAX_TEXT_BYTES = 512  # of a text to gather
+FILE_TIMEOUT = 30.0  # seconds until all hosts must see a new file
+ANSWER_TIMEOUT = 300.0  # seconds until the other hosts must answer one that failed
 
 
 def from_primary(values: np.ndarray) -> np.ndarray:
-    """Return process 0's values on every process; shape and dtype (of 32 bits at most) are equal on all."""
+    """Broadcast process 0's values; shape and dtype (at most 32 bits) must be equal on all processes."""
     return values if jax.process_count() == 1 else np.asarray(multihost_utils.broadcast_one_to_all(values))
 
 
 def gather_text(text: str) -> list[str]:
-    """Return the texts of all processes, in their order, each cut to WIDTH bytes."""
-    content = text.encode()[:WIDTH].ljust(WIDTH, b"\0")
+    """Gather a text from every process, in order, each truncated to MAX_TEXT_BYTES."""
     if jax.process_count() == 1:
         return [text]
+    content = text.encode()[:MAX_TEXT_BYTES].ljust(MAX_TEXT_BYTES, b"\0")
     gathered = np.asarray(multihost_utils.process_allgather(np.frombuffer(content, np.uint8)))
     return [row.tobytes().rstrip(b"\0").decode(errors="ignore") for row in gathered]
 
@@ -39,58 +39,59 @@ def gather_text(text: str) -> list[str]:
 def succeeded_everywhere(success: bool) -> bool:
     """Return whether all processes succeeded.
 
-    Where one alone fails, the others may wait in a collective operation that it will never join: it ends
-    itself, and thereby all, if they do not answer.
+    If only one fails, the others may wait in a collective operation that it never joins. If they do not
+    answer, the failed process exits, and JAX then ends the others.
     """
     if jax.process_count() == 1:
         return success
 
     def give_up():
-        print("the other hosts do not answer to a failure on this one; it ends", file=sys.stderr, flush=True)
+        print("this host failed and the others do not answer; exiting", file=sys.stderr, flush=True)
         os._exit(1)
 
-    timer = threading.Timer(ANSWER_WITHIN, give_up)
+    timer = threading.Timer(ANSWER_TIMEOUT, give_up)
     timer.daemon = True
     if not success:
         timer.start()
-    everyone = multihost_utils.process_allgather(np.int32(success))
+    successes = multihost_utils.process_allgather(np.int32(success))
     timer.cancel()
-    return bool(np.all(everyone))
+    return bool(np.all(successes))
 
 
 def check_one_file_system(directory: epath.Path) -> None:
-    """Check that a file which process 0 writes is seen by all.
+    """Check that all processes see a file that process 0 writes.
 
     Raises:
-      ConfigError: on every process, naming the hosts that do not see it.
+      ConfigError: on every process, naming the hosts that do not see the file.
     """
     if jax.process_count() == 1:
         return
     nonce = from_primary(np.frombuffer(secrets.token_bytes(8), np.uint32)).tobytes().hex()
-    path = directory / f".hosts-{nonce}"  # a new name, which no cache of a file system knows to be absent
-    primary = jax.process_index() == 0
-    if primary:
+    path = directory / f".hosts-{nonce}"  # a new name, which no file system has cached as absent
+    is_primary = jax.process_index() == 0
+    if is_primary:
         directory.mkdir(parents=True, exist_ok=True)
         path.write_text(nonce)
     multihost_utils.sync_global_devices(f"wrote {path.name}")
-    deadline = time.monotonic() + SEEN_WITHIN
-    while not (seen := path.exists()) and time.monotonic() < deadline:
+    deadline = time.monotonic() + FILE_TIMEOUT
+    while not (exists := path.exists()) and time.monotonic() < deadline:
         time.sleep(0.5)
-    answers = gather_text(f"{int(seen)}{socket.gethostname()}")
-    if primary:
+    answers = gather_text(f"{int(exists)}{socket.gethostname()}")
+    if is_primary:
         path.unlink(missing_ok=True)
-    if blind := [f"process {i} ({answer[1:]})" for i, answer in enumerate(answers) if answer[0] == "0"]:
+    missing_on = [f"process {i} ({answer[1:]})" for i, answer in enumerate(answers) if answer[0] == "0"]
+    if missing_on:
         raise ConfigError(
-            f"the hosts do not share --workdir: {', '.join(blind)} cannot see a file that process 0 "
-            f"({answers[0][1:]}) wrote under {directory}. Give a folder that all hosts mount at the same "
+            f"the hosts do not share --workdir: {', '.join(missing_on)} cannot see a file that process 0 "
+            f"({answers[0][1:]}) wrote under {directory}. Give a directory that all hosts mount at the same "
             "path, or one in a bucket (gs://...)."
         )
 
 
 def program_hash(program: Callable, args: tuple) -> str:
-    """Return a hash of a jitted function as it is lowered for its arguments."""
+    """Hash a jitted function as lowered for its arguments."""
     text = program.lower(*args).as_text()
-    # Kernels of Mosaic are serialized with the paths of the source; what they compute follows from the rest.
+    # Serialized Mosaic kernels contain paths of source files; the rest determines what they compute.
     text = re.sub(r'(@tpu_custom_call\(.*?)backend_config = "[^"]*"', r"\1", text)
     return hashlib.sha256(text.encode()).hexdigest()
 
@@ -99,24 +100,24 @@ def check_same_program(program: Callable, args: tuple, choices: dict[str, str]) 
     """Check that all processes would compile the same program.
 
     Args:
-      program: jitted.
-      args: of its first call, global arrays.
-      choices: what was chosen on this host, for the message.
+      program: jitted function.
+      args: arguments of its first call, global arrays or their shapes and shardings.
+      choices: settings that this host resolved, for the message.
 
     Raises:
       ConfigError: on every process, with the choices of each.
     """
     if jax.process_count() == 1:
         return
-    chosen = ", ".join(f"{name} {value}" for name, value in choices.items())
-    summary = f"{socket.gethostname()}: {chosen}, jax {jax.__version__}"
-    everyone = [text.split(" ", 1) for text in gather_text(f"{program_hash(program, args)} {summary}")]
-    if len({digest for digest, _ in everyone}) > 1:
-        hosts = "\n".join(
-            f"  process {i}, {summary}" + ("" if digest == everyone[0][0] else "  <- another than process 0")
-            for i, (digest, summary) in enumerate(everyone)
+    settings = ", ".join(f"{name} {value}" for name, value in choices.items())
+    summary = f"{socket.gethostname()}: {settings}, jax {jax.__version__}"
+    hosts = [text.split(" ", 1) for text in gather_text(f"{program_hash(program, args)} {summary}")]
+    if len({digest for digest, _ in hosts}) > 1:
+        lines = "\n".join(
+            f"  process {i}, {summary}" + ("" if digest == hosts[0][0] else "  <- differs from process 0")
+            for i, (digest, summary) in enumerate(hosts)
         )
         raise ConfigError(
-            "the hosts would run different programs, and wait for each other for ever. Give all the same "
-            f"config and versions:\n{hosts}"
+            "the hosts would run different programs, and wait for each other forever. Give all hosts the "
+            f"same config and versions:\n{lines}"
         )

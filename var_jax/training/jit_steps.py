@@ -1,4 +1,4 @@
-"""The two programs of a run: a training step of the whole state, and a step of the evaluation."""
+"""Jitted training and evaluation steps of a task."""
 
 from collections.abc import Callable
 from functools import partial
@@ -15,33 +15,37 @@ from var_jax.training.task import Task
 
 
 def jit_train_step(task: Task, cfg: ConfigDict, steps: int, mesh: Mesh, abstract: TrainState) -> Callable:
-    """Jitted (state, frozen, global batch, key of the run) -> state, metrics; the state is donated.
+    """Jit the training step: (state, frozen, global batch, key of the run) -> state, metrics.
+
+    The state is donated. A step whose loss or gradient is not finite leaves it unchanged.
 
     Args:
-      cfg: the stage's `train` section.
-      steps: of the run.
-      abstract: the state's shapes and shardings.
+      task: task to train.
+      cfg: section `train` of the stage.
+      steps: total number of steps.
+      mesh: mesh of the run.
+      abstract: shapes and shardings of the state.
     """
     rate, decay = schedules(cfg, steps)
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
     step = on_mesh(task.train_step, mesh)
 
     @partial(jax.jit, donate_argnums=0, out_shardings=(shardings, replicated(mesh)))
-    def train_step(state, frozen, batch, step_key):  # an argument, so that all seeds share a program
-        taken = state.step - state.skipped  # as the optimiser counts them
-        now = {"learning_rate": rate(taken), "weight_decay": decay(taken)}
+    def train_step(state, frozen, batch, step_key):  # the key is an argument: all seeds share a program
+        updates = state.step - state.skipped  # as the optimizer counts
+        scheduled = {"learning_rate": rate(updates), "weight_decay": decay(updates)}
         output = step(state, frozen, batch, jax.random.fold_in(step_key, state.step))
         state, metrics = skip_if_not_finite(state, output)
-        return state, metrics | now
+        return state, metrics | scheduled
 
     return train_step
 
 
 def eval_batch_size(cfg: ConfigDict) -> int:
-    """Images of an evaluation batch: as many as training has in memory at once, since it may accumulate."""
+    """Return the images of an evaluation batch: as many as a microbatch of training."""
     return cfg.batch // cfg.grad_accum_steps
 
 
 def jit_eval_step(task: Task, mesh: Mesh) -> Callable:
-    """Jitted (parameters to sample with, frozen, global batch) -> sums, whole on every device."""
+    """Jit the evaluation step: (parameters to sample with, frozen, global batch) -> replicated sums."""
     return jax.jit(on_mesh(task.eval_step, mesh), out_shardings=replicated(mesh))

@@ -1,8 +1,8 @@
-"""A lock file that keeps two runs out of one folder.
+"""Lock file that keeps two runs from writing to one directory.
 
-The holder is known by host and process, and shows that it lives by touching the file.  On one machine a lock
-whose process is gone is taken over at once; that of another machine once it has not been touched for a while.
-On object storage (gs://) it is best effort: two runs that start within the same second may both get it.
+The file names the host and process of its holder, which touches it as a heartbeat. A lock of this machine
+whose process is gone is taken over at once; one of another machine, once it has had no heartbeat for a while.
+On object storage (gs://) the lock is best effort: two runs that start within the same second may both get it.
 """
 
 import json
@@ -20,107 +20,114 @@ from etils import epath
 from var_jax.errors import UserError
 from var_jax.paths import is_remote, storage_errors
 
-FILE = "run.lock"
-BEAT = 10.0  # seconds between two signs of life
-STALE = 60.0  # seconds without one after which the holder counts as gone
-PATIENCE = 120.0  # seconds to wait for a holder on another machine that still lives
+LOCK_FILE = "run.lock"
+HEARTBEAT_INTERVAL = 10.0  # seconds
+STALE_AFTER = 60.0  # seconds without heartbeat after which the holder counts as gone
+LOCK_TIMEOUT = 120.0  # seconds to wait for a running holder on another machine
 
 
 class RunLocked(UserError):
-    """Another process works on the same folder."""
+    """Error for a directory that another process works on."""
 
 
 class RunLock:
-    """Context that holds the lock of a folder; does nothing on processes other than 0.
+    """Context that holds the lock of a directory; does nothing on processes other than 0.
 
     Raises:
-      RunLocked: on entering, while another process holds it.
+      RunLocked: on entering, if another process holds the lock.
     """
 
     def __init__(self, directory: epath.Path):
-        self.path = directory / FILE
-        self._own = {"machine": _machine(), "host": socket.gethostname(), "nonce": secrets.token_hex(8)}
+        self.path = directory / LOCK_FILE
+        self._own = {"machine": _machine_id(), "host": socket.gethostname(), "nonce": secrets.token_hex(8)}
         self._own |= {"pid": os.getpid(), "started": _start_time(os.getpid()), "since": time.ctime()}
-        self._done, self._lost = threading.Event(), False
+        self._released = threading.Event()
+        self._is_lost = False
         self._active = jax.process_index() == 0
 
     def __enter__(self) -> "RunLock":
         if self._active:
             self._acquire()
-            self._beating = threading.Thread(target=self._beat, daemon=True)
-            self._beating.start()
+            self._heartbeat_thread = threading.Thread(target=self._send_heartbeats, daemon=True)
+            self._heartbeat_thread.start()
         return self
 
     def __exit__(self, *_) -> None:
-        self._done.set()
+        self._released.set()
         if self._active:
-            self._beating.join(BEAT)  # a sign of life that is still being written would bring the lock back
+            self._heartbeat_thread.join(HEARTBEAT_INTERVAL)  # a heartbeat in progress would restore the file
             if self._is_own():
                 self.path.unlink(missing_ok=True)
 
     def check(self) -> None:
-        """Raise RunLocked if another process has taken the lock over, e.g. while this one was suspended."""
-        if self._lost:
+        """Raise RunLocked if another process has taken over the lock, e.g. while this one was suspended."""
+        if self._is_lost:
             raise RunLocked(
-                f"{self.path} was taken over by {_name(self._read())}: this process gave no sign of life for "
-                f"over {STALE:.0f} s. It stops here, so that two runs do not write to one folder."
+                f"{self.path} was taken over by {_describe(self._read())}: this process sent no heartbeat "
+                f"for over {STALE_AFTER:.0f} s. It stops, so that two runs do not write to one directory."
             )
 
     def _acquire(self) -> None:
-        deadline, beat, last_beat, waiting = time.monotonic() + PATIENCE, None, time.monotonic(), False
+        deadline = time.monotonic() + LOCK_TIMEOUT
+        heartbeat = None
+        last_heartbeat = time.monotonic()
+        has_warned = False
         while True:
-            holder, new_beat = self._read(), self._last_beat()
-            if beat != new_beat:
-                beat, last_beat = new_beat, time.monotonic()
-            silent = time.monotonic() - last_beat
-            if holder is None or silent > STALE or not _is_alive(holder):
+            holder = self._read()
+            new_heartbeat = self._read_heartbeat()
+            if heartbeat != new_heartbeat:
+                heartbeat = new_heartbeat
+                last_heartbeat = time.monotonic()
+            silence = time.monotonic() - last_heartbeat
+            if holder is None or silence > STALE_AFTER or not _may_be_alive(holder):
                 if holder is not None:
-                    logging.warning("%s of %s is stale; taking it over.", self.path, _name(holder))
+                    logging.warning("%s of %s is stale; taking it over.", self.path, _describe(holder))
                 if self._take(new=holder is None):
                     return
                 continue
-            if holder.get("machine") == _machine() or (silent < 2 * BEAT and time.monotonic() > deadline):
+            has_timed_out = silence < 2 * HEARTBEAT_INTERVAL and time.monotonic() > deadline
+            if holder.get("machine") == _machine_id() or has_timed_out:
                 raise RunLocked(
-                    f"{_name(holder)} works on {self.path.parent}. Wait for it to end, stop it, or choose "
-                    f"another --workdir. If there is no such process, remove {self.path}."
+                    f"{_describe(holder)} works on {self.path.parent}. Wait for it to end, stop it, or "
+                    f"choose another --workdir. If there is no such process, remove {self.path}."
                 )
-            if not waiting:
-                waiting = True
+            if not has_warned:
+                has_warned = True
                 logging.warning(
-                    "%s holds %s; waiting up to %.0f s for it to end or to fall silent.",
-                    _name(holder),
+                    "%s holds %s; waiting up to %.0f s for it to end or to stop sending heartbeats.",
+                    _describe(holder),
                     self.path,
-                    PATIENCE,
+                    LOCK_TIMEOUT,
                 )
             time.sleep(1.0)
 
     def _take(self, new: bool) -> bool:
-        """Write the lock; return whether it is this process that has it."""
+        """Write the lock; return whether this process then holds it."""
         content = json.dumps(self._own)
         if is_remote(self.path):
             self.path.write_text(content)
-            time.sleep(1.0)  # the last one to write has it
+            time.sleep(1.0)  # of several processes, the last to write holds it
         elif new:
             try:
                 with open(self.path, "x") as file:
                     file.write(content)
             except FileExistsError:
                 return False
-            except OSError as error:  # a full disk: an empty lock would hold the next start up
+            except OSError as error:  # a full disk: an empty lock would block the next start
                 self.path.unlink(missing_ok=True)
                 raise RunLocked(f"{self.path} cannot be written: {error.strerror}") from error
         else:
-            partial = self.path.with_name(f"{FILE}.{self._own['nonce']}")
+            partial = self.path.with_name(f"{LOCK_FILE}.{self._own['nonce']}")
             partial.write_text(content)
             partial.replace(self.path)
-            time.sleep(0.2)  # of several that take it over at once, the last one has it
+            time.sleep(0.2)  # of several processes that take it over at once, the last holds it
         return self._is_own()
 
-    def _beat(self) -> None:
-        while not self._done.wait(BEAT):
+    def _send_heartbeats(self) -> None:
+        while not self._released.wait(HEARTBEAT_INTERVAL):
             try:
                 if not self._is_own():
-                    self._lost = True
+                    self._is_lost = True
                     return
                 if is_remote(self.path):
                     self.path.write_text(json.dumps(self._own | {"beat": time.time()}))
@@ -133,7 +140,7 @@ class RunLock:
         return (self._read() or {}).get("nonce") == self._own["nonce"]
 
     def _read(self) -> dict | None:
-        """What the lock says of its holder; {} where it is cut short; None without a lock."""
+        """Read the holder from the lock; {} if the file is truncated, None without a lock."""
         try:
             return dict(json.loads(self.path.read_text()))
         except FileNotFoundError:
@@ -141,28 +148,29 @@ class RunLock:
         except ValueError:
             return {}
 
-    def _last_beat(self) -> tuple | None:
+    def _read_heartbeat(self) -> tuple | None:
+        """Return a value that changes with every heartbeat; None without a lock."""
         try:
             return (self.path.read_text(), self.path.stat().mtime)
         except FileNotFoundError:
             return None
 
 
-def _name(holder: dict | None) -> str:
+def _describe(holder: dict | None) -> str:
     holder = holder or {}
     host, pid, since = (holder.get(key, "unknown") for key in ("host", "pid", "since"))
     return f"process {pid} on {host} (since {since})"
 
 
-def _is_alive(holder: dict) -> bool:
-    """Whether a holder may live: False only for a process of this machine that is gone."""
-    if holder.get("machine") != _machine():
+def _may_be_alive(holder: dict) -> bool:
+    """Return False for a process of this machine that is gone, else True."""
+    if holder.get("machine") != _machine_id():
         return True
     return _start_time(holder["pid"]) == holder["started"]
 
 
-def _machine() -> str:
-    """This host since its boot, and its table of processes, so that containers are told apart."""
+def _machine_id() -> str:
+    """Identify the host, its boot and its PID namespace, which distinguishes containers."""
     parts = [socket.gethostname()]
     for read in (
         lambda: Path("/proc/sys/kernel/random/boot_id").read_text().strip(),
@@ -176,7 +184,7 @@ def _machine() -> str:
 
 
 def _start_time(pid: int) -> str | None:
-    """When a process of this machine started, which tells it from a later one of that number; None: gone."""
+    """Return the start time of a process of this machine, since PIDs are reused; None if it is gone."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
         return None if fields[0] == "Z" else fields[19]

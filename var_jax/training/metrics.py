@@ -1,4 +1,4 @@
-"""What a run says: one plain line a log step, JSONL, TensorBoard, and curves."""
+"""Metrics of a run: printed lines, metrics.jsonl, TensorBoard, and curves as PNG."""
 
 import contextlib
 import io
@@ -22,51 +22,59 @@ from tqdm import tqdm
 from var_jax.paths import as_path, is_remote, storage_errors, write_atomic
 from var_jax.training.hardware import peak_flops
 
-SHARE = 0.05  # of the time at most is spent on writing
+MAX_WRITE_FRACTION = 0.05  # of the time, spent on writing
+# Metrics of the files that the printed line leaves out.
+_NOT_PRINTED = re.compile(
+    r".*_\d+|images_per_s|tflops|.*gradient_norm|code_norm|f_hat_norm|weight_decay|skipped.*"
+)
+
+
+# --- metrics.jsonl
 
 
 class AppendFile:
-    """File that grows; what was flushed survives the process and the machine.
+    """File to append to; flushed content survives the end of the process and of the machine.
 
-    A local file is opened and closed at each flush: mounts of object stores (gcsfuse) upload a file when it
-    is closed.  An object cannot be appended to and is written again as a whole.  Where either takes long, a
-    flush may leave the writing to one of the next.
+    A local file is opened and closed at each flush, because mounts of object stores (gcsfuse) upload a file
+    when it is closed. An object in a bucket cannot be appended to and is rewritten. If writing takes long, a
+    flush may be deferred to a later one.
     """
 
     def __init__(self, path: os.PathLike, content: bytes = b""):
-        """Create the file with this content, in place of one that may be there."""
+        """Create the file with this content, replacing an existing one."""
         self.path = as_path(path)
-        self._size, self._pending = len(content), bytearray()
-        self._whole = bytearray(content) if is_remote(self.path) else None
-        self._next = 0.0  # no flush before this time
-        self._lock = threading.Lock()  # of what is pending
+        self._size = len(content)
+        self._pending = bytearray()
+        self._remote_content = bytearray(content) if is_remote(self.path) else None
+        self._next_flush = 0.0  # the earliest time
+        self._lock = threading.Lock()  # guards `_pending`
         write_atomic(self.path, content)
 
     def write(self, content: bytes) -> None:
-        """Take content, to be written by `flush`; may be called from another thread."""
+        """Add content, to be written by `flush`; may be called from another thread."""
         with self._lock:
             self._pending += content
 
     def flush(self, now: bool = False) -> None:
-        """Write what was taken; without `now` only if the last time was long enough ago.
+        """Write the pending content; without `now`, only if the last flush was long enough ago.
 
         Raises:
-          OSError: if it cannot be written; it is kept for the next flush, and the file stays as it was.
+          OSError: if it cannot be written; it stays pending, and the file unchanged.
         """
         start = time.monotonic()
         content = bytes(self._pending)
-        if not content or (start < self._next and not now):
+        if not content or (start < self._next_flush and not now):
             return
-        if self._whole is None:
+        if self._remote_content is None:
             self._append(content)
         else:
-            write_atomic(self.path, bytes(self._whole + content))
-            self._whole += content
+            write_atomic(self.path, bytes(self._remote_content + content))
+            self._remote_content += content
         self._size += len(content)
         with self._lock:
             del self._pending[: len(content)]
         end = time.monotonic()
-        self._next = end + (end - start) / SHARE
+        self._next_flush = end + (end - start) / MAX_WRITE_FRACTION
 
     def _append(self, content: bytes) -> None:
         try:
@@ -74,211 +82,12 @@ class AppendFile:
                 file.write(content)
         except OSError:
             with contextlib.suppress(OSError):
-                os.truncate(self.path, self._size)  # without the part that there was room for
+                os.truncate(self.path, self._size)  # remove what was partly written
             raise
 
 
-def duration(seconds: float) -> str:
-    """Seconds -> h:mm:ss or m:ss."""
-    minutes, s = divmod(int(seconds + 0.5), 60)
-    hours, m = divmod(minutes, 60)
-    return f"{hours}:{m:02d}:{s:02d}" if hours else f"{m}:{s:02d}"
-
-
-class Log:
-    """Writes the metrics of one stage; does nothing on processes other than 0.
-
-    Metrics of a training step are handed over as device arrays and only fetched by `flush`, when the
-    next step has been handed to the device, so that it never waits for the log.
-    """
-
-    def __init__(
-        self, directory: os.PathLike, stage: str, start: int, steps: int, batch: int, flops_per_image: float
-    ):
-        """Goes on after step `start`: what an interrupted run logged beyond it is dropped."""
-        directory = as_path(directory)
-        self.directory, self.stage, self.steps, self.batch = directory, stage, steps, batch
-        self.flops_per_image = flops_per_image
-        self.active = jax.process_index() == 0
-        self._pending = None
-        self.restart_clock(start)
-        if not self.active:
-            return
-        kept = [line for line in read_metrics(directory / "metrics.jsonl") if line["step"] <= start]
-        self._lines = AppendFile(directory / "metrics.jsonl", b"".join(map(_json_line, kept)))
-        files = _EventFiles()
-        self._board = tensorboardX.SummaryWriter(
-            files.path(directory / "tensorboard"), purge_step=start + 1, filename_suffix=f".{start}"
-        )
-        self._events, self._writable = files.file, True
-        terminal = sys.stderr.isatty()
-        self._bar = tqdm(total=steps, initial=start, desc=stage, disable=not terminal, smoothing=0.1)
-
-    def restart_clock(self, step: int) -> None:
-        """Rates are taken from here on."""
-        self._mark, self._mark_step, self._paused = time.monotonic(), step, 0.0
-
-    def advance(self, step: int) -> None:
-        """Moves the bar."""
-        if self.active:
-            self._bar.update(step - self._bar.n)
-
-    def training(self, step: int, metrics: dict) -> None:
-        """Takes the metrics of a training step (device arrays), to be written by the next `flush`."""
-        self._pending = (step, metrics)
-
-    def flush(self) -> None:
-        """Writes the metrics last taken, waiting for the device to have worked them out."""
-        if self._pending is None:
-            return
-        step, metrics = self._pending
-        self._pending = None
-        metrics = {name: float(value) for name, value in jax.device_get(metrics).items()}
-        now = time.monotonic()
-        elapsed, done = now - self._mark - self._paused, step - self._mark_step
-        self.restart_clock(step)
-        if not done:  # the first step since the start: nothing to take a rate from
-            self.write(step, "train", metrics, "")
-            return
-        rate = done * self.batch / max(elapsed, 1e-9)
-        left = (self.steps - step) * self.batch / max(rate, 1e-9)
-        speed = {"images_per_s": rate, "tflops": rate * self.flops_per_image / 1e12}
-        if peak := peak_flops(jax.devices()[0]):
-            speed["mfu"] = speed["tflops"] * 1e12 / (peak * jax.device_count())
-        self.write(step, "train", {**metrics, **speed}, f"{rate:.0f} images/s  {duration(left)} left")
-
-    def event(
-        self, step: int, kind: str, metrics: dict[str, float], note: str, records: Sequence[int]
-    ) -> None:
-        """Something odd in a step: said with the first records of its batch; metrics.jsonl has them all."""
-        if not self.active:
-            return
-        self._record({"step": step, "kind": kind, **metrics, "records": [int(i) for i in records]})
-        first = ", ".join(str(i) for i in records[:8]) + (", ..." if len(records) > 8 else "")
-        shown = "  ".join(f"{name} {value:.4g}" for name, value in metrics.items())
-        self.say(f"{self.stage} {kind}: step {step}  {shown}  {note}; records {first}")
-
-    def evaluation(self, step: int, metrics: dict[str, float]) -> None:
-        """Writes metrics of the held-out set."""
-        self.flush()
-        self.write(step, "eval", metrics, "")
-
-    def write(self, step: int, kind: str, metrics: dict[str, float], note: str) -> None:
-        """One line on the screen (totals, not single scales), all metrics in the files."""
-        if not self.active:
-            return
-        self._record({"step": step, "kind": kind, **metrics})
-        for name, value in metrics.items():
-            self._board.add_scalar(f"{kind}/{name}", value, step)
-        hidden = re.compile(
-            r".*_\d+|images_per_s|tflops|.*gradient_norm|code_norm|f_hat_norm|weight_decay|skipped.*"
-        )  # to be found in the files
-        shown = "  ".join(f"{n} {value:.4g}" for n, value in metrics.items() if not hidden.fullmatch(n))
-        self.say(f"{self.stage} {kind:5} {step:>{len(str(self.steps))}}/{self.steps}  {shown}  {note}")
-
-    def _record(self, line: dict) -> None:
-        self._lines.write(_json_line(line))
-        self.sync(now=False)
-
-    def sync(self, now: bool = True) -> None:
-        """Write to storage what was logged; where it cannot be, a warning, and it is tried again later.
-
-        Without `now`, only if that does not slow training down.
-        """
-        if not self.active:
-            return
-        try:
-            self._lines.flush(now)
-            self._events.flush(now)
-        except storage_errors() as error:
-            if self._writable:
-                absl.logging.warning(
-                    "The log under %s cannot be written: %s\n  It is kept, and written once it can be.",
-                    self.directory,
-                    error,
-                )
-            self._writable = False
-        else:
-            self._writable = True
-
-    def say(self, line: str) -> None:
-        """A line on the screen that leaves the bar alone."""
-        if self.active:
-            self._bar.write(line.rstrip(), file=sys.stdout)
-            sys.stdout.flush()
-
-    def pause(self, after: jax.Array):
-        """Context whose time does not count as training; first waits until `after` is worked out."""
-        return _Pause(self, after)
-
-    def close(self) -> None:
-        """Write everything.
-
-        Raises:
-          OSError: if it cannot be written.
-        """
-        self.flush()
-        if self.active:
-            self._bar.close()
-            self._board.close()
-            self._lines.flush(now=True)
-            self._events.flush(now=True)
-
-
-class _Pause:
-    def __init__(self, log: Log, after: jax.Array):
-        self.log, self.after = log, after
-
-    def __enter__(self):
-        jax.block_until_ready(self.after)
-        self.log.flush()
-        self.log.sync()  # a checkpoint never knows of more steps than the log
-        self.start = time.monotonic()
-
-    def __exit__(self, *_):
-        self.log._paused += time.monotonic() - self.start
-
-
-class _EventFile:
-    """File of TensorBoard's events, for tensorboardX to write to from its thread.
-
-    Nothing in that thread can fail: were it dead, the training loop would wait for it for ever, in the tenth
-    `add_scalar` after that.  `Log.sync` does the writing.
-    """
-
-    def __init__(self, path: str):
-        self.file = AppendFile(path)
-
-    def write(self, content: bytes) -> None:
-        self.file.write(content)
-
-    def flush(self) -> None:
-        pass
-
-    close = flush
-
-
-class _EventFiles:
-    """Opens the one file of a SummaryWriter; tensorboardX finds it by the prefix of the path."""
-
-    PREFIX = "var_jax"
-
-    def path(self, folder: epath.Path) -> str:
-        """A folder as SummaryWriter must name it, for its file to be opened here."""
-        register_writer_factory(self.PREFIX, self)
-        return f"{self.PREFIX}:{folder}"
-
-    def directory_check(self, path: str) -> None:
-        """AppendFile makes the folder."""
-
-    def open(self, path: str) -> _EventFile:
-        event_file = _EventFile(path.removeprefix(f"{self.PREFIX}:"))
-        self.file = event_file.file
-        return event_file
-
-
 def finite_or_none(tree):
-    """Lists and dicts of numbers, with None for NaN and infinities, which JSON does not have."""
+    """Replace NaN and infinities, which JSON does not have, by None in nested lists and dicts."""
     if isinstance(tree, dict):
         return {name: finite_or_none(value) for name, value in tree.items()}
     if isinstance(tree, tuple | list):
@@ -293,10 +102,10 @@ def _json_line(line: dict) -> bytes:
 def read_metrics(path: os.PathLike) -> list[dict]:
     """Read the lines of a metrics.jsonl; null, and the bare NaN of older runs, become NaN.
 
-    A last line cut short by a kill is left out.
+    A truncated last line, of a run that was killed, is left out.
 
     Raises:
-      ValueError: naming the line that is not JSON.
+      ValueError: if another line is not JSON; names it.
     """
     path = as_path(path)
     lines = path.read_text().splitlines() if path.exists() else []
@@ -314,15 +123,254 @@ def read_metrics(path: os.PathLike) -> list[dict]:
     return metrics
 
 
-def draw_curves(directory: os.PathLike, path: os.PathLike, title: str) -> None:
-    """Draws the losses (and accuracies) of training and evaluation over the steps as a PNG."""
+# --- TensorBoard
+
+
+class _EventFile:
+    """TensorBoard event file that tensorboardX writes to from its thread.
+
+    It only buffers, so nothing in that thread can fail: if the thread died, the training loop would hang in
+    the tenth `add_scalar` after that. `Log.sync` writes to storage.
+    """
+
+    def __init__(self, path: str):
+        self.file = AppendFile(path)
+
+    def write(self, content: bytes) -> None:
+        self.file.write(content)
+
+    def flush(self) -> None:
+        pass
+
+    close = flush
+
+
+class _EventFiles:
+    """Factory of the event file of one SummaryWriter, registered with tensorboardX under a path prefix."""
+
+    PREFIX = "var_jax"
+
+    def path(self, folder: epath.Path) -> str:
+        """Register this factory, and return the path to give to SummaryWriter for a folder."""
+        register_writer_factory(self.PREFIX, self)
+        return f"{self.PREFIX}:{folder}"
+
+    def directory_check(self, path: str) -> None:
+        """Do nothing: AppendFile makes the folder."""
+
+    def open(self, path: str) -> _EventFile:
+        event_file = _EventFile(path.removeprefix(f"{self.PREFIX}:"))
+        self.file = event_file.file
+        return event_file
+
+
+# --- The log of a stage
+
+
+class Log:
+    """Log of one stage: printed lines, metrics.jsonl and TensorBoard; process 0 only.
+
+    Metrics of a training step are passed as device arrays and fetched by `flush`, after the next step has
+    been dispatched, so that the device never waits for the log.
+    """
+
+    def __init__(
+        self, directory: os.PathLike, stage: str, start: int, steps: int, batch: int, flops_per_image: float
+    ):
+        """Open the log after step `start`, dropping later lines of an interrupted run.
+
+        Args:
+          directory: directory of the stage.
+          stage: its name.
+          start: step to resume from.
+          steps: total number of steps.
+          batch: images per step.
+          flops_per_image: matrix FLOPs of a training step per image.
+        """
+        directory = as_path(directory)
+        self.directory = directory
+        self.stage = stage
+        self.steps = steps
+        self.batch = batch
+        self.flops_per_image = flops_per_image
+        self.active = jax.process_index() == 0
+        self._pending_metrics = None
+        self.restart_clock(start)
+        if not self.active:
+            return
+        kept = [line for line in read_metrics(directory / "metrics.jsonl") if line["step"] <= start]
+        self._lines = AppendFile(directory / "metrics.jsonl", b"".join(map(_json_line, kept)))
+        files = _EventFiles()
+        self._board = tensorboardX.SummaryWriter(
+            files.path(directory / "tensorboard"), purge_step=start + 1, filename_suffix=f".{start}"
+        )
+        self._events = files.file
+        self._writable = True
+        terminal = sys.stderr.isatty()
+        self._bar = tqdm(total=steps, initial=start, desc=stage, disable=not terminal, smoothing=0.1)
+
+    def restart_clock(self, step: int) -> None:
+        """Start measuring rates from this step."""
+        self._clock_start = time.monotonic()
+        self._clock_step = step
+        self._paused = 0.0
+
+    def advance(self, step: int) -> None:
+        """Move the progress bar."""
+        if self.active:
+            self._bar.update(step - self._bar.n)
+
+    def training(self, step: int, metrics: dict) -> None:
+        """Add the metrics of a training step (device arrays), to be written by the next `flush`."""
+        self._pending_metrics = (step, metrics)
+
+    def flush(self) -> None:
+        """Write the pending metrics, waiting until the device has computed them."""
+        if self._pending_metrics is None:
+            return
+        step, metrics = self._pending_metrics
+        self._pending_metrics = None
+        metrics = {name: float(value) for name, value in jax.device_get(metrics).items()}
+        elapsed = time.monotonic() - self._clock_start - self._paused
+        num_steps = step - self._clock_step
+        self.restart_clock(step)
+        if not num_steps:  # the first step has no rate
+            self.write(step, "train", metrics, "")
+            return
+        rate = num_steps * self.batch / max(elapsed, 1e-9)
+        seconds_left = (self.steps - step) * self.batch / max(rate, 1e-9)
+        speed = {"images_per_s": rate, "tflops": rate * self.flops_per_image / 1e12}
+        if peak := peak_flops(jax.devices()[0]):
+            speed["mfu"] = speed["tflops"] * 1e12 / (peak * jax.device_count())
+        self.write(step, "train", {**metrics, **speed}, f"{rate:.0f} images/s  {duration(seconds_left)} left")
+
+    def event(
+        self, step: int, kind: str, metrics: dict[str, float], note: str, records: Sequence[int]
+    ) -> None:
+        """Report an unusual step.
+
+        The line has the first records of the batch, metrics.jsonl all of them.
+
+        Args:
+          step: the step.
+          kind: `skipped` or `spike`.
+          metrics: numbers of the step.
+          note: explanation for the line.
+          records: indices of the batch's records in the data set.
+        """
+        if not self.active:
+            return
+        self._record({"step": step, "kind": kind, **metrics, "records": [int(i) for i in records]})
+        first = ", ".join(str(i) for i in records[:8]) + (", ..." if len(records) > 8 else "")
+        shown = "  ".join(f"{name} {value:.4g}" for name, value in metrics.items())
+        self.say(f"{self.stage} {kind}: step {step}  {shown}  {note}; records {first}")
+
+    def evaluation(self, step: int, metrics: dict[str, float]) -> None:
+        """Write the metrics of an evaluation."""
+        self.flush()
+        self.write(step, "eval", metrics, "")
+
+    def write(self, step: int, kind: str, metrics: dict[str, float], note: str) -> None:
+        """Print a line with the main metrics, and write all metrics to the files."""
+        if not self.active:
+            return
+        self._record({"step": step, "kind": kind, **metrics})
+        for name, value in metrics.items():
+            self._board.add_scalar(f"{kind}/{name}", value, step)
+        shown = "  ".join(f"{n} {value:.4g}" for n, value in metrics.items() if not _NOT_PRINTED.fullmatch(n))
+        self.say(f"{self.stage} {kind:5} {step:>{len(str(self.steps))}}/{self.steps}  {shown}  {note}")
+
+    def _record(self, line: dict) -> None:
+        self._lines.write(_json_line(line))
+        self.sync(now=False)
+
+    def sync(self, now: bool = True) -> None:
+        """Write pending lines and events to storage; on failure warn once, and retry at the next call.
+
+        Without `now`, only if writing does not slow training down.
+        """
+        if not self.active:
+            return
+        try:
+            self._lines.flush(now)
+            self._events.flush(now)
+        except storage_errors() as error:
+            if self._writable:
+                absl.logging.warning(
+                    "The log under %s cannot be written: %s\n  Lines are kept in memory until it can.",
+                    self.directory,
+                    error,
+                )
+            self._writable = False
+        else:
+            self._writable = True
+
+    def say(self, line: str) -> None:
+        """Print a line above the progress bar."""
+        if self.active:
+            self._bar.write(line.rstrip(), file=sys.stdout)
+            sys.stdout.flush()
+
+    def pause(self, after: jax.Array):
+        """Return a context whose time does not count as training; it first waits for the array `after`."""
+        return _Pause(self, after)
+
+    def close(self) -> None:
+        """Write everything and close the files.
+
+        Raises:
+          OSError: if the log cannot be written.
+        """
+        self.flush()
+        if self.active:
+            self._bar.close()
+            self._board.close()
+            self._lines.flush(now=True)
+            self._events.flush(now=True)
+
+
+class _Pause:
+    """Context of `Log.pause`."""
+
+    def __init__(self, log: Log, after: jax.Array):
+        self.log = log
+        self.after = after
+
+    def __enter__(self):
+        jax.block_until_ready(self.after)
+        self.log.flush()
+        self.log.sync()  # so that the log has every step of the next checkpoint
+        self.start = time.monotonic()
+
+    def __exit__(self, *_):
+        self.log._paused += time.monotonic() - self.start
+
+
+def duration(seconds: float) -> str:
+    """Format seconds as h:mm:ss or m:ss."""
+    minutes, s = divmod(int(seconds + 0.5), 60)
+    hours, m = divmod(minutes, 60)
+    return f"{hours}:{m:02d}:{s:02d}" if hours else f"{m}:{s:02d}"
+
+
+# --- Curves
+
+
+def plot_curves(directory: os.PathLike, path: os.PathLike, title: str) -> None:
+    """Plot losses and accuracies of training and evaluation over the steps, as a PNG.
+
+    Args:
+      directory: directory of the stage, with metrics.jsonl.
+      path: file to write.
+      title: prefix of the titles.
+    """
     lines = read_metrics(as_path(directory) / "metrics.jsonl")
     names = [
         n for n in ("loss", "l2", "codebook", "accuracy", "perplexity") if any(n in line for line in lines)
     ]
-    if not names:  # a picture before the first line
+    if not names:  # nothing is logged yet
         return
-    from matplotlib.figure import Figure  # half a second, which a start need not wait for
+    from matplotlib.figure import Figure  # imported here, since it takes half a second
 
     figure = Figure(figsize=(4.5 * len(names), 3.2))
     axes = figure.subplots(1, len(names), squeeze=False)

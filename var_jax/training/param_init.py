@@ -1,7 +1,7 @@
-"""Starting a run from parameters that were trained elsewhere, for other classes, scales or codes.
+"""Initialization from pretrained parameters (`init_from`), also of other classes, scales or codes.
 
-`match_params` compares two networks on the host; `shard_params` puts what fits onto the devices, and
-`merge_params` into fresh parameters.  Parameters go by their paths, like `head/kernel`.
+`match_params` selects the parameters that fit, on the host; `shard_params` puts them on the devices, and
+`merge_params` into initialized parameters. Parameters are named by their paths, like `head/kernel`.
 """
 
 import dataclasses
@@ -23,11 +23,11 @@ Config = TokenizerConfig | TransformerConfig
 
 @flax.struct.dataclass
 class InitialValue:
-    """A parameter that a run starts from.
+    """Initial value of a parameter, or of some rows of an embedding.
 
     Attributes:
-      values: float32, the parameter; or, of an embedding, the rows of it that are known.
-      rows: int32 [n], which rows those are; None for all.
+      values: float32, the parameter, or n rows of it.
+      rows: int32 [n], indices of these rows; None for the whole parameter.
     """
 
     values: np.ndarray | jax.Array
@@ -35,20 +35,20 @@ class InitialValue:
 
 
 @dataclasses.dataclass(frozen=True)
-class Rules:
-    """What makes two networks of a kind different ones.
+class MatchRules:
+    """Rules by which a network can be initialized from another one.
 
     Attributes:
-      must_match: fields of the architecture that must be equal; some do not show in any shape.
-      may_reinit: parameters that are made anew where they do not fit.
+      must_match: fields of the architecture that must be equal; some of them change no shape.
+      may_reinit: paths of parameters that are initialized if they do not fit.
     """
 
     must_match: tuple[str, ...]
     may_reinit: tuple[str, ...]
 
 
-_SAME = ("depth", "width", "num_heads", "shared_adaln", "normalized_attention", "positions")
-_ANEW = (
+_TRANSFORMER_MUST_MATCH = ("depth", "width", "num_heads", "shared_adaln", "normalized_attention", "positions")
+_TRANSFORMER_MAY_REINIT = (
     "class_embedding",
     "start_embedding",
     "position_embedding",
@@ -59,92 +59,101 @@ _ANEW = (
     "head/kernel",
     "head/bias",
 )
-RULES = {
-    TokenizerConfig: Rules(
+MATCH_RULES = {
+    TokenizerConfig: MatchRules(
         must_match=("patch", "ch", "ch_mult", "num_blocks", "norm_groups", "code_dim", "l2_normalized"),
         may_reinit=("quantizer/codebook", "quantizer/phi_kernel", "quantizer/phi_bias"),
     ),
-    NextScaleConfig: Rules(_SAME, (*_ANEW, "level_embedding")),
-    NextTokenConfig: Rules((*_SAME, "order", "order_seed", "mask", "mask_radius"), _ANEW),
+    NextScaleConfig: MatchRules(
+        must_match=_TRANSFORMER_MUST_MATCH,
+        may_reinit=(*_TRANSFORMER_MAY_REINIT, "level_embedding"),
+    ),
+    NextTokenConfig: MatchRules(
+        must_match=(*_TRANSFORMER_MUST_MATCH, "order", "order_seed", "mask", "mask_radius"),
+        may_reinit=_TRANSFORMER_MAY_REINIT,
+    ),
 }
 
 
 def match_params(
-    params: dict, config: Config, shapes: dict, wanted: Config
+    params: dict, config: Config, target_shapes: dict, target_config: Config
 ) -> tuple[dict[str, InitialValue], list[str]]:
-    """What a network can take over from another one.
+    """Select the parameters of a pretrained network that another network can be initialized from.
 
     Args:
-      params: of the other network, host arrays.
+      params: parameters of the pretrained network, host arrays.
       config: its architecture.
-      shapes: our parameters, as anything with a shape.
-      wanted: our architecture.
+      target_shapes: parameters of the other network, as anything with a shape.
+      target_config: its architecture.
 
     Returns:
-      Parameters by path, and a line, with both shapes, on each that is not taken whole.
+      Initial values by path, and a line, with both shapes, for each parameter that is not loaded completely.
 
     Raises:
-      ValueError: where it is no network of this kind; names the config fields to change, and every tensor
-        that does not fit.
+      ValueError: if the networks differ in more than may be reinitialized; names the config fields to change,
+        and every parameter that does not fit.
     """
-    rules, there, here = RULES[type(wanted)], flatten_dict(params, sep="/"), flatten_dict(shapes, sep="/")
+    rules = MATCH_RULES[type(target_config)]
+    pretrained, target = flatten_dict(params, sep="/"), flatten_dict(target_shapes, sep="/")
     fields = [
-        f"config.model.{name} must be {getattr(config, name)}, as there; got {getattr(wanted, name)}"
+        f"config.model.{name} must be {getattr(config, name)}, as in init_from; "
+        f"got {getattr(target_config, name)}"
         for name in rules.must_match
-        if getattr(config, name) != getattr(wanted, name)
+        if getattr(config, name) != getattr(target_config, name)
     ]
-    unfit = {
-        path: f"{path} is {_shape(there.get(path))} there, {_shape(here.get(path))} here"
-        for path in sorted(there.keys() | here.keys())
-        if _shape(there.get(path)) != _shape(here.get(path))
+    mismatches = {
+        path: f"{path} is {_shape(pretrained.get(path))} in init_from, {_shape(target.get(path))} in this run"
+        for path in sorted(pretrained.keys() | target.keys())
+        if _shape(pretrained.get(path)) != _shape(target.get(path))
     }
-    if fields or unfit.keys() - set(rules.may_reinit):
-        raise ValueError("it is another network\n  " + "\n  ".join([*fields, *unfit.values()]))
+    if fields or mismatches.keys() - set(rules.may_reinit):
+        raise ValueError("it is another network\n  " + "\n  ".join([*fields, *mismatches.values()]))
 
-    given, notes = {}, []
-    for path, shape in here.items():
-        if path not in unfit and not _moved(path, config, wanted):
-            given[path] = InitialValue(there[path])
+    init_values, notes = {}, []
+    for path, shape in target.items():
+        if path not in mismatches and not _rows_differ(path, config, target_config):
+            init_values[path] = InitialValue(pretrained[path])
             continue
-        note = unfit.get(path, f"{path} is of other maps")
-        if pairs := _kept_rows(path, config, wanted):
+        note = mismatches.get(path, f"{path} is of other maps")
+        if pairs := _common_rows(path, config, target_config):
             old, new = np.array(pairs, np.int32).T
-            given[path] = InitialValue(there[path][old], new)
-            notes.append(f"{note}: {len(new)} of {shape.shape[0]} rows taken, the others made anew")
+            init_values[path] = InitialValue(pretrained[path][old], new)
+            notes.append(f"{note}: {len(new)} of {shape.shape[0]} rows loaded, the others initialized")
         else:
-            notes.append(f"{note}: made anew")
-    notes += [f"{note}: not used" for path, note in unfit.items() if path not in here]
-    return given, notes
+            notes.append(f"{note}: initialized")
+    notes += [f"{note}: not used" for path, note in mismatches.items() if path not in target]
+    return init_values, notes
 
 
-def shard_params(given: dict[str, InitialValue], abstract: dict) -> dict[str, InitialValue]:
-    """Host arrays -> global arrays, sharded as the parameters are.
+def shard_params(init_values: dict[str, InitialValue], abstract: dict) -> dict[str, InitialValue]:
+    """Convert host arrays to global arrays with the shardings of the parameters.
 
     Args:
-      given: by path; every process has all of it, and hands its own devices their parts.
-      abstract: our parameters as ShapeDtypeStructs with shardings.
+      init_values: initial values by path; every process has all of them, and puts shards on its own devices.
+      abstract: parameters of the run as ShapeDtypeStructs with shardings.
     """
     flat = flatten_dict(abstract, sep="/")
 
     def put(array, sharding):
         return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
 
-    placed = {}
-    for path, leaf in given.items():
+    sharded = {}
+    for path, leaf in init_values.items():
         sharding = flat[path].sharding
         if leaf.rows is not None:
-            sharding = replicated(sharding.mesh)  # a few rows, that need not divide as the whole does
-        placed[path] = jax.tree.map(lambda array: put(array, sharding), leaf)  # noqa: B023
-    return placed
+            sharding = replicated(sharding.mesh)  # the mesh need not divide the number of these rows
+        sharded[path] = jax.tree.map(lambda array: put(array, sharding), leaf)  # noqa: B023
+    return sharded
 
 
-def merge_params(params: dict, given: dict[str, InitialValue]) -> dict:
-    """Parameters (with or without axis names) where those given take the place of the initial ones."""
+def merge_params(params: dict, init_values: dict[str, InitialValue]) -> dict:
+    """Replace parameters (with or without axis names), or rows of them, by initial values."""
     flat = flatten_dict(nn.meta.unbox(params), sep="/")
-    for path, leaf in given.items():
-        # A copy, since training will write over it.
-        whole = leaf.rows is None
-        flat[path] = jnp.copy(leaf.values) if whole else flat[path].at[leaf.rows].set(leaf.values)
+    for path, leaf in init_values.items():
+        if leaf.rows is None:
+            flat[path] = jnp.copy(leaf.values)  # training donates its parameters
+        else:
+            flat[path] = flat[path].at[leaf.rows].set(leaf.values)
     return nn.meta.replace_boxed(params, unflatten_dict(flat, sep="/"))
 
 
@@ -152,15 +161,15 @@ def _shape(leaf) -> list[int] | str:
     return "absent" if leaf is None else list(leaf.shape)
 
 
-def _moved(path: str, old: Config, new: Config) -> bool:
-    """Whether rows of an embedding mean other maps, though their number may be the same."""
+def _rows_differ(path: str, old: Config, new: Config) -> bool:
+    """Return whether rows of an embedding belong to other maps, even if their number is equal."""
     if path in ("row_embedding", "column_embedding", "distance_bias"):
-        return old.scales[-1] != new.scales[-1]  # they are about the finest map alone
+        return old.scales[-1] != new.scales[-1]  # they depend on the finest map only
     return path in ("level_embedding", "position_embedding") and old.scales != new.scales
 
 
-def _kept_rows(path: str, old: Config, new: Config) -> list[tuple[int, int]]:
-    """Rows (there, here) of an embedding of the transformer that mean the same."""
+def _common_rows(path: str, old: Config, new: Config) -> list[tuple[int, int]]:
+    """Return pairs (old row, new row) of a transformer's embedding that have the same meaning."""
     if path == "class_embedding":
         return [(old.num_classes, new.num_classes)]  # "no class"
     if path == "level_embedding":
@@ -175,10 +184,10 @@ def _kept_rows(path: str, old: Config, new: Config) -> list[tuple[int, int]]:
 
 
 def _equal_maps(old: Scales, new: Scales) -> list[tuple[int, int]]:
-    """Maps (there, here) of equal sides; of several with one side, the first with the first and so on."""
-    pairs, first = [], 0
+    """Return pairs (old, new) of indices of maps with equal sides, both in increasing order."""
+    pairs, start = [], 0
     for k, side in enumerate(new.sides):
-        if side in old.sides[first:]:
-            first = old.sides.index(side, first) + 1
-            pairs.append((first - 1, k))
+        if side in old.sides[start:]:
+            start = old.sides.index(side, start) + 1
+            pairs.append((start - 1, k))
     return pairs

@@ -1,4 +1,4 @@
-"""Preview programs: images split over the mesh of a run, a few rows at a time, results on every host."""
+"""Previews: jitted programs that shard images over the mesh in chunks, and writing of the pictures."""
 
 from collections.abc import Callable
 
@@ -18,22 +18,22 @@ from var_jax.sharding import BATCH_AXES, batch_sharding, constrain, on_mesh, rep
 from var_jax.tokenizer.model import Tokenizer
 from var_jax.tokenizer.quantizer import Quantizer
 from var_jax.training.hosts import succeeded_everywhere
-from var_jax.training.metrics import draw_curves
+from var_jax.training.metrics import plot_curves
 
 
 def preview_program(function: Callable, mesh: Mesh) -> Callable:
-    """Jit a function of (parameters, frozen, *rows) on a mesh; its results are replicated."""
+    """Jit a function of (parameters, frozen, *rows) on a mesh, with replicated results."""
     return jax.jit(on_mesh(function, mesh), out_shardings=replicated(mesh))
 
 
 def chunk_size(num_rows: int, max_each: int, mesh: Mesh) -> int:
-    """Rows to compute at once: at most `max_each` a device, equally many on all that share a batch."""
+    """Return the number of rows to compute at once, at most `max_each` per device that shares a batch."""
     devices = int(np.prod([mesh.shape[axis] for axis in BATCH_AXES]))
     return min(max_each, -(-num_rows // devices)) * devices
 
 
 def row_shapes(rows: int, shape: tuple[int, ...], dtype, mesh: Mesh) -> jax.ShapeDtypeStruct:
-    """Shape and sharding of a batch of rows, an argument of a preview program."""
+    """Return the shape and sharding of a batch of rows, an argument of a preview program."""
     return jax.ShapeDtypeStruct((rows, *shape), dtype, sharding=batch_sharding(mesh))
 
 
@@ -42,15 +42,15 @@ def run_in_chunks(
 ) -> tuple[np.ndarray, ...]:
     """Run a preview program on any number of rows.
 
-    The last chunk is filled up with copies of the last row, so that every call has the shapes of the program.
+    The last chunk is padded with copies of the last row, so that every call has the shapes of the program.
 
     Args:
-      program: an entry of `Task.preview_programs`, the function compiled or not.
+      program: entry of `Task.preview_programs`, the function compiled or not.
       params, frozen: arrays on the mesh.
-      rows: [N, ...] on the host, equal on all processes.
+      *rows: host arrays [N, ...], equal on all processes.
 
     Returns:
-      The leaves of the results, [N, ...] each, on the host.
+      The leaves of the results, host arrays [N, ...].
     """
     function, (_, _, *shapes) = program
     count, size = len(rows[0]), shapes[0].shape[0]
@@ -64,12 +64,12 @@ def run_in_chunks(
 
 
 def decode_step_by_step(tokenizer: Tokenizer, params: dict, tokens: jax.Array) -> jax.Array:
-    """Decode the sum of the first 1, 2, ... n maps; the images of one sum at a time, to save memory.
+    """Decode the sum of the first 1, 2, ..., n maps, one sum at a time to save memory.
 
     Args:
-      tokenizer: the network.
+      tokenizer: tokenizer network.
       params: its parameters.
-      tokens: int32 [B, L] of n maps.
+      tokens: tokens of n maps, int32 [B, L].
 
     Returns:
       uint8 [B, n, H, W, 3].
@@ -84,10 +84,16 @@ def decode_step_by_step(tokenizer: Tokenizer, params: dict, tokens: jax.Array) -
 
 
 def draw_or_warn(preview: Callable[[], dict], name: str, step: int) -> dict:
-    """Draw the pictures of a preview; where memory runs out on one process, warn on all and return none."""
-    drawn, failure = {}, None
+    """Draw the pictures of a preview; if memory runs out on any process, warn and return none on all.
+
+    Args:
+      preview: draws the pictures, by name.
+      name: name of the stage, for the warning.
+      step: step of the preview, for the warning.
+    """
+    pictures, failure = {}, None
     try:
-        drawn = preview()
+        pictures = preview()
     except (jax.errors.JaxRuntimeError, MemoryError) as error:
         if isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" not in str(error):
             raise
@@ -96,16 +102,24 @@ def draw_or_warn(preview: Callable[[], dict], name: str, step: int) -> dict:
         reason = failure or "another host ran out of memory"
         logging.warning("%s: no pictures of step %d; training goes on. %s", name, step, reason)
         return {}
-    return drawn
+    return pictures
 
 
-def save_previews(drawn: dict, workdir: epath.Path, directory: epath.Path, name: str, step: int) -> None:
-    """Write pictures and curves; warn where that fails."""
+def save_previews(pictures: dict, workdir: epath.Path, directory: epath.Path, name: str, step: int) -> None:
+    """Write pictures and metric curves; on a storage error, warn.
+
+    Args:
+      pictures: PIL images by name.
+      workdir: directory of the run, for the latest pictures and curves.
+      directory: directory of the stage, for the pictures of every step.
+      name: name of the stage.
+      step: step of the preview.
+    """
     try:
-        for title, picture in drawn.items():
+        for title, picture in pictures.items():
             save_png(picture, directory / "previews" / f"{title}_{step:07d}.png")
             save_png(picture, workdir / f"{title}.png")
-        draw_curves(directory, workdir / f"curves_{name}.png", name)
+        plot_curves(directory, workdir / f"curves_{name}.png", name)
     except storage_errors() as error:
         logging.warning(
             "%s: the pictures of step %d could not be written; training goes on. %s", name, step, error
@@ -113,7 +127,7 @@ def save_previews(drawn: dict, workdir: epath.Path, directory: epath.Path, name:
 
 
 def example_images(source: Source, transform: ToPixels | None, count: int = 32) -> np.ndarray | None:
-    """Load the first images of a source, uint8 [count, H, W, 3]; None where it holds tokens."""
+    """Load the first images of a source, uint8 [count, H, W, 3]; None without a transform, on tokens."""
     if transform is None:
         return None
     return np.stack([transform(source[i])["image"] for i in range(min(count, source.num_records))])

@@ -1,4 +1,4 @@
-"""Traces of some training steps, for Perfetto (https://ui.perfetto.dev) and XProf."""
+"""Profiler traces of training steps, for Perfetto (https://ui.perfetto.dev) and XProf."""
 
 import contextlib
 import dataclasses
@@ -14,49 +14,54 @@ from var_jax.errors import ConfigError
 from var_jax.paths import as_path, is_remote
 
 PROFILE_DIR = "profile"
-EVENT = "train"  # name of a step's event in the trace; its number is the argument step_num
+EVENT = "train"  # name of a step's event in the trace, whose argument step_num is the step
 
 
 @dataclasses.dataclass(frozen=True)
 class StepRange:
-    """The steps first .. last, both among them; numbered from 1, as the log does."""
+    """Range of steps, both ends included; steps are numbered from 1, as in the log."""
 
     first: int
     last: int
 
     def check(self, stage: str, steps: int) -> None:
-        """Raises ConfigError where a stage has no such step."""
+        """Raise ConfigError if a stage ends before the last step of the range."""
         if self.last > steps:
             raise ConfigError(
                 f"--profile={self.first}:{self.last}: the stage {stage} ends with step {steps}; give steps "
-                "that it has, or train the other stages alone (--config.stages)"
+                "up to that one, or train only the other stages (--config.stages)"
             )
 
 
 def parse_steps(text: str) -> StepRange:
-    """START:STOP -> those steps.
+    """Parse START:STOP.
 
     Raises:
-      ConfigError: on something else.
+      ConfigError: if the text has another form, or START is not in 1 .. STOP.
     """
-    result = re.fullmatch(r"(\d+):(\d+)", text)
-    if not result or not 1 <= int(result[1]) <= int(result[2]):
+    match = re.fullmatch(r"(\d+):(\d+)", text)
+    if not match or not 1 <= int(match[1]) <= int(match[2]):
         raise ConfigError(
             f"--profile={text}: must be START:STOP, the first and the last step to trace, e.g. 10:12; steps "
             "are numbered from 1"
         )
-    return StepRange(int(result[1]), int(result[2]))
+    return StepRange(int(match[1]), int(match[2]))
 
 
 class Profile:
     """Context of a training loop that writes a trace of some of its steps.
 
-    Every process writes its own, since it sees its own devices alone: under profile/process_0, ...  A run
-    that goes on from a checkpoint traces those of the steps that it does itself.
+    Every process writes the trace of its own devices, under profile/process_0 and so on. A resumed run traces
+    the remaining steps of the range.
     """
 
     def __init__(self, steps: StepRange | None, directory: os.PathLike):
-        """`directory`: of the stage.  None as `steps` traces nothing."""
+        """Prepare the trace.
+
+        Args:
+          steps: steps to trace; None traces nothing.
+          directory: directory of the stage.
+        """
         self.steps = steps
         self.folder = as_path(directory) / PROFILE_DIR / f"process_{jax.process_index()}"
         self.tracing = False
@@ -65,28 +70,28 @@ class Profile:
         return self
 
     def step(self, step: int, before) -> contextlib.AbstractContextManager:
-        """Context of one step, its input too; first waits for the arrays `before`, which are not its own."""
+        """Return the context of one step and its input; before the first, wait for the arrays `before`."""
         if self.steps is None or not self.steps.first <= step <= self.steps.last:
             return contextlib.nullcontext()
         if not self.tracing:
             jax.block_until_ready(before)
             options = profiler.ProfileOptions()
-            options.python_tracer_level = 0  # of all Python calls: it slows them, and hides the rest
+            options.python_tracer_level = 0  # tracing Python calls slows them, and hides the rest
             self.local = self.folder
-            if is_remote(self.folder):  # JAX writes traces to local folders alone
+            if is_remote(self.folder):  # JAX writes traces to local folders only
                 self.local = epath.Path(tempfile.mkdtemp(prefix="profile"))
             profiler.start_trace(os.fspath(self.local), create_perfetto_trace=True, profiler_options=options)
             self.tracing = True
         return profiler.StepTraceAnnotation(EVENT, step_num=step)
 
     def end(self, step: int, after) -> None:
-        """After a step: writes the trace if it was the last of them, once `after` is worked out."""
+        """End a step; after the last of the range, wait for the arrays `after` and write the trace."""
         if self.tracing and step == self.steps.last:
             jax.block_until_ready(after)
             self._write()
 
     def __exit__(self, *_) -> None:
-        if self.tracing:  # stopped on the way
+        if self.tracing:  # training stopped within the range
             self._write()
 
     def _write(self) -> None:

@@ -1,4 +1,4 @@
-"""Resuming a run: fields that may change, and work that a stopped run owes its last checkpoint."""
+"""Resuming a run: check that its config is compatible, and find unfinished work at its last checkpoint."""
 
 import dataclasses
 from pathlib import Path
@@ -6,6 +6,7 @@ from pathlib import Path
 import jax
 import numpy as np
 from etils import epath
+from flax.traverse_util import flatten_dict
 from ml_collections import ConfigDict
 
 from var_jax.errors import ConfigError
@@ -13,7 +14,7 @@ from var_jax.training.checkpoint import Checkpoints
 from var_jax.training.hosts import from_primary
 from var_jax.training.metrics import read_metrics
 
-# What may differ between the run that wrote a checkpoint and the one that goes on from it.
+# Fields of any section that may differ between the run that wrote a checkpoint and the resumed one.
 RESUMABLE_FIELDS = (
     "log_every",
     "eval_every",
@@ -22,15 +23,17 @@ RESUMABLE_FIELDS = (
     "max_to_keep",
     "max_skipped",
 )
-# Files and folders whose content is compared instead: a cache by its description, networks by fingerprints.
 WEIGHTS = ("stage.perceptual_weights", "stage.adversarial.dino_weights")
-PATH_FIELDS = (
+# Paths (the content is compared instead: token caches by their spec, networks by fingerprint), settings that
+# change no numbers, and the names of classes.
+IGNORED_FIELDS = (
     *WEIGHTS,
+    "class_names",
     "stage.tokenizer",
-    "stage.init_from",  # not read where there is a checkpoint
+    "stage.init_from",  # not read if there is a checkpoint
     "stage.train.mesh",
     "stage.train.remat",
-    "stage.train.dtype",  # what it stands for is compared
+    "stage.train.dtype",  # the dtype that it resolves to is compared
     "stage.transformer.attention",
     "stage.transformer.remat",
     "stage.data.dir",
@@ -40,85 +43,83 @@ PATH_FIELDS = (
 )
 
 
-def check_resume_compatible(saved: dict, now: dict, where: Path, defaults: dict | None = None) -> str:
-    """Check that a checkpoint is of the same config, model, tokenizer and frozen networks.
+def check_resume_compatible(saved: dict, now: dict, directory: Path, defaults: dict | None = None) -> str:
+    """Check that a checkpoint has the same config, model, tokenizer and frozen networks as this run.
 
     Args:
-      saved, now: records of what is trained.
-      where: the stage's folder, for the message.
-      defaults: of the model's fields, for those that are newer than the run.
+      saved: record of the checkpoint.
+      now: record of this run.
+      directory: directory of the stage, for the message.
+      defaults: default values of the model's fields, for fields that the saved record lacks.
 
     Returns:
-      A notice where images are decoded otherwise by now, or `dtype=auto` stands for another type on this
+      A notice if this version decodes images differently, or `dtype=auto` resolves to another dtype on this
       platform; else "".
 
     Raises:
-      ConfigError: naming each field that differs.
+      ConfigError: if any other field differs; names each.
     """
-    newer = {"dtype", "weights"} - saved.keys()  # a run of before these were recorded
-    saved, now = _flat(saved), _flat({name: value for name, value in now.items() if name not in newer})
-    for name, value in _flat(defaults or {}).items():
+    unrecorded = {"dtype", "weights"} - saved.keys()  # by an older version
+    saved = _flatten(saved)
+    now = _flatten({name: value for name, value in now.items() if name not in unrecorded})
+    for name, value in _flatten(defaults or {}).items():
         for field in {f"model.{name}", f"stage.model.{name}"} & now.keys():
             saved.setdefault(field, value)
-    if "stage.transformer.encoder_precision" in now:  # newer than the run, perhaps
+    if "stage.transformer.encoder_precision" in now:  # an older record may lack it
         saved.setdefault("stage.transformer.encoder_precision", "high")
     notice = ""
     if saved.pop("transform", 0) != now.pop("transform", 0):
         notice = (
-            "this version decodes or crops some images (transparent, turned, of 16 bits, not square) in "
-            "another way than the one that began the run"
+            "this version decodes or crops some images (transparent, rotated, 16-bit or not square) "
+            "differently from the version that started the run"
         )
-    same_choice = saved.get("stage.train.dtype") == now.get("stage.train.dtype")
-    if "dtype" in now and saved["dtype"] != now["dtype"] and same_choice:
+    same_setting = saved.get("stage.train.dtype") == now.get("stage.train.dtype")
+    if "dtype" in now and saved["dtype"] != now["dtype"] and same_setting:
         notice += "\n  " * bool(notice) + (
             f"the run began with matrix products in {saved['dtype']}; train.dtype=auto is {now['dtype']} "
             f"on this platform (--config.train.dtype={saved['dtype']} keeps it)"
         )
         now["dtype"] = saved["dtype"]
-    for record in (saved, now):  # all that a run of before tells
-        if "dtype" in newer:
+    for record in (saved, now):  # for an older record, compare the config instead
+        if "dtype" in unrecorded:
             record["config.train.dtype"] = record.get("stage.train.dtype")
-        if "weights" in newer:
+        if "weights" in unrecorded:
             for field in WEIGHTS:
                 record[f"{field.replace('stage.', 'config.')} is given"] = bool(record.get(field))
     different = [
         f"{field.replace('stage.', 'config.')}: {saved.get(field)!r} there, {now.get(field)!r} now"
         for field in sorted(set(saved) | set(now))
-        if (saved.get(field) or None) != (now.get(field) or None)  # absent is off: it may be newer
+        if (saved.get(field) or None) != (now.get(field) or None)  # a missing field counts as off
         and field.rsplit(".", 1)[-1] not in RESUMABLE_FIELDS
-        and not field.startswith(PATH_FIELDS)
+        and not field.startswith(IGNORED_FIELDS)
     ]
     if different:
         raise ConfigError(
-            f"the run under {where} was started with another config; use another --workdir, or set back\n  "
-            + "\n  ".join(different)
+            f"the run under {directory} was started with another config; use another --workdir, or change "
+            "back\n  " + "\n  ".join(different)
         )
     return notice
 
 
-def _flat(tree: dict, prefix: str = "") -> dict:
-    flat = {}
-    for key, value in tree.items():
-        if isinstance(value, dict):
-            flat |= _flat(value, f"{prefix}{key}.")
-        else:
-            flat[f"{prefix}{key}"] = list(value) if isinstance(value, tuple) else value
-    return flat
+def _flatten(record: dict) -> dict:
+    """Flatten a record to dotted names; tuples become lists, as JSON has them."""
+    flat = flatten_dict(record, sep=".")
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in flat.items()}
 
 
 def is_due(every: int, step: int, steps: int) -> bool:
-    """True after every `every` steps and after the last one; never where `every` is 0."""
+    """Return whether work is due: every `every` steps and after the last, or never if `every` is 0."""
     return every > 0 and (step % every == 0 or step == steps)
 
 
 @dataclasses.dataclass(frozen=True)
 class OwedWork:
-    """Work that was due at the checkpoint where a run was stopped.
+    """Work that was due at the last checkpoint of a stopped run, and not finished.
 
     Attributes:
       evaluation: whether to evaluate.
-      score: of an evaluation that was logged, but is not with the checkpoint yet; NaN without one.
-      pictures: whether to draw.
+      score: score of an evaluation that was logged but not saved with the checkpoint; NaN without one.
+      pictures: whether to draw previews.
     """
 
     evaluation: bool = False
@@ -127,27 +128,37 @@ class OwedWork:
 
     @property
     def any(self) -> bool:
+        """Return whether there is any work."""
         return self.evaluation or self.pictures or bool(np.isfinite(self.score))
 
 
 def owed_work(
-    saved: Checkpoints,
+    checkpoints: Checkpoints,
     directory: epath.Path,
     step: int,
     steps: int,
     cfg: ConfigDict,
-    metric: str,
-    draws: bool,
+    best_metric: str,
+    has_previews: bool,
 ) -> OwedWork:
-    """Find the work that is owed to the checkpoint to resume from, the same on all processes."""
+    """Find the unfinished work at the checkpoint to resume from; the same result on all processes.
+
+    Args:
+      checkpoints: checkpoints of the stage.
+      directory: directory of the stage.
+      step: step of the checkpoint.
+      steps: total number of steps.
+      cfg: section `train` of the stage.
+      best_metric: metric that scores a checkpoint.
+      has_previews: whether the task draws previews.
+    """
     owed = np.array([0, np.nan, 0], np.float32)
     if step and jax.process_index() == 0:
-        lines = [
-            x for x in read_metrics(directory / "metrics.jsonl") if (x["step"], x["kind"]) == (step, "eval")
-        ]
-        if is_due(cfg.eval_every, step, steps) and saved.score(step) is None:
-            owed[:2] = (0, lines[-1][metric]) if lines else (1, np.nan)
-        if draws and is_due(cfg.preview_every, step, steps):
+        lines = read_metrics(directory / "metrics.jsonl")
+        evaluations = [line for line in lines if (line["step"], line["kind"]) == (step, "eval")]
+        if is_due(cfg.eval_every, step, steps) and checkpoints.score(step) is None:
+            owed[:2] = (0, evaluations[-1][best_metric]) if evaluations else (1, np.nan)
+        if has_previews and is_due(cfg.preview_every, step, steps):
             owed[2] = not list((directory / "previews").glob(f"*_{step:07d}.png"))
     evaluation, score, pictures = from_primary(owed)
     return OwedWork(bool(evaluation), float(score), bool(pictures))

@@ -1,4 +1,4 @@
-"""All that changes during training, as one pytree."""
+"""Training state as one pytree: parameters, moving average, optimizer state and counters."""
 
 from collections.abc import Callable
 
@@ -19,13 +19,13 @@ class TrainState:
     """State of a run between two steps.
 
     Attributes:
-      step: int32 scalar, optimiser steps taken.
-      params: being trained.
-      ema: moving average of the parameters to evaluate and sample with; None without one.
-      opt_state: of Optax.
-      extra: what else the task carries from step to step.
-      skipped: int32 scalar, steps that changed nothing since their loss or gradient was not finite.
-      skipped_in_a_row: int32 scalar, how many of them the last steps were.
+      step: int32 scalar, number of steps taken, skipped ones included.
+      params: trained parameters.
+      ema: moving average of the parameters, to evaluate and sample with; None without one.
+      opt_state: state of the optax optimizer.
+      extra: further state of the task.
+      skipped: int32 scalar, number of steps skipped because their loss or gradient was not finite.
+      skipped_in_a_row: int32 scalar, number of skipped steps since the last one that was not.
     """
 
     step: jax.Array
@@ -38,33 +38,33 @@ class TrainState:
 
     @property
     def sampling_params(self) -> dict:
-        """Parameters to evaluate and sample with."""
+        """Return the parameters to evaluate and sample with."""
         return self.params if self.ema is None else self.ema
 
 
 def create_state(
     init: Callable, optimizer: optax.GradientTransformation, use_ema: bool, key: jax.Array, mesh: Mesh
 ) -> tuple[TrainState, TrainState]:
-    """Makes the state where it will live.
+    """Prepare the initial state, to be created sharded.
 
     Args:
-      init: of a task.
-      optimizer: of the parameters.
+      init: `Task.init`.
+      optimizer: optimizer of the parameters.
       use_ema: whether to keep a moving average.
-      key: of the initial parameters.
-      mesh: to shard over.
+      key: random key of the initial parameters.
+      mesh: mesh to shard over.
 
     Returns:
-      A function that makes the state sharded, with the parameters that it is given in place of the initial
-      ones (see `fine_tune`); and the abstract state (ShapeDtypeStructs with shardings).
+      A function that makes the sharded state, from initial values by path (see `param_init`) or None; and the
+      abstract state (ShapeDtypeStructs with shardings).
     """
 
-    def boxed_state(given):
-        params, extra = init(key, given.keys())
-        params = merge_params(params, given)
+    def boxed_state(init_values):
+        params, extra = init(key, init_values.keys())
+        params = merge_params(params, init_values)
         ema = jax.tree.map(jnp.copy, params) if use_ema else None
-        none = jnp.zeros((), jnp.int32)
-        return TrainState(none, params, ema, optimizer.init(params), extra, none, none)
+        zero = jnp.zeros((), jnp.int32)
+        return TrainState(zero, params, ema, optimizer.init(params), extra, zero, zero)
 
     boxed = jax.eval_shape(boxed_state, {})
     shardings = tree_shardings(boxed, mesh)
@@ -73,20 +73,20 @@ def create_state(
         nn.meta.unbox(boxed),
         shardings,
     )
-    make = jax.jit(lambda given: nn.meta.unbox(boxed_state(given)), out_shardings=shardings)
-    return lambda given=None: make(shard_params(given or {}, abstract.params)), abstract
+    make = jax.jit(lambda values: nn.meta.unbox(boxed_state(values)), out_shardings=shardings)
+    return lambda init_values=None: make(shard_params(init_values or {}, abstract.params)), abstract
 
 
 def optimizer_step(
     state: TrainState, grads: dict, optimizer: optax.GradientTransformation
 ) -> tuple[dict, optax.OptState]:
-    """Compute the parameters and the optimiser's state after one step."""
+    """Compute the parameters and the optimizer state after one step."""
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     return optax.apply_updates(state.params, updates), opt_state
 
 
 def advance(state: TrainState, params: dict, opt_state: optax.OptState, ema_decay: float) -> TrainState:
-    """Put new parameters into the state, count the step and update the moving average if there is one."""
+    """Set new parameters, count the step, and update the moving average if there is one."""
     ema = state.ema
     if ema is not None:
         ema = update_ema(ema, params, ema_decay, state.step)
@@ -94,5 +94,5 @@ def advance(state: TrainState, params: dict, opt_state: optax.OptState, ema_deca
 
 
 def count_parameters(params: dict) -> int:
-    """Number of numbers in a tree of arrays or their shapes."""
+    """Count the numbers in a tree of arrays or their shapes."""
     return sum(leaf.size for leaf in jax.tree.leaves(params))

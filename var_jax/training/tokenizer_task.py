@@ -1,4 +1,4 @@
-"""Training the multi-scale tokenizer: reconstruction, codebook, adversary, and codes kept alive."""
+"""Training task of the multi-scale tokenizer: reconstruction, codebook and adversarial losses."""
 
 import dataclasses
 from functools import partial
@@ -32,32 +32,39 @@ from var_jax.training.preview import (
 from var_jax.training.state import advance, optimizer_step
 from var_jax.training.task import StepOutput, Task, compute_dtype, model_config, program_flops
 
-LAST_LAYER = ("decoder", "conv_out", "kernel")  # where the adversary's weight is weighed
-MAX_RATIO = 1e4
+LAST_LAYER = ("decoder", "conv_out", "kernel")  # whose gradients determine the adaptive weight
+MAX_ADAPTIVE_WEIGHT = 1e4
 PREVIEW_IMAGES = 32
 
 
 class TokenizerTask(Task):
-    """See `Task`.
+    """Task that trains a tokenizer; see `Task`.
 
-    The state carries what `CodebookUpdater` and `Adversary` keep.  `frozen` holds the parameters of networks
-    that judge: `vgg` of the perceptual distance, `dino` of the discriminator, where they are used.
+    `TrainState.extra` has the states of `CodebookUpdater` and `Adversary`. `frozen` has the parameters of the
+    perceptual networks, if used: `vgg` of the perceptual loss, `dino` of the discriminator.
+
+    Attributes:
+      weights: weights of the losses by name.
+      model: tokenizer to train.
+      eval_model: the same with a float32 encoder, as a trained tokenizer encodes.
+      codebook_updater: EMA, restarts and metrics of the codebook.
+      adversary: discriminator; None without adversarial loss.
     """
 
     name = "tokenizer"
     best_metric = "l2"
 
     def __init__(self, stage: ConfigDict, steps: int, frozen: dict | None = None):
-        self.stage, self.frozen = stage, frozen or {}
+        self.stage = stage
+        self.frozen = frozen or {}
         self.weights = {name: w for name, w in stage.loss.items() if w}
         if "vgg" not in self.frozen:
             self.weights.pop("perceptual", None)
-        if "perceptual" in self.weights:  # an adversary raises l2, so that the best would be the blurred one
+        if "perceptual" in self.weights:  # an adversary raises l2, by which the most blurred would be best
             self.best_metric = "perceptual"
         self.config = model_config(TokenizerConfig, stage.model)
         self.model = Tokenizer(self.config, compute_dtype(stage.train.dtype), stage.train.remat)
-        # Held-out images are encoded as they will be once this tokenizer is trained.
-        self.evaluated = dataclasses.replace(self.model, encoder_dtype=jnp.dtype(jnp.float32))
+        self.eval_model = dataclasses.replace(self.model, encoder_dtype=jnp.dtype(jnp.float32))
         self.optimizer = make_optimizer(stage.train, steps)
         self.image_size = self.config.image_size
         self.codebook_updater = CodebookUpdater(stage.codebook, self.config, steps, stage.train.batch)
@@ -65,29 +72,30 @@ class TokenizerTask(Task):
         if stage.adversarial.weight:
             if self.config.patch:
                 raise ConfigError(
-                    "config.adversarial.weight must be 0 with config.model.patch, which leaves no network "
-                    f"for an adversary to train; got {stage.adversarial.weight}"
+                    "config.adversarial.weight must be 0 with config.model.patch, which has no network for "
+                    f"an adversary to train; got {stage.adversarial.weight}"
                 )
             size, dtype = self.image_size, self.model.dtype
             self.adversary = Adversary(stage.adversarial, stage.train, steps, size, dtype)
-        # The program is traced here already, so that an impossible loss fails before any data is read.
+        # Trace the losses now, so that invalid ones fail before any data is read.
         blank = jax.ShapeDtypeStruct((1, self.image_size, self.image_size, 3), jnp.uint8)
         params, extra = nn.meta.unbox(jax.eval_shape(lambda: self.init(jax.random.key(0))))
-        check = partial(self._gradient, step=0, key=jax.random.key(0))
-        jax.eval_shape(check, params, extra, self.frozen, {"image": blank})
+        gradient = partial(self._gradient, step=0, key=jax.random.key(0))
+        jax.eval_shape(gradient, params, extra, self.frozen, {"image": blank})
 
-    def init(self, key, given=()):
+    def init(self, key, loaded=()):
         blank = jnp.zeros((1, self.image_size, self.image_size, 3))
         params = self.model.init(key, blank)["params"]
-        extra = self.codebook_updater.init("quantizer/codebook" in given)
+        extra = self.codebook_updater.init("quantizer/codebook" in loaded)
         if self.adversary:
             extra["adversary"] = self.adversary.init(jax.random.fold_in(key, 1), self.frozen)
         return params, extra
 
     def train_step(self, state, frozen, batch, key):
         dropout_key, restart_key, fit_key, adversary_key = jax.random.split(key, 4)
-        some = batch["image"][:: self.stage.train.grad_accum_steps]  # as many as there is memory for
-        state = self.codebook_updater.before_step(state, lambda params: self._features(params, some), fit_key)
+        images = batch["image"][:: self.stage.train.grad_accum_steps]  # as many as fit into memory
+        features = lambda params: self._features(params, images)  # noqa: E731
+        state = self.codebook_updater.before_step(state, features, fit_key)
         gradient = lambda params, part, key: self._gradient(  # noqa: E731
             params, state.extra, frozen, part, state.step, key
         )
@@ -95,23 +103,24 @@ class TokenizerTask(Task):
             gradient, state.params, batch, dropout_key, self.stage.train.grad_accum_steps
         )
         if self.adversary:
-            real, step = normalize(batch["image"]), state.step
-            adversary, result = self.adversary.train_step(
-                state.extra["adversary"], frozen, real, recon, adversary_key, step
+            real = normalize(batch["image"])
+            adversary, adversary_metrics = self.adversary.train_step(
+                state.extra["adversary"], frozen, real, recon, adversary_key, state.step
             )
-            state, metrics = state.replace(extra={**state.extra, "adversary": adversary}), metrics | result
+            state = state.replace(extra={**state.extra, "adversary": adversary})
+            metrics |= adversary_metrics
         state, codebook = self.codebook_updater.ema_update(state, quantized)
         params, opt_state = optimizer_step(state, grads, self.optimizer)
-        if codebook is not None:  # follows its targets; the optimiser only decayed it
+        if codebook is not None:  # EMA: the optimizer step only applied weight decay to the codebook
             params = with_codebook(params, codebook)
         state = advance(state, params, opt_state, self.stage.train.ema_decay)
-        state, use = self.codebook_updater.after_step(state, quantized, restart_key)
+        state, codebook_metrics = self.codebook_updater.after_step(state, quantized, restart_key)
         loss = metrics.pop("loss")
         return StepOutput(
             state=state,
             loss=loss,
             gradient_norm=optax.tree.norm(grads),
-            metrics={**metrics, **use},
+            metrics={**metrics, **codebook_metrics},
             must_be_finite=("discriminator", "discriminator_gradient_norm") if self.adversary else (),
         )
 
@@ -119,11 +128,22 @@ class TokenizerTask(Task):
         return self.model.apply({"params": params}, normalize(images), method="features")
 
     def _gradient(self, params, extra, frozen, batch, step, key):
-        """Gradient of all losses of a batch -> gradients, (metrics, (Quantized, reconstructions)).
+        """Compute the gradient of all losses of a batch.
 
-        The gradients of the losses to the reconstructions come first; then one pass back through decoder
-        and encoder takes their sum.  The two sizes that the adversary's weight is the ratio of cost a
-        convolution each.
+        The gradients with respect to the reconstructions are computed first, then their weighted sum is
+        back-propagated once through decoder and encoder. The adaptive weight of the adversarial loss costs
+        two more backward passes of the last convolution.
+
+        Args:
+          params: trained parameters.
+          extra: `TrainState.extra`.
+          frozen: perceptual networks.
+          batch: dict with `image`, uint8 [B, H, W, 3].
+          step: int32 scalar.
+          key: random key of dropout and augmentation.
+
+        Returns:
+          Gradients, and (metrics, (Quantized, reconstructions)); the reconstructions only with an adversary.
         """
         images = normalize(batch["image"])
 
@@ -146,8 +166,8 @@ class TokenizerTask(Task):
             loss, adv_grad = self.adversary.generator_loss_and_grad(
                 extra["adversary"], frozen, recon, augment_key, step
             )
-            ratio = self._ratio(backward, rec_grad, adv_grad, codebook_grad)
-            weight = self.adversary.weight(step) * ratio
+            adaptive_weight = self._adaptive_weight(backward, rec_grad, adv_grad, codebook_grad)
+            weight = self.adversary.weight(step) * adaptive_weight
             rec_grad += weight * adv_grad
             metrics |= {"adversarial": loss, "adversarial_weight": weight}
         return backward((rec_grad, codebook_grad))[0], (metrics, (quantized, recon if self.adversary else ()))
@@ -160,33 +180,34 @@ class TokenizerTask(Task):
             terms["entropy"] = entropy_penalty(quantized.targets, codes, temperature)
         return terms
 
-    def _ratio(self, backward, rec_grad, adv_grad, codebook_grad):
-        """Size of the image losses' gradient at the last layer over the adversary's (Esser et al. 2021).
+    def _adaptive_weight(self, backward, rec_grad, adv_grad, codebook_grad):
+        """Compute the ratio of gradient norms at the last layer, of image losses to adversarial loss.
 
-        With `train.grad_accum_steps`, of each part of the batch by itself.
+        With `train.grad_accum_steps`, every microbatch has its own. Source: Esser et al. 2021.
         """
         if not self.stage.adversarial.adaptive:
             return jnp.ones(())
 
-        def size(cotangent):
+        def last_layer_norm(cotangent):
             leaf = backward((cotangent, jax.tree.map(jnp.zeros_like, codebook_grad)))[0]
             for name in LAST_LAYER:
                 leaf = leaf[name]
             return jnp.linalg.norm(leaf)
 
-        ratio = size(rec_grad) / (size(adv_grad) + 1e-4)
-        return jnp.clip(ratio, self.stage.adversarial.min_ratio, MAX_RATIO)
+        ratio = last_layer_norm(rec_grad) / (last_layer_norm(adv_grad) + 1e-4)
+        return jnp.clip(ratio, self.stage.adversarial.min_ratio, MAX_ADAPTIVE_WEIGHT)
 
     def eval_step(self, params, frozen, batch):
-        images, valid = normalize(batch["image"]), batch["valid"]
-        output = self.evaluated.apply({"params": params}, images)
+        images = normalize(batch["image"])
+        valid = batch["valid"]
+        output = self.eval_model.apply({"params": params}, images)
         recon = jnp.clip(output.images, -1, 1)
         terms = image_terms(images, recon, frozen.get("vgg"))
         terms["codebook"] = output.quantized.loss
-        # The entropy of a batch is no sum over its images.
+        # The entropy penalty of a batch is not a sum over its images.
         weights = {name: weight for name, weight in self.weights.items() if name != "entropy"}
         terms["loss"] = weighted_sum(terms, weights)
-        terms["psnr"] = 10 * jnp.log10(4 / jnp.maximum(terms["l2"], 1e-10))  # values span 2
+        terms["psnr"] = 10 * jnp.log10(4 / jnp.maximum(terms["l2"], 1e-10))  # the range of values is 2
         return {
             "images": valid.sum(),
             "terms": {name: jnp.sum(term * valid) for name, term in terms.items()},
@@ -196,23 +217,22 @@ class TokenizerTask(Task):
         }
 
     def summarize(self, sums):
-        n = sums["images"]
-        use = codebook_use(sums["counts"], self.config.scales, n)
-        return {name: float(total / n) for name, total in sums["terms"].items()} | {
+        num_images = sums["images"]
+        use = codebook_use(sums["counts"], self.config.scales, num_images)
+        return {name: float(total / num_images) for name, total in sums["terms"].items()} | {
             name: float(value) for name, value in use.items()
         }
 
     def preview_programs(self, mesh, params, frozen):
         cfg = self.stage.train
-        each = max(
-            1, cfg.batch // cfg.grad_accum_steps // mesh.size
-        )  # training takes as many, and a backward pass
+        # As many images per device as in training, which needs more memory for the backward pass.
+        images_per_device = max(1, cfg.batch // cfg.grad_accum_steps // mesh.size)
 
         def reconstructions(params, frozen, images):
-            tokens = self.evaluated.apply({"params": params}, normalize(images), method="encode")
+            tokens = self.eval_model.apply({"params": params}, normalize(images), method="encode")
             return decode_step_by_step(self.model, params, tokens)
 
-        size = chunk_size(PREVIEW_IMAGES, each, mesh)
+        size = chunk_size(PREVIEW_IMAGES, images_per_device, mesh)
         images = row_shapes(size, (self.image_size, self.image_size, 3), jnp.uint8, mesh)
         return {"reconstructions": (preview_program(reconstructions, mesh), (params, frozen, images))}
 
@@ -232,16 +252,12 @@ class TokenizerTask(Task):
         return {name: fingerprint(params) for name, params in self.frozen.items()}
 
     def flops_per_image(self):
-        """Of the networks that a step runs through, forward and backward, the discriminator among them.
-
-        DINO's blocks are not counted.
-        """
-        side = self.image_size
-        blank = jax.ShapeDtypeStruct((1, side, side, 3), jnp.float32)
+        """Count the FLOPs of tokenizer, LPIPS network and discriminator in a training step, without DINO."""
+        blank = jax.ShapeDtypeStruct((1, self.image_size, self.image_size, 3), jnp.float32)
         params, extra = jax.eval_shape(lambda: nn.meta.unbox(self.init(jax.random.key(0))))
         forward = lambda p, x: self.model.apply({"params": p}, x).images  # noqa: E731
         flops = 3 * program_flops(forward, params, blank)  # backward: twice the forward
-        if "vgg" in self.frozen:  # both images forward, one backward, to the pixels alone
+        if "vgg" in self.frozen:  # forward for both images, backward to the pixels of one
             flops += 3 * program_flops(vgg_features, self.frozen["vgg"], blank)
         if self.adversary:
             flops += self.adversary.flops_per_image(extra["adversary"]["params"], self.frozen)

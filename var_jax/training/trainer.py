@@ -1,6 +1,6 @@
-"""The one training loop: input, jit, logging, evaluation, pictures, checkpoints, resume.
+"""The training loop: input, jitted steps, log, evaluation, previews, checkpoints and resuming.
 
-A task (`training/task.py`) says what is trained; nothing here knows about tokenizers or transformers.
+A `Task` (training/task.py) defines what is trained; nothing here knows about tokenizers or transformers.
 """
 
 import contextlib
@@ -9,8 +9,7 @@ import itertools
 import json
 import signal
 import threading
-from collections.abc import Callable, Iterable, Iterator
-from functools import partial
+from collections.abc import Iterator
 
 import jax
 import numpy as np
@@ -33,7 +32,7 @@ from var_jax.sharding import (
     replicated_fraction,
 )
 from var_jax.training.checkpoint import CHECKPOINT_DIR, Checkpoints
-from var_jax.training.checkpoint_integrity import check_space
+from var_jax.training.checkpoint_integrity import check_checkpoint_space
 from var_jax.training.hosts import check_one_file_system, check_same_program
 from var_jax.training.jit_steps import eval_batch_size, jit_eval_step, jit_train_step
 from var_jax.training.lock import RunLock
@@ -46,23 +45,24 @@ from var_jax.training.resume import OwedWork, check_resume_compatible, is_due, o
 from var_jax.training.state import TrainState, count_parameters, create_state
 from var_jax.training.task import Task
 
-WORTH_SPLITTING = 2**24  # parameters; fewer may as well lie whole on every device
+MIN_SHARDED_PARAMS = 2**24  # a smaller network may be replicated without a warning
 
 
 class Preempted(SystemExit):
-    """The run was asked to stop and has saved its state."""
+    """Exit of a run that was asked to stop and has saved its state."""
 
 
 def check_training(cfg: ConfigDict) -> Mesh:
     """Check a stage's `train` section and make its mesh.
 
     Raises:
-      ConfigError: naming the field that makes no run, or does not fit the devices.
+      ConfigError: if a field is out of range or does not fit the devices; names the field.
     """
-    least = dict.fromkeys(("batch", "log_every", "eval_every", "checkpoint_every", "max_to_keep"), 1)
-    for name, bound in (least | {"preview_every": 0, "max_skipped": 0}).items():
-        if cfg.get(name, bound) < bound:
-            raise ConfigError(f"train.{name} must be at least {bound}, got {cfg[name]}")
+    minimums = dict.fromkeys(("batch", "log_every", "eval_every", "checkpoint_every", "max_to_keep"), 1)
+    minimums |= {"preview_every": 0, "max_skipped": 0}
+    for name, minimum in minimums.items():
+        if cfg.get(name, minimum) < minimum:
+            raise ConfigError(f"train.{name} must be at least {minimum}, got {cfg[name]}")
     if not 0 <= cfg.ema_decay < 1:
         raise ConfigError(f"train.ema_decay must be in [0, 1), 0 for no moving average, got {cfg.ema_decay}")
     mesh = make_mesh(**cfg.mesh)
@@ -79,27 +79,27 @@ def train(
     init_values: dict[str, InitialValue] | None = None,
     profile: StepRange | None = None,
 ) -> None:
-    """Train a task to its last step, from the newest checkpoint under `workdir` on.
+    """Train a task to its last step, resuming from the newest checkpoint under `workdir`.
 
-    At a step where several are due, the checkpoint is saved first; then come evaluation and pictures, which a
-    stopped run does when it is resumed.
+    When several things are due at a step, the checkpoint is saved first, then the held-out data is evaluated,
+    then previews are drawn. A run that was stopped in between evaluates and draws when it is resumed.
 
     Args:
-      task: what to train.
+      task: the task to train.
       stage: its config.
-      steps: optimiser steps in all.
-      workdir: of the run; the stage writes under workdir/task.name and its pictures to workdir.
-      data: training and held-out source, both of images, or of tokens where config.data.tokens is given.
-      init_values: parameters to start from, by path; unused where there is a checkpoint.
+      steps: total number of optimizer steps.
+      workdir: directory of the run; the stage writes to workdir/task.name, and its previews to workdir too.
+      data: training and held-out source, of images, or of tokens if config.data.tokens is set.
+      init_values: initial parameters by path; not used if there is a checkpoint.
       profile: steps to trace.
 
     Raises:
-      ConfigError: on a batch that the mesh does not divide, a checkpoint of another config, or hosts that do
-        not share the folder or would run different programs.
-      RunLocked: where another process trains this stage of the run.
-      CheckpointNotWritten: where the disk is full, and still is at the next checkpoint.
-      CheckpointDamaged: where there are checkpoints, but none is whole.
-      TrainingDiverged: where steps are not finite any more; the last sound checkpoint is kept.
+      ConfigError: if the mesh does not divide the batch, the checkpoint has another config, or the hosts do
+        not share the directory or would run different programs.
+      RunLocked: if another process trains this stage of the run.
+      CheckpointNotWritten: if the disk is full, and still is at the next checkpoint.
+      CheckpointDamaged: if there are checkpoints, but all are damaged.
+      TrainingDiverged: if too many steps in a row are not finite; the last good checkpoint is kept.
       Preempted: after SIGTERM, with everything saved.
     """
     workdir = as_path(workdir)
@@ -111,11 +111,11 @@ def train(
 
 
 class Trainer:
-    """One stage of a run: its programs, input, checkpoints and log, and the loop over its steps.
+    """Training of one stage: its jitted steps, input, checkpoints and log, and the loop over the steps.
 
     Attributes:
       start: step of the checkpoint to resume from; 0 without one.
-      owed: work that a stopped run left undone at that checkpoint.
+      owed: evaluation and previews that a stopped run did not finish at that checkpoint.
     """
 
     def __init__(
@@ -129,50 +129,44 @@ class Trainer:
         lock: RunLock,
         profile: StepRange | None = None,
     ):
-        """Trace the programs and compare the newest checkpoint with the config; arguments as for `train`."""
+        """Set up everything that can fail before the first step; arguments and errors as for `train`."""
         self.task = task
         self.stage = stage
-        self.cfg = stage.train
+        self.cfg = cfg = stage.train
         self.steps = steps
         self.workdir = workdir
         self.directory = workdir / task.name
         self.mesh = mesh
         self.lock = lock
         self.profile = profile
-        self._make_programs()
-        self._make_input(*data)
-        self._open_checkpoints()
 
-    def _make_programs(self) -> None:
-        task, cfg, mesh = self.task, self.cfg, self.mesh
-        init_key, self.step_key = jax.random.split(jax.random.key(self.stage.seed))
-        self.make_state, self.abstract = create_state(
-            task.init, task.optimizer, cfg.ema_decay > 0, init_key, mesh
-        )
+        # Jitted functions, and the shapes and shardings of the state.
+        init_key, self.step_key = jax.random.split(jax.random.key(stage.seed))
+        use_ema = cfg.ema_decay > 0
+        self.make_state, self.abstract = create_state(task.init, task.optimizer, use_ema, init_key, mesh)
         self.frozen = jax.device_put(jax.device_get(task.frozen), replicated(mesh))
-        self.train_step = jit_train_step(task, cfg, self.steps, mesh, self.abstract)
+        self.train_step = jit_train_step(task, cfg, steps, mesh, self.abstract)
         self.eval_step = jit_eval_step(task, mesh)
         self.is_finite = jax.jit(is_finite, out_shardings=replicated(mesh))
         self.previews = {}
         if cfg.preview_every:
             self.previews = task.preview_programs(mesh, self.abstract.sampling_params, self.frozen)
 
-    def _make_input(self, source: Source, held_out: Source) -> None:
-        data, size = self.stage.data, self.task.image_size
-        self.source = source
-        self.held_out = held_out
+        # Input: transforms of the images, and the rows of each global batch that this process feeds.
+        self.source, self.held_out = data
         self.transform = self.eval_transform = None
-        if not data.tokens:
+        if not stage.data.tokens:
+            size, resize = task.image_size, stage.data.resize
             with config_errors(prefix="config."):
-                self.transform = ToPixels(source.name, size, data.resize, data.flip, data.shift)
-                self.eval_transform = ToPixels(held_out.name, size, data.resize, False)
-        self.rows = local_rows(batch_sharding(self.mesh), self.cfg.batch)
-        self.eval_batch = eval_batch_size(self.cfg)
-        self.eval_rows = local_rows(batch_sharding(self.mesh), self.eval_batch)
+                self.transform = ToPixels(self.source.name, size, resize, stage.data.flip, stage.data.shift)
+                self.eval_transform = ToPixels(self.held_out.name, size, resize, False)
+        self.rows = local_rows(batch_sharding(mesh), cfg.batch)
+        self.eval_batch = eval_batch_size(cfg)
+        self.eval_rows = local_rows(batch_sharding(mesh), self.eval_batch)
 
-    def _open_checkpoints(self) -> None:
-        self.checkpoints = Checkpoints(self.directory / CHECKPOINT_DIR, self.cfg.max_to_keep)
-        self.choices = self.task.choices()
+        # Checkpoints: the record saved with each, and a comparison with that of the newest.
+        self.checkpoints = Checkpoints(self.directory / CHECKPOINT_DIR, cfg.max_to_keep)
+        self.choices = task.choices()
         self.record = self._describe_run()
         latest = self.checkpoints.latest()
         self.resumes = latest is not None
@@ -180,20 +174,21 @@ class Trainer:
         self.notice = ""
         self.owed = OwedWork()
         if self.resumes:
-            saved, defaults = self.checkpoints.config(self.start), self.task.model_defaults()
+            saved = self.checkpoints.config(self.start)
+            defaults = task.model_defaults()
             self.notice = check_resume_compatible(saved, self.record, self.directory, defaults)
             self.owed = owed_work(
                 self.checkpoints,
                 self.directory,
                 self.start,
-                self.steps,
-                self.cfg,
-                self.task.best_metric,
-                bool(self.previews),
+                steps,
+                cfg,
+                task.best_metric,
+                has_previews=bool(self.previews),
             )
 
     def _describe_run(self) -> dict:
-        """Record, saved with every checkpoint, of what is trained on what."""
+        """Return the record of model, config and data that is saved with every checkpoint."""
         task, tokens = self.task, self.stage.data.tokens
         return {
             "task": task.name,
@@ -205,28 +200,28 @@ class Trainer:
             "transform": 0 if tokens else transforms.VERSION,
             "dtype": self.choices.get("dtype", ""),
             "cache": dataclasses.asdict(self.source.description) if tokens else {},
+            "class_names": list(self.source.class_names),
         }
 
     def run(self, init_values: dict[str, InitialValue] | None = None) -> None:
         """Train to the last step; arguments and errors as for `train`."""
+        name = self.task.name
         if self.start >= self.steps and not self.owed.any:
-            print(
-                f"{self.task.name}: already trained for {self.start} steps under {self.directory}", flush=True
-            )
+            print(f"{name}: already trained for {self.start} steps under {self.directory}", flush=True)
             self.checkpoints.close()
             return
         batches = self.training_batches()
         state = self.restore_or_init(init_values)
-        self._start_log()
+        self.open_log()
         with (
             _closing(self.log),
             Profile(self.profile, self.directory) as trace,
-            _pending_save_finished(self.checkpoints),
-            _termination() as self.stop,
+            _finishing_pending_save(self.checkpoints),
+            _SigtermEvent() as self.stop,
         ):
             step = self.start
             self.do_owed_work(state)
-            stopping = self.owed.any and self.stop.is_set()  # without a step: the checkpoint is there
+            stopping = self.owed.any and self.stop.is_set()  # before any step: the checkpoint exists
             while step < self.steps and not stopping:
                 step += 1
                 with trace.step(step, before=state):
@@ -235,16 +230,14 @@ class Trainer:
                 trace.end(step, after=metrics)
                 self.log_step(step, metrics)
                 stopping = self.after_step(step, state)
-            self.checkpoints.wait()  # within: a second SIGTERM must not end this process while it writes
+            self.checkpoints.wait()  # in the context, so that a second SIGTERM does not interrupt the save
         self.checkpoints.close()
         if stopping:
-            raise Preempted(
-                f"{self.task.name}: stopped at step {step}, saved; run the same command again to go on"
-            )
+            raise Preempted(f"{name}: stopped at step {step}, saved; run the same command again to go on")
 
     def training_batches(self) -> Iterator[dict]:
         """Open the input at the step to resume from, and check that all hosts run the same program."""
-        data, cfg = self.stage.data, self.cfg
+        cfg, data = self.cfg, self.stage.data
         with config_errors():
             batches = train_batches(
                 self.source,
@@ -259,47 +252,54 @@ class Trainer:
         if self.start >= self.steps:
             return batches
         first = next(batches)
-        inputs = self.abstract, self.frozen, _abstract_batch(first, cfg.batch, self.mesh), self.step_key
-        check_same_program(self.train_step, inputs, self.choices)
+        sharding = batch_sharding(self.mesh)
+        abstract_batch = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct((cfg.batch, *x.shape[1:]), x.dtype, sharding=sharding), first
+        )
+        args = (self.abstract, self.frozen, abstract_batch, self.step_key)
+        check_same_program(self.train_step, args, self.choices)
         return itertools.chain([first], batches)
 
     def restore_or_init(self, init_values: dict[str, InitialValue] | None = None) -> TrainState:
-        """Restore the newest checkpoint, or make the initial state with `init_values` put into it."""
+        """Restore the newest checkpoint, or make the initial state with `init_values` merged into it."""
         if self.resumes:
             return self.checkpoints.restore(self.start, self.abstract)
-        check_space(self.directory, self.abstract)
+        check_checkpoint_space(self.directory, self.abstract)
         return self.make_state(init_values)
 
-    def _start_log(self) -> None:
+    def open_log(self) -> None:
+        """Open the log and the loss monitor, write config.json and print the summary of the run."""
         task, cfg = self.task, self.cfg
-        self.log = Log(self.directory, task.name, self.start, self.steps, cfg.batch, task.flops_per_image())
-        size = count_parameters(self.abstract.params)
-        chosen = "".join(f", {name} {value}" for name, value in self.choices.items())
-        self.log.say(
-            f"{task.name}: {size:,} parameters, {self.source.num_images} images, batch {cfg.batch}, "
-            f"steps {self.start}..{self.steps}, {jax.device_count()} x {jax.devices()[0].device_kind}{chosen}"
+        log = Log(self.directory, task.name, self.start, self.steps, cfg.batch, task.flops_per_image())
+        num_params = count_parameters(self.abstract.params)
+        devices = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
+        choices = "".join(f", {name} {value}" for name, value in self.choices.items())
+        log.say(
+            f"{task.name}: {num_params:,} parameters, {self.source.num_images} images, batch {cfg.batch}, "
+            f"steps {self.start}..{self.steps}, {devices}{choices}"
         )
         path = self.directory / "config.json"
-        if self.log.active:
+        if log.active:
             write_atomic(path, json.dumps(self.record, indent=1).encode())
-        self.log.say(f"{task.name}: the config of this run is in {path}")
+        log.say(f"{task.name}: the config of this run is in {path}")
         if self.notice:
-            self.log.say(f"{task.name}: {self.notice}")
-        share, fsdp = replicated_fraction(self.abstract.params), self.mesh.shape["fsdp"]
-        if fsdp > 1 and share > 0.5 and size > WORTH_SPLITTING:
-            self.log.say(
-                f"{task.name}: {share:.0%} of the parameters are whole on every device, since "
-                f"train.mesh.fsdp={fsdp} does not divide their axes; give an fsdp that divides the width, "
-                "and data"
+            log.say(f"{task.name}: {self.notice}")
+        fraction, fsdp = replicated_fraction(self.abstract.params), self.mesh.shape["fsdp"]
+        if fsdp > 1 and fraction > 0.5 and num_params > MIN_SHARDED_PARAMS:
+            log.say(
+                f"{task.name}: {fraction:.0%} of the parameters are replicated on every device, because "
+                f"train.mesh.fsdp={fsdp} does not divide their axes; set train.mesh.fsdp to a divisor of "
+                "the width, and train.mesh.data to the rest"
             )
-        self.monitor = LossMonitor(self.log, cfg.log_every, cfg.get("max_skipped", 20), self._record_numbers)
+        self.log = log
+        self.monitor = LossMonitor(log, cfg.log_every, cfg.get("max_skipped", 20), self._batch_records)
 
-    def _record_numbers(self, step: int) -> np.ndarray:
-        """Numbers of the images in the batch of a step."""
+    def _batch_records(self, step: int) -> np.ndarray:
+        """Return the indices of the data set's records in the batch of a step."""
         return batch_indices(len(self.source), self.cfg.batch, self.stage.seed, step - 1)
 
     def do_owed_work(self, state: TrainState) -> None:
-        """Evaluate and draw at the checkpoint where the run before was stopped, where that is owed."""
+        """Evaluate and draw at the checkpoint to resume from, if the stopped run did not."""
         if self.owed.evaluation:
             self.evaluate(self.start, state)
         elif np.isfinite(self.owed.score):
@@ -308,8 +308,8 @@ class Trainer:
             self.preview(self.start, state)
 
     def log_step(self, step: int, metrics: dict[str, jax.Array]) -> None:
-        """Hand the metrics of a step to the log and the monitor."""
-        self.log.flush()  # of the step before, while the device works on this one
+        """Pass the metrics of a step to the log and the monitor."""
+        self.log.flush()  # the step before, while the device works on this one
         self.monitor.add(step, metrics)
         self.log.advance(step)
         if step == self.start + 1:
@@ -322,79 +322,65 @@ class Trainer:
 
     def after_step(self, step: int, state: TrainState) -> bool:
         """Save, evaluate and draw what is due; return whether to stop."""
-        cfg, last = self.cfg, step == self.steps
+        cfg, is_last = self.cfg, step == self.steps
         stopping = self.stop.is_set() or self.checkpoints.preempted(step)
         is_saved = False
-        if step % cfg.checkpoint_every == 0 or last or stopping:
-            is_saved = self.save(step, state, force=last or stopping)
+        if step % cfg.checkpoint_every == 0 or is_last or stopping:
+            is_saved = self.save(step, state, force=is_last or stopping)
         if not stopping and is_due(cfg.eval_every, step, self.steps):
             self.evaluate(step, state)
         if not (stopping or self.stop.is_set()) and is_due(cfg.preview_every, step, self.steps):
             self.preview(step, state)
-        interrupted = self.stop.is_set() and not stopping  # while it evaluated or drew
+        interrupted = self.stop.is_set() and not stopping  # during evaluation or preview
         if interrupted and not is_saved:
             self.save(step, state, force=True)
         return stopping or interrupted
 
     def save(self, step: int, state: TrainState, force: bool) -> bool:
-        """Save a checkpoint; return False where the step was skipped, unless forced."""
+        """Save a checkpoint; return False, without saving, if the step was skipped and `force` is not set."""
         with self.log.pause(state.step):
             self.monitor.check()
             if not self.is_finite(state):
                 raise TrainingDiverged(f"{self.task.name}: the state after step {step} is not finite")
-            if self.monitor.skipping and not force:  # older checkpoints would be pushed out
+            if self.monitor.skipping and not force:  # it would displace an older checkpoint
                 self.log.say(f"{self.task.name}: no checkpoint of step {step}, which was skipped")
                 return False
             self.checkpoints.save(step, state, self.record)
             return True
 
     def evaluate(self, step: int, state: TrainState) -> None:
-        """Evaluate on the held-out data, log the metrics and score the checkpoint; SIGTERM cuts it short."""
+        """Evaluate on the held-out data, log the metrics and score the checkpoint; stop early on SIGTERM."""
+        sums = {}
         with self.log.pause(state.step):
-            batches = eval_batches(
-                self.held_out, self.eval_transform, self.eval_batch, self.stage.data.threads, self.eval_rows
-            )
-            sums = _sums(self.eval_step, state, self.frozen, batches, self.mesh, self.stop)
-        if sums is None:
-            return
+            threads = self.stage.data.threads
+            for batch in eval_batches(
+                self.held_out, self.eval_transform, self.eval_batch, threads, self.eval_rows
+            ):
+                if self.stop.is_set():
+                    return
+                batch = global_batch(batch, self.mesh)
+                batch_sums = jax.device_get(self.eval_step(state.sampling_params, self.frozen, batch))
+                sums = jax.tree.map(np.add, sums, batch_sums) if sums else batch_sums
         metrics = self.task.summarize(sums)
         self.log.evaluation(step, metrics)
-        self.log.sync()  # before the score: a checkpoint that has one is not evaluated again
+        self.log.sync()  # before the score: a checkpoint with a score is not evaluated again
         self.checkpoints.set_score(step, metrics[self.task.best_metric])
 
     def preview(self, step: int, state: TrainState) -> None:
-        """Draw pictures and curves; a failure for lack of memory or disk is a warning."""
+        """Draw previews and metric curves; warn if memory or disk space runs out."""
+        task, params = self.task, state.sampling_params
         with self.log.pause(state.step):
             examples = example_images(self.held_out, self.eval_transform)
-            draw = partial(self.task.preview, self.previews, state.sampling_params, self.frozen, examples)
-            pictures = draw_or_warn(draw, self.task.name, step)
+            pictures = draw_or_warn(
+                lambda: task.preview(self.previews, params, self.frozen, examples), task.name, step
+            )
             if self.log.active:
-                save_previews(pictures, self.workdir, self.directory, self.task.name, step)
-
-
-def _sums(
-    eval_step: Callable, state: TrainState, frozen: dict, batches: Iterable, mesh: Mesh, stop: threading.Event
-) -> dict | None:
-    """Sums of an evaluation over all batches; None once `stop` is set."""
-    sums = {}
-    for batch in batches:
-        if stop.is_set():
-            return None
-        part = jax.device_get(eval_step(state.sampling_params, frozen, global_batch(batch, mesh)))
-        sums = jax.tree.map(np.add, sums, part) if sums else part
-    return sums
-
-
-def _abstract_batch(local: dict, batch: int, mesh: Mesh) -> dict:
-    """Shapes and shardings of a global batch, from this process's part."""
-    sharding = batch_sharding(mesh)
-    shape = lambda x: jax.ShapeDtypeStruct((batch, *x.shape[1:]), x.dtype, sharding=sharding)  # noqa: E731
-    return jax.tree.map(shape, local)
+                save_previews(pictures, self.workdir, self.directory, task.name, step)
 
 
 @contextlib.contextmanager
 def _closing(log: Log):
-    """Closes the log; where training fails, what was logged so far is written, if it can be."""
+    """Close the log on exit; if training fails, only write what was logged, as far as possible."""
     try:
         yield
     except BaseException:
@@ -404,32 +390,34 @@ def _closing(log: Log):
 
 
 @contextlib.contextmanager
-def _pending_save_finished(saved: Checkpoints):
-    """Wait for the save in progress where training fails; append the last checkpoint to TrainingDiverged."""
+def _finishing_pending_save(checkpoints: Checkpoints):
+    """Finish the save in progress if training fails; append the last checkpoint to TrainingDiverged."""
     try:
         yield
     except TrainingDiverged as error:
-        saved.wait()
-        saved.close()
+        checkpoints.wait()
+        checkpoints.close()
         raise TrainingDiverged(
-            f"{error}\n  The last checkpoint under {saved.directory} is of step {saved.latest()}.\n"
-            "  Run the same command again to go on from it.  If that ends like this, look at the records\n"
-            "  named above, or start another run from it (config.init_from) with a lower learning rate."
+            f"{error}\n"
+            f"  The last checkpoint under {checkpoints.directory} is of step {checkpoints.latest()}.\n"
+            "  Run the same command again to go on from it. If that diverges too, look at the records named\n"
+            "  above, or start another run from it (config.init_from) with a lower learning rate."
         ) from error
     except BaseException:
-        if jax.process_count() == 1:  # one of several must not wait for the others
-            saved.finish_pending_save()  # the next call would read what this deletes
+        if jax.process_count() == 1:  # one of several processes must not wait for the others
+            checkpoints.finish_pending_save()  # else the next run would delete the unfinished checkpoint
         raise
 
 
-class _termination:
-    """Context that turns SIGTERM into an event, in the main thread of a single process.
+class _SigtermEvent:
+    """Context that turns SIGTERM into an event, in the main thread of a single-process run.
 
-    Several processes must stop at the same step: there, JAX's own notice is asked for it.
+    Several processes must stop at the same step; there, `Checkpoints.preempted` uses JAX's own handler.
     """
 
     def __enter__(self) -> threading.Event:
-        event, self.previous = threading.Event(), None
+        event = threading.Event()
+        self.previous = None
         if jax.process_count() == 1 and threading.current_thread() is threading.main_thread():
             self.previous = signal.signal(signal.SIGTERM, lambda *_: event.set())
         return event

@@ -1,4 +1,4 @@
-"""Training a transformer, next-scale or next-token, on the tokens of a frozen tokenizer."""
+"""Training tasks of next-scale and next-token transformers, on the tokens of a frozen tokenizer."""
 
 import dataclasses
 
@@ -36,14 +36,14 @@ from var_jax.transformer.model import ARTransformer
 from var_jax.transformer.next_scale import NextScale
 from var_jax.transformer.next_token import NextToken
 
-PREVIEW_COLUMNS = 8  # images of a class in a preview
+PREVIEW_COLUMNS = 8  # images per class in a preview
 
 
 def encoder_precision(section: ConfigDict) -> str:
-    """`config.transformer.encoder_precision`; that of configs/schema.py in an older config.
+    """Return `config.transformer.encoder_precision`, or its default for an older config.
 
     Raises:
-      ConfigError: on a value that is none.
+      ConfigError: on an unknown precision.
     """
     precision = section.get("encoder_precision", "high")
     if precision not in PRECISIONS:
@@ -54,13 +54,16 @@ def encoder_precision(section: ConfigDict) -> str:
 
 
 class TransformerTask(Task):
-    """See `Task`.  `frozen` holds the parameters of the tokenizer.
+    """Base class of the tasks that train a transformer; see `Task`.
 
     Attributes:
-      config: the architecture.
-      model: the network.
-      tokenizer: whose tokens it predicts.
-      training_tokenizer: the same, as it encodes the images of a training step.
+      architecture: class of `config`.
+      network: class of `model`.
+      config: architecture of the transformer.
+      model: transformer network.
+      tokenizer: tokenizer of evaluation and previews; its parameters are `frozen["tokenizer"]`.
+      training_tokenizer: the same with the precision in which training steps encode images.
+      options: sampling options.
     """
 
     architecture: type[TransformerConfig]
@@ -75,9 +78,21 @@ class TransformerTask(Task):
         classes: int,
         mesh: Mesh | None = None,
     ):
-        """`mesh` is what it will be trained on (None: one device), for what is chosen by the chip."""
+        """Build the network, with attention and remat chosen for the mesh.
+
+        Args:
+          stage: config of the stage.
+          steps: total number of steps.
+          tokenizer: tokenizer whose tokens are predicted.
+          tokenizer_params: its parameters; {} if it is not trained yet.
+          classes: number of classes.
+          mesh: mesh of the run; None for one device.
+
+        Raises:
+          ConfigError: if a field of the config is invalid; names it.
+        """
         self.stage = stage
-        # Whatever the rest computes in: tokens are those of a float32 encoder.
+        # Tokens come from a float32 encoder, whatever dtype the rest computes in.
         self.tokenizer = dataclasses.replace(tokenizer, encoder_dtype=jnp.dtype(jnp.float32))
         self.training_tokenizer = dataclasses.replace(
             self.tokenizer, encoder_precision=encoder_precision(stage.transformer)
@@ -93,10 +108,15 @@ class TransformerTask(Task):
         mesh = make_mesh(devices=jax.local_devices()[:1]) if mesh is None else mesh
         dtype = compute_dtype(stage.train.dtype)
         platform = mesh.devices.flat[0].platform
-        bias = self.config.relative == "relative_2d"
+        has_bias = self.config.relative == "relative_2d"
         with config_errors():
             attention = choose_attention(
-                stage.transformer.attention, platform, dtype, self.config.head_dim, self.config.masks, bias
+                stage.transformer.attention,
+                platform,
+                dtype,
+                self.config.head_dim,
+                self.config.masks,
+                has_bias,
             )
         remat = remat_that_fits(stage, self.config, mesh, attention, dtype)
         self.model = self.network(self.config, dtype, attention, remat)
@@ -109,12 +129,12 @@ class TransformerTask(Task):
             self.options = SamplingOptions(**stage.sampling)
             self.options.controls(self.config.schedule, self.config.num_codes)
 
-    def init(self, key, given=()):
+    def init(self, key, loaded=()):
         inputs = jnp.zeros((1, self.config.length - self.config.num_start_tokens, self.config.code_dim))
         return self.model.init(key, jnp.zeros(1, jnp.int32), inputs)["params"], {}
 
     def _tokens(self, tokenizer, frozen, batch):
-        """Targets [B, L], from the batch's own tokens or its images, and teacher-forcing input."""
+        """Return target tokens [B, L], cached or encoded from images, and the teacher-forcing inputs."""
         params = frozen["tokenizer"]
         if "tokens" in batch:
             tokens = batch["tokens"]
@@ -129,22 +149,34 @@ class TransformerTask(Task):
         return self.train_on_tokens(state, batch["label"], tokens, inputs, key)
 
     def train_on_tokens(self, state, labels, tokens, inputs, key):
-        """A training step where the images are targets [B, L] and teacher-forcing input already."""
+        """Take one optimizer step on tokens.
+
+        Args:
+          state: state before the step.
+          labels: int32 [B].
+          tokens: target tokens, int32 [B, L].
+          inputs: teacher-forcing inputs of `teacher_forcing`.
+          key: random key of dropout.
+
+        Returns:
+          StepOutput.
+        """
 
         def loss_fn(params, part, key):
-            losses, right = self.model.apply(
+            losses, is_correct = self.model.apply(
                 {"params": params}, **part, train=True, rngs={"dropout": key}, method="losses"
             )
-            metrics, last = {}, self.config.schedule.starts[-1]
-            for name, values in (("loss", losses), ("accuracy", right.astype(jnp.float32))):
+            metrics = {}
+            last_start = self.config.schedule.starts[-1]
+            for name, values in (("loss", losses), ("accuracy", is_correct.astype(jnp.float32))):
                 metrics[name] = values.mean()
-                if last:
-                    metrics[f"{name}_last"] = values[:, last:].mean()
+                if last_start:
+                    metrics[f"{name}_last"] = values[:, last_start:].mean()
             return metrics["loss"], (metrics, ())
 
-        parts = {"labels": labels, "tokens": tokens, "inputs": inputs}
+        batch = {"labels": labels, "tokens": tokens, "inputs": inputs}
         grads, (metrics, _) = accumulated_gradients(
-            jax.grad(loss_fn, has_aux=True), state.params, parts, key, self.stage.train.grad_accum_steps
+            jax.grad(loss_fn, has_aux=True), state.params, batch, key, self.stage.train.grad_accum_steps
         )
         params, opt_state = optimizer_step(state, grads, self.optimizer)
         state = advance(state, params, opt_state, self.stage.train.ema_decay)
@@ -159,14 +191,20 @@ class TransformerTask(Task):
 
     def eval_step(self, params, frozen, batch):
         tokens, inputs = self._tokens(self.tokenizer, frozen, batch)
-        losses, right = self.model.apply({"params": params}, batch["label"], inputs, tokens, method="losses")
-        over_images = lambda x: jnp.sum(x * batch["valid"][:, None], axis=0)  # noqa: E731
-        return {"images": batch["valid"].sum(), "losses": over_images(losses), "right": over_images(right)}
+        losses, is_correct = self.model.apply(
+            {"params": params}, batch["label"], inputs, tokens, method="losses"
+        )
+        sum_images = lambda x: jnp.sum(x * batch["valid"][:, None], axis=0)  # noqa: E731
+        return {
+            "images": batch["valid"].sum(),
+            "losses": sum_images(losses),
+            "correct": sum_images(is_correct),
+        }
 
     def summarize(self, sums):
         scales = self.config.schedule
         metrics = {}
-        for name, total in (("loss", sums["losses"]), ("accuracy", sums["right"])):
+        for name, total in (("loss", sums["losses"]), ("accuracy", sums["correct"])):
             mean = total / sums["images"]
             metrics[name] = float(mean.mean())
             if len(scales) > 1:
@@ -178,7 +216,7 @@ class TransformerTask(Task):
 
     @property
     def preview_labels(self) -> np.ndarray:
-        """int32 [N]: up to ten classes, PREVIEW_COLUMNS images each."""
+        """Return the labels of the previews, int32 [N]: up to ten classes, PREVIEW_COLUMNS images each."""
         rows = min(10, self.config.num_classes)
         classes = np.linspace(0, self.config.num_classes - 1, rows).astype(np.int32)
         return np.repeat(classes, PREVIEW_COLUMNS)
@@ -186,7 +224,7 @@ class TransformerTask(Task):
     def preview_programs(self, mesh, params, frozen):
         controls = self.options.controls(self.config.schedule, self.config.num_codes)
         memory = smallest_memory(mesh)
-        each = preview_images(self.stage, self.tokenizer, self.model, controls, memory, mesh)
+        images_per_device = preview_images(self.stage, self.tokenizer, self.model, controls, memory, mesh)
         num_samples = len(self.preview_labels)
 
         def samples(params, frozen, labels, key_data):
@@ -198,13 +236,13 @@ class TransformerTask(Task):
         def scales(params, frozen, tokens):
             return decode_step_by_step(self.tokenizer, frozen["tokenizer"], tokens)
 
-        size = chunk_size(num_samples, each, mesh)
+        size = chunk_size(num_samples, images_per_device, mesh)
         key_data = jax.eval_shape(lambda: jax.random.key_data(image_keys(0, jnp.arange(1))))
         labels = row_shapes(size, (), jnp.int32, mesh)
         keys = row_shapes(size, key_data.shape[1:], key_data.dtype, mesh)
         programs = {"samples": (preview_program(samples, mesh), (params, frozen, labels, keys))}
         if len(self.config.scales) > 1:
-            size = chunk_size(num_samples // PREVIEW_COLUMNS, each, mesh)
+            size = chunk_size(num_samples // PREVIEW_COLUMNS, images_per_device, mesh)
             length = self.config.schedule.ends[controls.scales - 1]
             tokens = row_shapes(size, (length,), jnp.int32, mesh)
             programs["scales"] = (preview_program(scales, mesh), (params, frozen, tokens))
@@ -228,7 +266,7 @@ class TransformerTask(Task):
 
 
 class NextScaleTask(TransformerTask):
-    """VAR: every token map from the coarser ones."""
+    """Task that trains VAR: predict every token map from the coarser ones."""
 
     name = "next_scale"
     architecture = NextScaleConfig
@@ -236,7 +274,7 @@ class NextScaleTask(TransformerTask):
 
 
 class NextTokenTask(TransformerTask):
-    """What it is measured against: every token from those before it in an order."""
+    """Task that trains the baseline: predict every token from those before it in some order."""
 
     name = "next_token"
     architecture = NextTokenConfig
