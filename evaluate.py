@@ -1,10 +1,10 @@
-"""Evaluates what was trained on held-out images.
+"""Evaluate the reconstructions of a tokenizer on held-out images.
 
-    python evaluate.py --workdir=runs/digits --what=reconstruction --data=digits --data_dir=data
-    python evaluate.py --tokenizer=vae_ch160v4096z32.pth --what=reconstruction --data=imagenet2012 \\
-        --split=validation --data_dir=DIR --perceptual_weights=vgg16.pth,vgg_lpips.pth --out=eval
+    python evaluate.py --workdir=runs/digits --data=digits --data_dir=data
+    python evaluate.py --tokenizer=vae_ch160v4096z32.pth --data=imagenet2012 --split=validation \\
+        --data_dir=DIR --perceptual_weights=vgg16.pth,vgg_lpips.pth --out=eval
 
-Prints the metrics, writes them as JSON, and the worst and the best images beside their reconstructions.
+Prints the metrics, writes them as JSON, and saves a picture of the worst and the best reconstructions.
 """
 
 import json
@@ -24,16 +24,16 @@ from var_jax.interop.lpips_weights import load_perceptual
 from var_jax.paths import as_path
 
 FLAGS = flags.FLAGS
-flags.DEFINE_enum("what", "reconstruction", ["reconstruction"], "What to evaluate")
+flags.DEFINE_enum("what", "reconstruction", ["reconstruction"], "Evaluation to run; may be left out")
 cli.define_tokenizer_flags()
 flags.DEFINE_string("step", "latest", "Checkpoint of the run: a step, `latest` or `best`")
 flags.DEFINE_string("data", "digits", "Name of a prepared data set")
-flags.DEFINE_string("data_dir", "data", "Where data sets lie")
+flags.DEFINE_string("data_dir", "data", "Directory of the prepared data sets")
 flags.DEFINE_string("split", "test", "Held-out split")
-flags.DEFINE_float("resize", 1.0, "Short side over image size before the centre is cut out", lower_bound=1)
-flags.DEFINE_list("perceptual_weights", None, "Files of VGG-16 and LPIPS; without them no LPIPS")
-flags.DEFINE_integer("batch", 64, "Images at once", lower_bound=1)
-flags.DEFINE_string("out", None, "Where to write; by default --workdir, else here")
+flags.DEFINE_float("resize", 1.0, "Short side before the center crop, over the image size", lower_bound=1)
+flags.DEFINE_list("perceptual_weights", None, "Weight files of VGG-16 and LPIPS; without them no LPIPS")
+flags.DEFINE_integer("batch", 64, "Images per batch", lower_bound=1)
+flags.DEFINE_string("out", None, "Output directory; by default --workdir, or else the current directory")
 
 
 def main(_):
@@ -43,12 +43,12 @@ def main(_):
         tokenizer = var_jax.load_tokenizer(path, scales=scales, step=FLAGS.step, dtype=FLAGS.dtype)
         vgg = load_perceptual(FLAGS.perceptual_weights) if FLAGS.perceptual_weights else None
         source = open_source(FLAGS.data, FLAGS.split, FLAGS.data_dir)
-    transform = ToPixels(source.name, tokenizer.module.config.image_size, FLAGS.resize, False)
+    transform = ToPixels(source.name, tokenizer.image_size, FLAGS.resize, False)
     batches = eval_batches(source, transform, FLAGS.batch)
     metrics, worst, best = evaluate_reconstruction(
         tokenizer.module, tokenizer.params, batches, source.num_records, vgg
     )
-    rows = [np.concatenate([side.images, side.again]) for side in (worst, best)]
+    rows = [np.concatenate([extremes.images, extremes.recon]) for extremes in (worst, best)]
     grid = image_grid(np.concatenate(rows), columns=len(worst.images))
     path = save_png(grid, out / "reconstruction_extremes.png")
     (out / "reconstruction.json").write_text(json.dumps(metrics, indent=1))
@@ -58,9 +58,11 @@ def main(_):
             print(f"  {name:22} {metrics[name]:.4f}")
     print("  scale  side  perplexity  distinct codes  most possible")
     for k, side in enumerate(tokenizer.scales):
-        use = [metrics[f"{name}_{k}"] for name in ("perplexity", "distinct", "most")]
-        print(f"  {k:5} {side:5} {use[0]:11.1f} {use[1]:15.0f} {use[2]:14.0f}")
-    print(f"{path}: the worst, their reconstructions, the best and theirs; all figures: reconstruction.json")
+        perplexity, distinct, most = (metrics[f"{name}_{k}"] for name in ("perplexity", "distinct", "most"))
+        print(f"  {k:5} {side:5} {perplexity:11.1f} {distinct:15.0f} {most:14.0f}")
+    print(
+        f"{path}: worst images, their reconstructions, best images, theirs; all metrics: reconstruction.json"
+    )
 
 
 if __name__ == "__main__":

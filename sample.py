@@ -1,4 +1,4 @@
-"""Makes images with a trained VAR: samples.npz, a grid, coarse-to-fine strips, single PNGs on request.
+"""Generate images with a trained VAR: samples.npz, a grid, coarse-to-fine strips, single PNGs on request.
 
     python sample.py --workdir=runs/digits --num_per_class=100
     python sample.py --tokenizer=vae_ch160v4096z32.pth --checkpoint=var_d16.pth --labels=207,360 \\
@@ -6,8 +6,8 @@
     python sample.py --tokenizer=vae_ch160v4096z32.pth --checkpoint=var_d30.pth --classes=0-999 \\
         --num_per_class=50 --out=fid
 
-Killed, the same command goes on where it was.  Once samples.npz is complete, it draws the pictures again, and
-with --pngs the single PNGs.
+The same command resumes a run that was killed.  Once samples.npz is complete, it writes only the grid and the
+strips again, and with --pngs the single PNGs.
 """
 
 import dataclasses
@@ -29,26 +29,27 @@ from var_jax.images import denormalize_to_uint8, image_grid, image_strips, save_
 from var_jax.paths import is_remote, local_path
 from var_jax.sampling.auto_batch_size import largest_batch
 from var_jax.sampling.options import SamplingOptions
-from var_jax.sampling.sample_writer import SampleStore, explained
+from var_jax.sampling.sample_writer import SampleStore, explain_write_errors
+from var_jax.scales import Scales
 from var_jax.tokenizer.model import fingerprint
 
 FLAGS = flags.FLAGS
 cli.define_model_flags()
 cli.define_sampling_flags()
 cli.define_host_flags()
-flags.DEFINE_list("labels", None, "Classes to draw, an image each; `none` is no class")
-flags.DEFINE_list("classes", None, "Classes to draw --num_per_class images of, e.g. 0-999; by default all")
-flags.DEFINE_integer("num_per_class", 10, "Images of each class where no --labels are given", lower_bound=1)
-flags.DEFINE_integer("batch", None, "Images made at once; by default what the memory holds", lower_bound=1)
-flags.DEFINE_bool("pngs", False, "Also write every image as a PNG of its own")
+flags.DEFINE_list("labels", None, "Labels, one per image; `none` is no class")
+flags.DEFINE_list("classes", None, "Classes with --num_per_class images each, e.g. 0-999; by default all")
+flags.DEFINE_integer("num_per_class", 10, "Images of each class, without --labels", lower_bound=1)
+flags.DEFINE_integer("batch", None, "Images generated at once; by default as many as fit", lower_bound=1)
+flags.DEFINE_bool("pngs", False, "Also write each image as a PNG")
 
 MAX_GRID = 100  # images in the grid
-MAX_STRIPS = 10  # below each other
+MAX_STRIPS = 10  # rows
 PNG_WRITERS = 8  # threads
 
 
 def out_folder() -> Path:
-    """The folder to write to, checked before anything is loaded.
+    """Return the output folder; check it and the flags before anything is loaded.
 
     Raises:
       UsageError: on a URL, and on flags that exclude each other.
@@ -56,11 +57,11 @@ def out_folder() -> Path:
     if FLAGS.labels is not None:
         for name in ("classes", "num_per_class"):
             if FLAGS[name].present:
-                raise app.UsageError(f"give either --labels, an image each, or --{name}; got both")
+                raise app.UsageError(f"give either --labels, one per image, or --{name}; got both")
     if FLAGS.out is None and FLAGS.workdir and is_remote(FLAGS.workdir):
         raise app.UsageError(
-            f"--workdir={FLAGS.workdir} is remote, but samples are appended to local files while they are "
-            "made: give --out=DIR, a folder on this machine, too"
+            f"--workdir={FLAGS.workdir} is remote, but samples are written to local files: give --out=DIR, a "
+            "folder on this machine, too"
         )
     try:
         return Path(local_path(FLAGS.out or FLAGS.workdir or ".", "--out"))
@@ -69,10 +70,10 @@ def out_folder() -> Path:
 
 
 def chosen_labels(model: var_jax.LoadedVAR) -> np.ndarray:
-    """Labels to draw: those asked for, or equally many of each class, all classes again and again.
+    """Return the labels int [N] of the flags: --labels, or --num_per_class repetitions of all classes.
 
-    So every consecutive part of samples.npz has all classes: the ADM evaluator takes the Inception Score over
-    such parts.
+    The classes alternate, so that every consecutive part of samples.npz has all of them: the ADM evaluator
+    computes the Inception Score over such parts.
     """
     if FLAGS.labels is not None:
         return cli.labels(model, "labels")
@@ -83,61 +84,62 @@ def chosen_labels(model: var_jax.LoadedVAR) -> np.ndarray:
 
 
 def job(model: var_jax.LoadedVAR, labels: np.ndarray, options: SamplingOptions) -> dict:
-    """All that decides the images: the same job may go on where it was stopped.
+    """Return everything that decides the images; only the same job can be resumed.
 
     Args:
-      model: on one device; every parameter of it and of its tokenizer counts.
+      model: on one device; all parameters, those of its tokenizer too, enter the fingerprints.
       labels: int [N].
+      options: sampling options.
     """
     return {
         "labels": f"{len(labels)} labels {zlib.crc32(labels.tobytes()):08x}",
-        "tokenizer": _identity(model.tokenizer),
-        "transformer": _identity(model),
+        "tokenizer": _network_id(model.tokenizer),
+        "transformer": _network_id(model),
         "seed": FLAGS.seed,
         **dataclasses.asdict(options),
     }
 
 
-def _identity(network: var_jax.LoadedTokenizer | var_jax.LoadedVAR) -> str:
-    """Weights, architecture and compute dtype of a network in a line."""
+def _network_id(network: var_jax.LoadedTokenizer | var_jax.LoadedVAR) -> str:
+    """Return checksums of weights and architecture, and the compute dtype, of a network."""
     config = zlib.crc32(repr(network.module.config).encode())
     return f"weights {fingerprint(network.params)}, config {config:08x}, {np.dtype(network.module.dtype)}"
 
 
-def shown_images(count: int) -> tuple[np.ndarray, np.ndarray, int]:
-    """Choose the images to show: a class a row; or as many --labels as there are.
+def images_to_show(count: int) -> tuple[np.ndarray, np.ndarray, int]:
+    """Choose the images of the grid and the strips: one class per row, or with --labels the first images.
 
     Args:
-      count: images in all.
+      count: number of all images.
 
     Returns:
       Numbers of the images in the grid and in the strips, int [n], and the columns of the grid.
     """
     if FLAGS.labels is not None:
-        shown = np.arange(min(count, MAX_GRID))
-        return shown, shown[:MAX_STRIPS], min(count, 10)
+        in_grid = np.arange(min(count, MAX_GRID))
+        return in_grid, in_grid[:MAX_STRIPS], min(count, 10)
     columns = min(FLAGS.num_per_class, 10)
     by_class = np.arange(count).reshape(FLAGS.num_per_class, -1).T
     return by_class[: MAX_GRID // columns, :columns].ravel(), by_class[:MAX_STRIPS, 0], columns
 
 
 def draw_pictures(tokenizer: var_jax.LoadedTokenizer, store: SampleStore, out: Path) -> list[str]:
-    """Draw samples.png and scales.png from samples that are complete, and warn of what cannot be drawn.
+    """Write samples.png and scales.png from complete samples; warn about a picture that fails.
 
     Args:
       tokenizer: on this host's first device alone.
-      store: finished.
-      out: folder to write to.
+      store: finished storage of the samples.
+      out: output folder.
 
     Returns:
-      Names of the pictures that were drawn.
+      File names of the pictures that were written.
     """
-    in_grid, in_strips, columns = shown_images(len(store.images()))
+    in_grid, in_strips, columns = images_to_show(len(store.images()))
     draw = {
         "samples.png": lambda: image_grid(store.images()[in_grid], columns),
         "scales.png": lambda: image_strips(tokenizer.decode_steps(store.tokens()[in_strips])),
     }
-    drawn = []
+    written = []
     for name, picture in draw.items():
         try:
             save_png(picture(), out / name)
@@ -146,17 +148,22 @@ def draw_pictures(tokenizer: var_jax.LoadedTokenizer, store: SampleStore, out: P
                 raise
             reason = str(error).splitlines()[0]
             print(
-                f"sample.py: warning: {out / name} could not be drawn: {reason}\n"
-                "  samples.npz is complete; the same command draws it",
+                f"sample.py: warning: {out / name} could not be written: {reason}\n"
+                "  samples.npz is complete; run the same command again to write it",
                 file=sys.stderr,
             )
         else:
-            drawn.append(name)
-    return drawn
+            written.append(name)
+    return written
 
 
 def write_pngs(images: np.ndarray, labels: np.ndarray, folder: Path) -> None:
-    """Write every image [N, H, W, 3] as a PNG named after its number and label.
+    """Write each image as a PNG named after its number and label.
+
+    Args:
+      images: uint8 [N, H, W, 3].
+      labels: int [N].
+      folder: output folder.
 
     Raises:
       SamplesNotWritten: if the disk is full.
@@ -165,61 +172,65 @@ def write_pngs(images: np.ndarray, labels: np.ndarray, folder: Path) -> None:
     def write(i: int) -> None:
         save_png(Image.fromarray(images[i]), folder / f"{i:06d}_class{labels[i]:04d}.png")
 
-    with explained(folder), ThreadPoolExecutor(PNG_WRITERS) as pool:
+    with explain_write_errors(folder), ThreadPoolExecutor(PNG_WRITERS) as pool:
         for first in range(0, len(images), 1000):  # so that a full disk is noticed before the last one
             list(pool.map(write, range(first, min(first + 1000, len(images)))))
 
 
-def sample(
+def generate_and_write(
     model: var_jax.LoadedVAR,
     tokenizer: var_jax.LoadedTokenizer,
-    what: dict,
+    spec: dict,
     labels: np.ndarray,
     options: SamplingOptions,
     out: Path,
 ) -> None:
-    """Makes the images of a job and writes them.
+    """Generate the images of a job and write them.
 
     Args:
       model: on all devices.
       tokenizer: on this host's first device alone, for the pictures.
-      what: the job, on process 0.
+      spec: the job (`job`), on process 0.
+      labels: int [N].
+      options: sampling options.
+      out: output folder.
     """
-    config = tokenizer.module.config
-    controls = options.controls(model.module.config.schedule, config.num_codes)
+    scales = Scales(model.scales)
+    controls = options.controls(scales, tokenizer.num_codes)
     batch = FLAGS.batch or largest_batch(tokenizer.module, model.module, controls, len(labels))
     chunk = -(-batch // jax.device_count()) * jax.device_count()
-    length = model.module.config.schedule.ends[controls.scales - 1]
-    shape = (config.image_size, config.image_size, 3)
-    several, writes = jax.process_count() > 1, jax.process_index() == 0
-    if several:
-        chunk = int(multihost_utils.process_allgather(np.array(chunk)).min())  # what every host holds
+    length = scales.ends[controls.scales - 1]
+    shape = (model.image_size, model.image_size, 3)
+    is_multihost = jax.process_count() > 1
+    is_primary = jax.process_index() == 0
+    if is_multihost:
+        chunk = int(multihost_utils.process_allgather(np.array(chunk)).min())  # fits the memory of every host
     start = 0
-    if writes:
-        store = SampleStore(out, len(labels), shape, length, what)
-        chunk = store.same_chunk(chunk, asked=FLAGS.batch is not None)
+    if is_primary:
+        store = SampleStore(out, len(labels), shape, length, spec)
+        chunk = store.resolve_chunk(chunk, is_explicit=FLAGS.batch is not None)
         start = store.resume(chunk)
-    if several:
+    if is_multihost:
         start, chunk = (int(n) for n in multihost_utils.broadcast_one_to_all(np.array([start, chunk])))
     batches = model.generate_batches(
         labels, FLAGS.seed, chunk, options, start=start, postprocess=denormalize_to_uint8
     )
-    bar = tqdm(
-        total=len(labels), initial=start, unit="image", desc="sampling", mininterval=1, disable=not writes
+    progress = tqdm(
+        total=len(labels), initial=start, unit="image", desc="sampling", mininterval=1, disable=not is_primary
     )
-    with bar:
+    with progress:
         for images, tokens in batches:
-            if writes:
+            if is_primary:
                 store.append(images, tokens)
-            bar.update(len(images))
-    if writes:
+            progress.update(len(images))
+    if is_primary:
         files = [store.finish(labels).name, "tokens.npy", *draw_pictures(tokenizer, store, out)]
         if FLAGS.pngs:
             write_pngs(store.images(), labels, out / "images")
             files.append("images/")
-        said = ", ".join(f"{name} {value}" for name, value in dataclasses.asdict(options).items())
-        print(f"{len(labels)} images ({said}): {out}: {', '.join(files)}")
-    if several:  # the others wait: JAX's own barrier at the end gives up after five minutes
+        summary = ", ".join(f"{name} {value}" for name, value in dataclasses.asdict(options).items())
+        print(f"{len(labels)} images ({summary}): {out}: {', '.join(files)}")
+    if is_multihost:  # wait for process 0 here, since JAX's own barrier at exit times out after five minutes
         multihost_utils.sync_global_devices("samples.npz")
 
 
@@ -229,9 +240,9 @@ def main(_):
     with cli.failing_at_once():
         model = cli.load()
         labels, options = chosen_labels(model), cli.options(model)
-        what = job(model, labels, options) if jax.process_index() == 0 else {}
-        tokenizer, model = model.tokenizer, model.replicate()  # lets go of the copy on one device
-        sample(model, tokenizer, what, labels, options, out)
+        spec = job(model, labels, options) if jax.process_index() == 0 else {}
+        tokenizer, model = model.tokenizer, model.replicate()  # frees the transformer's copy on one device
+        generate_and_write(model, tokenizer, spec, labels, options, out)
 
 
 if __name__ == "__main__":

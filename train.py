@@ -1,11 +1,11 @@
-"""Trains the stages of a config.
+"""Train the stages of a config.
 
     python train.py --config=configs/digits.py --workdir=runs/digits
 
-On several hosts the same command runs on each: in a TPU pod or a SLURM job they find each other; elsewhere
-add --coordinator=HOST:PORT --num_processes=N --process_id=I.
+On several hosts run the same command on each: in a TPU pod or a SLURM job they find each other; elsewhere add
+--coordinator=HOST:PORT --num_processes=N --process_id=I.
 
-Run the same command again, on as many hosts as there are then, to go on where it was stopped.
+The same command, on any number of hosts, resumes a run that was stopped.
 """
 
 import tensorflow_datasets as tfds
@@ -16,9 +16,9 @@ from var_jax import cli, stages
 from var_jax.errors import config_errors
 from var_jax.training.profiling import parse_steps
 
-CONFIG = config_flags.DEFINE_config_file("config", help_string="What to train, e.g. configs/digits.py")
-WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run: checkpoints, logs, pictures")
-PROFILE = flags.DEFINE_string("profile", None, "START:STOP, steps to trace into WORKDIR/<stage>/profile")
+CONFIG = config_flags.DEFINE_config_file("config", help_string="Config file, e.g. configs/digits.py")
+WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run, for checkpoints, logs and pictures")
+PROFILE = flags.DEFINE_string("profile", None, "START:STOP, steps to trace to WORKDIR/<stage>/profile")
 cli.define_host_flags()
 
 

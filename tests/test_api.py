@@ -27,17 +27,19 @@ def loaded(tiny_run):
     return tokenizer, var_jax.load_var(tiny_run, tokenizer=tokenizer)
 
 
-def test_the_fixed_surface_on_a_run_of_ours(loaded):
+def test_the_public_api_on_a_run(loaded):
     tokenizer, model = loaded
     assert (tokenizer.scales, tokenizer.num_codes) == ((1, 2, 4), 16)
+    assert (tokenizer.num_tokens, tokenizer.image_size) == (21, 8)
     assert (model.num_classes, model.depth) == (10, 2)
+    assert (model.scales, model.image_size) == ((1, 2, 4), 8)
     images = np.random.default_rng(0).random((3, 8, 8, 3), dtype=np.float32)
     tokens = tokenizer.encode(images)
     assert tokens.shape == (3, 21) and tokens.dtype == np.int32
-    whole, coarse = tokenizer.decode(tokens), tokenizer.decode(tokens, upto=1)
-    assert whole.shape == images.shape and whole.dtype == np.float32 and 0 <= whole.min() <= whole.max() <= 1
-    assert (whole != coarse).any()
-    np.testing.assert_array_equal(tokenizer.decode(tokens, upto=3), whole)
+    full, coarse = tokenizer.decode(tokens), tokenizer.decode(tokens, upto=1)
+    assert full.shape == images.shape and full.dtype == np.float32 and 0 <= full.min() <= full.max() <= 1
+    assert (full != coarse).any()
+    np.testing.assert_array_equal(tokenizer.decode(tokens, upto=3), full)
     changed = tokens.copy()
     changed[:, 5:] = 0  # `upto` looks at the first maps only
     np.testing.assert_array_equal(tokenizer.decode(changed, upto=2), tokenizer.decode(tokens, upto=2))
@@ -82,7 +84,7 @@ def test_wrong_images(loaded, images, message):
         loaded[0].encode(images)
 
 
-def test_images_of_any_float_type_and_a_little_outside_the_range_are_encoded(loaded):
+def test_images_of_any_float_type_and_slightly_outside_the_range_are_encoded(loaded):
     images = np.round(np.random.default_rng(0).random((5, 8, 8, 3)) * 16).astype(np.float32) / 16
     want = loaded[0].encode(images)
     for dtype in (jnp.bfloat16, np.float16, np.float64):
@@ -92,11 +94,11 @@ def test_images_of_any_float_type_and_a_little_outside_the_range_are_encoded(loa
 
 
 def test_encoding_and_decoding_go_in_batches_of_one_shape(loaded, monkeypatch):
-    """A program for each shape; the last batch is filled up."""
+    """One program serves all batches; the last batch is padded."""
     tokenizer, images = loaded[0], np.random.default_rng(0).random((5, 8, 8, 3), dtype=np.float32)
     tokens = tokenizer.encode(images)
-    whole, steps = tokenizer.decode(tokens), tokenizer.decode_steps(tokens)
-    np.testing.assert_allclose(steps[:, -1], whole, atol=1e-5)
+    decoded, steps = tokenizer.decode(tokens), tokenizer.decode_steps(tokens)
+    np.testing.assert_allclose(steps[:, -1], decoded, atol=1e-5)
     np.testing.assert_allclose(steps[:, 0], tokenizer.decode(tokens, upto=1), atol=1e-5)
     # As many as take 2 GiB by default: eight images of 256 pixels through the published network.
     published = TokenizerConfig(
@@ -107,7 +109,7 @@ def test_encoding_and_decoding_go_in_batches_of_one_shape(loaded, monkeypatch):
         monkeypatch.setattr(api, "codec_batch", lambda module: 2)
         compiled = tokenizer_model.decode._cache_size()
         np.testing.assert_array_equal(tokenizer.encode(images, batch=module_batch), tokens)
-        np.testing.assert_allclose(tokenizer.decode(tokens, batch=module_batch), whole, atol=1e-5)
+        np.testing.assert_allclose(tokenizer.decode(tokens, batch=module_batch), decoded, atol=1e-5)
         np.testing.assert_allclose(tokenizer.decode_steps(tokens, batch=module_batch), steps, atol=1e-5)
         assert tokenizer_model.decode._cache_size() <= compiled + 1
     for method, rows in (("encode", images), ("decode", tokens), ("decode_steps", tokens)):
@@ -140,9 +142,9 @@ def test_weights_that_are_not_finite_are_an_error_that_names_the_images(loaded):
 def test_seeds_that_would_repeat_others_are_refused(loaded, seed):
     _, model = loaded
     images, mask, tokens = np.zeros((1, 8, 8, 3)), np.ones((8, 8), bool), np.zeros((1, 21), int)
-    for method, *given in ((model.generate, [1]), (model.inpaint, images, mask), (model.vary, tokens, 1)):
+    for method, *arguments in ((model.generate, [1]), (model.inpaint, images, mask), (model.vary, tokens, 1)):
         with pytest.raises(ValueError, match=f"seed must be a whole number in 0 .. 4294967295, got {seed!r}"):
-            method(*given, seed=seed)
+            method(*arguments, seed=seed)
 
 
 def test_a_run_draws_with_its_own_options(loaded):
@@ -162,19 +164,20 @@ def test_inpainting_keeps_the_tokens_and_on_request_the_pixels_outside_the_mask(
     images = np.random.default_rng(1).random((3, 8, 8, 3), dtype=np.float32)
     mask = np.zeros((8, 8), bool)
     mask[4:] = True
-    made, tokens = model.inpaint(images, mask, [1, 2, 3], return_tokens=True)
-    given, resample = tokenizer.encode(images), mask_from_pixels(mask[None], model.module.config.schedule)[0]
-    np.testing.assert_array_equal(tokens[:, ~resample], given[:, ~resample])
-    assert (tokens[:, resample] != given[:, resample]).mean() > 0.3
-    np.testing.assert_allclose(made, tokenizer.decode(tokens), atol=1e-5)
+    edited, tokens = model.inpaint(images, mask, [1, 2, 3], return_tokens=True)
+    known = tokenizer.encode(images)
+    resample = mask_from_pixels(mask[None], model.module.config.schedule)[0]
+    np.testing.assert_array_equal(tokens[:, ~resample], known[:, ~resample])
+    assert (tokens[:, resample] != known[:, resample]).mean() > 0.3
+    np.testing.assert_allclose(edited, tokenizer.decode(tokens), atol=1e-5)
     pasted = model.inpaint(images, mask, [1, 2, 3], paste_back=True)
     np.testing.assert_array_equal(pasted[:, :4], images[:, :4])
-    np.testing.assert_array_equal(pasted[:, 4:], made[:, 4:])
+    np.testing.assert_array_equal(pasted[:, 4:], edited[:, 4:])
     # Without labels: as for "no class".  With a mask for each image: as with one for all.
     none = model.inpaint(images, np.stack([mask] * 3), [10, 10, 10], seed=4)
     np.testing.assert_array_equal(model.inpaint(images, mask, seed=4), none)
-    for wrong, result in ((mask[:4], r"bool \(4, 8\)"), (mask.astype(int), r"int64 \(8, 8\)")):
-        with pytest.raises(ValueError, match=r"must be bool \(3, 8, 8\) like the images, got " + result):
+    for wrong, received in ((mask[:4], r"bool \(4, 8\)"), (mask.astype(int), r"int64 \(8, 8\)")):
+        with pytest.raises(ValueError, match=r"must be bool \(3, 8, 8\) like the images, got " + received):
             model.inpaint(images, wrong)
     with pytest.raises(ValueError, match="got 3 images and 2 labels"):
         model.inpaint(images, mask, [1, 2])
@@ -192,7 +195,7 @@ def test_a_mask_of_one_pixel_changes_its_cell_and_an_empty_one_is_refused(loaded
     cell = 5 + 4 * 2 + 1
     assert changed[:, cell].mean() > 0.5 and not np.delete(changed, cell, axis=1).any()
     mask[3] = False
-    with pytest.raises(ValueError, match="in image 3 no token is to be drawn: 0 of its pixels are True"):
+    with pytest.raises(ValueError, match="in image 3 it selects none: 0 of its pixels are True"):
         model.inpaint(images, mask)
 
 
@@ -203,7 +206,7 @@ def test_variation_keeps_the_coarse_maps(loaded):
         _, varied = model.vary(tokens, first, [1, 2, 3], seed=7, return_tokens=True)
         np.testing.assert_array_equal(varied[:, :start], tokens[:, :start])
         assert (varied[:, start:] != tokens[:, start:]).mean() > 0.3
-    # The seed that the image was drawn with gives it again; two at a time as well.
+    # The seed of the image itself gives the same tokens, also in batches of two.
     _, same = model.vary(tokens, 1, [1, 2, 3], return_tokens=True, batch=2)
     np.testing.assert_array_equal(same, tokens)
     with pytest.raises(ValueError, match="batch must be a whole number of at least 1, got 0"):
@@ -212,16 +215,16 @@ def test_variation_keeps_the_coarse_maps(loaded):
 
 def test_eight_devices_share_a_batch(loaded):
     _, model = loaded
-    spread = model.replicate()
-    assert len(spread.params["head"]["kernel"].sharding.device_set) == 8
+    replicated = model.replicate()
+    assert len(replicated.params["head"]["kernel"].sharding.device_set) == 8
     labels = [0, 1, 2, 3, 4]
-    images, tokens = spread.generate(labels, return_tokens=True)
+    images, tokens = replicated.generate(labels, return_tokens=True)
     want, want_tokens = model.generate(labels, return_tokens=True)
     np.testing.assert_array_equal(tokens, want_tokens)
     np.testing.assert_allclose(images, want, atol=1e-5)
 
 
-def test_parameters_are_read_in_the_type_that_they_are_used_in(loaded):
+def test_parameters_are_stored_in_the_dtype_of_their_use(loaded):
     params = in_compute_dtype(loaded[1].params, jnp.bfloat16)
     layers = params["blocks"]["layers"]["attention"]
     assert layers["qkv"]["kernel"].dtype == layers["q_bias"].dtype == jnp.bfloat16
@@ -230,7 +233,7 @@ def test_parameters_are_read_in_the_type_that_they_are_used_in(loaded):
     assert tokenizer["encoder"]["conv_in"]["kernel"].dtype == jnp.bfloat16
     assert tokenizer["encoder"]["norm_out"]["bias"].dtype == jnp.float32
     assert tokenizer["quantizer"]["codebook"].dtype == tokenizer["quantizer"]["phi_bias"].dtype == jnp.float32
-    # The same numbers: a network of that type casts them at every use.
+    # A network of that dtype casts the parameters at every use, so the numbers are the same.
     module = dataclasses.replace(loaded[1].module, dtype=jnp.dtype(jnp.bfloat16))
     inputs = (jnp.zeros(1, jnp.int32), jnp.ones((1, 20, 4)))
     want = module.apply({"params": loaded[1].params}, *inputs)

@@ -1,4 +1,4 @@
-"""Flags and failures that the scripts share."""
+"""Flags and error handling that the commands share."""
 
 import types
 
@@ -8,23 +8,24 @@ from absl import app
 
 from var_jax import cli
 from var_jax.errors import ConfigError
+from var_jax.tools import encode_dataset
 from var_jax.training.config_fields import with_present_names
 from var_jax.training.trainer import Preempted
 
 
 class Exited(BaseException):
-    """Stands in for the end of the process."""
+    """Raised in place of the end of the process."""
 
 
 @pytest.fixture(params=[1, 2])
 def hosts(request, monkeypatch):
-    """One host, or one of two, where `os._exit` is seen."""
+    """Pretend to be one host, or one of two, and record `os._exit`."""
 
-    def leave(code):
+    def record_exit(code):
         raise Exited(code)
 
     monkeypatch.setattr(cli.jax, "process_count", lambda: request.param)
-    monkeypatch.setattr(cli.os, "_exit", leave)
+    monkeypatch.setattr(cli.os, "_exit", record_exit)
     return request.param
 
 
@@ -56,11 +57,11 @@ def test_edits_lead_to_one_class(monkeypatch):
     model = types.SimpleNamespace(num_classes=10, check_labels=lambda labels: labels)
     flag = lambda *words: {"label": types.SimpleNamespace(value=words)}  # noqa: E731
     monkeypatch.setattr(cli, "FLAGS", flag("none"))
-    np.testing.assert_array_equal(cli.labels(model, "label", most=1), [10])
+    np.testing.assert_array_equal(cli.labels(model, "label", max_count=1), [10])
     for words in (("3", "5"), ("3-5",)):
         monkeypatch.setattr(cli, "FLAGS", flag(*words))
-        with pytest.raises(app.UsageError, match="--label=.*: must name 1 class, got"):
-            cli.labels(model, "label", most=1)
+        with pytest.raises(app.UsageError, match="--label=.*: must name at most 1 class, got"):
+            cli.labels(model, "label", max_count=1)
 
 
 def test_an_error_of_a_user_is_a_line_and_a_bug_is_itself(monkeypatch):
@@ -92,11 +93,25 @@ def test_config_fields_of_the_last_release_are_accepted_with_a_notice(monkeypatc
     )
 
 
+def test_flags_of_the_last_release_are_accepted_with_a_notice(monkeypatch, capsys):
+    monkeypatch.setattr(
+        cli.sys, "argv", ["encode_dataset", "--data.name=digits", "--data.dir", "x", "--flip"]
+    )
+    monkeypatch.setattr(cli.app, "run", lambda command: None)
+    cli.run(lambda argv: None, renamed=encode_dataset.RENAMED_FLAGS)
+    assert cli.sys.argv == ["encode_dataset", "--data=digits", "--data_dir", "x", "--flip"]
+    notices = capsys.readouterr().err.splitlines()
+    assert [notice.split(";")[0] for notice in notices] == [
+        "--data.name is called --data now",
+        "--data.dir is called --data_dir now",
+    ]
+
+
 def test_saved_configs_of_the_last_release_get_present_names():
     saved = {"model": {"label_drop": 0.1, "depth": 2}, "stage": {"train": {"keep": 1, "batch": 4}}}
     saved["stage"]["adversarial"] = {"start": 0.2, "train": {"clip": 1.0}}
-    now = with_present_names(saved)
-    assert now["model"] == {"class_dropout_prob": 0.1, "depth": 2}
-    assert now["stage"]["train"] == {"max_to_keep": 1, "batch": 4}
-    assert now["stage"]["adversarial"] == {"start_fraction": 0.2, "train": {"grad_clip_norm": 1.0}}
-    assert with_present_names(now) == now
+    renamed = with_present_names(saved)
+    assert renamed["model"] == {"class_dropout_prob": 0.1, "depth": 2}
+    assert renamed["stage"]["train"] == {"max_to_keep": 1, "batch": 4}
+    assert renamed["stage"]["adversarial"] == {"start_fraction": 0.2, "train": {"grad_clip_norm": 1.0}}
+    assert with_present_names(renamed) == renamed

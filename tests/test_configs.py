@@ -1,4 +1,4 @@
-"""Every config has exactly the fields of the schema, so that a misspelt one cannot hide."""
+"""Every config has exactly the fields of the schema, so that a misspelled one is found."""
 
 import importlib
 

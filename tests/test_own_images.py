@@ -1,4 +1,4 @@
-"""The way of docs/your_own_images.md, from a folder of pictures to samples, at a size that takes seconds."""
+"""The steps of docs/your_own_images.md, from a folder of pictures to samples, at a tiny size."""
 
 import numpy as np
 
@@ -25,23 +25,23 @@ def run(*arguments: str) -> str:
 def test_from_a_folder_of_pictures_to_samples(tmp_path):
     write_folder(tmp_path / "pictures", 120)
     data, runs, tokens = (str(tmp_path / name) for name in ("data", "runs", "tokens"))
-    said = run(
+    output = run(
         "-m", "var_jax.tools.prepare", f"--images={tmp_path}/pictures", "--name=shapes", f"--data_dir={data}",
         "--skip_bad", "--held_out=0.2", "--workers=1",
     )  # fmt: skip
-    assert "left out 4 of 124 files" in said
+    assert "left out 4 of 124 files" in output
     train = ["train.py", "--config=configs/shapes.py", f"--workdir={runs}"]
     stage = lambda name: [f"--config.{name}.data.dir={data}", *(f"--config.{name}.train.{x}" for x in TRAIN)]  # noqa: E731
     run(*train, "--config.stages=tokenizer", *stage("tokenizer"), *TINY_TOKENIZER)
-    said = run(
-        "-m", "var_jax.tools.encode_dataset", f"--workdir={runs}", "--data.name=shapes", f"--data.dir={data}",
+    output = run(
+        "-m", "var_jax.tools.encode_dataset", f"--workdir={runs}", "--data=shapes", f"--data_dir={data}",
         "--crops=2", "--flip", f"--out={tokens}",
     )  # fmt: skip
-    assert "in 2 crops" in said
+    assert "in 2 crops" in output
     model = [f"--config.next_scale.model.{field}" for field in TINY_VAR]
     cached = f"--config.next_scale.data.tokens={tokens}"
-    said = run(*train, "--config.stages=next_scale", cached, *stage("next_scale"), *model)
-    assert "next_scale eval  3/3" in said
+    output = run(*train, "--config.stages=next_scale", cached, *stage("next_scale"), *model)
+    assert "next_scale eval  3/3" in output
     run("sample.py", f"--workdir={runs}", "--num_per_class=1", f"--out={tmp_path}/out")
     with np.load(tmp_path / "out" / "samples.npz") as samples:
         assert samples["arr_0"].shape == (len(SHAPES), 8, 8, 3) and samples["arr_0"].std() > 1

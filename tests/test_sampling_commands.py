@@ -1,4 +1,4 @@
-"""Sampling at scale and editing from the command line, as processes of their own."""
+"""Commands that sample and edit, each run in a process."""
 
 import contextlib
 import os
@@ -18,7 +18,7 @@ from tests.helpers.xla_flags import QUICK, fake_devices
 
 IMAGE_BYTES = 8 * 8 * 3
 COUNT = 300
-# sample.py on a device that has no room for decoding.
+# sample.py on a device without memory for decoding.
 OUT_OF_MEMORY = """
 import jax, sample
 from absl import app
@@ -46,7 +46,7 @@ def other():
 sample.cli.load = other
 app.run(sample.main)
 """
-# What sample.py says of its flags.
+# Messages of sample.py about its flags.
 OUT_FOLDER = """
 import sample
 from absl import app, flags
@@ -70,7 +70,7 @@ for wrong in (
 
 
 def sampled(run, out, *flags, devices: int = 1) -> tuple[bytes, np.ndarray]:
-    """Samples of the tiny run: the file and its images."""
+    """Sample from the tiny run; return the bytes of the file, and the images."""
     flags = (f"--workdir={run}", f"--out={out}", f"--num_per_class={COUNT // 10}", *flags)
     done = command("sample.py", *flags, xla_flags=fake_devices(devices))
     assert done.returncode == 0, done.stderr[-2000:]
@@ -85,7 +85,7 @@ def unbroken(tiny_run, tmp_path_factory):
 
 
 def killed_after(run, out, images: int) -> int:
-    """Starts sampling, kills it once so many images are on disk; returns how many there are then."""
+    """Start sampling, kill it once `images` are on disk, and return the number of images on disk."""
     flags = (f"--workdir={run}", f"--out={out}", f"--num_per_class={COUNT // 10}", "--batch=2")
     process = subprocess.Popen(
         [sys.executable, "sample.py", *flags],
@@ -104,16 +104,16 @@ def killed_after(run, out, images: int) -> int:
 
 
 def test_killed_three_times_it_makes_the_same_file_byte_for_byte(tiny_run, unbroken, tmp_path):
-    there = 0
+    previous = 0
     for images in (20, 100, 180):
-        result = killed_after(tiny_run, tmp_path, images)
-        assert max(images, there) <= result < COUNT  # it went on where it was, and was killed on the way
-        there = result
+        count = killed_after(tiny_run, tmp_path, images)
+        assert max(images, previous) <= count < COUNT  # it resumed, and was killed before the end
+        previous = count
         assert not (tmp_path / "samples.npz").exists()
     file, images = sampled(tiny_run, tmp_path, "--batch=2", "--pngs")
     assert file == unbroken[0]
     assert not (tmp_path / "samples.partial").exists()
-    # PNGs of what was there before, too.
+    # PNGs of the images before the last kill, too.
     names = sorted(path.name for path in (tmp_path / "images").iterdir())
     assert names == [f"{i:06d}_class{i % 10:04d}.png" for i in range(COUNT)]
     np.testing.assert_array_equal(Image.open(tmp_path / "images" / names[3]), images[3])
@@ -123,29 +123,29 @@ def test_pictures_that_do_not_fit_are_a_warning_and_the_same_command_draws_them(
     flags = (f"--workdir={tiny_run}", f"--out={tmp_path}", "--num_per_class=2")
     done = command("-c", OUT_OF_MEMORY, *flags)
     assert done.returncode == 0, done.stderr[-2000:]
-    assert f"warning: {tmp_path}/scales.png could not be drawn: RESOURCE_EXHAUSTED: Out of mem" in done.stderr
-    assert "samples.npz is complete; the same command draws it" in done.stderr
+    assert f"warning: {tmp_path}/scales.png could not be written: RESOURCE_EXHAUSTED: Out of m" in done.stderr
+    assert "samples.npz is complete; run the same command again to write it" in done.stderr
     assert "samples.npz when pictures are drawn: True" in done.stdout
-    made = (tmp_path / "samples.npz").stat().st_mtime_ns
+    written = (tmp_path / "samples.npz").stat().st_mtime_ns
     assert (tmp_path / "samples.png").exists() and not (tmp_path / "scales.png").exists()
     done = command("sample.py", *flags, "--pngs")
     assert done.returncode == 0 and "samples.npz, tokens.npy, samples.png, scales.png, images/" in done.stdout
     assert Image.open(tmp_path / "scales.png").size == (3 * 50 + 2, 10 * 50 + 2)
     assert len(list((tmp_path / "images").iterdir())) == 20
-    assert (tmp_path / "samples.npz").stat().st_mtime_ns == made  # nothing was made again
+    assert (tmp_path / "samples.npz").stat().st_mtime_ns == written  # nothing is generated again
 
 
 def test_batch_and_devices_do_not_decide_the_images(tiny_run, unbroken, tmp_path):
     """To 1/255, where a sum in another order falls on the other side of a rounding."""
     _, sevens = sampled(tiny_run, tmp_path / "7", "--batch=7")
     _, many = sampled(tiny_run, tmp_path / "64", "--batch=64")
-    _, spread = sampled(tiny_run, tmp_path / "spread", devices=8)
-    for images in (sevens, many, spread):
+    _, sharded = sampled(tiny_run, tmp_path / "sharded", devices=8)
+    for images in (sevens, many, sharded):
         assert np.abs(images - unbroken[1]).max() <= 1
 
 
 def two_hosts(run, out, *flags) -> list[subprocess.Popen]:
-    """Two processes on loopback with two devices each; the first one writes, to out/0."""
+    """Start two processes on loopback with two devices each; process 0 writes to out/0."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
@@ -164,8 +164,8 @@ def two_hosts(run, out, *flags) -> list[subprocess.Popen]:
 
 def test_two_hosts_share_the_work(tiny_run, unbroken, tmp_path):
     hosts = two_hosts(tiny_run, tmp_path, f"--num_per_class={COUNT // 10}", "--batch=8")
-    said = [host.communicate(timeout=600)[1] for host in hosts]
-    assert [host.returncode for host in hosts] == [0, 0], said[0][-2000:] + said[1][-2000:]
+    errors = [host.communicate(timeout=600)[1] for host in hosts]
+    assert [host.returncode for host in hosts] == [0, 0], errors[0][-2000:] + errors[1][-2000:]
     with np.load(tmp_path / "0" / "samples.npz") as samples:
         assert np.abs(samples["arr_0"].astype(int) - unbroken[1]).max() <= 1
     assert not (tmp_path / "1").exists()
@@ -173,7 +173,7 @@ def test_two_hosts_share_the_work(tiny_run, unbroken, tmp_path):
 
 @pytest.mark.parametrize("failure", ["other samples", "full disk"])
 def test_when_the_writing_host_fails_both_end_with_its_message(tiny_run, small_disk, failure):
-    """At the start, where unfinished samples of another job are in the way; and in the middle."""
+    """Fail at the start, on unfinished samples of another job, or in the middle, on a full disk."""
     message, images = "sample.py: samples could not be written under", 6000
     if failure == "other samples":
         message, images = "sample.py: .* holds unfinished samples of another call", 20
@@ -189,7 +189,7 @@ def test_when_the_writing_host_fails_both_end_with_its_message(tiny_run, small_d
             with contextlib.suppress(OSError), open(small_disk / "filler", "wb", buffering=0) as filler:
                 while True:
                     filler.write(bytes(4096))
-        said = hosts[0].communicate(timeout=400)[1]
+        stderr = hosts[0].communicate(timeout=400)[1]
         ended = time.monotonic()
         hosts[1].communicate(timeout=60)
         print(f"process 1 ended {time.monotonic() - ended:.1f} s after process 0")
@@ -197,7 +197,7 @@ def test_when_the_writing_host_fails_both_end_with_its_message(tiny_run, small_d
         for host in hosts:
             host.kill()
     assert [host.returncode != 0 for host in hosts] == [True, True]
-    assert re.search(message, said) and "Traceback" not in said, said[-2000:]
+    assert re.search(message, stderr) and "Traceback" not in stderr, stderr[-2000:]
 
 
 def test_unfinished_samples_of_another_call_are_not_mixed(tiny_run, tmp_path):
@@ -243,10 +243,10 @@ def test_flags_that_cannot_be_are_refused_before_anything_is_loaded():
     done = command("-c", OUT_FOLDER)
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.splitlines() == [
-        "give either --labels, an image each, or --classes; got both",
-        "give either --labels, an image each, or --num_per_class; got both",
-        "--workdir=gs://bucket/run is remote, but samples are appended to local files while they are made: "
-        "give --out=DIR, a folder on this machine, too",
+        "give either --labels, one per image, or --classes; got both",
+        "give either --labels, one per image, or --num_per_class; got both",
+        "--workdir=gs://bucket/run is remote, but samples are written to local files: give --out=DIR, a "
+        "folder on this machine, too",
         "--out=gs://bucket/out: must be a local path. Copy it to this machine, or mount the bucket (gcsfuse "
         "for gs://) and give the path of the mount.",
         "flag --seed=4294967296: 4294967296 is not an integer in the range [0, 4294967295]",
@@ -262,11 +262,11 @@ def test_editing_files(tiny_run, tmp_path):
     edit = ("-m", "var_jax.tools.edit", *flags)
     done = command(*edit, "--box=0,8,24,16", "--label=3", "--paste_back")
     assert done.returncode == 0, done.stderr[-2000:]
-    assert "24 x 16, cut to a square and resized to 8 x 8" in done.stdout and "50% of them" in done.stdout
+    assert "24 x 16, cropped to a square and resized to 8 x 8" in done.stdout and "50% of them" in done.stdout
     after = [np.asarray(Image.open(tmp_path / "edit" / f"edit_00{i}.png")).astype(int) for i in (0, 1)]
-    cut = Image.fromarray(picture).crop((4, 0, 20, 16)).resize((8, 8), Image.Resampling.LANCZOS)
+    cropped = Image.fromarray(picture).crop((4, 0, 20, 16)).resize((8, 8), Image.Resampling.LANCZOS)
     for image in after:
-        np.testing.assert_array_equal(image[:4], np.asarray(cut)[:4])  # not one pixel outside the mask
+        np.testing.assert_array_equal(image[:4], np.asarray(cropped)[:4])  # no pixel outside the mask changes
     assert (after[0] != after[1]).any()
     assert Image.open(tmp_path / "edit" / "edit.png").size == (4 * 50 + 2, 52)  # before, mask, after
     for wrong, message in (
@@ -283,6 +283,6 @@ def test_variations_of_a_drawn_image(tiny_run, tmp_path):
     done = command("-m", "var_jax.tools.vary", *flags)
     assert done.returncode == 0, done.stderr[-2000:]
     picture = np.asarray(Image.open(tmp_path / "vary.png")).astype(int)
-    assert picture.shape == (3 * 50 + 2, 4 * 50 + 2, 3)  # a row a scale; the image and three of it
+    assert picture.shape == (3 * 50 + 2, 4 * 50 + 2, 3)  # a row per scale: the image and three variations
     rows = picture[2:].reshape(3, 50, -1, 3)[:, :48, 2:50]
-    np.testing.assert_array_equal(rows[0], rows[2])  # the image itself stands first in every row
+    np.testing.assert_array_equal(rows[0], rows[2])  # every row begins with the image

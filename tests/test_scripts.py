@@ -1,4 +1,4 @@
-"""The command lines, as processes of their own."""
+"""The commands, each run in a process."""
 
 import re
 
@@ -43,7 +43,7 @@ def test_sample_from_published_files(goldens, tmp_path):
 
 
 def test_a_wrong_config_is_a_line_and_a_bug_a_traceback(digits_dir, tmp_path):
-    """Both are a ValueError."""
+    """Both start as a ValueError."""
     flags = (
         "--config=configs/digits.py",
         f"--workdir={tmp_path}/run",

@@ -1,6 +1,6 @@
-"""What a notebook user touches: load a tokenizer and a VAR, encode, decode, generate.
+"""Public API: load a tokenizer and a VAR, encode, decode, generate, edit.
 
-Images are float32 [B, H, W, 3] in [0, 1] here, and numpy arrays come back.
+Images are float32 [B, H, W, 3] in [0, 1] here, and results are numpy arrays.
 """
 
 import dataclasses
@@ -29,10 +29,10 @@ from var_jax.sampling.sampler import (
 from var_jax.tokenizer import model as tokenizer_model
 from var_jax.transformer.model import ARTransformer
 
-# Those of the published demonstration, but for its `more_smooth`: mixed codes are no tokens, and the tokens
-# of an edit are to be those of its image.  smooth=True gives the demonstration's.
+# Sampling options of the published editing demonstration, without its `more_smooth` (smooth=True here): mixed
+# codes are not tokens, so the returned tokens would not decode to the image.
 EDITING = {"guidance": 3.0, "top_p": 0.95}
-OUT_OF_RANGE = 1e-3  # by which pixels may leave [0, 1], as they do after a resize or in bfloat16
+RANGE_TOLERANCE = 1e-3  # excess of pixels over [0, 1] that is clipped, as from a resize or bfloat16
 
 
 class LoadedTokenizer:
@@ -40,38 +40,44 @@ class LoadedTokenizer:
 
     Attributes:
       scales: sides of the K token maps.
-      num_codes: V.
+      num_codes: V, number of codes in the codebook.
+      num_tokens: L, number of tokens of an image.
+      image_size: H = W, side of the images in pixels.
+      module: Flax module.
+      params: parameters in the compute dtype.
     """
 
     def __init__(self, model: tokenizer_model.Tokenizer, params: dict):
-        self.module, self.params = model, tokenizer_in_compute_dtype(params, model)
-        self.params = jax.tree.map(jnp.asarray, self.params)  # cast on the host, so that it is held once
+        self.module = model
+        # Cast on the host, so that the devices never hold two copies.
+        self.params = jax.tree.map(jnp.asarray, tokenizer_in_compute_dtype(params, model))
         self.scales, self.num_codes = model.config.scales, model.config.num_codes
+        self.num_tokens, self.image_size = model.config.schedule.length, model.config.image_size
 
     def encode(self, images, batch: int | None = None) -> np.ndarray:
-        """Images float [B, H, W, 3] in [0, 1] -> tokens int32 [B, L].
+        """Encode images to tokens int32 [B, L].
 
         Args:
-          images: float of any width; up to 0.001 outside [0, 1] is clipped.
-          batch: images encoded at once; by default as many as take 2 GiB or less.
+          images: float of any precision [B, H, W, 3] in [0, 1]; an excess of up to 0.001 is clipped.
+          batch: number of images to encode at once; by default as many as fit 2 GiB.
 
         Raises:
-          ValueError: on images of another size or range; says what would be right.
+          ValueError: on images of another size, type or range.
         """
         images = self.check_images(images) * 2 - 1
         return self._in_batches(tokenizer_model.encode, images, batch)
 
     def decode(self, tokens, upto: int | None = None, batch: int | None = None) -> np.ndarray:
-        """Tokens int [B, L] -> images [B, H, W, 3] in [0, 1]; `upto` = k uses the first k maps only.
+        """Decode tokens to images float32 [B, H, W, 3] in [0, 1].
 
         Args:
           tokens: int [B, L].
-          upto: how many of the maps to use; None for all.
-          batch: images decoded at once; by default as many as take 2 GiB or less.
+          upto: number of maps to decode, from the coarsest; None for all.
+          batch: number of images to decode at once; by default as many as fit 2 GiB.
 
         Raises:
-          ValueError: on tokens of another length, codes outside the codebook, or k outside 1 .. K.
-          NonFiniteImages: on weights that make such.
+          ValueError: on tokens of another length, codes outside the codebook, or `upto` outside 1 .. K.
+          NonFiniteImages: if the weights give images that are not finite.
         """
         tokens = self.check_tokens(tokens)
         if upto is not None:
@@ -82,49 +88,62 @@ class LoadedTokenizer:
         return images
 
     def decode_steps(self, tokens, batch: int | None = None) -> np.ndarray:
-        """Tokens int [B, L], or of the first n maps -> images [B, n, H, W, 3] after 1, 2, ... n maps.
+        """Decode tokens to images float32 [B, n, H, W, 3] in [0, 1] after 1, 2, ... n maps.
 
-        `batch` is as for `decode`; n maps take no more memory than one.
+        Args:
+          tokens: int [B, L], or the tokens of the first n maps.
+          batch: as for `decode`; n maps take no more memory than one.
         """
-        tokens = self.check_tokens(tokens, whole=False)
+        tokens = self.check_tokens(tokens, all_maps=False)
         return self._in_batches(tokenizer_model.decode_steps, tokens, batch) / 2 + 0.5
 
     def _in_batches(self, function: Callable, rows: np.ndarray, batch: int | None) -> np.ndarray:
-        """Apply a program to rows [B, ...], `batch` at once; the last row fills up the last batch."""
+        """Apply a jitted function to rows [B, ...], `batch` at once; the last batch is padded."""
         batch = codec_batch(self.module) if batch is None else check_integer("batch", batch, 1)
-        batch, results = min(batch, len(rows)), []
+        batch = min(batch, len(rows))
+        outputs = []
         for first in range(0, len(rows), batch):
-            some = rows[np.minimum(np.arange(first, first + batch), len(rows) - 1)]
-            result = function(self.module, self.params, jnp.asarray(some))
-            results.append(np.asarray(result)[: len(rows) - first])
-        return np.concatenate(results)
+            padded = rows[np.minimum(np.arange(first, first + batch), len(rows) - 1)]
+            output = function(self.module, self.params, jnp.asarray(padded))
+            outputs.append(np.asarray(output)[: len(rows) - first])
+        return np.concatenate(outputs)
 
     def check_images(self, images) -> np.ndarray:
-        """Images as float32 [B, H, W, 3] in [0, 1].  Raises ValueError on another size, type or range."""
-        images, side = np.asarray(images), self.module.config.image_size
+        """Return images as float32 [B, H, W, 3] in [0, 1].
+
+        Raises:
+          ValueError: on images of another size, type or range.
+        """
+        images, side = np.asarray(images), self.image_size
         if images.ndim != 4 or images.shape[1:] != (side, side, 3) or not len(images):
-            result = f"got shape {images.shape}"
-            raise ValueError(f"images must be [B, {side}, {side}, 3], {result}; B must be at least 1")
+            raise ValueError(
+                f"images must be [B, {side}, {side}, 3], got shape {images.shape}; B must be at least 1"
+            )
         if not jnp.issubdtype(images.dtype, jnp.floating):
             raise ValueError(f"images must be floats in [0, 1], got {images.dtype}; divide uint8 by 255")
         images = images.astype(np.float32)
-        if not (images.min() >= -OUT_OF_RANGE and images.max() <= 1 + OUT_OF_RANGE):
+        if not (images.min() >= -RANGE_TOLERANCE and images.max() <= 1 + RANGE_TOLERANCE):
             raise ValueError(f"images must be in [0, 1], got {images.min():.6g} .. {images.max():.6g}")
         return images.clip(0, 1)
 
-    def check_tokens(self, tokens, whole: bool = True) -> np.ndarray:
-        """Tokens as int32 [B, L], or of the first maps where they need not be whole.
+    def check_tokens(self, tokens, all_maps: bool = True) -> np.ndarray:
+        """Return tokens as int32 [B, L].
+
+        Args:
+          tokens: int [B, L].
+          all_maps: False to accept the tokens of the first n maps, too.
 
         Raises:
-          ValueError: on another shape, or codes outside the codebook.
+          ValueError: on another shape or type, or codes outside the codebook.
         """
         tokens, ends = np.asarray(tokens), self.module.config.schedule.ends
-        lengths = ends[-1:] if whole else ends
+        lengths = ends[-1:] if all_maps else ends
         fits = tokens.ndim == 2 and tokens.shape[1] in lengths and len(tokens)
         if not fits or not np.issubdtype(tokens.dtype, np.integer):
             expected = " or ".join(str(length) for length in lengths)
-            result = f"got {tokens.dtype} {tokens.shape}"
-            raise ValueError(f"tokens must be int [B, {expected}], {result}; B must be at least 1")
+            raise ValueError(
+                f"tokens must be int [B, {expected}], got {tokens.dtype} {tokens.shape}; B must be at least 1"
+            )
         if not (tokens.min() >= 0 and tokens.max() < self.num_codes):
             raise ValueError(
                 f"tokens must be in 0 .. {self.num_codes - 1}, got {tokens.min()} .. {tokens.max()}"
@@ -138,37 +157,53 @@ class LoadedVAR:
     Attributes:
       num_classes: labels are 0 .. num_classes - 1; num_classes itself means "no class".
       depth: number of blocks.
-      options: how its run draws its previews; the published options for a published file.
+      scales: sides of the K token maps.
+      image_size: H = W, side of the images in pixels.
+      options: sampling options of the run's previews; the published options for a published file.
+      tokenizer: tokenizer whose tokens are predicted.
+      module: Flax module.
+      params: parameters in the compute dtype.
     """
 
     def __init__(
         self, model: ARTransformer, params: dict, options: SamplingOptions, tokenizer: LoadedTokenizer
     ):
         self.module, self.options, self.tokenizer = model, options, tokenizer
-        self.params = in_compute_dtype(params, model.dtype)
-        self.params = jax.tree.map(jnp.asarray, self.params)  # cast on the host, so that it is held once
+        # Cast on the host, so that the devices never hold two copies.
+        self.params = jax.tree.map(jnp.asarray, in_compute_dtype(params, model.dtype))
         self.num_classes, self.depth = model.config.num_classes, model.config.depth
+        self.scales, self.image_size = model.config.scales, tokenizer.image_size
         self._sharding = None
 
     @property
     def networks(self) -> Networks:
-        """Modules and parameters, as the functions of `sampling/sampler.py` take them."""
+        """Return modules and parameters as the functions of `sampling/sampler.py` take them."""
         return Networks(self.tokenizer.module, self.module, self.tokenizer.params, self.params)
 
     def replicate(self, devices=None) -> "LoadedVAR":
-        """Replicate the parameters on all devices (of all hosts), which then share every batch."""
+        """Return a copy with its parameters replicated on devices, which then share every batch.
+
+        Args:
+          devices: by default all devices of all hosts.
+        """
         devices = jax.devices() if devices is None else devices
         mesh = jax.make_mesh((len(devices),), ("data",), axis_types=(AxisType.Auto,), devices=devices)
-        everywhere = partial(
-            jax.tree.map, partial(device_put_global, sharding=NamedSharding(mesh, PartitionSpec()))
-        )
-        tokenizer = LoadedTokenizer(self.tokenizer.module, everywhere(self.tokenizer.params))
-        model = LoadedVAR(self.module, everywhere(self.params), self.options, tokenizer)
+        put = partial(device_put_global, sharding=NamedSharding(mesh, PartitionSpec()))
+        tokenizer = LoadedTokenizer(self.tokenizer.module, jax.tree.map(put, self.tokenizer.params))
+        model = LoadedVAR(self.module, jax.tree.map(put, self.params), self.options, tokenizer)
         model._sharding = NamedSharding(mesh, PartitionSpec("data"))
         return model
 
     def logits(self, tokens, labels) -> np.ndarray:
-        """Teacher-forced logits float32 [B, L, V] of tokens int [B, L] given labels int [B]."""
+        """Compute teacher-forced logits float32 [B, L, V].
+
+        Args:
+          tokens: int [B, L].
+          labels: int [B].
+
+        Raises:
+          ValueError: on tokens or labels that do not fit the model or each other.
+        """
         tokens, labels = self.tokenizer.check_tokens(tokens), self.check_labels(labels)
         if len(tokens) != len(labels):
             raise ValueError(f"got tokens of {len(tokens)} images and {len(labels)} labels")
@@ -184,48 +219,56 @@ class LoadedVAR:
         smooth=False,
         return_tokens: bool = False,
         batch: int | None = None,
-        **more,
+        **other_options,
     ):
-        """Draws one image a label; the same seed gives the same images.
+        """Generate one image per label; the same seed gives the same images.
 
-        The defaults are the published ones, whatever the model was trained on; `sample` has those of its run.
+        The defaults are the published options, whatever the model was trained on; those of `sample` are the
+        options of the model's run.
 
         Args:
           labels: int [B]; num_classes means "no class".
           seed: 0 .. 2^32 - 1; image i depends on (seed, i) alone.
-          guidance: strength of classifier-free guidance at the last scale, rising from 0; or one a scale.
-          top_k, top_p: draw among the likeliest codes only; 0 for all; one value, or one a scale.
-          smooth: mix codes instead of drawing one.
+          guidance: strength of classifier-free guidance at the last scale, rising from 0; or one per scale.
+          top_k: number of likeliest codes to sample from; 0 for all; one value, or one per scale.
+          top_p: probability that the likeliest codes to sample from hold together; 0 for all; one value, or
+            one per scale.
+          smooth: mix codes instead of sampling one.
           return_tokens: also return the tokens int32 [B, L].
-          batch: images made at once; all by default.
-          **more: other fields of `SamplingOptions`: temperature, guidance_schedule, guidance_until, upto.
+          batch: number of images to generate at once; all by default.
+          **other_options: other fields of `SamplingOptions`: temperature, guidance_schedule, guidance_until,
+            upto.
 
         Returns:
           Images float32 [B, H, W, 3] in [0, 1], or (images, tokens).
 
         Raises:
-          ValueError: naming the argument that is out of range or of another type.
-          NonFiniteImages: on weights or options that make such.
+          ValueError: naming the argument that is out of range or of the wrong type.
+          NonFiniteImages: if the weights or the options give images that are not finite.
         """
-        options = SamplingOptions(guidance=guidance, top_k=top_k, top_p=top_p, smooth=smooth, **more)
-        images, tokens = self._drawn(labels, seed, options, batch)
+        options = SamplingOptions(guidance=guidance, top_k=top_k, top_p=top_p, smooth=smooth, **other_options)
+        images, tokens = self._generate(labels, seed, options, batch)
         return (images, tokens) if return_tokens else images
 
     def sample(self, labels, seed: int = 0, return_tokens: bool = False, batch: int | None = None, **options):
-        """Draw one image a label as the model's run does its previews, and as sample.py does by default.
+        """Generate one image per label with the options of the model's run, the defaults of sample.py.
 
         Args:
-          labels, seed, return_tokens, batch: as for `generate`.
-          **options: fields of `SamplingOptions`; by default those of `self.options`.
+          labels: int [B]; num_classes means "no class".
+          seed: 0 .. 2^32 - 1; image i depends on (seed, i) alone.
+          return_tokens: also return the tokens int32 [B, L].
+          batch: number of images to generate at once; all by default.
+          **options: fields of `SamplingOptions` that replace those of `self.options`.
 
         Returns:
           Images float32 [B, H, W, 3] in [0, 1], or (images, tokens).
 
         Raises:
-          ValueError, NonFiniteImages: as `generate`.
+          ValueError: naming the argument that is out of range or of the wrong type.
+          NonFiniteImages: if the weights or the options give images that are not finite.
         """
         options = dataclasses.replace(self.options, **options)
-        images, tokens = self._drawn(labels, seed, options, batch)
+        images, tokens = self._generate(labels, seed, options, batch)
         return (images, tokens) if return_tokens else images
 
     def inpaint(
@@ -239,19 +282,20 @@ class LoadedVAR:
         batch: int | None = None,
         **options,
     ):
-        """Makes a part of images anew: in- and out-painting, or editing towards a class, without training.
+        """Inpaint, outpaint or edit images: resample the tokens under a mask, without training.
 
-        At every scale the tokens outside the mask are those of the given image (Tian et al. 2024, section
-        5.3); 1x1 maps are always kept.  At the last scale every token is drawn whose cell has a masked pixel.
+        At every scale the tokens outside the mask are those of the input image (Tian et al. 2024, section
+        5.3); 1x1 maps are always kept.  At the last scale every token is resampled whose cell has a masked
+        pixel.
 
         Args:
           images: float [B, H, W, 3] in [0, 1].
-          mask: bool [B, H, W] or [H, W], True where to make anew; at least one pixel of each image.
+          mask: bool [B, H, W] or [H, W], True where to resample; at least one pixel of each image.
           labels: int [B], the classes to edit towards; None for "no class".
           seed: image i depends on (seed, i) alone.
-          paste_back: put the pixels of the input back outside the mask; else they come from the decoder.
+          paste_back: copy the pixels of the input outside the mask; otherwise they come from the decoder.
           return_tokens: also return the tokens int32 [B, L].
-          batch: images made at once; all by default.
+          batch: number of images to generate at once; all by default.
           **options: fields of `SamplingOptions`; by default guidance 3, top-k 900 and top-p 0.95 as in the
             published demonstration, which also mixes codes (smooth=True).
 
@@ -259,7 +303,9 @@ class LoadedVAR:
           Images float32 [B, H, W, 3] in [0, 1], or (images, tokens).
 
         Raises:
-          ValueError: on a mask of another size or type than the images, or that marks nothing to draw.
+          ValueError: on a mask of another shape than the images or another type than bool, or that selects
+            no token of an image.
+          NonFiniteImages: if the weights or the options give images that are not finite.
         """
         images, mask = self.tokenizer.check_images(images), np.asarray(mask)
         if mask.dtype != bool or mask.shape not in (images.shape[:3], images.shape[1:3]):
@@ -268,16 +314,17 @@ class LoadedVAR:
             )
         mask = np.broadcast_to(mask, images.shape[:3])
         resample = mask_from_pixels(mask, self.module.config.schedule)
-        if len(unchanged := np.flatnonzero(~resample.any(axis=1))):
+        if len(unmasked := np.flatnonzero(~resample.any(axis=1))):
             raise ValueError(
-                f"mask must mark something to draw in every image; in image {unchanged[0]} no token is to be "
-                f"drawn: {mask[unchanged[0]].sum()} of its pixels are True, and 1x1 maps are always kept"
+                f"mask must select a token of every image; in image {unmasked[0]} it selects none: "
+                f"{mask[unmasked[0]].sum()} of its pixels are True, and 1x1 maps are always kept"
             )
-        labels, options = self._labels_of(len(images), labels), SamplingOptions(**{**EDITING, **options})
-        tokens = self.tokenizer.encode(images)
-        made, tokens = self._drawn(labels, seed, options, batch, KnownTokens(tokens, resample))
-        made = np.where(mask[..., None], made, images) if paste_back else made
-        return (made, tokens) if return_tokens else made
+        labels = self._labels_or_none(labels, len(images))
+        options = SamplingOptions(**{**EDITING, **options})
+        known = KnownTokens(self.tokenizer.encode(images), resample)
+        edited, tokens = self._generate(labels, seed, options, batch, known)
+        edited = np.where(mask[..., None], edited, images) if paste_back else edited
+        return (edited, tokens) if return_tokens else edited
 
     def vary(
         self,
@@ -289,55 +336,70 @@ class LoadedVAR:
         batch: int | None = None,
         **options,
     ):
-        """Draws the maps of images anew from one scale on: what is coarse stays, what is fine is renewed.
+        """Generate variations of images: keep the coarse maps, and resample the maps from one scale on.
 
         Args:
           tokens: int [B, L].
-          from_scale: the first map to draw anew; 0 keeps nothing.
-          labels: int [B]; another class than the image's leads from one to the other.  None for "no class".
-          seed, return_tokens, batch, options: as for `inpaint`; the published options by default.
+          from_scale: first map to resample (0 is the coarsest, and keeps nothing).
+          labels: int [B]; a class other than the image's edits it towards that class.  None for "no class".
+          seed: image i depends on (seed, i) alone.
+          return_tokens: also return the tokens int32 [B, L].
+          batch: number of images to generate at once; all by default.
+          **options: fields of `SamplingOptions`; the published options by default.
 
         Returns:
           Images float32 [B, H, W, 3] in [0, 1], or (images, tokens).
+
+        Raises:
+          ValueError: naming the argument that is out of range or of the wrong type.
+          NonFiniteImages: if the weights or the options give images that are not finite.
         """
         tokens = self.tokenizer.check_tokens(tokens)
-        given = KnownTokens(tokens, mask_from_scale(from_scale, len(tokens), self.module.config.schedule))
-        labels = self._labels_of(len(tokens), labels)
-        made, tokens = self._drawn(labels, seed, SamplingOptions(**options), batch, given)
-        return (made, tokens) if return_tokens else made
+        known = KnownTokens(tokens, mask_from_scale(from_scale, len(tokens), self.module.config.schedule))
+        labels = self._labels_or_none(labels, len(tokens))
+        images, tokens = self._generate(labels, seed, SamplingOptions(**options), batch, known)
+        return (images, tokens) if return_tokens else images
 
     def generate_batches(
-        self, labels, seed: int, batch: int, options: SamplingOptions, **more
+        self, labels, seed: int, batch: int, options: SamplingOptions, **kwargs
     ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """Like `generate`, but gives (images, tokens) of up to `batch` labels at a time, as they are made.
+        """Yield (images, tokens) of up to `batch` labels at a time, as they are generated.
 
         Args:
-          more: `start`, `given` and `finish` of `generate_in_chunks`.
+          labels: int [N]; num_classes means "no class".
+          seed: 0 .. 2^32 - 1; image i depends on (seed, i) alone.
+          batch: number of images to generate at once.
+          options: sampling options.
+          **kwargs: `start`, `known` and `postprocess` of `generate_in_chunks`.
         """
         batch, seed = check_integer("batch", batch, 1), check_integer("seed", seed, 0, MAX_SEED)
         labels = self.check_labels(labels)
         return generate_in_chunks(
-            self.networks, labels, seed, options, batch, sharding=self._sharding, **more
+            self.networks, labels, seed, options, batch, sharding=self._sharding, **kwargs
         )
 
-    def _drawn(
-        self, labels, seed: int, options: SamplingOptions, batch: int | None, given: KnownTokens | None = None
+    def _generate(
+        self, labels, seed: int, options: SamplingOptions, batch: int | None, known: KnownTokens | None = None
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Images and tokens of all labels, `batch` at a time, all at once by default."""
+        """Generate images and tokens of all labels, `batch` at a time; all at once by default."""
         labels = self.check_labels(labels)
         batch = len(labels) if batch is None else batch
-        images, tokens = zip(*self.generate_batches(labels, seed, batch, options, given=given), strict=True)
+        images, tokens = zip(*self.generate_batches(labels, seed, batch, options, known=known), strict=True)
         return np.concatenate(images), np.concatenate(tokens)
 
-    def _labels_of(self, count: int, labels) -> np.ndarray:
-        """Labels int32 of so many images that are given; None for "no class"."""
+    def _labels_or_none(self, labels, count: int) -> np.ndarray:
+        """Return labels as int32 [count]; "no class" for all if they are None."""
         labels = self.check_labels(np.full(count, self.num_classes) if labels is None else labels)
         if len(labels) != count:
             raise ValueError(f"got {count} images and {len(labels)} labels")
         return labels
 
     def check_labels(self, labels) -> np.ndarray:
-        """Labels as int32 [B].  Raises ValueError on another shape, or numbers that are no class."""
+        """Return labels as int32 [B].
+
+        Raises:
+          ValueError: on another shape or type, or numbers outside 0 .. num_classes.
+        """
         labels = np.asarray(labels)
         if labels.ndim != 1 or not labels.size or not np.issubdtype(labels.dtype, np.integer):
             raise ValueError(f"labels must be int [B], B at least 1; got {labels.dtype} {labels.shape}")
@@ -352,18 +414,18 @@ class LoadedVAR:
 def load_tokenizer(
     path: str | Path, scales=None, step: int | str = "latest", dtype: str = "auto"
 ) -> LoadedTokenizer:
-    """Loads a tokenizer from a run directory or a published `.pth` or `.safetensors` file.
+    """Load a tokenizer from a run directory or a published `.pth` or `.safetensors` file.
 
     Args:
       path: the --workdir of a run, or a file.
-      scales: sides of the token maps, where a file's are not those of 256px.
+      scales: sides of the token maps of a file that is not of 256px.
       step: checkpoint of a run: a step, `latest` or `best`.
       dtype: `auto` encodes in float32, so that tokens are the same on every platform, and decodes in bfloat16
-        on accelerators and in float32 on CPU; `float32` and `bfloat16` are for both (docs/precision.md).
+        on accelerators and in float32 on CPU; `float32` and `bfloat16` apply to both (docs/precision.md).
 
     Raises:
-      FileNotFoundError: where there is nothing of the kind.
-      ValueError: where the tensors do not fit, naming them; on another dtype.
+      FileNotFoundError: if there is no such file, or no checkpoint in the run.
+      ValueError: naming the tensors that do not fit; on another dtype.
     """
     return LoadedTokenizer(*load.load_tokenizer(path, scales, step, dtype))
 
@@ -371,8 +433,16 @@ def load_tokenizer(
 def load_var(
     path: str | Path, tokenizer: LoadedTokenizer, step: int | str = "latest", dtype: str = "auto"
 ) -> LoadedVAR:
-    """Loads a transformer from a run (VAR, else next-token) or a published file; see `load_tokenizer`.
+    """Load a transformer from a run directory (VAR, else next-token) or a published file.
 
-    Its `dtype` is that of the matrix products: bfloat16 on accelerators and float32 on CPU by default.
+    Args:
+      path: the --workdir of a run, or a `.pth` or `.safetensors` file.
+      tokenizer: tokenizer whose tokens the transformer predicts.
+      step: checkpoint of a run: a step, `latest` or `best`.
+      dtype: of the matrix products; `auto` is bfloat16 on accelerators and float32 on CPU.
+
+    Raises:
+      FileNotFoundError: if there is no such file, or no checkpoint in the run.
+      ValueError: naming the tensors that do not fit; on another tokenizer's scales or another dtype.
     """
     return LoadedVAR(*load.load_transformer(path, tokenizer.module.config, step, dtype), tokenizer)

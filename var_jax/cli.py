@@ -1,11 +1,11 @@
-"""Flags that the scripts share: which networks to load, and how to draw."""
+"""Flags and start-up that the commands share: networks to load, sampling options, hosts, errors."""
 
 import contextlib
 import dataclasses
 import os
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import jax
@@ -18,67 +18,85 @@ from var_jax.errors import UserError, config_errors
 from var_jax.interop.tensor_files import SUFFIXES
 from var_jax.paths import local_path
 from var_jax.sampling.options import MAX_SEED, SamplingOptions
+from var_jax.scales import Scales
 from var_jax.training.config_fields import rename_flags
 
 FLAGS = flags.FLAGS
-NO_CLUSTER = "coordinator_address should be defined"  # what JAX says where it knows no cluster around it
+NO_CLUSTER = "coordinator_address should be defined"  # start of JAX's error outside of any known cluster
 PER_SCALE = ("guidance", "top_k", "top_p", "temperature", "smooth")
 
 
 def define_tokenizer_flags() -> None:
+    """Define the flags that select a tokenizer and its dtype."""
     flags.DEFINE_string("workdir", None, "Directory of a run")
-    flags.DEFINE_string("tokenizer", None, "Published tokenizer file or a run; by default that of --workdir")
+    flags.DEFINE_string("tokenizer", None, "Published tokenizer file, or a run; by default that of --workdir")
     flags.DEFINE_list("scales", None, "Sides of the token maps of a published file that is not of 256px")
     flags.DEFINE_enum(
         "dtype",
         "auto",
         ["auto", "float32", "bfloat16"],
-        "Of the networks; auto: float32 to encode, so that tokens are the same everywhere, and for the rest "
-        "bfloat16 on accelerators, float32 on CPU",
+        "Compute dtype of the networks; auto: float32 to encode, so that tokens are the same on every "
+        "platform, and otherwise bfloat16 on accelerators and float32 on CPU",
     )
 
 
 def define_model_flags() -> None:
+    """Define the flags that select a tokenizer and a transformer, and the output directory."""
     define_tokenizer_flags()
     flags.DEFINE_string("checkpoint", None, "Published VAR file; or a step of the run, `latest` or `best`")
-    flags.DEFINE_string("out", None, "Where to write; by default --workdir, else here")
+    flags.DEFINE_string("out", None, "Output directory; by default --workdir, or else the current directory")
 
 
 def define_sampling_flags() -> None:
-    """Flags of `SamplingOptions`; what is not given is as in the run, or as published."""
-    flags.DEFINE_integer("seed", 0, "Image i depends on (seed, i) alone", 0, MAX_SEED)
-    flags.DEFINE_list("guidance", None, "Strength of guidance at the last scale; or one a scale, 0,1,2,...")
-    flags.DEFINE_enum("guidance_schedule", None, ["ramp", "constant"], "How one strength is spread")
-    flags.DEFINE_integer("guidance_until", None, "No guidance from this scale on (0 is the first): faster")
-    flags.DEFINE_list("top_k", None, "Draw among so many of the likeliest codes; 0 for all; or one a scale")
-    flags.DEFINE_list("top_p", None, "Draw among codes that hold this probability; 0 for all; or one a scale")
-    flags.DEFINE_list("temperature", None, "Logits are divided by it; or one a scale")
-    flags.DEFINE_list("smooth", None, "true: mix codes instead of drawing one; or one a scale")
-    flags.DEFINE_integer("upto", None, "Draw the first so many maps only, a coarse preview")
+    """Define a flag for each of the `SamplingOptions`; the defaults are those of the run, or as published."""
+    flags.DEFINE_integer("seed", 0, "Random seed; image i depends on (seed, i) alone", 0, MAX_SEED)
+    flags.DEFINE_list("guidance", None, "Guidance strength at the last scale; or one per scale, 0,1,2,...")
+    flags.DEFINE_enum(
+        "guidance_schedule",
+        None,
+        ["ramp", "constant"],
+        "Course of a single guidance strength over the scales",
+    )
+    flags.DEFINE_integer("guidance_until", None, "First scale (0 is the coarsest) without guidance: faster")
+    flags.DEFINE_list("top_k", None, "Number of likeliest codes to sample from; 0 for all; or one per scale")
+    flags.DEFINE_list(
+        "top_p", None, "Probability that the codes to sample from hold together; 0 for all; or one per scale"
+    )
+    flags.DEFINE_list("temperature", None, "Divisor of the logits; or one per scale")
+    flags.DEFINE_list("smooth", None, "true: mix codes instead of sampling one; or one per scale")
+    flags.DEFINE_integer("upto", None, "Number of maps to sample, for a coarse preview; by default all")
 
 
 def define_host_flags() -> None:
-    """For several hosts that do not find each other by themselves."""
-    flags.DEFINE_string("coordinator", None, "host:port of process 0, where several hosts work together")
-    flags.DEFINE_integer("num_processes", None, "How many there are")
-    flags.DEFINE_integer("process_id", None, "Which one this is, from 0")
-    flags.DEFINE_integer("host_timeout", 100, "Seconds after which a host that is gone ends the others, too")
+    """Define the flags of several hosts that are not part of a cluster known to JAX."""
+    flags.DEFINE_string("coordinator", None, "host:port of process 0, for a job on several hosts")
+    flags.DEFINE_integer("num_processes", None, "Number of processes of the job")
+    flags.DEFINE_integer("process_id", None, "Number of this process, from 0")
+    flags.DEFINE_integer("host_timeout", 100, "Seconds without a host after which the other hosts exit")
 
 
-def run(main: Callable[[list[str]], None], num_arguments: int = 0, verbosity: int = logging.ERROR) -> None:
-    """Parse the flags and run a command, which prints a `UserError` as a line and any other error as it is.
+def run(
+    main: Callable[[list[str]], None],
+    num_arguments: int = 0,
+    verbosity: int = logging.ERROR,
+    renamed: Mapping[str, str] | None = None,
+) -> None:
+    """Parse the flags and run a command; print a `UserError` as one line, other errors with their traceback.
 
-    Config fields of the last release are accepted under their old names, with a notice.
+    Config fields and flags of the last release are accepted under their old names, with a notice on stderr.
 
     Args:
-      main: the command; takes what is left of the command line.
-      num_arguments: number of its positional arguments.
-      verbosity: of the log; Orbax warns of every item that is left unread.
+      main: function that takes the program name and the positional arguments.
+      num_arguments: number of positional arguments.
+      verbosity: log level; Orbax warns about every item that is not read.
+      renamed: old names of flags of this command to their present names.
     """
 
     def command(argv: list[str]) -> None:
         if len(argv) != 1 + num_arguments:
-            raise app.UsageError(f"takes {num_arguments or 'no'} arguments beside flags, got {argv[1:]}")
+            raise app.UsageError(
+                f"takes {num_arguments or 'no'} positional arguments, got {len(argv) - 1}: {argv[1:]}"
+            )
         logging.set_verbosity(verbosity)
         keep_compiled_programs()
         try:
@@ -87,13 +105,18 @@ def run(main: Callable[[list[str]], None], num_arguments: int = 0, verbosity: in
             sys.exit(f"{command_name()}: {error}")
 
     sys.argv[:], notices = rename_flags(sys.argv)  # in place: ml_collections looks there for overrides
+    for i, argument in enumerate(sys.argv):
+        name, equals, value = argument.lstrip("-").partition("=")
+        if argument.startswith("-") and name in (renamed or {}):
+            sys.argv[i] = f"--{renamed[name]}{equals}{value}"
+            notices.append(f"--{name} is called --{renamed[name]} now; the next release drops the old name")
     for notice in notices:
         print(notice, file=sys.stderr)
     app.run(command)
 
 
 def command_name() -> str:
-    """Name of the running command: `train.py`, `edit`, or the experiment of `experiments.NAME.run`."""
+    """Return the name of the running command: `train.py`, `edit`, or NAME of `experiments.NAME.run`."""
     spec = sys.modules["__main__"].__spec__
     if spec is None:
         return Path(sys.argv[0]).name
@@ -102,28 +125,28 @@ def command_name() -> str:
 
 
 def join_hosts() -> None:
-    """Connects the processes of a run, before anything else is asked of JAX; all but process 0 fall silent.
+    """Initialize `jax.distributed`, before any other call of JAX; silence stdout on all but process 0.
 
-    They are those that the flags name, or those of the TPU pod, the SLURM, MPI or Kubernetes job that this
-    process is part of; outside of all of these it stays alone.  Ends the script with what to check where
-    they do not find each other.
+    The processes are those of the flags, or those of the TPU pod, or of the SLURM, MPI or Kubernetes job of
+    this process; outside of all of these it is the only one.  If they cannot connect, print what to check
+    and exit.
 
     Raises:
-      UsageError: where a flag is missing.
+      UsageError: if only some of the flags are set.
     """
-    given = [FLAGS.coordinator, FLAGS.num_processes, FLAGS.process_id]
-    if None in given and given != [None] * 3:
+    cluster = [FLAGS.coordinator, FLAGS.num_processes, FLAGS.process_id]
+    if None in cluster and cluster != [None] * 3:
         raise app.UsageError("several hosts need --coordinator, --num_processes and --process_id, all three")
     try:
-        jax.distributed.initialize(*given, heartbeat_timeout_seconds=FLAGS.host_timeout)
+        jax.distributed.initialize(*cluster, heartbeat_timeout_seconds=FLAGS.host_timeout)
     except (RuntimeError, ValueError) as error:
-        if None in given and str(error).startswith(NO_CLUSTER):
+        if None in cluster and str(error).startswith(NO_CLUSTER):
             return
-        named = given[0] or "of process 0, as the cluster names it"
+        address = cluster[0] or "of process 0, as the cluster names it"
         sys.exit(
             f"{command_name()}: the hosts did not find each other: {error}\n"
-            "  Check that every process was started, with the same number of them and an id of its own, and\n"
-            f"  that the address {named} is reachable from all hosts and its port free on process 0."
+            "  Check that every process is started, with equal --num_processes and its own --process_id,\n"
+            f"  and that the address {address} is reachable from all hosts and its port is free on process 0."
         )
     if jax.process_index() > 0:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
@@ -131,17 +154,17 @@ def join_hosts() -> None:
 
 @contextlib.contextmanager
 def failing_at_once():
-    """On several hosts, print what went wrong and end a process that fails with `os._exit(1)`.
+    """On several hosts, print the error of a process that fails and end it with `os._exit(1)`.
 
-    A normal exit would block in JAX's shutdown barrier for minutes, while the other hosts wait for this one;
-    without it they end, too.  sys.exit counts as a failure and prints its message; a subclass of SystemExit
-    (`Preempted`) is raised by all hosts alike and goes the usual way.  Of a UserError the message is printed.
+    A normal exit would block in JAX's shutdown barrier for minutes while the other hosts wait for this one;
+    after `os._exit` they exit, too.  A UserError prints its message alone.  sys.exit counts as a failure and
+    prints its message; a subclass of SystemExit (`Preempted`) is raised on all hosts and propagates.
     """
     try:
         yield
     except (Exception, SystemExit) as error:
-        stopped = isinstance(error, SystemExit) and (type(error) is not SystemExit or not error.code)
-        if jax.process_count() == 1 or stopped:
+        is_regular_exit = isinstance(error, SystemExit) and (type(error) is not SystemExit or not error.code)
+        if jax.process_count() == 1 or is_regular_exit:
             raise
         if isinstance(error, SystemExit):
             print(error.code, file=sys.stderr)
@@ -154,17 +177,17 @@ def failing_at_once():
 
 
 def keep_compiled_programs() -> None:
-    """Keeps compiled programs under ~/.cache/var_jax, or where JAX_COMPILATION_CACHE_DIR says."""
+    """Enable JAX's persistent compilation cache in JAX_COMPILATION_CACHE_DIR, or else in ~/.cache/var_jax."""
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         cache = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "var_jax" / "xla"
         jax.config.update("jax_compilation_cache_dir", str(cache))
 
 
 def tokenizer_source() -> tuple[str, tuple[int, ...] | None]:
-    """Path of the tokenizer that the flags name, and the sides of its token maps where they are given.
+    """Return the path of the tokenizer that the flags name, and the scales they give or None.
 
     Raises:
-      UsageError: where the flags name none.
+      UsageError: if the flags name no tokenizer.
     """
     if not (FLAGS.tokenizer or FLAGS.workdir):
         raise app.UsageError("give --workdir of a run, or --tokenizer")
@@ -176,7 +199,7 @@ def load() -> var_jax.LoadedVAR:
     """Load the networks that the flags name.
 
     Raises:
-      UsageError: where the flags name none.
+      UsageError: if the flags do not name both.
       ConfigError: naming the file that cannot be read.
     """
     checkpoint = FLAGS.checkpoint or "latest"
@@ -192,63 +215,75 @@ def load() -> var_jax.LoadedVAR:
 
 
 def options(model: var_jax.LoadedVAR, **defaults) -> SamplingOptions:
-    """How to draw: what the flags say, over `defaults`, over what the model's run says.
+    """Return the sampling options of the flags, with those of the model's run for flags that are not given.
+
+    Args:
+      model: model to sample from.
+      **defaults: options that replace those of the run.
 
     Raises:
-      UsageError: naming the flag that is wrong.
+      UsageError: naming the option that is wrong.
     """
-    given = {}
+    overrides = {}
     for name in (field.name for field in dataclasses.fields(SamplingOptions)):
         value = FLAGS[name].value
         if value is not None:
-            given[name] = _per_scale(name) if name in PER_SCALE else value
+            overrides[name] = _per_scale(name) if name in PER_SCALE else value
     try:
-        result = dataclasses.replace(model.options, **{**defaults, **given})
-        result.controls(model.module.config.schedule, model.module.config.num_codes)
+        result = dataclasses.replace(model.options, **{**defaults, **overrides})
+        result.controls(Scales(model.scales), model.tokenizer.num_codes)
     except ValueError as error:
         raise app.UsageError(str(error)) from error
     return result
 
 
-def as_keywords(options: SamplingOptions) -> dict:
-    """Options as the methods of a model take them."""
-    return {field.name: getattr(options, field.name) for field in dataclasses.fields(options)}
-
-
 def _per_scale(name: str):
-    """One value, or a tuple of one a scale."""
-    kind = {"top_k": int, "smooth": _yes_or_no}.get(name, float)
-    values = tuple(numbers(name, kind))
+    """Return the single value of a list flag, or a tuple of one value per scale."""
+    parse = {"top_k": int, "smooth": _parse_bool}.get(name, float)
+    values = tuple(numbers(name, parse))
     return values[0] if len(values) == 1 else values
 
 
-def numbers(flag: str, kind) -> list:
-    """The values of a list flag.  Raises UsageError on what is none of that kind."""
+def numbers(flag: str, parse: Callable[[str], float]) -> list:
+    """Return the parsed values of a list flag.
+
+    Raises:
+      UsageError: naming the flag, if `parse` raises ValueError.
+    """
     try:
-        return [kind(value) for value in FLAGS[flag].value]
+        return [parse(value) for value in FLAGS[flag].value]
     except ValueError as error:
         raise app.UsageError(f"--{flag}={','.join(FLAGS[flag].value)}: {error}") from error
 
 
 def local_folder(flag: str) -> epath.Path:
-    """Directory on this machine that a flag names.  Raises UsageError on a URL."""
+    """Return the directory on this machine that a flag names.
+
+    Raises:
+      UsageError: on a URL.
+    """
     try:
         return local_path(FLAGS[flag].value, f"--{flag}")
     except ValueError as error:
         raise app.UsageError(str(error)) from error
 
 
-def _yes_or_no(word: str) -> bool:
+def _parse_bool(word: str) -> bool:
     if word.lower() not in ("true", "false", "1", "0"):
         raise ValueError(f"must be true or false, got {word!r}")
     return word.lower() in ("true", "1")
 
 
-def labels(model: var_jax.LoadedVAR, flag: str, most: int | None = None) -> np.ndarray:
-    """Classes that a list flag names: numbers, ranges 0-999, and `none` for no class.
+def labels(model: var_jax.LoadedVAR, flag: str, max_count: int | None = None) -> np.ndarray:
+    """Return the labels int32 [N] of a list flag: numbers, ranges such as 0-999, and `none` for no class.
+
+    Args:
+      model: model whose classes they are.
+      flag: name of the flag.
+      max_count: largest number of labels to accept; None for any.
 
     Raises:
-      UsageError: naming the flag, on what is no class, or more classes than `most`.
+      UsageError: naming the flag, on words that are not classes, or more than `max_count` of them.
     """
     words, result = FLAGS[flag].value, []
     try:
@@ -260,8 +295,8 @@ def labels(model: var_jax.LoadedVAR, flag: str, most: int | None = None) -> np.n
                 result += range(int(first), int(last) + 1)
             else:
                 result.append(int(word))
-        if most is not None and len(result) > most:
-            raise ValueError(f"must name {most} class, got {len(result)}")
+        if max_count is not None and len(result) > max_count:
+            raise ValueError(f"must name at most {max_count} class, got {len(result)}")
         return model.check_labels(np.array(result, np.int64))
     except ValueError as error:
         raise app.UsageError(f"--{flag}={','.join(words)}: {error}") from error

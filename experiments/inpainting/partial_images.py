@@ -136,7 +136,7 @@ def _generate_first_maps(
     options = dataclasses.replace(model.options, upto=num_maps)
     batch = min(GENERATE_BATCH, len(labels))
     images, tokens = zip(
-        *model.generate_batches(labels, seed, batch, options, given=known, postprocess=denormalize_to_uint8),
+        *model.generate_batches(labels, seed, batch, options, known=known, postprocess=denormalize_to_uint8),
         strict=True,
     )
     return np.concatenate(images), np.concatenate(tokens)

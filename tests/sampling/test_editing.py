@@ -8,9 +8,9 @@ SCALES = Scales((1, 2, 4))
 
 
 def published(cells: np.ndarray, sides) -> np.ndarray:
-    """Tokens made anew in the published demonstration, from a mask bool [h, h] on the grid of the last map.
+    """Return the tokens that the published demonstration resamples, from a mask bool [h, h] on the last map.
 
-    Its interpolation, written out cell by cell: two neighbours each way, half-pixel centres, clamped borders.
+    Its interpolation, written out cell by cell: two neighbors each way, half-pixel centers, clamped borders.
     """
     h, keep, resample = len(cells), 1.0 - cells, []
     for side in sides:
@@ -25,7 +25,7 @@ def published(cells: np.ndarray, sides) -> np.ndarray:
 
 
 @pytest.mark.parametrize(("sides", "pixels"), [(SCALES_256, 256), (SCALES_512, 512), ((1, 2, 4), 8)])
-def test_a_box_is_that_of_the_published_demonstration(sides, pixels):
+def test_a_box_gives_the_mask_of_the_published_demonstration(sides, pixels):
     """Its masks are boxes on the grid of the last map; here one of pixels that covers the same cells."""
     cell = pixels // sides[-1]
     for box in ((40, 200), (64, 192), (0, 256), (251, 256)):
@@ -56,11 +56,11 @@ def test_the_lower_half_of_a_mask_is_the_lower_half_of_every_map_but_the_first()
     assert resample[5:].reshape(4, 4).tolist() == [[False] * 4] * 2 + [[True] * 4] * 2
 
 
-def test_a_coarse_cell_is_kept_only_where_more_than_half_of_it_is():
+def test_a_coarse_token_is_known_only_if_more_than_half_of_its_cell_is():
     mask = np.zeros((1, 6, 6), bool)
     mask[:, :3] = True
     middle = mask_from_pixels(mask, Scales((1, 3, 6)))[0, 1:10].reshape(3, 3)[1]
-    assert middle.tolist() == [True] * 3  # exactly one half: anew
+    assert middle.tolist() == [True] * 3  # exactly one half: resampled
     assert not mask_from_pixels(np.zeros((2, 6, 6), bool), SCALES).any()
     assert mask_from_pixels(np.ones((2, 6, 6), bool), SCALES)[:, 1:].all()
 

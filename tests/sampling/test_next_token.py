@@ -1,4 +1,4 @@
-"""Drawing one token after another with the sampler of the maps."""
+"""Sampling token by token, with the sampler of the token maps."""
 
 import dataclasses
 
@@ -50,9 +50,9 @@ def spiral():
     return next_token("spiral_in")
 
 
-def draw(tokenizer, model, labels, seed=0, given=None, **options):
+def draw(tokenizer, model, labels, seed=0, known=None, **options):
     networks = Networks(tokenizer[0], model[0], tokenizer[1], model[1])
-    parts = generate_in_chunks(networks, np.array(labels), seed, SamplingOptions(**options), 4, given=given)
+    parts = generate_in_chunks(networks, np.array(labels), seed, SamplingOptions(**options), 4, known=known)
     return tuple(np.concatenate(part) for part in zip(*parts, strict=True))
 
 
@@ -69,40 +69,41 @@ def test_every_token_is_the_likeliest_of_its_teacher_forced_logits(flat_tokenize
 
 
 def test_tokens_are_drawn_with_their_probabilities(flat_tokenizer, spiral):
-    """The second token of the spiral, given the first one that is the most frequent."""
+    """Check the second token of the spiral, after its most frequent first token."""
     _, tokens = draw(flat_tokenizer, spiral, [2] * 3000, guidance=0.0, top_k=0, top_p=0.0)
     first = np.bincount(tokens[:, 0]).argmax()
     partners = tokens[tokens[:, 0] == first, 1]
-    known = np.zeros((1, 16), np.int32)
-    known[0, 0] = first
+    tokens = np.zeros((1, 16), np.int32)
+    tokens[0, 0] = first
     networks = Networks(flat_tokenizer[0], spiral[0], flat_tokenizer[1], spiral[1])
-    want = np.asarray(jax.nn.softmax(teacher_forced_logits(networks, np.array([2]), known)[0, 1]))
+    want = np.asarray(jax.nn.softmax(teacher_forced_logits(networks, np.array([2]), tokens)[0, 1]))
     shares = np.bincount(partners, minlength=16) / len(partners)
     np.testing.assert_allclose(shares, want, atol=4 * np.sqrt(want.max() / len(partners)))
 
 
-def test_given_tokens_stay_and_what_comes_before_them_does_not_see_them(flat_tokenizer, spiral):
+def test_known_tokens_stay_and_the_tokens_before_them_do_not_see_them(flat_tokenizer, spiral):
     cells, labels = spiral[0].config.cells, [0, 1, 2]
     before, after = cells[:8], cells[8:]
     _, tokens = draw(flat_tokenizer, spiral, labels, seed=3)
     other = (tokens + 1) % 16
 
-    def drawn(given, anew_cells):
+    def resampled(known_tokens, resampled_cells):
         resample = np.zeros(tokens.shape, bool)
-        resample[:, anew_cells] = True
-        return draw(flat_tokenizer, spiral, labels, seed=7, given=KnownTokens(given, resample))[1]
+        resample[:, resampled_cells] = True
+        known = KnownTokens(known_tokens, resample)
+        return draw(flat_tokenizer, spiral, labels, seed=7, known=known)[1]
 
-    one, two = drawn(tokens, before), drawn(other, before)
+    one, two = resampled(tokens, before), resampled(other, before)
     np.testing.assert_array_equal(one[:, after], tokens[:, after])
     np.testing.assert_array_equal(two[:, after], other[:, after])
-    np.testing.assert_array_equal(one[:, before], two[:, before])  # it cannot know better
-    one, two = drawn(tokens, after), drawn(other, after)  # the other way round, what comes first decides
+    np.testing.assert_array_equal(one[:, before], two[:, before])  # no later token is visible
+    one, two = resampled(tokens, after), resampled(other, after)  # earlier tokens are visible
     assert (one[:, after] != two[:, after]).mean() > 0.1
 
 
 @pytest.mark.parametrize("name", ORDERS)
 def test_a_token_moves_no_logit_before_it_in_the_order(flat_tokenizer, name):
-    """From the tokens of an image to logits, both row by row: every order really is the one it says."""
+    """Check each order from tokens to logits, both row by row."""
     model, cells = next_token(name), order(name, 4)
     networks = Networks(flat_tokenizer[0], model[0], flat_tokenizer[1], model[1])
     tokens = np.random.default_rng(0).integers(0, 16, (1, 16)).astype(np.int32)

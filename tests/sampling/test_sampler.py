@@ -23,14 +23,14 @@ from var_jax.transformer.config import NextScaleConfig
 from var_jax.transformer.flops import generation_flops
 from var_jax.transformer.next_scale import NextScale
 
-HOW = ("given", "start", "sharding", "postprocess")
+CHUNK_ARGUMENTS = ("known", "start", "sharding", "postprocess")
 
 
 def draw(tiny_tokenizer, tiny_var, labels, seed=0, chunk=4, **options):
     networks = Networks(tiny_tokenizer[0], tiny_var[0], tiny_tokenizer[1], tiny_var[1])
-    how = {name: options.pop(name) for name in HOW if name in options}
+    arguments = {name: options.pop(name) for name in CHUNK_ARGUMENTS if name in options}
     options = SamplingOptions(**options)
-    parts = list(generate_in_chunks(networks, np.array(labels), seed, options, chunk, **how))
+    parts = list(generate_in_chunks(networks, np.array(labels), seed, options, chunk, **arguments))
     return tuple(np.concatenate(part) for part in zip(*parts, strict=True))
 
 
@@ -82,7 +82,7 @@ def test_strength_and_top_p_change_without_compiling(tiny_tokenizer, tiny_var):
 
 
 def test_samples_follow_the_probabilities(tiny_tokenizer, tiny_var):
-    """The first token of many images has the distribution that the logits give it."""
+    """Compare the distribution of the first token of many images with its logits."""
     n = 4000
     _, tokens = draw(tiny_tokenizer, tiny_var, [2] * n, chunk=1000, guidance=0.0, top_k=0, top_p=0.0)
     logits = tiny_var[0].apply({"params": tiny_var[1]}, jnp.array([2]), jnp.zeros((1, 20, 4)))[0, 0]
@@ -124,13 +124,13 @@ def test_keys_depend_on_seed_and_index_alone():
 
 
 def test_guidance_that_ends_is_guidance_of_strength_zero(tiny_tokenizer, tiny_var):
-    """Dropping the unconditional half changes nothing but the work."""
+    """Dropping the unconditional half saves work and changes no token."""
     _, ended = draw(tiny_tokenizer, tiny_var, [0, 1, 2], guidance=[3.0, 3.0, 0.0])
     _, kept = draw(tiny_tokenizer, tiny_var, [0, 1, 2], guidance=[3.0, 3.0, 1e-20])
     np.testing.assert_array_equal(ended, kept)
-    _, num_guided_scales = draw(tiny_tokenizer, tiny_var, [0, 1, 2], guidance=[3.0, 3.0, 3.0])
-    np.testing.assert_array_equal(ended[:, :5], num_guided_scales[:, :5])
-    assert (ended[:, 5:] != num_guided_scales[:, 5:]).any()
+    _, guided = draw(tiny_tokenizer, tiny_var, [0, 1, 2], guidance=[3.0, 3.0, 3.0])
+    np.testing.assert_array_equal(ended[:, :5], guided[:, :5])
+    assert (ended[:, 5:] != guided[:, 5:]).any()
 
 
 def test_flops_fall_where_guidance_ends(tiny_tokenizer):
@@ -150,12 +150,12 @@ def test_flops_fall_where_guidance_ends(tiny_tokenizer):
     networks = Networks(tokenizer, model, shapes(tokenizer, jnp.zeros((1, 8, 8, 3))), params)
     batch = (jnp.zeros(2, jnp.int32), image_keys(0, jnp.arange(2)))
 
-    def counted(until):
+    def flops(until):
         controls = SamplingOptions(guidance_until=until).controls(config.schedule, 64)
         compiled = generate.lower(networks, *batch, controls).compile()
         return compiled.cost_analysis()["flops"] / 2, generation_flops(config, controls.num_guided_scales)
 
-    (all_guided, expected_all), (ended, expected_ended) = counted(None), counted(2)
+    (all_guided, expected_all), (ended, expected_ended) = flops(None), flops(2)
     assert expected_ended / expected_all == pytest.approx(0.526, abs=0.001)
     assert (all_guided - ended) / (expected_all - expected_ended) == pytest.approx(1, abs=0.1)
 
@@ -163,11 +163,11 @@ def test_flops_fall_where_guidance_ends(tiny_tokenizer):
 def test_unconditional_images_are_drawn_without_a_second_half(tiny_tokenizer, tiny_var):
     none = tiny_var[0].config.num_classes
     _, plain = draw(tiny_tokenizer, tiny_var, [none] * 3, guidance=0.0)
-    _, num_guided_scales = draw(tiny_tokenizer, tiny_var, [none] * 3, guidance=4.0)
-    np.testing.assert_array_equal(plain, num_guided_scales)
+    _, guided = draw(tiny_tokenizer, tiny_var, [none] * 3, guidance=4.0)
+    np.testing.assert_array_equal(plain, guided)
 
 
-def test_a_coarse_preview_is_the_beginning_of_the_whole(tiny_tokenizer, tiny_var):
+def test_a_coarse_preview_has_the_first_maps_of_the_image(tiny_tokenizer, tiny_var):
     _, whole = draw(tiny_tokenizer, tiny_var, [0, 1])
     images, tokens = draw(tiny_tokenizer, tiny_var, [0, 1], upto=2)
     np.testing.assert_array_equal(tokens, whole[:, :5])
@@ -182,15 +182,15 @@ def test_a_low_temperature_is_greedy_at_that_scale_alone(tiny_tokenizer, tiny_va
     np.testing.assert_array_equal(cold[:, 0], greedy[:, 0])
 
 
-def test_given_tokens_stay_and_the_others_are_predicted_beside_them(tiny_tokenizer, tiny_var):
+def test_known_tokens_stay_and_the_others_are_predicted_from_them(tiny_tokenizer, tiny_var):
     _, tokens = draw(tiny_tokenizer, tiny_var, [0, 1, 2])
     resample = np.zeros(tokens.shape, bool)
     resample[:, 9:] = True
-    _, result = draw(tiny_tokenizer, tiny_var, [0, 1, 2], seed=5, given=KnownTokens(tokens, resample))
+    _, result = draw(tiny_tokenizer, tiny_var, [0, 1, 2], seed=5, known=KnownTokens(tokens, resample))
     np.testing.assert_array_equal(result[:, :9], tokens[:, :9])
     assert (result[:, 9:] != tokens[:, 9:]).mean() > 0.3
-    # With the seed that they were drawn with, the same tokens come again.
-    _, result = draw(tiny_tokenizer, tiny_var, [0, 1, 2], given=KnownTokens(tokens, resample))
+    # The seed of the image itself gives the same tokens.
+    _, result = draw(tiny_tokenizer, tiny_var, [0, 1, 2], known=KnownTokens(tokens, resample))
     np.testing.assert_array_equal(result, tokens)
 
 
@@ -198,12 +198,12 @@ def test_eight_devices_draw_what_one_does(tiny_tokenizer, tiny_var):
     labels = [0, 1, 2, 3, 4, 5, 0, 1, 2, 3]
     images, tokens = draw(tiny_tokenizer, tiny_var, labels, chunk=5)
     mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
-    whole = NamedSharding(mesh, PartitionSpec())
-    spread = [(module, jax.device_put(params, whole)) for module, params in (tiny_tokenizer, tiny_var)]
-    sharding = NamedSharding(mesh, PartitionSpec("data"))
-    split, split_tokens = draw(*spread, labels, chunk=5, sharding=sharding, postprocess=denormalize_to_uint8)
-    np.testing.assert_array_equal(split_tokens, tokens)
-    assert split.dtype == np.uint8 and np.abs(split - images * 255).max() <= 0.51
+    replicated = NamedSharding(mesh, PartitionSpec())
+    networks = [(module, jax.device_put(params, replicated)) for module, params in (tiny_tokenizer, tiny_var)]
+    arguments = dict(sharding=NamedSharding(mesh, PartitionSpec("data")), postprocess=denormalize_to_uint8)
+    sharded, sharded_tokens = draw(*networks, labels, chunk=5, **arguments)
+    np.testing.assert_array_equal(sharded_tokens, tokens)
+    assert sharded.dtype == np.uint8 and np.abs(sharded - images * 255).max() <= 0.51
 
 
 def test_images_before_the_start_are_not_made(tiny_tokenizer, tiny_var):

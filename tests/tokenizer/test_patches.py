@@ -187,7 +187,7 @@ def test_what_can_start_from_patches_and_what_cannot(patch_run, tmp_path):
     ]
     with pytest.raises(ValueError, match="config.model.patch must be 2, as in init_from; got 4"):
         start(patch=4)
-    with pytest.raises(ValueError, match="cannot express this network: patch is 2, there always 0"):
+    with pytest.raises(ValueError, match="cannot express this network: patch is 2, must be 0"):
         to_file(patch_run, "tokenizer", tmp_path / "x.safetensors")
 
 

@@ -19,15 +19,15 @@ from var_jax.interop.tensor_files import read_networks, read_tensors, write_safe
 from var_jax.sampling.options import SamplingOptions
 from var_jax.scales import SCALES_512, Scales
 from var_jax.stages import _other_tokenizer, initial_params
-from var_jax.tools.convert import convert, path_of, to_file, to_run
+from var_jax.tools.convert import check_path, convert, to_file, to_run
 from var_jax.training.checkpoint import CHECKPOINT_DIR, load_config
 from var_jax.training.transformer_task import NextScaleTask
 
 DATA = REPOSITORY / "tests" / "interop" / "data"
 
 
-def there_and_back(source, tmp_path, stage) -> dict:
-    """Tensors after file -> run -> file."""
+def round_trip(source, tmp_path, stage) -> dict:
+    """Convert a file to a run and back, and return its tensors."""
     convert(source, tmp_path / "run", None, GOLDEN_SCALES, "latest")
     target = tmp_path / "back.safetensors"
     convert(tmp_path / "run", target, stage, None, "latest")
@@ -35,13 +35,13 @@ def there_and_back(source, tmp_path, stage) -> dict:
 
 
 def test_a_tokenizer_goes_to_a_run_and_back_unchanged(goldens, tmp_path):
-    got = there_and_back(goldens / "vae.pth", tmp_path, "tokenizer")
+    got = round_trip(goldens / "vae.pth", tmp_path, "tokenizer")
     assert_identical(got, read_tensors(goldens / "vae.pth", "tokenizer"))
 
 
 @pytest.mark.parametrize("name", TRANSFORMERS)
 def test_a_transformer_goes_to_a_run_and_back_unchanged(name, goldens, tmp_path):
-    got = there_and_back(goldens / f"{name}.pth", tmp_path, "next_scale")
+    got = round_trip(goldens / f"{name}.pth", tmp_path, "next_scale")
     assert_identical(got, read_tensors(goldens / f"{name}.pth", "next_scale"))
 
 
@@ -52,14 +52,14 @@ def test_a_converted_run_draws_what_the_files_do(goldens, golden_tokenizer, tmp_
     model = var_jax.load_var(tmp_path, tokenizer=tokenizer)
     want = var_jax.load_var(goldens / "var.pth", tokenizer=golden_tokenizer)
     np.testing.assert_array_equal(model.generate([1, 2]), want.generate([1, 2]))
-    with pytest.raises(ValueError, match="has tokenizer and next_scale: say which with --stage"):
+    with pytest.raises(ValueError, match="has tokenizer and next_scale: choose one with --stage"):
         to_file(tmp_path, None, tmp_path / "x.safetensors")
     with pytest.raises(FileExistsError, match="holds checkpoints already"):
         to_run(goldens / "vae.pth", tmp_path, GOLDEN_SCALES)
 
 
 def test_a_trained_run_of_a_layout_that_the_published_one_cannot_express(tiny_run, tmp_path):
-    with pytest.raises(ValueError, match="norm_groups is 4, there always 32"):
+    with pytest.raises(ValueError, match="norm_groups is 4, must be 32"):
         to_file(tiny_run, "tokenizer", tmp_path / "x.safetensors")
 
 
@@ -73,7 +73,7 @@ def test_a_trained_transformer_goes_to_a_file_and_back(tiny_run, tmp_path):
 
 
 def test_checkpoints_of_the_published_trainer(goldens, golden_tokenizer, tmp_path):
-    """Both networks, nested beside the state of the optimizer."""
+    """Both networks, nested next to the optimizer state."""
     trainer = {
         "config": {"label_smooth": 0.0},
         "vae_local": read_tensors(goldens / "vae.pth", "tokenizer"),
@@ -88,7 +88,7 @@ def test_checkpoints_of_the_published_trainer(goldens, golden_tokenizer, tmp_pat
         tokenizer.params["quantizer"]["codebook"], golden_tokenizer.params["quantizer"]["codebook"]
     )
     assert var_jax.load_var(path, tokenizer=tokenizer).depth == 3
-    # Whatever is wrong with either network is found before anything is written.
+    # Errors of either network are raised before anything is written.
     broken = {name: t for name, t in trainer["var_wo_ddp"].items() if name != "blocks.1.attn.q_bias"}
     pickles.save(path, {"trainer": {**trainer, "var_wo_ddp": broken}})
     with pytest.raises(ValueError, match="ar-ckpt-last.pth: .*\n.*missing: blocks.1.attn.q_bias"):
@@ -101,7 +101,7 @@ def test_checkpoints_of_the_published_trainer(goldens, golden_tokenizer, tmp_pat
 
 
 def test_a_stage_that_is_there_already_stops_the_other_one_too(goldens, tmp_path):
-    """Of a trainer checkpoint, the tokenizer used to be written before the transformer was looked for."""
+    """The tokenizer of a trainer checkpoint used to be written before the transformer was checked."""
     to_run(goldens / "var.pth", tmp_path / "run", GOLDEN_SCALES)
     networks = {"vae_local": "vae", "var_wo_ddp": "var"}
     tensors = {name: read_tensors(goldens / f"{file}.pth", "") for name, file in networks.items()}
@@ -126,7 +126,7 @@ def test_a_transformer_is_read_from_what_pytorch_wrote(tiny_tokenizer):
 
 
 def test_parameters_stay_on_the_host_until_they_are_cast(goldens, tmp_path, monkeypatch):
-    """On one chip there was room for neither: float32 parameters, and half of them again in bfloat16."""
+    """A chip that fits the bfloat16 parameters need not fit the float32 parameters, too."""
     monkeypatch.setattr("var_jax.interop.load.compute_dtype", lambda name: jnp.dtype(jnp.bfloat16))
     to_run(goldens / "vae.pth", tmp_path, GOLDEN_SCALES)
     to_run(goldens / "var.pth", tmp_path, GOLDEN_SCALES)
@@ -144,7 +144,7 @@ def test_parameters_stay_on_the_host_until_they_are_cast(goldens, tmp_path, monk
 
 
 def test_a_converted_run_can_be_started_from(goldens, golden_tokenizer, tmp_path):
-    """README: convert both files, then train from the run. What its tokenizer was is known."""
+    """Convert both files, then train from the run, whose fingerprint of the tokenizer is known."""
     for name in ("vae", "var"):
         to_run(goldens / f"{name}.pth", tmp_path / "run", GOLDEN_SCALES)
     to_run(goldens / "var.pth", tmp_path / "without", GOLDEN_SCALES)
@@ -155,9 +155,9 @@ def test_a_converted_run_can_be_started_from(goldens, golden_tokenizer, tmp_path
     assert load_config(tmp_path / "run" / "next_scale" / CHECKPOINT_DIR)[1]["tokenizer"] == task.fingerprint
     for run in ("run", "without"):
         stage.init_from = str(tmp_path / run)
-        given = initial_params(stage, task, tmp_path / "new")
+        initial = initial_params(stage, task, tmp_path / "new")
         np.testing.assert_array_equal(
-            given["head/kernel"].values, read_network(stage.init_from, "next_scale")[1]["head"]["kernel"]
+            initial["head/kernel"].values, read_network(stage.init_from, "next_scale")[1]["head"]["kernel"]
         )
     params["quantizer"]["codebook"] = params["quantizer"]["codebook"] + 1
     other = NextScaleTask(stage, 6, module, params, classes=10)
@@ -190,12 +190,12 @@ def test_files_and_runs_are_told_apart(goldens, tiny_run, tmp_path):
         convert(tiny_run, tmp_path / "x", None, None, "latest")
     with pytest.raises(FileNotFoundError, match="no such file: .*nothing.pth"):
         convert(tmp_path / "nothing.pth", tmp_path / "run", None, None, "latest")
-    with pytest.raises(FileNotFoundError, match="is no run: it has neither tokenizer nor next_scale"):
+    with pytest.raises(FileNotFoundError, match="is not a run: it has neither tokenizer nor next_scale"):
         convert(tmp_path, tmp_path / "x.pth", None, None, "latest")
 
 
 def test_a_url_is_no_local_folder():
-    """It was: `gs:/bucket/run` under the working directory, lost with the machine."""
+    """A URL used to become the local folder `gs:/bucket/run`, lost with the machine."""
     for url, message in (
         (
             "s3://bucket/run",
@@ -204,8 +204,8 @@ def test_a_url_is_no_local_folder():
         ("gs://bucket/vae.pth", "DST=gs://bucket/vae.pth: must be a local path"),
     ):
         with pytest.raises(ConfigError, match=message):
-            path_of(url, "DST")
-    assert path_of("run", "DST") == Path.cwd() / "run"
+            check_path(url, "DST")
+    assert check_path("run", "DST") == Path.cwd() / "run"
 
 
 def test_truncated_and_foreign_files_leave_no_run(goldens, tmp_path):
@@ -222,7 +222,7 @@ def test_truncated_and_foreign_files_leave_no_run(goldens, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def test_what_a_kill_left_does_not_stand_in_the_way(goldens, tmp_path):
+def test_leftovers_of_a_kill_are_removed(goldens, tmp_path):
     (tmp_path / "next_scale" / "checkpoints" / "0.orbax-checkpoint-tmp-1").mkdir(parents=True)
     to_run(goldens / "var.pth", tmp_path, GOLDEN_SCALES)
     names = [path.name for path in (tmp_path / "next_scale" / "checkpoints").iterdir()]
@@ -244,7 +244,7 @@ def test_a_file_that_could_not_be_finished_is_not_there(tmp_path):
 
 
 def test_pth_is_written_by_pytorch_alone(goldens, tmp_path):
-    """With the extra `torch`: the file reads back the same.  Without: the message says what to install."""
+    """With the extra `torch` the file reads back the same; without it the message says what to install."""
     to_run(goldens / "var.pth", tmp_path / "run", GOLDEN_SCALES)
     target = tmp_path / "var.pth"
     try:

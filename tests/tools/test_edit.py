@@ -3,7 +3,7 @@ import pytest
 from PIL import Image
 
 from var_jax.tools.edit import mask_from_box, mask_from_file
-from var_jax.tools.image_files import UnusableImage, fitted, open_image
+from var_jax.tools.image_files import UnusableImage, center_crop_resize, open_image
 
 
 @pytest.fixture
@@ -13,13 +13,13 @@ def picture(tmp_path):
     return path
 
 
-def test_an_image_of_another_size_is_cut_and_resized_with_a_notice(picture, capsys):
+def test_an_image_of_another_size_is_cropped_and_resized_with_a_notice(picture, capsys):
     image = open_image(str(picture), "RGB")
-    assert fitted(image, 4, "wide.png").size == (4, 4)
-    assert "wide.png: 12 x 8, cut to a square and resized to 4 x 4" in capsys.readouterr().out
+    assert center_crop_resize(image, 4, "wide.png").size == (4, 4)
+    assert "wide.png: 12 x 8, cropped to a square and resized to 4 x 4" in capsys.readouterr().out
     square = image.crop((2, 0, 10, 8))
-    np.testing.assert_array_equal(fitted(image, 8, ""), square)
-    assert fitted(square, 8, "") is square
+    np.testing.assert_array_equal(center_crop_resize(image, 8, ""), square)
+    assert center_crop_resize(square, 8, "") is square
 
 
 def test_files_that_are_no_image_are_named(tmp_path, picture):
@@ -33,7 +33,7 @@ def test_files_that_are_no_image_are_named(tmp_path, picture):
         open_image(str(tmp_path / "cut.png"), "RGB")
 
 
-def test_a_mask_is_cut_like_its_image(tmp_path, picture):
+def test_a_mask_is_cropped_like_its_image(tmp_path, picture):
     pixels = np.zeros((8, 12), np.uint8)
     pixels[:, 6:] = 255
     Image.fromarray(pixels).save(tmp_path / "mask.png")
@@ -45,11 +45,11 @@ def test_a_mask_is_cut_like_its_image(tmp_path, picture):
 
 def test_a_mask_drawn_over_a_turned_photograph_fits_it(tmp_path):
     exif = Image.Exif()
-    exif[0x0112] = 6  # held upright: stored as 12 x 8, seen as 8 x 12
+    exif[0x0112] = 6  # stored as 12 x 8, displayed as 8 x 12
     Image.new("RGB", (12, 8), "gray").save(tmp_path / "photo.jpg", exif=exif)
     photo = open_image(str(tmp_path / "photo.jpg"), "RGB")
     assert photo.size == (8, 12)
-    strokes = np.zeros((12, 8, 4), np.uint8)  # of an editor: a layer that is transparent but for the strokes
+    strokes = np.zeros((12, 8, 4), np.uint8)  # a layer of an editor, transparent except for the strokes
     strokes[2:6, :4] = 255
     Image.fromarray(strokes).save(tmp_path / "mask.png")
     mask = mask_from_file(str(tmp_path / "mask.png"), photo, 8)
@@ -65,7 +65,7 @@ def test_transparent_pixels_are_white_as_in_training_whatever_is_hidden_under_th
 
 
 def test_a_thin_mask_survives_the_way_to_a_smaller_model(tmp_path):
-    """A line a pixel wide in a picture fifty times as large as the model's images."""
+    """Mask a line one pixel wide in a picture fifty times as large as the model's images."""
     Image.fromarray(np.zeros((400, 600, 3), np.uint8)).save(tmp_path / "large.png")
     like = open_image(str(tmp_path / "large.png"), "RGB")
     pixels = np.zeros((400, 600), np.uint8)
@@ -83,10 +83,10 @@ def test_masks_that_do_not_fit_are_refused(tmp_path, picture):
     with pytest.raises(UnusableImage, match="mask.png is 8 x 8, but the image is 12 x 8"):
         mask_from_file(str(tmp_path / "mask.png"), like, 4)
     Image.fromarray(np.zeros((8, 12), np.uint8)).save(tmp_path / "mask.png")
-    with pytest.raises(UnusableImage, match="black all over"):
+    with pytest.raises(UnusableImage, match="black in the whole center crop"):
         mask_from_file(str(tmp_path / "mask.png"), like, 4)
     for box in ([0, 0, 13, 8], [4, 0, 4, 8], [0, 0, 4], [-1, 0, 4, 8]):
         with pytest.raises(UnusableImage, match="must be left,top,right,bottom inside the image, 12 x 8"):
             mask_from_box(box, like, 4)
-    with pytest.raises(UnusableImage, match="outside the square"):
+    with pytest.raises(UnusableImage, match="outside the center crop"):
         mask_from_box([0, 0, 2, 8], like, 4)

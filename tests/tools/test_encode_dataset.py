@@ -24,17 +24,17 @@ def test_tokens_are_those_of_the_crops_that_seed_image_and_crop_decide(token_cac
     images, images_held_out = sources(digits_dir)
     transform = ToPixels("digits", 8, CACHE_FLAGS["resize"], CACHE_FLAGS["flip"], CACHE_FLAGS["shift"])
     tokenizer, params = load_tokenizer(tiny_run)
-    which = [(i, crop) for i in (0, 7, 1441) for crop in (0, 1)]
+    crops = [(i, crop) for i in (0, 7, 1441) for crop in (0, 1)]
     pixels = [
-        transform(images[i], np.random.default_rng((CACHE_FLAGS["seed"], i, crop))) for i, crop in which
+        transform(images[i], np.random.default_rng((CACHE_FLAGS["seed"], i, crop))) for i, crop in crops
     ]
-    centred = [transform(images_held_out[i]) for i in (0, 354)]
+    centered = [transform(images_held_out[i]) for i in (0, 354)]
     assert (pixels[0]["image"] != pixels[1]["image"]).any()
-    result = [train[crop * 1442 + i] for i, crop in which] + [held_out[i] for i in (0, 354)]
-    batch = np.stack([item["image"] for item in pixels + centred])
+    records = [train[crop * 1442 + i] for i, crop in crops] + [held_out[i] for i in (0, 354)]
+    batch = np.stack([item["image"] for item in pixels + centered])
     want = encode(tokenizer, params, normalize(batch))
-    np.testing.assert_array_equal(np.stack([item["tokens"] for item in result]), want)
-    assert [item["label"] for item in result] == [item["label"] for item in pixels + centred]
+    np.testing.assert_array_equal(np.stack([item["tokens"] for item in records]), want)
+    assert [item["label"] for item in records] == [item["label"] for item in pixels + centered]
     assert len(np.unique(want)) > 4
 
 
@@ -44,8 +44,8 @@ def test_the_command_on_one_device_writes_what_eight_do_and_goes_on(
     flags = [f"--{name}={value}" for name, value in CACHE_FLAGS.items()]
     flags += [
         f"--workdir={tiny_run}",
-        "--data.name=digits",
-        f"--data.dir={digits_dir}",
+        "--data=digits",
+        f"--data_dir={digits_dir}",
         f"--out={tmp_path}/tokens",
     ]
     arguments = ("-m", "var_jax.tools.encode_dataset", *flags)
@@ -68,22 +68,22 @@ def encoder(tiny_run):
 
 
 class Killed(BaseException):
-    """Stands for the signal."""
+    """Raised in place of the signal."""
 
 
 def test_killed_and_resumed_equals_unbroken(token_cache, encoder, tiny_run, digits_dir, tmp_path):
     out, calls = tmp_path / "tokens", []
 
-    def dies(images):
+    def encode_until_killed(images):
         calls.append(len(images))
         if len(calls) == 25:
             raise Killed
         return encoder(images)
 
-    dies.image_size, dies.batch = encoder.image_size, encoder.batch
+    encode_until_killed.image_size, encode_until_killed.batch = encoder.image_size, encoder.batch
     arguments = (out, describe(tiny_run), sources(digits_dir))
     with pytest.raises(Killed):
-        write_cache(*arguments, dies, 2, COMMAND)
+        write_cache(*arguments, encode_until_killed, 2, COMMAND)
     assert sorted(path.name for path in out.iterdir()) == [
         "description.json",
         "train-00000-of-00005.array_record",
@@ -91,13 +91,13 @@ def test_killed_and_resumed_equals_unbroken(token_cache, encoder, tiny_run, digi
     ]
     assert not CacheManifest.read(out).complete
     (out / "train-00002-of-00005.partial").write_bytes(b"cut short")
-    before = len(calls)
-    write_cache(*arguments, dies, 2, COMMAND)
-    assert sum(calls[before:]) == 3239 - 1200  # what is there is not encoded again
+    num_calls = len(calls)
+    write_cache(*arguments, encode_until_killed, 2, COMMAND)
+    assert sum(calls[num_calls:]) == 3239 - 1200  # finished files are not encoded again
     assert content(out) == content(token_cache)
-    done = len(calls)
-    write_cache(*arguments, dies, 2, COMMAND)
-    assert len(calls) == done
+    num_calls = len(calls)
+    write_cache(*arguments, encode_until_killed, 2, COMMAND)
+    assert len(calls) == num_calls
 
 
 def test_a_directory_of_something_else_is_left_alone(token_cache, encoder, tiny_run, digits_dir, tmp_path):
@@ -148,19 +148,19 @@ def test_the_fingerprint_sees_every_parameter_and_its_name(tiny_tokenizer):
 def test_the_command_explains_another_cache_but_hides_no_defect_of_the_encoding(
     digits_dir, tiny_tokenizer, tmp_path, monkeypatch
 ):
-    description, parts, encode = small(digits_dir, tiny_tokenizer)
+    spec, parts, encode = small(digits_dir, tiny_tokenizer)
 
     def defect(images):
         raise ValueError("operands could not be broadcast together")
 
     defect.image_size, defect.batch = encode.image_size, encode.batch
     monkeypatch.setattr(encode_dataset, "FLAGS", SimpleNamespace(threads=2))
-    for cut_up, error, message in (
-        (description, ValueError, "operands could not be broadcast"),
-        (dataclasses.replace(description, seed=9), CacheMismatch, "holds something else already"),
+    for cache_spec, error, message in (
+        (spec, ValueError, "operands could not be broadcast"),
+        (dataclasses.replace(spec, seed=9), CacheMismatch, "holds something else already"),
     ):
         monkeypatch.setattr(
-            encode_dataset, "from_flags", lambda cut_up=cut_up: (as_path(tmp_path), cut_up, parts, defect)
+            encode_dataset, "from_flags", lambda spec=cache_spec: (as_path(tmp_path), spec, parts, defect)
         )
         with pytest.raises(error, match=message):
             encode_dataset.main([])

@@ -19,13 +19,13 @@ from var_jax.data.sources import open_source
 from var_jax.data.transforms import ToPixels
 from var_jax.errors import ConfigError
 from var_jax.tools import prepare as prepare_module
-from var_jax.tools.prepare import BadImages, check, inspect_all, open_notes, prepare
+from var_jax.tools.prepare import BadImages, check_files, inspect_all, open_check_log, prepare
 
 COLOURS = {"red": (200, 30, 30), "green": (30, 200, 30), "blue": (30, 30, 200)}
 
 
 def encoded(colour, form: str, number: int = 0) -> bytes:
-    """A colour, a little other for each number, since copies are not split."""
+    """Encode an image of one color, slightly different for each number, since duplicates stay together."""
     buffer = io.BytesIO()
     Image.fromarray(np.full((12, 16, 3), np.add(colour, number // 2), np.uint8)).save(buffer, form)
     return buffer.getvalue()
@@ -33,7 +33,7 @@ def encoded(colour, form: str, number: int = 0) -> bytes:
 
 @pytest.fixture
 def folder(tmp_path):
-    """Thirty images of three classes in three formats."""
+    """Write thirty images of three classes in three formats."""
     root = tmp_path / "pictures"
     for name, colour in COLOURS.items():
         (root / name).mkdir(parents=True)
@@ -61,12 +61,12 @@ def test_a_folder_becomes_a_data_set_of_its_own_bytes(folder, tmp_path):
             got = pixels(source[i])["image"].reshape(-1, 3).mean(0)
             want = COLOURS[source.class_names[source[i]["label"]]]
             assert np.abs(got - want).max() < 12
-    with pytest.raises(FileExistsError, match="colours is there already"):
+    with pytest.raises(FileExistsError, match="colours exists already"):
         prepare(folder, "colours", tmp_path / "data", 0.2, False, workers=1)
 
 
 def split_of(root: Path, share: float) -> dict[str, str]:
-    """Name under the root -> split, every file being unlike the others."""
+    """Return the split of each file under the root; all files are different."""
     images, _ = list_images(root)
     digests = {image.path: str(image.path) for image in images}
     return {
@@ -76,31 +76,33 @@ def split_of(root: Path, share: float) -> dict[str, str]:
 
 def test_the_same_share_of_every_class_is_held_out_again_and_folders_of_splits_are_kept(folder, tmp_path):
     before = split_of(folder, 0.3)
-    held = [name for name, split in before.items() if split == "test"]
-    assert collections.Counter(name.split("/")[0] for name in held) == dict.fromkeys(COLOURS, 3)
+    held_out = [name for name, split in before.items() if split == "test"]
+    assert collections.Counter(name.split("/")[0] for name in held_out) == dict.fromkeys(COLOURS, 3)
     for i in range(10, 25):
         (folder / "red" / f"{i}.png").write_bytes(encoded((9, 9, 9), "PNG"))
     (folder / "pink").mkdir()
     (folder / "pink" / "0.png").write_bytes(encoded((9, 9, 9), "PNG"))
-    again = tmp_path / "elsewhere"
-    folder.rename(again)
-    after = split_of(again, 0.3)
+    moved_folder = tmp_path / "elsewhere"
+    folder.rename(moved_folder)
+    after = split_of(moved_folder, 0.3)
     assert all(after[name] == split for name, split in before.items() if not name.startswith("red"))
     assert after["pink/0.png"] == "train"  # a class of one image is for training
     moved = sum(after[name] != split for name, split in before.items())
     assert moved <= 3 and sum(name.startswith("red") and after[name] == "test" for name in after) == 8
 
-    shutil.rmtree(again / "pink")
-    (again / "train").mkdir()
+    shutil.rmtree(moved_folder / "pink")
+    (moved_folder / "train").mkdir()
     for name in COLOURS:
-        (again / name).rename(again / "train" / name)
-    archive = split_of(again, 0.3)  # of training images alone: its folders are the classes
-    assert len(archive) == 45 and {image.label for image in list_images(again)[0]} == set(COLOURS)
-    (again / "val" / "red").mkdir(parents=True)
-    (again / "val" / "red" / "x.png").write_bytes(encoded((1, 2, 3), "PNG"))
-    (again / "extra").mkdir()
-    assert [name for name, split in split_of(again, 0.3).items() if split == "test"] == ["val/red/x.png"]
-    images, passed_over = list_images(again)
+        (moved_folder / name).rename(moved_folder / "train" / name)
+    archive = split_of(moved_folder, 0.3)  # of training images alone: its folders are the classes
+    assert len(archive) == 45 and {image.label for image in list_images(moved_folder)[0]} == set(COLOURS)
+    (moved_folder / "val" / "red").mkdir(parents=True)
+    (moved_folder / "val" / "red" / "x.png").write_bytes(encoded((1, 2, 3), "PNG"))
+    (moved_folder / "extra").mkdir()
+    assert [name for name, split in split_of(moved_folder, 0.3).items() if split == "test"] == [
+        "val/red/x.png"
+    ]
+    images, passed_over = list_images(moved_folder)
     assert len(images) == 46 and {image.label for image in images} == set(COLOURS)
     assert passed_over["folders that are not splits"] == 1
 
@@ -109,8 +111,8 @@ def test_the_same_share_of_every_class_is_held_out_again_and_folders_of_splits_a
 def test_every_class_has_its_share_of_held_out_images(images, test):
     files = [ImageFile(Path(f"/r/{c}/{i}.png"), str(c), "") for c in range(10) for i in range(images)]
     splits = hold_out(files, 0.05, {file.path: str(file.path) for file in files}, Path("/r"))
-    held = collections.Counter(file.label for file in splits if file.split == "test")
-    assert held.total() == test and max(held.values()) == 1  # by file names: 0 0 2 0 0 1 3 0 0 3
+    held_out = collections.Counter(file.label for file in splits if file.split == "test")
+    assert held_out.total() == test and max(held_out.values()) == 1  # by file names: 0 0 2 0 0 1 3 0 0 3
 
 
 def test_copies_of_an_image_are_on_one_side_whatever_they_are_called():
@@ -134,7 +136,7 @@ def test_links_are_followed_once_and_what_is_passed_over_is_counted(folder, tmp_
     (folder / "blue" / "loop").symlink_to(folder)
     (folder / "blue" / "again").symlink_to(folder / "blue")
     (folder / "blue" / "gone.png").symlink_to(tmp_path / "nowhere.png")
-    os.mkfifo(folder / "blue" / "pipe.png")  # opening it would wait for ever
+    os.mkfifo(folder / "blue" / "pipe.png")  # opening it would block forever
     for name in ("a.heic", "b.HEIC", "Thumbs.db", ".DS_Store", "._0.png", "README"):
         (folder / "green" / name).write_bytes(b"x")
     for name in (".git", "__MACOSX", "green/.thumbnails"):
@@ -161,9 +163,9 @@ def test_links_are_followed_once_and_what_is_passed_over_is_counted(folder, tmp_
     }
     assert format_counts({".txt": 3, ".heic": 12, ".db": 3}) == "12 .heic, 3 .db, 3 .txt"
     assert prepare(folder, "colours", tmp_path / "data", 0.2, False, workers=1) == (33, 8)
-    said = capsys.readouterr().out
-    assert "41 images in 4 classes" in said and "passed over: 3 hidden folders, 2 .heic" in said
-    assert "10 files are copies of others" in said
+    output = capsys.readouterr().out
+    assert "41 images in 4 classes" in output and "passed over: 3 hidden folders, 2 .heic" in output
+    assert "10 files are copies of others" in output
 
 
 def test_other_formats_are_stored_as_they_are_without_tensorflow(tmp_path):
@@ -223,23 +225,23 @@ def test_broken_files_are_listed_and_left_out_only_on_request(folder, tmp_path, 
 
 
 def test_what_was_checked_is_not_checked_again(folder, tmp_path):
-    files, notes_path = list_images(folder)[0], tmp_path / "notes.jsonl"
-    with open_notes(notes_path) as notes:
-        assert {result.problem for result in check(files[:20], notes, 1).values()} == {None}
-    with open(notes_path, "a") as notes:
-        notes.write('["cut short')
+    files, log_path = list_images(folder)[0], tmp_path / "checked.jsonl"
+    with open_check_log(log_path) as log:
+        assert {check.problem for check in check_files(files[:20], log, 1).values()} == {None}
+    with open(log_path, "a") as log:
+        log.write('["cut short')
     (folder / "blue" / "0.jpg").write_bytes(b"changed since")
-    with open_notes(notes_path) as notes:
-        results = check(files, notes, 1)
-    assert len(notes_path.read_text().splitlines()) == 20 + 1 + 11
-    assert results[folder / "blue" / "0.jpg"].problem and len({r.digest for r in results.values()}) == 30
-    with open_notes(notes_path) as notes:
-        assert check(files, notes, 1) == results
-    assert len(notes_path.read_text().splitlines()) == 32
+    with open_check_log(log_path) as log:
+        checks = check_files(files, log, 1)
+    assert len(log_path.read_text().splitlines()) == 20 + 1 + 11
+    assert checks[folder / "blue" / "0.jpg"].problem and len({c.digest for c in checks.values()}) == 30
+    with open_check_log(log_path) as log:
+        assert check_files(files, log, 1) == checks
+    assert len(log_path.read_text().splitlines()) == 32
 
 
 def inspect_all_or_die(paths):
-    """Stands for an image that takes all memory: the kernel ends the process that decodes it."""
+    """Emulate an image that takes all memory, so that the kernel kills the process that decodes it."""
     if any(path.name == "8.webp" and path.parent.name == "red" for path in paths):
         os.kill(os.getpid(), signal.SIGKILL)
     return inspect_all(paths)
@@ -247,17 +249,18 @@ def inspect_all_or_die(paths):
 
 def test_a_file_that_kills_the_process_that_decodes_it_is_a_bad_file(folder, tmp_path, monkeypatch):
     monkeypatch.setattr(prepare_module, "inspect_all", inspect_all_or_die)
-    monkeypatch.setattr(prepare_module, "CHUNK", 5)
+    monkeypatch.setattr(prepare_module, "FILES_PER_TASK", 5)
     with pytest.raises(BadImages, match="1 of 30 files cannot be used") as error:
         prepare(folder, "colours", tmp_path / "data", 0.2, False, workers=1)
-    assert "red/8.webp: ends the process that decodes it (out of memory" in str(error.value)
+    assert "red/8.webp: kills the process that decodes it (out of memory" in str(error.value)
     assert len((tmp_path / "data" / "colours.checked.jsonl").read_text().splitlines()) == 30
 
 
 KILLED = """
 import sys, time
 from pathlib import Path
-from var_jax.data import image_folder, prepare
+from var_jax.data import image_folder
+from var_jax.tools import prepare
 
 def hold(items, count):
     for number, item in enumerate(items):
@@ -270,14 +273,14 @@ if sys.argv[4] == "writing":
     generate = image_folder.ImageFolder._generate_examples
     image_folder.ImageFolder._generate_examples = lambda self, split="": hold(generate(self, split), 5)
 else:
-    prepare.CHUNK, inspect = 4, prepare.inspect_in_processes
+    prepare.FILES_PER_TASK, inspect = 4, prepare.inspect_in_processes
     prepare.inspect_in_processes = lambda paths, workers: hold(inspect(paths, workers), 9)
 prepare.prepare(sys.argv[1], "colours", sys.argv[2], 0.2, False, 1)
 """
 
 
 def alive(group: int) -> list[str]:
-    """Command lines of the processes of a group."""
+    """Return the command lines of the processes of a group."""
     lines = []
     for path in Path("/proc").glob("[0-9]*"):
         try:
@@ -302,7 +305,7 @@ def test_killed_anywhere_it_goes_on_with_the_same_command(folder, tmp_path, wher
         prepare(folder, "colours", data, 0.2, False, 1)
     process.kill()
     process.communicate()
-    while left := alive(process.pid):  # workers would wait for their next task for ever
+    while left := alive(process.pid):  # workers would wait for their next task forever
         assert time.monotonic() < deadline, left
         time.sleep(0.05)
     lines = (data / "colours.checked.jsonl").read_text().splitlines()
@@ -315,22 +318,22 @@ def test_killed_anywhere_it_goes_on_with_the_same_command(folder, tmp_path, wher
     if where == "writing":  # and killed once more, after the last write: the notes are still there
         (data / "colours.checked.jsonl").write_text("\n".join(lines))
         assert prepare(folder, "colours", data, 0.2, False, 1) == counts
-        with pytest.raises(FileExistsError, match="colours is there already"):
+        with pytest.raises(FileExistsError, match="colours exists already"):
             prepare(folder, "colours", data, 0.2, False, 1)
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"name": "My Set"}, "--name must be small letters"),
+        ({"name": "My Set"}, "--name must be lowercase letters"),
         ({"name": "digits"}, "not `digits`"),
-        ({"held_out": 1.5}, "--held_out must be a share between 0 and 1, got 1.5"),
+        ({"held_out": 1.5}, "--held_out must be a fraction between 0 and 1, got 1.5"),
         ({"images": "nowhere"}, "no such folder: .*nowhere"),
         ({"images": "notes"}, r"no images \(.jpg .* under .*notes; passed over: 1 .txt"),
         ({"images": "one"}, "1 images for training and 0 held out"),
     ],
 )
-def test_what_makes_no_data_set_is_said(folder, tmp_path, change, message):
+def test_arguments_that_make_no_data_set_are_named(folder, tmp_path, change, message):
     (tmp_path / "notes").mkdir()
     (folder / "notes.txt").rename(tmp_path / "notes" / "notes.txt")
     (tmp_path / "one").mkdir()
@@ -350,14 +353,14 @@ def test_the_command_explains_what_is_wrong_with_a_folder_but_hides_no_defect(fo
     def defect(*_):
         raise ValueError("operands could not be broadcast together")
 
-    monkeypatch.setattr(prepare_module, "check", defect)
+    monkeypatch.setattr(prepare_module, "check_files", defect)
     with pytest.raises(ValueError, match="operands could not be broadcast"):
         prepare_module.main([])
     flags.images = f"{folder}/none"
     with pytest.raises(ConfigError, match="no such folder: .*none"):
         prepare_module.main([])
     flags.name = "My Set"
-    with pytest.raises(ConfigError, match="--name must be small letters"):
+    with pytest.raises(ConfigError, match="--name must be lowercase letters"):
         prepare_module.main([])
 
 
@@ -369,8 +372,8 @@ def test_pictures_of_many_kinds_go_through(tmp_path, capsys):
     lines = str(error.value).splitlines()[1:-1]
     assert {line.split(": ")[0].strip() for line in lines} == {str(path) for path in broken}
     assert sum(prepare(pictures, "shapes", tmp_path / "data", 0.2, True, workers=1)) == 200
-    said = capsys.readouterr().out
-    assert all(f"{path}: " in said for path in broken)
+    output = capsys.readouterr().out
+    assert all(f"{path}: " in output for path in broken)
 
     classes = {path.read_bytes(): path.parent.name for path in pictures.rglob("*.*")}
     pixels, sizes, modes, counts = ToPixels("shapes", 64, 1.125, False), set(), set(), np.zeros(10, int)
@@ -383,15 +386,15 @@ def test_pictures_of_many_kinds_go_through(tmp_path, capsys):
             image = Image.open(io.BytesIO(record["image"]))
             sizes.add(image.size)
             modes.add((image.format, image.mode))
-            got, want = pixels(record)["image"], enlarged_centre(image)
+            got, want = pixels(record)["image"], enlarged_center(image)
             assert got.shape == (64, 64, 3) and got.dtype == np.uint8
             assert np.abs(got - want).max() <= 8, (image.size, image.mode)  # rounding twice; moved: > 50
     assert (counts == 20).all() and sizes == {(64, 64), (96, 64), (64, 96), (80, 80)}
     assert modes == {("JPEG", "RGB"), ("JPEG", "L"), ("PNG", "RGB"), ("PNG", "L"), ("PNG", "RGBA")}
 
 
-def enlarged_centre(image: Image.Image) -> np.ndarray:
-    """The middle of an image at 72 pixels on the shorter side, 64 by 64, in one step of resampling."""
+def enlarged_center(image: Image.Image) -> np.ndarray:
+    """Return the center of an image at 72 pixels on the short side, 64 by 64, in one step of resampling."""
     half, (w, h) = 32 * min(image.size) / 72, image.size
     box = (w / 2 - half, h / 2 - half, w / 2 + half, h / 2 + half)
     rgb = image.convert("RGB").resize((64, 64), Image.Resampling.LANCZOS, box=box)

@@ -207,7 +207,7 @@ def open_token_cache(directory: str | os.PathLike) -> tuple[TokenSource, TokenSo
     except FileNotFoundError as error:
         raise DataSetMissing(
             f"no token cache at {directory} (config.data.tokens).  To make one:\n  "
-            "python -m var_jax.tools.encode_dataset --workdir=TOKENIZER --data.name=DATASET --data.dir=DIR "
+            "python -m var_jax.tools.encode_dataset --workdir=TOKENIZER --data=DATASET --data_dir=DIR "
             f"--out={directory}"
         ) from error
     spec = manifest.holds

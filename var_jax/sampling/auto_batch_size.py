@@ -1,4 +1,4 @@
-"""How many images to make at once: what the memory of a device holds."""
+"""Estimates of the number of images that fit into device memory at once."""
 
 import os
 
@@ -9,21 +9,21 @@ from var_jax.sampling.options import ScaleControls
 from var_jax.tokenizer.model import Tokenizer
 from var_jax.transformer.model import ARTransformer
 
-LARGEST = 128  # images a device; more gains nothing
-SHARE = 0.7  # of the free memory that is asked for: the estimate is rough
+MAX_IMAGES_PER_DEVICE = 128  # larger batches are not faster
+MEMORY_FRACTION = 0.7  # of the free memory; the rest is a margin, since the estimate is rough
 CODEC_BYTES = 2**31  # activations of the encoder or the decoder at once; fits a 16 GB chip with a d30
 
 
 def bytes_per_image(tokenizer: Tokenizer, model: ARTransformer, controls: ScaleControls) -> int:
-    """Memory that one more image in a batch takes while it is generated, roughly, from above.
+    """Estimate an upper bound of the memory that each image of a generated batch takes.
 
-    The larger of the two ends: the cache with the logits of the last map, and the decoder's widest level.
+    The larger of two peaks: the cache with the logits of the last map, and the decoder's widest level.
     """
-    cfg, width = model.config, jnp.dtype(model.dtype).itemsize
+    cfg, itemsize = model.config, jnp.dtype(model.dtype).itemsize
     sequences = 2 if controls.num_guided_scales else 1
     positions = cfg.scales[controls.scales - 1] ** 2
-    cache = 2 * cfg.depth * cfg.schedule.length * cfg.width * width
-    # Kept twice where it is written in a loop; scores of attention in float32 and as they are read.
+    cache = 2 * cfg.depth * cfg.schedule.length * cfg.width * itemsize
+    # A cache that is written in a loop is held twice, attention scores in float32 and in the compute dtype.
     scores = 2 * cfg.num_heads * positions * cfg.schedule.length * 4
     logits = 6 * positions * cfg.num_codes * 4  # with and without class, guided, filtered, noise, sorted
     transformer = sequences * (2 * cache + scores) + logits
@@ -31,23 +31,24 @@ def bytes_per_image(tokenizer: Tokenizer, model: ARTransformer, controls: ScaleC
 
 
 def _codec_bytes(tokenizer: Tokenizer) -> int:
-    """Memory of one image in the decoder, from above: six arrays of the widest level.
+    """Estimate an upper bound of the decoder's memory for one image: six arrays of the widest level.
 
     At 256 pixels and in float32 it gives 240 MiB; the CPU compiler takes 120.
     """
-    pixels, widest = tokenizer.config.image_size**2, tokenizer.config.ch * tokenizer.config.ch_mult[0]
-    return 6 * pixels * widest * jnp.dtype(tokenizer.dtype).itemsize
+    pixels = tokenizer.config.image_size**2
+    channels = tokenizer.config.ch * tokenizer.config.ch_mult[0]
+    return 6 * pixels * channels * jnp.dtype(tokenizer.dtype).itemsize
 
 
 def codec_batch(tokenizer: Tokenizer) -> int:
-    """Return how many images to encode or decode at once: a power of two that takes CODEC_BYTES or less."""
-    wider = tokenizer.dtype_of_encoder.itemsize / jnp.dtype(tokenizer.dtype).itemsize
-    fits = max(1, int(CODEC_BYTES / _codec_bytes(tokenizer) / max(wider, 1)))
-    return 1 << (fits.bit_length() - 1)
+    """Return the number of images to encode or decode at once: a power of two that fits CODEC_BYTES."""
+    dtype_ratio = tokenizer.dtype_of_encoder.itemsize / jnp.dtype(tokenizer.dtype).itemsize
+    capacity = max(1, int(CODEC_BYTES / _codec_bytes(tokenizer) / max(dtype_ratio, 1)))
+    return 1 << (capacity.bit_length() - 1)
 
 
 def free_bytes(device: jax.Device) -> int:
-    """Free memory of a device; on a CPU its share of what the machine has free."""
+    """Return the free memory of a device; for a CPU device, its share of the machine's free memory."""
     stats = device.memory_stats() or {}
     if "bytes_limit" in stats:
         return stats["bytes_limit"] - stats["bytes_in_use"]
@@ -56,9 +57,16 @@ def free_bytes(device: jax.Device) -> int:
 
 
 def largest_batch(tokenizer: Tokenizer, model: ARTransformer, controls: ScaleControls, images: int) -> int:
-    """Images to make at once over all devices: a power of two a device, and not far over `images`."""
+    """Return the number of images to generate at once over all devices, a power of two per device.
+
+    Args:
+      tokenizer: decodes the images.
+      model: generates the tokens.
+      controls: sampling options of every scale.
+      images: number of images wanted; the batch is at most the next power of two per device.
+    """
     free = min(free_bytes(device) for device in jax.local_devices())
-    fits = int(SHARE * free) // bytes_per_image(tokenizer, model, controls)
+    capacity = int(MEMORY_FRACTION * free) // bytes_per_image(tokenizer, model, controls)
     needed = -(-images // jax.device_count())
-    each = max(1, min(fits, LARGEST, 1 << (needed - 1).bit_length()))
-    return (1 << (each.bit_length() - 1)) * jax.device_count()
+    per_device = max(1, min(capacity, MAX_IMAGES_PER_DEVICE, 1 << (needed - 1).bit_length()))
+    return (1 << (per_device.bit_length() - 1)) * jax.device_count()

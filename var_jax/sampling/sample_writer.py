@@ -1,8 +1,8 @@
-"""Samples on disk while they are made: thousands of images, never all in memory, killed at any time.
+"""Write samples to disk while they are generated, without holding all in memory, safe against kills.
 
-Images and tokens are appended to two flat files in `samples.partial/`; their length says how many are
-done.  At the end they become `samples.npz` in the layout of the ADM evaluator, and `tokens.npy`, each in one
-stream.  The comment of the zip archive that samples.npz is says which job made it.
+Images and tokens are appended to two flat files in `samples.partial/`, whose lengths give the number of
+complete images.  At the end they are streamed into `samples.npz`, in the layout of the ADM evaluator, and
+`tokens.npy`.  The comment of the zip archive samples.npz identifies the job that made it.
 """
 
 import contextlib
@@ -16,69 +16,72 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+from jaxtyping import Int, Int32, UInt8
 
 from var_jax.errors import UserError
 
-PIECE = 2**24  # bytes copied at once
+COPY_BYTES = 2**24  # bytes copied at once
 
 
 class SamplesNotWritten(UserError, OSError):
-    """Samples could not be written; what was complete before is untouched."""
+    """Error for samples that cannot be written; images that were complete before are untouched."""
 
 
 class OtherSamples(UserError, ValueError):
-    """The folder holds unfinished samples of another kind."""
+    """Error for a folder with unfinished samples of another job."""
 
 
 class SampleStore:
-    """The samples of one call of sample.py.
+    """Resumable storage of the samples of one call of sample.py.
 
     Attributes:
-      path: of samples.npz.
-      finished: whether samples.npz is complete, and of this job.
+      path: path of samples.npz.
+      finished: True if samples.npz is complete and of this job.
     """
 
     def __init__(self, out: Path, count: int, image_shape: tuple[int, int, int], length: int, job: dict):
-        """Opens what an earlier call left, or starts.
+        """Open the storage that an earlier call left unfinished or finished, or create it.
 
         Args:
           out: folder of samples.npz.
-          count: images in all.
+          count: number of images of the job.
           image_shape: (H, W, 3).
-          length: L, tokens of an image.
-          job: what decides the images, as JSON; must be the same to go on.
+          length: L, number of tokens of an image.
+          job: values that decide the images, as JSON; must be the same to resume.
 
         Raises:
-          OtherSamples: if the unfinished samples in `out` are of another job, naming what differs.
-          SamplesNotWritten: if the disk has no room for all of it.
+          OtherSamples: if the unfinished samples in `out` are of another job, naming the differences.
+          SamplesNotWritten: if the disk has not enough free space for the job.
         """
-        self.path, self._tokens_path = out / "samples.npz", out / "tokens.npy"
+        self.path = out / "samples.npz"
+        self._tokens_path = out / "tokens.npy"
         self._folder = out / "samples.partial"
         self._count, self._image_shape, self._length = count, image_shape, length
-        self._job, record = json.loads(json.dumps(job)), self._folder / "job.json"
-        with explained(out):
-            saved = json.loads(record.read_text()) if record.exists() else None
-            self.finished = _origin(self.path).get("job") == self._job
+        self._job = json.loads(json.dumps(job))
+        job_path = self._folder / "job.json"
+        with explain_write_errors(out):
+            saved = json.loads(job_path.read_text()) if job_path.exists() else None
+            self.finished = _read_origin(self.path).get("job") == self._job
             if self.finished:
-                if saved == self._job:  # killed before its folder was gone
+                if saved == self._job:  # an earlier call was killed before it removed the folder
                     self._remove_folder()
                 return
-            if saved is None:  # nothing, or what a kill left of a folder that was being removed
+            if saved is None:  # no folder, or one whose removal was interrupted by a kill
                 self._remove_folder()
                 self._folder.mkdir(parents=True)
-                _write_whole(record, json.dumps(self._job).encode())
+                _write_file(job_path, json.dumps(self._job).encode())
             else:
-                _check_same(saved, self._job, self._folder)
-        each = int(np.prod(image_shape)) + 4 * length
-        need = (2 * count - self.done()) * each
-        if (free := shutil.disk_usage(out).free) < need:
+                _check_same_job(saved, self._job, self._folder)
+        bytes_per_image = int(np.prod(image_shape)) + 4 * length
+        needed = (2 * count - self.done()) * bytes_per_image
+        if (free := shutil.disk_usage(out).free) < needed:
             raise SamplesNotWritten(
-                f"{out} has {free / 2**20:.1f} MiB free, but {count} images need {need / 2**20:.1f} MiB "
+                f"{out} has {free / 2**20:.1f} MiB free, but {count} images need {needed / 2**20:.1f} MiB "
                 "until samples.npz is complete; make room or choose another --out"
             )
 
     def _files(self) -> tuple[tuple[Path, int], tuple[Path, int]]:
-        """Each flat file and the bytes that an image takes in it."""
+        """Return each flat file with the number of bytes that an image takes in it."""
         images = self._folder / "images.uint8", int(np.prod(self._image_shape))
         return images, (self._folder / "tokens.int32", 4 * self._length)
 
@@ -87,94 +90,98 @@ class SampleStore:
             shutil.rmtree(self._folder)
 
     def done(self) -> int:
-        """Images that are complete on disk."""
+        """Return the number of images that are complete on disk."""
         if self.finished:
             return self._count
         return min(path.stat().st_size // size if path.exists() else 0 for path, size in self._files())
 
-    def same_chunk(self, chunk: int, asked: bool = False) -> int:
-        """Return the size of chunk to work with, and note it down.
+    def resolve_chunk(self, chunk: int, is_explicit: bool = False) -> int:
+        """Return the chunk size to generate with, and record it for later calls.
 
-        It is that of the unfinished call, if there is one, unless the user asked for this one.
+        Args:
+          chunk: size that this call would use.
+          is_explicit: True if the user asked for this size; otherwise the size that an unfinished call
+            recorded takes precedence.
         """
         if self.finished:
             return chunk
-        note = self._folder / "chunk"
-        with explained(self._folder.parent):
-            saved = note.read_text() if note.exists() else ""
-            if saved.isdecimal() and not asked:
+        path = self._folder / "chunk"
+        with explain_write_errors(self._folder.parent):
+            saved = path.read_text() if path.exists() else ""
+            if saved.isdecimal() and not is_explicit:
                 return int(saved)
-            _write_whole(note, str(chunk).encode())
+            _write_file(path, str(chunk).encode())
         return chunk
 
     def resume(self, chunk: int) -> int:
-        """Drops what lies beyond the last whole chunk; returns the first image that is still to be made.
+        """Truncate the files to whole chunks, and return the number of the first image to generate.
 
-        Chunks then begin where those of an unbroken run do, so that every bit is the same.
+        Chunks then begin where those of an uninterrupted run do, so that the result is the same bit for bit.
         """
         done = self.done()
         if self.finished:
             return done
         first = done if done == self._count else done // chunk * chunk
-        with explained(self._folder.parent):
+        with explain_write_errors(self._folder.parent):
             for path, size in self._files():
                 with open(path, "ab") as file:
                     file.truncate(first * size)
         return first
 
-    def append(self, images: np.ndarray, tokens: np.ndarray) -> None:
-        """Adds images uint8 [n, H, W, 3] and tokens int32 [n, L]; on disk when it returns.
+    def append(self, images: UInt8[np.ndarray, "n H W 3"], tokens: Int32[np.ndarray, "n L"]) -> None:
+        """Append images and their tokens, and sync them to disk.
 
         Raises:
           SamplesNotWritten: if the disk is full.
         """
-        with explained(self._folder.parent):
+        with explain_write_errors(self._folder.parent):
             for (path, _), array in zip(self._files(), (images, tokens), strict=True):
                 with open(path, "ab") as file:
                     file.write(np.ascontiguousarray(array).tobytes())
                     _sync(file)
 
-    def images(self) -> np.ndarray:
-        """uint8 [N, H, W, 3], mapped from the disk."""
+    def images(self) -> UInt8[np.ndarray, "N H W 3"]:
+        """Return all images, memory-mapped."""
         if self.finished:
-            return _mapped_member(self.path, "arr_0.npy")
+            return _memmap_member(self.path, "arr_0.npy")
         return np.memmap(self._files()[0][0], np.uint8, "r", shape=(self._count, *self._image_shape))
 
-    def tokens(self) -> np.ndarray:
-        """int32 [N, L], mapped from the disk.
+    def tokens(self) -> Int32[np.ndarray, "N L"]:
+        """Return the tokens of all images, memory-mapped.
 
         Raises:
-          OSError: if tokens.npy is missing, or not of the samples in samples.npz.
+          OSError: if tokens.npy is missing, or does not belong to samples.npz.
         """
         if not self.finished:
             return np.memmap(self._files()[1][0], np.int32, "r", shape=(self._count, self._length))
         tokens = np.load(self._tokens_path, mmap_mode="r")
-        if _checksum(tokens) != _origin(self.path)["tokens"]:
-            raise OSError(f"{self._tokens_path} is not of the images in {self.path.name}")
+        if _checksum(tokens) != _read_origin(self.path)["tokens"]:
+            raise OSError(f"{self._tokens_path} does not belong to the images in {self.path.name}")
         return tokens
 
-    def finish(self, labels: np.ndarray) -> Path:
-        """Writes samples.npz and tokens.npy, and only then removes the flat files.
+    def finish(self, labels: Int[np.ndarray, " N"]) -> Path:
+        """Write samples.npz and tokens.npy, and only then remove the flat files.
 
         Args:
-          labels: int [N].
+          labels: class of each image.
 
         Returns:
           Path of samples.npz: `arr_0` uint8 [N, H, W, 3], `arr_1` int64 [N].
 
         Raises:
-          SamplesNotWritten: if the disk is full; the samples are kept, and the same call finishes them.
+          SamplesNotWritten: if the disk is full; the flat files are kept, so that the same call can be
+            repeated.
         """
         if self.finished:
             return self.path
         images, tokens = self.images(), self.tokens()
-        with explained(self.path.parent):
-            with _replaced(self._tokens_path) as file:
+        with explain_write_errors(self.path.parent):
+            with _atomic_write(self._tokens_path) as file:
                 _write_array(file, tokens)
-            with _replaced(self.path) as file, zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
+            with _atomic_write(self.path) as file, zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
                 archive.comment = json.dumps({"job": self._job, "tokens": _checksum(tokens)}).encode()
                 for name, array in (("arr_0", images), ("arr_1", labels.astype(np.int64))):
-                    # A fixed date: the same samples make the same file.
+                    # ZipInfo has a fixed date, so that the same samples give the same file.
                     with archive.open(zipfile.ZipInfo(f"{name}.npy"), "w", force_zip64=True) as member:
                         _write_array(member, array)
             self.finished = True
@@ -182,8 +189,8 @@ class SampleStore:
         return self.path
 
 
-def _origin(path: Path) -> dict:
-    """What the comment of a samples.npz says of it; empty where there is no such file, or it says nothing."""
+def _read_origin(path: Path) -> dict:
+    """Read the job and the checksum of the tokens from the comment of a samples.npz; {} if there is none."""
     try:
         with zipfile.ZipFile(path) as archive:
             origin = json.loads(archive.comment or b"{}")
@@ -192,12 +199,13 @@ def _origin(path: Path) -> dict:
     return origin if isinstance(origin, dict) else {}
 
 
-def _mapped_member(path: Path, name: str) -> np.ndarray:
-    """An array in an .npz that is not compressed, mapped from the disk."""
+def _memmap_member(path: Path, name: str) -> np.ndarray:
+    """Memory-map an array of an uncompressed .npz file."""
     with zipfile.ZipFile(path) as archive:
         offset = archive.getinfo(name).header_offset
     with open(path, "rb") as file:
-        file.seek(offset + 26)  # of the local header: lengths of the name and of the extra field, then both
+        # The local header: at 26 the lengths of the name and of the extra field, at 30 both of these.
+        file.seek(offset + 26)
         file.seek(offset + 30 + sum(int.from_bytes(file.read(2), "little") for _ in range(2)))
         np.lib.format.read_magic(file)
         shape, _, dtype = np.lib.format.read_array_header_1_0(file)
@@ -205,28 +213,28 @@ def _mapped_member(path: Path, name: str) -> np.ndarray:
 
 
 def _write_array(file, array: np.ndarray) -> None:
-    """Writes an array in the .npy format."""
+    """Write an array in the .npy format."""
     np.lib.format.write_array_header_1_0(file, np.lib.format.header_data_from_array_1_0(array))
-    for piece in _pieces(array):
-        file.write(piece)
+    for block in _byte_blocks(array):
+        file.write(block)
 
 
-def _pieces(array: np.ndarray) -> Iterator[bytes]:
+def _byte_blocks(array: np.ndarray) -> Iterator[bytes]:
     flat = array.reshape(-1).view(np.uint8)
-    for start in range(0, len(flat), PIECE):
-        yield flat[start : start + PIECE].tobytes()
+    for start in range(0, len(flat), COPY_BYTES):
+        yield flat[start : start + COPY_BYTES].tobytes()
 
 
 def _checksum(array: np.ndarray) -> str:
     crc = 0
-    for piece in _pieces(array):
-        crc = zlib.crc32(piece, crc)
+    for block in _byte_blocks(array):
+        crc = zlib.crc32(block, crc)
     return f"{crc:08x}"
 
 
 @contextlib.contextmanager
-def _replaced(path: Path):
-    """A file to write that takes its name once it is whole and on the disk, its name too."""
+def _atomic_write(path: Path):
+    """Open a file for writing that gets its name when it is complete and, like its name, synced to disk."""
     partial = path.with_name(path.name + ".partial")
     try:
         with open(partial, "wb") as file:
@@ -234,7 +242,7 @@ def _replaced(path: Path):
             _sync(file)
         partial.replace(path)
     finally:
-        partial.unlink(missing_ok=True)  # of one that failed: it would fill the disk
+        partial.unlink(missing_ok=True)  # a failed write would leave the disk full
     folder = os.open(path.parent, os.O_RDONLY)
     try:
         os.fsync(folder)
@@ -242,8 +250,8 @@ def _replaced(path: Path):
         os.close(folder)
 
 
-def _write_whole(path: Path, content: bytes) -> None:
-    with _replaced(path) as file:
+def _write_file(path: Path, content: bytes) -> None:
+    with _atomic_write(path) as file:
         file.write(content)
 
 
@@ -252,27 +260,27 @@ def _sync(file) -> None:
     os.fsync(file.fileno())
 
 
-def _check_same(saved: dict, now: dict, folder: Path) -> None:
-    different = [
-        f"{name}: {saved.get(name)} there, {now.get(name)} now"
-        for name in sorted(set(saved) | set(now))
-        if saved.get(name) != now.get(name)
+def _check_same_job(saved: dict, job: dict, folder: Path) -> None:
+    differences = [
+        f"{name}: {saved.get(name)} there, {job.get(name)} now"
+        for name in sorted(set(saved) | set(job))
+        if saved.get(name) != job.get(name)
     ]
-    if different:
+    if differences:
         raise OtherSamples(
             f"{folder} holds unfinished samples of another call; remove it, use another --out, or set "
-            "back\n  " + "\n  ".join(different)
+            "these values back:\n  " + "\n  ".join(differences)
         )
 
 
 @contextlib.contextmanager
-def explained(out: Path):
-    """Turns what the disk says into what to do about it."""
+def explain_write_errors(out: Path):
+    """Convert an OSError to a SamplesNotWritten that says how to go on."""
     try:
         yield
     except OSError as error:
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-        hint = "make room" if full else "mend that"
+        is_full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        hint = "make room" if is_full else "fix the cause"
         raise SamplesNotWritten(
             f"samples could not be written under {out}: {error.strerror or error}; {hint} and run the same "
             "command again to go on"

@@ -1,12 +1,12 @@
 """Generation: labels to images in one compiled program.
 
-The cache of keys and values has its full size from the start, and all that depends on the label alone is
-computed once.  Next-scale: the scales are unrolled, and each attends to a static prefix of the cache.
-Next-token: one scan over the tokens, each of which attends to the whole cache under its mask.
+The KV cache is allocated at its full size, and everything that depends on the label alone is computed once.
+Next-scale: the scales are unrolled, and each attends to a static prefix of the cache.  Next-token: one scan
+over the tokens, each of which attends to the whole cache under its mask.
 """
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 
 import flax.struct
@@ -14,6 +14,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
+from jax.typing import ArrayLike
+from jaxtyping import Array, Bool, Float, Float32, Int, Int32, Key, Shaped
 
 from var_jax.errors import UserError
 from var_jax.images import denormalize
@@ -24,38 +26,37 @@ from var_jax.tokenizer.quantizer import Quantizer
 from var_jax.transformer.model import ARTransformer
 
 
-def filter_logits(logits: jax.Array, top_k: int, top_p: float | jax.Array | None) -> jax.Array:
-    """Removes unlikely codes: logits under the top_k-th largest, then the tail of probability 1 - top_p.
+def filter_logits(
+    logits: Float[Array, "*B V"], top_k: int, top_p: Float[ArrayLike, ""] | None
+) -> Float[Array, "*B V"]:
+    """Set the logits of unlikely codes to -inf: all but the top_k largest, then the tail beyond top_p.
 
-    From the smallest up, codes are dropped while the cumulative probability of what top-k left is at
-    most 1 - top_p; the largest is never dropped.  top-p looks inside the sorted top-k values only, so
-    that nothing larger is ever sorted.
+    From the smallest logit up, codes are dropped while their cumulative probability, after top-k, is at most
+    1 - top_p; the largest is never dropped.  Only the sorted top-k values are searched for the top-p
+    threshold, so that the whole vocabulary is not sorted.
 
     Args:
-      logits: float32 [..., V].
-      top_k: known at compile time; 0 or at least V keeps all.
-      top_p: in (0, 1]; None keeps all.
-
-    Returns:
-      float32 [..., V], -inf where removed.
+      logits: float32.
+      top_k: static; 0, or V and more, keeps all codes.
+      top_p: in (0, 1]; None keeps all codes.
     """
     num_codes = logits.shape[-1]
     k = min(top_k, num_codes) or num_codes
     if k == num_codes and top_p is None:
         return logits
-    best, _ = jax.lax.top_k(logits, k)  # sorted, largest first
+    largest, _ = jax.lax.top_k(logits, k)  # in descending order
     if top_p is None:
-        threshold = best[..., -1:]
+        threshold = largest[..., -1:]
     else:
-        tail = jnp.cumsum(jax.nn.softmax(best, axis=-1)[..., ::-1], axis=-1)[..., ::-1]
+        tail = jnp.cumsum(jax.nn.softmax(largest, axis=-1)[..., ::-1], axis=-1)[..., ::-1]
         keep = (tail > 1 - top_p).at[..., 0].set(True)
-        threshold = jnp.min(jnp.where(keep, best, jnp.inf), axis=-1, keepdims=True)
+        threshold = jnp.min(jnp.where(keep, largest, jnp.inf), axis=-1, keepdims=True)
     return jnp.where(logits < threshold, -jnp.inf, logits)
 
 
 @flax.struct.dataclass
 class Networks:
-    """A tokenizer and a transformer with their parameters; under `jit` the modules are static."""
+    """A tokenizer and a transformer with their parameters; a pytree whose modules are static under `jit`."""
 
     tokenizer: Tokenizer = flax.struct.field(pytree_node=False)
     model: ARTransformer = flax.struct.field(pytree_node=False)
@@ -64,71 +65,93 @@ class Networks:
 
     @property
     def quantizer(self) -> Quantizer:
-        """The tokenizer's quantizer."""
+        """Return the quantizer of the tokenizer."""
         return Quantizer.create(self.tokenizer_params["quantizer"], self.tokenizer.config)
 
 
 @flax.struct.dataclass
 class KnownTokens:
-    """Tokens of an image to keep, and those to draw again.
+    """Tokens of images that are partly known, and the mask of those to resample.
 
     Attributes:
-      tokens: int32 [B, L].
-      resample: bool [B, L], True where a token is drawn.
+      tokens: int32 [B, L]; those under the mask are ignored.
+      resample: bool [B, L], True where a token is resampled.
     """
 
-    tokens: jax.Array
-    resample: jax.Array
+    tokens: Array | np.ndarray
+    resample: Array | np.ndarray
 
 
 class NonFiniteImages(UserError, FloatingPointError):
-    """Images are not finite; names them and the likely causes."""
+    """Error for generated images that are not finite; names the images and the likely causes."""
 
 
 @partial(jax.jit, static_argnames="seed")
-def image_keys(seed: int, indices: jax.Array) -> jax.Array:
-    """Random keys [B] of images int [B]: image i depends on (seed, i) alone, whatever batch it is made in."""
+def image_keys(seed: int, indices: Int[Array | np.ndarray, " B"]) -> Key[Array, " B"]:
+    """Derive a random key from (seed, i) for each image i, so that images do not depend on their batch."""
     return jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), indices.astype(jnp.uint32))
 
 
-def _noise(keys: jax.Array, fold: int | jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    """Gumbel noise [B, *shape], of every image from its own key."""
-    return jax.vmap(lambda key: jax.random.gumbel(jax.random.fold_in(key, fold), shape))(keys)
+def _gumbel_noise(keys: jax.Array, step: int | jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """Sample Gumbel noise [B, *shape] for one step of generation, each image from its own key."""
+    return jax.vmap(lambda key: jax.random.gumbel(jax.random.fold_in(key, step), shape))(keys)
 
 
-def smooth_codes(logits: jax.Array, noise: jax.Array, codes: jax.Array, progress: float) -> jax.Array:
-    """Gumbel-softmax mixtures of codes, sharper from scale to scale -> [B, n, C]."""
+def smooth_codes(
+    logits: Float[Array, "B n V"], noise: Float[Array, "B n V"], codes: Float[Array, "V C"], progress: float
+) -> Float[Array, "B n C"]:
+    """Mix codes by a Gumbel-softmax that sharpens from scale to scale.
+
+    Args:
+      logits: of the codes at each position.
+      noise: Gumbel noise.
+      codes: code vectors.
+      progress: k / (K - 1) at scale k, 0 at the first and 1 at the last.
+    """
     temperature = max(0.27 * (1 - 0.95 * progress), 0.005)
-    shares = jax.nn.softmax(((1 + progress) * logits + noise) / temperature, axis=-1)
-    return jnp.matmul(shares, codes, precision=jax.lax.Precision.HIGHEST)
+    weights = jax.nn.softmax(((1 + progress) * logits + noise) / temperature, axis=-1)
+    return jnp.matmul(weights, codes, precision=jax.lax.Precision.HIGHEST)
 
 
-def _draw(
+def _sample_map(
     k: int,
     logits: jax.Array,
     keys: jax.Array,
     quantizer: Quantizer,
     controls: ScaleControls,
-    given: KnownTokens | None,
-    fold: int | jax.Array,
+    known: KnownTokens | None,
+    step: int | jax.Array,
 ):
-    """Logits [B, n, V] of map k -> tokens int32 [B, n] and codes [B, n, C], drawn or given.
+    """Sample n tokens of map k, and insert those that are known.
 
-    `fold` is the number of the draw in the image; `given` holds the same n tokens.
+    Args:
+      k: scale, whose options apply.
+      logits: float32 [B, n, V].
+      keys: random keys [B].
+      quantizer: quantizer of the tokenizer.
+      controls: sampling options of every scale.
+      known: tokens and mask of the same n positions.
+      step: number of the step of generation, folded into the keys.
+
+    Returns:
+      Tokens int32 [B, n] and codes [B, n, C].
     """
-    drawn, codes = _drawn(k, logits, keys, quantizer, controls, fold)
-    if given is None:
-        return drawn, codes
-    tokens = jnp.where(given.resample, drawn, given.tokens)
-    return tokens, jnp.where(given.resample[..., None], codes, quantizer.codes[given.tokens])
+    sampled, codes = _sample_codes(k, logits, keys, quantizer, controls, step)
+    if known is None:
+        return sampled, codes
+    tokens = jnp.where(known.resample, sampled, known.tokens)
+    return tokens, jnp.where(known.resample[..., None], codes, quantizer.codes[known.tokens])
 
 
-def _drawn(k, logits, keys, quantizer, controls, fold):
-    """See `_draw`.  Where the logits of an image are not finite, its codes are NaN, and so is the image."""
+def _sample_codes(k, logits, keys, quantizer, controls, step):
+    """Sample tokens int32 [B, n] and codes [B, n, C] of map k; the arguments are those of `_sample_map`.
+
+    An image with non-finite logits gets NaN codes, so that `check_finite` finds it at the end.
+    """
     logits = logits / controls.temperature[k]
     finite = jnp.isfinite(logits).all(axis=(1, 2))[:, None, None]
     logits = filter_logits(logits, controls.top_k[k], controls.top_p[k] if controls.use_top_p[k] else None)
-    noise = _noise(keys, fold, logits.shape[1:])
+    noise = _gumbel_noise(keys, step, logits.shape[1:])
     if controls.smooth[k]:
         codes = smooth_codes(logits, noise, quantizer.codes, quantizer.scales.progress(k))
         token_map = quantizer.nearest(codes)
@@ -141,180 +164,194 @@ def _drawn(k, logits, keys, quantizer, controls, fold):
 @jax.jit
 def generate(
     networks: Networks,
-    labels: jax.Array,
-    keys: jax.Array,
+    labels: Int[Array | np.ndarray, " B"],
+    keys: Key[Array, " B"],
     controls: ScaleControls,
-    given: KnownTokens | None = None,
-) -> tuple[jax.Array, jax.Array]:
-    """Draw one image a label.
+    known: KnownTokens | None = None,
+) -> tuple[Float[Array, "B H W 3"], Int32[Array, "B n"]]:
+    """Generate one image per label.
 
     Args:
       networks: tokenizer and transformer.
-      labels: int32 [B].
-      keys: random keys [B] (`image_keys`).
-      controls: how to draw.
-      given: tokens to keep; each map is predicted from what it is to stand beside.  None draws all.
+      labels: class of each image.
+      keys: random key of each image (`image_keys`).
+      controls: sampling options of every scale.
+      known: tokens to keep, from which the later maps are predicted too; None samples all.
 
     Returns:
-      Images float32 [B, H, W, 3] in [-1, 1], and tokens int32 [B, n] of the maps drawn.  An image with logits
-      that are not finite is NaN.
+      Images float32 in [-1, 1], and tokens of the sampled maps.  An image with non-finite logits is NaN.
     """
     config, quantizer = networks.model.config, networks.quantizer
-    if controls.num_guided_scales:  # with and without class side by side, so that both stay on one device
+    if controls.num_guided_scales:  # interleave rows with and without class, so that both are on one device
         labels = jnp.stack([labels, jnp.full_like(labels, config.num_classes)], axis=1).ravel()
-    draw = _draw_maps if config.predicts_maps else _draw_tokens
+    sample = _sample_all_maps if config.predicts_maps else _sample_all_tokens
     apply = partial(networks.model.apply, {"params": networks.params})
-    f_hat, tokens = draw(apply, config, quantizer, labels, keys, controls, given)
+    f_hat, tokens = sample(apply, config, quantizer, labels, keys, controls, known)
     params = {"params": networks.tokenizer_params}
     return networks.tokenizer.apply(params, f_hat, method="decode_features"), tokens
 
 
-def _draw_maps(apply, config, quantizer, labels, keys, controls, given):
-    """Next-scale: f_hat [B, h, w, C] and tokens [B, n], map by map."""
+def _sample_all_maps(apply, config, quantizer, labels, keys, controls, known):
+    """Sample f_hat [B, h, w, C] and tokens [B, n] map by map, with a next-scale transformer."""
     scales, batch = quantizer.scales, keys.shape[0]
     condition = apply(labels, method="condition")
     cache = apply(labels.shape[0], method="empty_cache")
     f_hat = jnp.zeros((batch, scales.side, scales.side, config.code_dim))
     tokens = []
     for k in range(controls.scales):
-        num_guided_scales = k < controls.num_guided_scales
+        is_guided = k < controls.num_guided_scales
         if k == controls.num_guided_scales > 0:
             condition, cache = condition.conditional(), cache.conditional()
         inputs = None if k == 0 else quantizer.next_scale_input(k, f_hat)
-        if num_guided_scales and k:
+        if is_guided and k:
             inputs = jnp.repeat(inputs, 2, axis=0)
         logits, cache = apply(k, inputs, condition, cache, method="step")
-        logits = guide(logits, controls.guidance_scale[k]) if num_guided_scales else logits
-        here = slice(scales.starts[k], scales.ends[k])
-        own = jax.tree.map(lambda x: x[:, here], given)  # noqa: B023
-        token_map, codes = _draw(k, logits, keys, quantizer, controls, own, fold=k)
+        logits = guide(logits, controls.guidance_scale[k]) if is_guided else logits
+        positions = slice(scales.starts[k], scales.ends[k])
+        known_map = jax.tree.map(lambda x: x[:, positions], known)  # noqa: B023
+        token_map, codes = _sample_map(k, logits, keys, quantizer, controls, known_map, step=k)
         f_hat = f_hat + quantizer.upsample_and_smooth(k, codes)
         tokens.append(token_map)
     return f_hat, jnp.concatenate(tokens, axis=1)
 
 
-def _draw_tokens(apply, config, quantizer, labels, keys, controls, given):
-    """Next-token: f_hat [B, h, w, C] and tokens [B, L], one token after another, in their order."""
+def _sample_all_tokens(apply, config, quantizer, labels, keys, controls, known):
+    """Sample f_hat [B, h, w, C] and tokens [B, L] token by token, with a next-token transformer."""
     condition = apply(labels, method="condition")
-    given = jax.tree.map(config.to_prediction_order, given)
+    known = jax.tree.map(config.to_prediction_order, known)
 
     def step(carry, i):
-        before, cache = carry
-        inputs = jnp.repeat(before, 2, axis=0) if controls.num_guided_scales else before
+        previous, cache = carry
+        inputs = jnp.repeat(previous, 2, axis=0) if controls.num_guided_scales else previous
         logits, cache = apply(i, inputs, condition, cache, method="step")
         logits = guide(logits, controls.guidance_scale[0]) if controls.num_guided_scales else logits
-        own = jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, i, 1, axis=1), given)
-        token, code = _draw(0, logits, keys, quantizer, controls, own, fold=i)
+        known_token = jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, i, 1, axis=1), known)
+        token, code = _sample_map(0, logits, keys, quantizer, controls, known_token, step=i)
         return (code, cache), (token[:, 0], code[:, 0])
 
-    nothing = jnp.zeros((keys.shape[0], 1, config.code_dim))
-    start = (nothing, apply(labels.shape[0], method="empty_cache"))
-    _, drawn = jax.lax.scan(step, start, jnp.arange(config.length))
-    tokens, codes = (config.to_raster_order(x.swapaxes(0, 1)) for x in drawn)
+    blank = jnp.zeros((keys.shape[0], 1, config.code_dim))
+    init = (blank, apply(labels.shape[0], method="empty_cache"))
+    _, outputs = jax.lax.scan(step, init, jnp.arange(config.length))
+    tokens, codes = (config.to_raster_order(x.swapaxes(0, 1)) for x in outputs)
     return quantizer.upsample_and_smooth(0, codes), tokens
 
 
 @jax.jit
-def teacher_forced_logits(networks: Networks, labels: jax.Array, tokens: jax.Array) -> jax.Array:
-    """Compute logits float32 [B, L, V] of tokens int32 [B, L], each given the true ones before it."""
+def teacher_forced_logits(
+    networks: Networks, labels: Int[Array | np.ndarray, " B"], tokens: Int[Array | np.ndarray, "B L"]
+) -> Float32[Array, "B L V"]:
+    """Compute the logits of all positions, each conditioned on the true tokens before it.
+
+    Args:
+      networks: tokenizer and transformer.
+      labels: class of each image.
+      tokens: in the tokenizer's layout, which is that of the logits, too.
+    """
     model = networks.model
     _, inputs = teacher_forcing(model.config, networks.quantizer, tokens)
     return model.config.to_raster_order(model.apply({"params": networks.params}, labels, inputs))
 
 
-def device_put_global(x: jax.Array | np.ndarray, sharding: NamedSharding) -> jax.Array:
-    """An array that every host holds whole, onto the devices of all hosts."""
+def device_put_global(x: Array | np.ndarray, sharding: NamedSharding) -> Array:
+    """Put an array, of which every host has a full copy, on the devices of all hosts."""
     if sharding.is_fully_addressable:
         return jax.device_put(x, sharding)
-    whole = np.asarray(x)
-    return jax.make_array_from_callback(whole.shape, sharding, lambda index: whole[index])
+    copy = np.asarray(x)
+    return jax.make_array_from_callback(copy.shape, sharding, lambda index: copy[index])
 
 
 @partial(jax.jit, static_argnames=("postprocess", "sharding"))
-def _finished(images: jax.Array, tokens: jax.Array, postprocess, sharding: NamedSharding | None):
-    """What leaves the devices, whole on every host: images, tokens, and whether each image is finite."""
+def _postprocess(images: jax.Array, tokens: jax.Array, postprocess, sharding: NamedSharding | None):
+    """Return postprocessed images, tokens and is_finite bool [B], in a sharding that each host can read."""
     result = postprocess(images), tokens, jnp.isfinite(images).all(axis=(1, 2, 3))
     return result if sharding is None else jax.lax.with_sharding_constraint(result, sharding)
 
 
 def generate_in_chunks(
     networks: Networks,
-    labels: np.ndarray,
+    labels: Int[Array | np.ndarray, " N"],
     seed: int,
     options: SamplingOptions,
     chunk: int,
     *,
-    given: KnownTokens | None = None,
+    known: KnownTokens | None = None,
     start: int = 0,
     sharding: NamedSharding | None = None,
-    postprocess=denormalize,
-) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Images of many labels, `chunk` at a time; the last chunk is filled up, so nothing is compiled twice.
+    postprocess: Callable[[Array], Array] = denormalize,
+) -> Iterator[tuple[Shaped[np.ndarray, "n H W 3"], Int32[np.ndarray, "n L"]]]:
+    """Generate the images of many labels, `chunk` at a time; the last chunk is padded to the same shape.
 
-    The devices work on a chunk while the one before it is handed out.
+    The devices work on the next chunk while the caller handles the one before.
 
     Args:
       networks: tokenizer and transformer.
-      labels: int [N].
+      labels: class of each image.
       seed: image i depends on (seed, i) alone.
-      chunk: images made at once; over several devices, rounded up to a multiple of their number.
-      given: tokens to keep, [N, L].
-      start: the first image to make, where those before it are there already.
-      sharding: of the leading axis of a batch, over the devices that hold the parameters.
-      postprocess: what to make of images in [-1, 1] on the device: `denormalize` or `denormalize_to_uint8`.
+      options: sampling options.
+      chunk: number of images to generate at once; rounded up to a multiple of the number of devices.
+      known: tokens to keep, [N, L].
+      start: number of the first image to generate; the images before it are skipped.
+      sharding: sharding of the leading axis of a batch, over the devices that hold the parameters.
+      postprocess: function of images in [-1, 1], run on the device: `denormalize` or `denormalize_to_uint8`.
 
     Yields:
-      Images [n, H, W, 3] and tokens int32 [n, L], n = chunk but for the last.
+      Images and tokens; n = chunk except for the last.
 
     Raises:
       NonFiniteImages: naming the first images of a chunk that are not finite.
     """
     config = networks.model.config
     controls = options.controls(config.schedule, config.num_codes)
-    labels, whole = np.asarray(labels, np.int32), None
+    labels = np.asarray(labels, np.int32)
     if (labels == config.num_classes).all():
         controls = controls.replace(num_guided_scales=0)  # both halves would be the same
+    replicated = None
     if sharding is not None:
-        whole = NamedSharding(sharding.mesh, PartitionSpec())
+        replicated = NamedSharding(sharding.mesh, PartitionSpec())
         chunk = -(-chunk // sharding.num_devices) * sharding.num_devices
-    place = jnp.asarray if sharding is None else partial(device_put_global, sharding=sharding)
-    waiting = None
+    put = jnp.asarray if sharding is None else partial(device_put_global, sharding=sharding)
+    pending = None
     for first in range(start, len(labels), chunk):
         indices = np.arange(first, first + chunk)
         rows = np.minimum(indices, len(labels) - 1)
-        part = None if given is None else jax.tree.map(lambda x: place(np.asarray(x)[rows]), given)  # noqa: B023
-        keys = image_keys(seed, place(indices))
+        known_rows = None if known is None else jax.tree.map(lambda x: put(np.asarray(x)[rows]), known)  # noqa: B023
+        keys = image_keys(seed, put(indices))
         with contextlib.nullcontext() if sharding is None else jax.set_mesh(sharding.mesh):
-            made = generate(networks, place(labels[rows]), keys, controls, part)
-        made = (*_finished(*made, postprocess, whole), first, labels[first : first + chunk])
-        if waiting is not None:
-            yield _to_host(*waiting)
-        waiting = made
-    if waiting is not None:
-        yield _to_host(*waiting)
+            arrays = generate(networks, put(labels[rows]), keys, controls, known_rows)
+        arrays = _postprocess(*arrays, postprocess, replicated)
+        if pending is not None:
+            yield _to_host(*pending)
+        pending = (*arrays, first, labels[first : first + chunk])
+    if pending is not None:
+        yield _to_host(*pending)
 
 
 def _to_host(
-    images: jax.Array, tokens: jax.Array, finite: jax.Array, first: int, labels: np.ndarray
+    images: jax.Array, tokens: jax.Array, is_finite: jax.Array, first: int, labels: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Images and tokens of a chunk that begins with image `first`, one a label, without what fills it up."""
-    check_finite(np.asarray(finite)[: len(labels)], first, labels)
+    """Copy images and tokens of a chunk, which begins with image `first`, to the host, without padding."""
+    check_finite(np.asarray(is_finite)[: len(labels)], first, labels)
     return np.asarray(images)[: len(labels)], np.asarray(tokens)[: len(labels)]
 
 
-def check_finite(finite: np.ndarray, first: int = 0, labels: np.ndarray | None = None) -> None:
+def check_finite(
+    is_finite: Bool[np.ndarray, " n"], first: int = 0, labels: Int[np.ndarray, " n"] | None = None
+) -> None:
     """Raise NonFiniteImages unless all images are finite.
 
     Args:
-      finite: bool [n], of the images from number `first` on.
-      labels: int [n], for the message.
+      is_finite: of the images from number `first` on.
+      first: number of the first image, for the message.
+      labels: class of each image, for the message.
     """
-    bad = np.flatnonzero(~finite)
+    bad = np.flatnonzero(~is_finite)
     if not len(bad):
         return
-    named = [f"{first + i}" if labels is None else f"{first + i} (label {labels[i]})" for i in bad[:5]]
+    names = ", ".join(
+        f"{first + i}" if labels is None else f"{first + i} (label {labels[i]})" for i in bad[:5]
+    )
     raise NonFiniteImages(
-        f"{len(bad)} of {len(finite)} images are not finite: {', '.join(named)}{', ...' * (len(bad) > 5)}. "
+        f"{len(bad)} of {len(is_finite)} images are not finite: {names}{', ...' * (len(bad) > 5)}. "
         "Either the weights hold NaN or infinities (the run diverged, or a file is damaged), or numbers "
         "overflow: try a smaller guidance, a temperature nearer to 1, or float32"
     )

@@ -1,14 +1,14 @@
-"""Converts weights between the published layout and a run directory of ours.
+"""Convert weights between the published layout and a run directory.
 
     python -m var_jax.tools.convert vae_ch160v4096z32.pth runs/published
     python -m var_jax.tools.convert var_d16.pth runs/published
     python -m var_jax.tools.convert runs/published vae.safetensors --stage=tokenizer
     python -m var_jax.tools.convert runs/published var_d16.pth --stage=next_scale    # extra `torch`
 
-Tensors go one parameter at a time: nothing is held twice.  Every tensor is accounted for; a file that lacks
-one, or has one too many or of another shape, is refused with their names.  What a file holds (tokenizer,
-transformer, or both in a checkpoint of the published trainer) is seen from its names, and the architecture
-from its shapes.
+Tensors are converted one parameter at a time, so that no network is held in memory twice.  A file with
+missing or unknown tensors, or tensors of another shape, is refused with their names.  The names of the
+tensors decide whether a file holds a tokenizer, a transformer, or both (a checkpoint of the published
+trainer); their shapes decide the architecture.
 """
 
 import dataclasses
@@ -46,26 +46,26 @@ from var_jax.training.checkpoint_integrity import steps_under
 from var_jax.transformer.config import NextScaleConfig
 
 FLAGS = flags.FLAGS
-STAGES = ("tokenizer", "next_scale")
+PUBLISHED_STAGES = ("tokenizer", "next_scale")
 
 
 def to_run(source: Path, run: Path, scales: tuple[int, ...] | None = None) -> list[str]:
-    """Writes what a file in the published layout holds as stages of a run.
+    """Write the networks of a file in the published layout as stages of a run.
 
     Args:
-      source: `.pth` or `.safetensors`.
-      run: directory of the run; may hold the other stage already.
-      scales: sides of the token maps, where they are not the published ones.
+      source: `.pth` or `.safetensors` file.
+      run: directory of the run; may have the other stage already.
+      scales: sides of the token maps, if they are not the published ones.
 
     Returns:
-      A line for each stage that was written.
+      A summary line for each stage that was written.
 
     Raises:
       ConfigError: naming the tensors that do not fit.
-      FileExistsError: where the run has that stage already.
+      FileExistsError: if the run has that stage already.
     """
     networks = []
-    try:  # whatever can be wrong, before anything is written
+    try:  # check all networks before any of them is written
         for kind, tensors in read_networks(source).items():
             kind = kind or ("tokenizer" if "quantize.embedding.weight" in tensors else "next_scale")
             check_is_new(run / kind / CHECKPOINT_DIR)
@@ -73,11 +73,12 @@ def to_run(source: Path, run: Path, scales: tuple[int, ...] | None = None) -> li
             networks.append((kind, tensors, *read(source, tensors, scales)))
     except ValueError as error:
         raise ConfigError(str(error)) from error
-    is_new = networks[0][0] == "tokenizer"  # it comes first
-    tokenizer = "" if is_new else _fingerprint_in(run)
+    has_tokenizer = networks[0][0] == "tokenizer"  # `read_networks` yields it first
+    tokenizer = "" if has_tokenizer else _tokenizer_fingerprint(run)
     lines = []
     for kind, tensors, config, table, shapes in networks:
-        params, extra = published.to_ours(tensors, table, shapes), {}
+        params = published.to_ours(tensors, table, shapes)
+        extra = {}
         if kind == "tokenizer":
             extra, tokenizer = {"code_hits": params.pop("code_hits")}, fingerprint(params)
         save_params(run / kind / CHECKPOINT_DIR, params, extra, _record(kind, config, source, tokenizer))
@@ -85,14 +86,14 @@ def to_run(source: Path, run: Path, scales: tuple[int, ...] | None = None) -> li
     return lines
 
 
-def _fingerprint_in(run: Path) -> str:
-    """Fingerprint of the tokenizer of a run; "" where it has none yet."""
+def _tokenizer_fingerprint(run: Path) -> str:
+    """Return the fingerprint of a run's tokenizer; "" if the run has no tokenizer yet."""
     folder = run / "tokenizer" / CHECKPOINT_DIR
     return fingerprint(load_params(folder)[0]) if steps_under(folder) else ""
 
 
 def _record(kind: str, config: TokenizerConfig | NextScaleConfig, source: Path, tokenizer: str) -> dict:
-    """Config of a checkpoint, as the training loop saves it."""
+    """Return the config of a checkpoint in the layout of the training loop."""
     tokenizer = "" if kind == "tokenizer" else tokenizer
     stage = {"task": kind, "converted_from": str(source.absolute())}
     if kind == "next_scale":
@@ -102,24 +103,27 @@ def _record(kind: str, config: TokenizerConfig | NextScaleConfig, source: Path, 
 
 
 def to_file(run: Path, stage: str | None, target: Path, step: int | str = "latest") -> list[str]:
-    """Writes a stage of a run as a file in the published layout.
+    """Write a stage of a run as a file in the published layout.
 
     Args:
       run: directory of a run.
-      stage: `tokenizer` or `next_scale`; may be left out where the run has one alone.
-      target: `.pth` (needs PyTorch) or `.safetensors`.
+      stage: `tokenizer` or `next_scale`; None if the run has only one of them.
+      target: `.pth` (needs PyTorch) or `.safetensors` file.
       step: checkpoint of the run: a step, `latest` or `best`.
 
+    Returns:
+      A summary line.
+
     Raises:
-      ConfigError: on a stage that is not there, or a network that the layout cannot express.
-      CheckpointMissing: where the run has no checkpoint.
+      ConfigError: if the stage is ambiguous, or the published layout cannot express the network.
+      CheckpointMissing: if the run has no checkpoint.
     """
-    there = [name for name in STAGES if (run / name / CHECKPOINT_DIR).exists()]
-    if not there:
-        raise CheckpointMissing(f"{run} is no run: it has neither {' nor '.join(STAGES)}")
-    if stage is None and len(there) > 1:
-        raise ConfigError(f"{run} has {' and '.join(there)}: say which with --stage")
-    stage = stage or there[0]
+    stages = [name for name in PUBLISHED_STAGES if (run / name / CHECKPOINT_DIR).exists()]
+    if not stages:
+        raise CheckpointMissing(f"{run} is not a run: it has neither {' nor '.join(PUBLISHED_STAGES)}")
+    if stage is None and len(stages) > 1:
+        raise ConfigError(f"{run} has {' and '.join(stages)}: choose one with --stage")
+    stage = stage or stages[0]
     folder = run / stage / CHECKPOINT_DIR
     step, record = load_config(folder, step)
     if stage == "tokenizer":
@@ -138,34 +142,35 @@ def to_file(run: Path, stage: str | None, target: Path, step: int | str = "lates
 
     tensors = published.published_tensors(read, table, constants)
     if target.suffix == ".safetensors":
-        announced = {name: constant.shape for name, constant in constants.items()}
-        announced |= published.published_shapes(table, shapes)
+        header_shapes = {name: constant.shape for name, constant in constants.items()}
+        header_shapes |= published.published_shapes(table, shapes)
         dtypes = {name: constant.dtype for name, constant in constants.items()}
-        write_safetensors(target, announced, tensors, dtypes)
+        write_safetensors(target, header_shapes, tensors, dtypes)
     else:
         write_pth(target, tensors)
     return [f"{target}: {stage} of {run}, step {step}, {target.stat().st_size / 2**20:.1f} MiB"]
 
 
 def check_expressible(config: TokenizerConfig | NextScaleConfig) -> None:
-    """Raises ConfigError where the published layout could not say what the architecture is."""
+    """Raise ConfigError if a file in the published layout could not express the architecture."""
     problems = []
     if isinstance(config, TokenizerConfig):
-        blank = TokenizerConfig()
+        defaults = TokenizerConfig()
         for field in ("patch", "norm_groups", "l2_normalized"):
-            if getattr(config, field) != getattr(blank, field):
-                problems.append(f"{field} is {getattr(config, field)}, there always {getattr(blank, field)}")
+            value, required = getattr(config, field), getattr(defaults, field)
+            if value != required:
+                problems.append(f"{field} is {value}, must be {required}")
     else:
         if config.positions != "learned_1d":
-            problems.append(f"positions is {config.positions}, there always learned_1d")
+            problems.append(f"positions is {config.positions}, must be learned_1d")
         if not config.normalized_attention and config.head_dim != 64:
-            problems.append(f"heads of plain attention are {config.head_dim} wide, there always 64")
+            problems.append(f"head size of plain attention is {config.head_dim}, must be 64")
     if problems:
         raise ConfigError("the published layout cannot express this network: " + "; ".join(problems))
 
 
 def convert(source: Path, target: Path, stage: str | None, scales, step: int | str) -> list[str]:
-    """To a run if the source is a file, to a file if it is a run; see `to_run` and `to_file`."""
+    """Convert a file to a run, or a run to a file; see `to_run` and `to_file`."""
     if source.is_dir():
         if target.suffix not in SUFFIXES:
             raise ConfigError(
@@ -177,8 +182,12 @@ def convert(source: Path, target: Path, stage: str | None, scales, step: int | s
     return to_run(source, target, scales)
 
 
-def path_of(path: str, name: str) -> epath.Path:
-    """A file of weights on this machine, or a run, which may be in a bucket; ConfigError on other URLs."""
+def check_path(path: str, name: str) -> epath.Path:
+    """Return the path of a weights file on this machine, or of a run, which may be in a bucket.
+
+    Raises:
+      ConfigError: on other URLs.
+    """
     with config_errors():
         return local_path(path, name) if path.endswith(SUFFIXES) else check_storage(path, name)
 
@@ -187,12 +196,12 @@ def main(argv):
     with config_errors(prefix="--scales: "):
         scales = None if FLAGS.scales is None else tuple(int(side) for side in FLAGS.scales)
     with config_errors(OSError, ModuleNotFoundError):
-        source, target = (path_of(*named) for named in zip(argv[1:], ("SRC", "DST"), strict=True))
+        source, target = (check_path(path, name) for path, name in zip(argv[1:], ("SRC", "DST"), strict=True))
         print("\n".join(convert(source, target, FLAGS.stage, scales, FLAGS.step)))
 
 
 if __name__ == "__main__":
-    flags.DEFINE_enum("stage", None, STAGES, "Which stage of a run to write; needed where it has both")
+    flags.DEFINE_enum("stage", None, PUBLISHED_STAGES, "Stage of a run to write; needed if it has both")
     flags.DEFINE_list("scales", None, "Sides of the token maps of a file that is not of 256 or 512 pixels")
     flags.DEFINE_string("step", "latest", "Checkpoint of a run: a step, latest or best")
     cli.run(main, num_arguments=2)  # SRC and DST

@@ -1,4 +1,4 @@
-"""Image files that people give: opened whole, cut and resized to the size of a model."""
+"""Image files of users: decoding, center crop and resize to the size of a model."""
 
 from PIL import Image
 
@@ -8,19 +8,19 @@ from var_jax.paths import as_path
 
 
 class UnusableImage(UserError, ValueError):
-    """A file is no image, or does not fit what it is used for."""
+    """Error for a file that is not an image, or does not fit its use."""
 
 
 def open_image(path: str, mode: str) -> Image.Image:
-    """Decode an image file, turned upright by its EXIF orientation.
+    """Decode an image file and apply its EXIF orientation.
 
     Args:
-      path: of the file.
-      mode: `RGB` for an image, whose transparent pixels become white, as in training; `L` for a mask, where
-        they become black: strokes on a transparent layer mask what they cover and nothing else.
+      path: path of the file.
+      mode: `RGB` for an image, whose transparent pixels become white, as in training; `L` for a mask, whose
+        transparent pixels become black, so that white strokes on a transparent layer are the mask.
 
     Raises:
-      UnusableImage: if there is no file, or no image in it.
+      UnusableImage: if the file is missing, unreadable or not an image.
     """
     try:
         data = as_path(path).read_bytes()
@@ -35,16 +35,16 @@ def open_image(path: str, mode: str) -> Image.Image:
 
 
 def crop_box(size: tuple[int, int]) -> tuple[int, int, int, int]:
-    """Left, top, right, bottom of the largest square in the middle of an image of (width, height)."""
+    """Return left, top, right, bottom of the largest centered square in an image of (width, height)."""
     side = min(size)
     left, top = (size[0] - side) // 2, (size[1] - side) // 2
     return left, top, left + side, top + side
 
 
-def fitted(image: Image.Image, side: int, path: str) -> Image.Image:
-    """An image cut to a square in its middle and resized to the model's size, with a notice."""
+def center_crop_resize(image: Image.Image, side: int, path: str) -> Image.Image:
+    """Crop an image to its central square and resize it to (side, side), with a notice that names `path`."""
     if image.size == (side, side):
         return image
-    print(f"{path}: {image.width} x {image.height}, cut to a square and resized to {side} x {side}")
+    print(f"{path}: {image.width} x {image.height}, cropped to a square and resized to {side} x {side}")
     method = Image.Resampling.NEAREST if image.mode == "L" else Image.Resampling.LANCZOS
     return image.crop(crop_box(image.size)).resize((side, side), method)

@@ -1,11 +1,10 @@
-"""Makes a data set from a folder of images.
+"""Prepare a data set from a folder of images.
 
     python -m var_jax.tools.prepare --images=pictures --name=flowers --data_dir=data
 
-Every file is decoded once, by all cores, to find those that are broken; they are listed with the reason, and
-left out only with --skip_bad.  What has been checked is noted down, so that a call that was stopped, in
-whatever way, goes on when it is given again.
-The encoded bytes are stored as they are: train with --config.data.name=flowers --config.data.dir=data.
+All cores decode every file once to find broken ones, which are listed with the reason, and left out only with
+--skip_bad.  The results are logged, so that the same command resumes a call that was stopped or killed.  The
+encoded bytes are stored unchanged.  Train with --config.data.name=flowers --config.data.dir=data.
 """
 
 import collections
@@ -45,28 +44,33 @@ from var_jax.errors import config_errors
 from var_jax.paths import local_path
 
 FLAGS = flags.FLAGS
-SPAWN = multiprocessing.get_context("spawn")
-CHUNK = 32  # files that a process checks at once
-MAX_BYTES = 2**30  # of a file: a record of TFDS holds less than 2 GiB
+SPAWN_CONTEXT = multiprocessing.get_context("spawn")
+FILES_PER_TASK = 32  # files that a worker process checks at once
+MAX_FILE_BYTES = 2**30  # a TFDS record holds less than 2 GiB
 
 
 class BadImages(UnusableFolder):
-    """Some files of a folder are no images; the message lists them."""
+    """Error for a folder with files that are not images; the message lists them."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Check:
-    """Result of decoding a file: what is wrong with it, or None, and a checksum of its bytes."""
+    """Result of decoding a file.
+
+    Attributes:
+      problem: reason why the file cannot be used; None if it can.
+      digest: checksum of its bytes.
+    """
 
     problem: str | None
     digest: str = ""
 
 
 def inspect(path: Path) -> Check:
-    """Decode an image file."""
+    """Decode an image file to check it."""
     try:
-        if path.stat().st_size > MAX_BYTES:
-            return Check(f"larger than {MAX_BYTES >> 20} MiB")
+        if path.stat().st_size > MAX_FILE_BYTES:
+            return Check(f"larger than {MAX_FILE_BYTES >> 20} MiB")
         data = path.read_bytes()
     except (OSError, MemoryError) as error:
         return Check(str(error) or "takes more memory than there is")
@@ -81,12 +85,12 @@ def inspect(path: Path) -> Check:
 
 
 def inspect_all(paths: list[Path]) -> list[Check]:
-    """Decode some files."""
+    """Decode a list of image files to check them."""
     return [inspect(path) for path in paths]
 
 
-def _end_with_parent() -> None:
-    """Exit a worker once its parent is gone, even by SIGKILL: it would wait for its next task for ever."""
+def _exit_with_parent() -> None:
+    """Exit a worker process when its parent exits, even by SIGKILL; it would wait for a task forever."""
 
     def wait() -> None:
         multiprocessing.parent_process().join()
@@ -96,122 +100,124 @@ def _end_with_parent() -> None:
 
 
 def _pool(workers: int) -> concurrent.futures.ProcessPoolExecutor:
-    """Spawned processes: forked ones could hang on locks that threads of this one hold."""
-    return concurrent.futures.ProcessPoolExecutor(workers, SPAWN, _end_with_parent)
+    """Create a pool of spawned processes; forked ones could hang on locks that threads of this one hold."""
+    return concurrent.futures.ProcessPoolExecutor(workers, SPAWN_CONTEXT, _exit_with_parent)
 
 
 def inspect_in_processes(paths: list[Path], workers: int) -> Iterator[tuple[Path, Check]]:
-    """Decode files in worker processes, in any order.
+    """Decode files in worker processes, and yield the results in any order.
 
-    A worker that is killed, as for the memory that it takes, breaks the whole pool: the files that were being
-    decoded are then decoded one at a time, and the file that ends a worker again is the one at fault.
+    A worker that is killed, e.g. for its memory use, breaks the whole pool.  The files of all running tasks
+    are then decoded one at a time, and a file that kills its worker again is the broken one.
     """
-    chunks = collections.deque(paths[i : i + CHUNK] for i in range(0, len(paths), CHUNK))
-    while chunks:
+    tasks = collections.deque(paths[i : i + FILES_PER_TASK] for i in range(0, len(paths), FILES_PER_TASK))
+    while tasks:
         running = {}
         with _pool(workers) as pool:
             try:
-                while chunks or running:
-                    while chunks and len(running) < 2 * workers:
-                        future = pool.submit(inspect_all, chunks[0])  # on failure, the chunk stays
-                        running[future] = chunks.popleft()
+                while tasks or running:
+                    while tasks and len(running) < 2 * workers:
+                        future = pool.submit(inspect_all, tasks[0])  # stays in the queue if this raises
+                        running[future] = tasks.popleft()
                     done, _ = concurrent.futures.wait(running, return_when="FIRST_COMPLETED")
                     for future in done:
                         checks = future.result()
                         yield from zip(running.pop(future), checks, strict=True)
             except BrokenProcessPool:
-                pass  # `running` has the suspects
-        yield from _inspect_one_by_one(path for chunk in running.values() for path in chunk)
+                pass  # `running` still has the files that may be broken
+        yield from _inspect_one_by_one(path for task in running.values() for path in task)
 
 
 def _inspect_one_by_one(paths: Iterable[Path]) -> Iterator[tuple[Path, Check]]:
-    """Decode files in one worker process, replaced whenever a file ends it."""
+    """Decode files in one worker process, which is replaced whenever a file kills it."""
     paths = collections.deque(paths)
     while paths:
         with _pool(1) as pool:
-            pool.submit(os.getpid).result()  # a worker that does not even start is no fault of a file
+            pool.submit(os.getpid).result()  # raises if a worker cannot start, which no file is to blame for
             while paths:
                 path = paths.popleft()
                 try:
                     check = pool.submit(inspect_all, [path]).result()[0]
                 except BrokenProcessPool:
-                    yield path, Check("ends the process that decodes it (out of memory, or a crash)")
+                    yield path, Check("kills the process that decodes it (out of memory, or a crash)")
                     break
                 yield path, check
 
 
 @contextlib.contextmanager
-def open_notes(path: Path) -> Iterator[TextIO]:
-    """Open the notes of a data set for reading and appending, by one process at a time.
+def open_check_log(path: Path) -> Iterator[TextIO]:
+    """Open the log of checked files for reading and appending, with an exclusive lock.
 
     Raises:
-      BlockingIOError: if another process has them open.
+      BlockingIOError: if another process holds the lock.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     while True:
-        with open(path, "a+", buffering=1) as file:  # by lines: a kill loses none
+        with open(path, "a+", buffering=1) as file:  # line-buffered, so that a kill loses no line
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as error:
                 raise BlockingIOError(
-                    f"another `prepare` writes this data set ({path} is in use): let it finish, or stop it"
+                    f"another `prepare` writes this data set ({path} is locked): wait for it, or stop it"
                 ) from error
             except OSError:
-                pass  # a file system without locks
+                pass  # the file system has no locks
             if path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat()):
                 yield file
                 return
-        # Removed by the process that had it before: open another.
+        # The process that held the lock has removed the file: open a new one.
 
 
-def read_notes(notes: TextIO) -> dict[tuple[str, tuple], Check]:
-    """(Path, stamp) -> check, of the notes of earlier calls; afterwards they can be appended to."""
-    notes.seek(0)
-    text, known = notes.read(), {}
+def read_check_log(log: TextIO) -> dict[tuple[str, tuple], Check]:
+    """Read the checks of earlier calls, by (path, stamp), and leave the log ready for appending."""
+    log.seek(0)
+    text = log.read()
     if text and not text.endswith("\n"):
-        notes.write("\n")  # ends the line that a kill cut short
+        log.write("\n")  # terminates a line that a kill cut short
+    checks = {}
     for line in text.splitlines():
         try:
             path, stamp, problem, digest = json.loads(line)
         except ValueError:
             continue  # cut short, or of an older version, without a checksum
-        known[path, tuple(stamp)] = Check(problem, digest)
-    return known
-
-
-def check(files: list[ImageFile], notes: TextIO, workers: int) -> dict[Path, Check]:
-    """Decode every file that the notes do not have yet, unchanged.
-
-    Args:
-      files: of the data set.
-      notes: JSON lines of path, size and time of change, problem and checksum; appended to.
-      workers: processes.
-    """
-    known, stamps = read_notes(notes), {}
-    for file in files:
-        status = file.path.stat()
-        stamps[file.path] = (status.st_size, status.st_mtime_ns)
-    checks = {path: known.get((str(path), stamp)) for path, stamp in stamps.items()}
-    new = [path for path, result in checks.items() if result is None]
-    with tqdm(total=len(files), initial=len(files) - len(new), unit="image", desc="checking") as bar:
-        for path, result in inspect_in_processes(new, workers):
-            checks[path] = result
-            notes.write(json.dumps([str(path), stamps[path], result.problem, result.digest]) + "\n")
-            bar.update()
+        checks[path, tuple(stamp)] = Check(problem, digest)
     return checks
 
 
-def without_bad(files: list[ImageFile], checks: Mapping[Path, Check], skip_bad: bool) -> list[ImageFile]:
-    """The files that are images.
+def check_files(files: list[ImageFile], log: TextIO, workers: int) -> dict[Path, Check]:
+    """Decode every file that is not in the log, or has changed since.
+
+    Args:
+      files: files of the data set.
+      log: JSON lines of path, stamp (size and modification time), problem and checksum; appended to.
+      workers: number of worker processes.
+    """
+    logged = read_check_log(log)
+    stamps = {}
+    for file in files:
+        status = file.path.stat()
+        stamps[file.path] = (status.st_size, status.st_mtime_ns)
+    checks = {path: logged.get((str(path), stamp)) for path, stamp in stamps.items()}
+    new = [path for path, check in checks.items() if check is None]
+    with tqdm(total=len(files), initial=len(files) - len(new), unit="image", desc="checking") as progress:
+        for path, check in inspect_in_processes(new, workers):
+            checks[path] = check
+            log.write(json.dumps([str(path), stamps[path], check.problem, check.digest]) + "\n")
+            progress.update()
+    return checks
+
+
+def drop_bad_files(files: list[ImageFile], checks: Mapping[Path, Check], skip_bad: bool) -> list[ImageFile]:
+    """Return the files that are images.
 
     Raises:
-      BadImages: listing the others, unless they are to be left out.
+      BadImages: listing the other files, unless `skip_bad`.
     """
     bad = [file for file in files if checks[file.path].problem]
     listing = "\n".join(f"  {printable(file.path)}: {checks[file.path].problem}" for file in bad)
     if bad and not skip_bad:
         raise BadImages(
-            f"{len(bad)} of {len(files)} files cannot be used:\n{listing}\nMend or remove them, or leave "
+            f"{len(bad)} of {len(files)} files cannot be used:\n{listing}\nRepair or remove them, or leave "
             "them out with --skip_bad"
         )
     if bad:
@@ -219,31 +225,31 @@ def without_bad(files: list[ImageFile], checks: Mapping[Path, Check], skip_bad: 
     return [file for file in files if not checks[file.path].problem]
 
 
-def print_copies(files: list[ImageFile], checks: Mapping[Path, Check]) -> None:
-    """Print how many files are copies of others, and how many of these are on both sides of the split."""
+def print_duplicates(files: list[ImageFile], checks: Mapping[Path, Check]) -> None:
+    """Print the number of duplicate files, and of images that are in both splits."""
     splits = collections.defaultdict(set)
     for file in files:
         splits[checks[file.path].digest].add(file.split)
-    if copies := len(files) - len(splits):
-        print(f"{copies} files are copies of others, byte for byte")
-    if on_both := sum(len(of_one) > 1 for of_one in splits.values()):
+    if duplicates := len(files) - len(splits):
+        print(f"{duplicates} files are copies of others, byte for byte")
+    if in_both := sum(len(image_splits) > 1 for image_splits in splits.values()):
         print(
-            f"{on_both} images are in the folder `train` and held out as well: the held-out loss will flatter"
+            f"{in_both} images are in the folder `train` and held out, too: the held-out loss will be too low"
         )
 
 
 def check_arguments(
     images: str | os.PathLike, name: str, data_dir: str | os.PathLike, held_out: float
 ) -> tuple[Path, Path]:
-    """Folder of the images and of the data sets, absolute.
+    """Return the absolute folders of the images and of the data sets.
 
     Raises:
-      ValueError: on a name that TFDS cannot have, a share that is none, or a URL.
+      ValueError: on a name that TFDS does not accept, a fraction outside (0, 1), or a URL.
     """
     if not re.fullmatch(r"[a-z][a-z0-9_]*", name) or name == "digits":
-        raise ValueError(f"--name must be small letters, digits and _, and not `digits`; got {name!r}")
+        raise ValueError(f"--name must be lowercase letters, digits and _, and not `digits`; got {name!r}")
     if not 0 < held_out < 1:
-        raise ValueError(f"--held_out must be a share between 0 and 1, got {held_out}")
+        raise ValueError(f"--held_out must be a fraction between 0 and 1, got {held_out}")
     return Path(local_path(images, "--images")), Path(local_path(data_dir, "--data_dir"))
 
 
@@ -255,55 +261,69 @@ def prepare(
     skip_bad: bool,
     workers: int,
 ) -> tuple[int, int]:
-    """Writes the data set `name` under `data_dir`; returns images in train and in test.
+    """Write a data set of the images in a folder.
+
+    Args:
+      images: folder of images, with a folder per class, or flat.
+      name: name of the data set.
+      data_dir: directory of the data sets.
+      held_out: fraction of the images of each class for the split `test`.
+      skip_bad: leave out files that cannot be decoded.
+      workers: number of processes that decode.
+
+    Returns:
+      Number of images in the splits `train` and `test`.
 
     Raises:
-      ValueError: on arguments that make no data set.
-      UnusableFolder: on a folder that makes none.
-      FileNotFoundError: where there are no images.
-      FileExistsError: where there is a data set of that name.
-      BlockingIOError: where another process makes it.
+      ValueError: naming the argument that is wrong.
+      UnusableFolder: if the images do not make a data set.
+      FileNotFoundError: if there are no images.
+      FileExistsError: if there is a data set of that name.
+      BlockingIOError: if another process writes this data set.
       BadImages: listing files that cannot be decoded.
     """
     root, data_dir = check_arguments(images, name, data_dir, held_out)
-    folder, notes_path = data_dir / name, data_dir / f"{name}.checked.jsonl"
-    exists = FileExistsError(f"{folder} is there already; remove it, or choose another --name")
-    if _is_whole(folder) and not notes_path.exists():
+    folder, log_path = data_dir / name, data_dir / f"{name}.checked.jsonl"
+    exists = FileExistsError(f"{folder} exists already; remove it, or choose another --name")
+    if _is_complete(folder) and not log_path.exists():
         raise exists
-    files, passed_over = list_images(root)
+    files, ignored = list_images(root)
     print(f"{len(files)} images in {len({file.label for file in files})} classes under {printable(root)}")
-    if passed_over:
-        print(f"passed over: {format_counts(passed_over)}")
-    with open_notes(notes_path) as notes:
-        if _is_whole(folder):
-            was_begun = bool(read_notes(notes))
-            notes_path.unlink()
-            if not was_begun:
+    if ignored:
+        print(f"passed over: {format_counts(ignored)}")
+    with open_check_log(log_path) as log:
+        if _is_complete(folder):
+            was_interrupted = bool(read_check_log(log))
+            log_path.unlink()
+            if not was_interrupted:
                 raise exists
+            # A call was killed between its last write and the removal of its log.
             splits = tfds.core.read_only_builder.builder_from_files(name, data_dir=data_dir).info.splits
-            return splits["train"].num_examples, splits["test"].num_examples  # killed after its last write
-        checks = check(files, notes, workers)
-        files = without_bad(files, checks, skip_bad)
-        files = hold_out(files, held_out, {path: result.digest for path, result in checks.items()}, root)
-        print_copies(files, checks)
+            return splits["train"].num_examples, splits["test"].num_examples
+        checks = check_files(files, log, workers)
+        files = drop_bad_files(files, checks, skip_bad)
+        files = hold_out(files, held_out, {path: check.digest for path, check in checks.items()}, root)
+        print_duplicates(files, checks)
         counts = tuple(sum(file.split == split for file in files) for split in ("train", "test"))
         if min(counts) == 0:
             raise UnusableFolder(
-                f"{counts[0]} images for training and {counts[1]} held out: both must have some"
+                f"{counts[0]} images for training and {counts[1]} held out: each split needs at least one"
             )
-        shutil.rmtree(folder, ignore_errors=True)  # what a call that was killed had written
-        size, free = sum(file.path.stat().st_size for file in files), shutil.disk_usage(data_dir).free
+        shutil.rmtree(folder, ignore_errors=True)  # partial output of a call that was killed
+        size = sum(file.path.stat().st_size for file in files)
+        free = shutil.disk_usage(data_dir).free
         if free < 1.1 * size:
             raise OSError(
-                f"{data_dir} has {free / 2**30:.2f} GiB free, the images take {size / 2**30:.2f} GiB"
+                f"{data_dir} has {free / 2**30:.2f} GiB free, but the images take {size / 2**30:.2f} GiB: "
+                "make room or choose another --data_dir"
             )
         make_builder(name, files, data_dir).download_and_prepare(file_format="array_record")
-        notes_path.unlink()
+        log_path.unlink()
     return counts
 
 
-def _is_whole(folder: Path) -> bool:
-    """Whether a data set is more than the folders that TFDS writes to, and renames when it is done."""
+def _is_complete(folder: Path) -> bool:
+    """Return True if a data set has more than the folders `incomplete.*`, which TFDS renames at the end."""
     return folder.exists() and any(not path.name.startswith("incomplete.") for path in folder.iterdir())
 
 
@@ -319,10 +339,10 @@ def main(_):
 
 
 if __name__ == "__main__":
-    flags.DEFINE_string("images", None, "Folder of images: a folder a class, or flat", required=True)
-    flags.DEFINE_string("name", None, "Of the data set", required=True)
-    flags.DEFINE_string("data_dir", "data", "Where data sets lie")
-    flags.DEFINE_float("held_out", 0.05, "Share of the images of each class for the split `test`")
+    flags.DEFINE_string("images", None, "Folder of images, with a folder per class, or flat", required=True)
+    flags.DEFINE_string("name", None, "Name of the data set", required=True)
+    flags.DEFINE_string("data_dir", "data", "Directory of the data sets")
+    flags.DEFINE_float("held_out", 0.05, "Fraction of the images of each class for the split `test`")
     flags.DEFINE_bool("skip_bad", False, "Leave out files that cannot be decoded")
-    flags.DEFINE_integer("workers", os.cpu_count(), "Processes that decode", lower_bound=1)
+    flags.DEFINE_integer("workers", os.cpu_count(), "Number of processes that decode", lower_bound=1)
     cli.run(main, verbosity=logging.WARNING)
