@@ -55,7 +55,7 @@ def golden_arrays(folder: Path, name: str) -> dict[str, np.ndarray]:
     """Load the arrays of a golden file; images and feature maps become channels last, gradients do not."""
     with np.load(folder / f"{name}.npz") as file:
         arrays = {key: file[key] for key in file}
-    channels_first = lambda key, a: a.ndim == 4 and not key.startswith("grad:")  # noqa: E731
+    channels_first = lambda key, a: a.ndim == 4 and not key.startswith("grad:")
     return {key: a.transpose(0, 2, 3, 1) if channels_first(key, a) else a for key, a in arrays.items()}
 
 
@@ -183,7 +183,7 @@ def check_attention(name: str, dtype: str, tiny: bool) -> dict:
     mask, shape = config.masks[0], (batch, config.length, config.num_heads, config.head_dim)
     keys = jax.random.split(jax.random.key(0), 4)
     q, k, v, weights = (jax.random.normal(key, shape) for key in keys)
-    unit = lambda x: x / jnp.linalg.norm(x, axis=-1, keepdims=True)  # noqa: E731
+    unit = lambda x: x / jnp.linalg.norm(x, axis=-1, keepdims=True)
     inputs = [x.astype(dtype) for x in (4 * unit(q), unit(k), v)]
     tested = partial(attend, scale=1.0, mask=mask, name=name)
     reference = partial(attend, scale=1.0, mask=mask, name="einsum")

@@ -143,7 +143,7 @@ def suggest_mesh(task: NextScaleTask, step: Step, mesh: Mesh) -> str:
 def task_encoder_flops(task: NextScaleTask) -> float:
     """Compute the FLOPs with which a task's training step encodes one image into tokens."""
     side, params = task.image_size, abstract_frozen(task)["tokenizer"]
-    encode = lambda params, images: task.tokenizer.apply({"params": params}, images, method="encode")  # noqa: E731
+    encode = lambda params, images: task.tokenizer.apply({"params": params}, images, method="encode")
     return program_flops(encode, params, jax.ShapeDtypeStruct((1, side, side, 3), jnp.float32))
 
 

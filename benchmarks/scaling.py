@@ -103,7 +103,7 @@ def random_inputs(task: NextScaleTask, batch: int, mesh: Mesh) -> tuple[dict, di
     """Create random inputs of `train_step`: the quantizer's parameters, and a global batch of tokens."""
     rng = np.random.default_rng(0)
     shapes = nn.meta.unbox(abstract_tokenizer_params(task.tokenizer))["quantizer"]
-    random_array = lambda leaf: rng.standard_normal(leaf.shape).astype(leaf.dtype)  # noqa: E731
+    random_array = lambda leaf: rng.standard_normal(leaf.shape).astype(leaf.dtype)
     tokens = rng.integers(0, task.config.num_codes, (batch, task.config.schedule.length), np.int32)
     labels = rng.integers(0, NUM_CLASSES, batch, np.int32)
 

@@ -85,7 +85,7 @@ def _random_colors(rng):
 def draw(shape: str, rng: np.random.Generator, width: int = SIDE, height: int = SIDE) -> np.ndarray:
     """Draw an image of a shape of `SHAPES` that lies within its borders, uint8 [height, width, 3]."""
     n, short = OVERSAMPLING, min(width, height)
-    axis = lambda size: ((np.arange(size * n, dtype=np.float32) + 0.5) / n * 2 - size) / short  # noqa: E731
+    axis = lambda size: ((np.arange(size * n, dtype=np.float32) + 0.5) / n * 2 - size) / short
     x, y = np.meshgrid(axis(width), axis(height))
     inner, outer = _random_colors(rng)
     radius, angle = rng.uniform(0.4, 0.8), rng.uniform(0, 2 * np.pi)

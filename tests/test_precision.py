@@ -54,8 +54,8 @@ def test_golden_tokens_do_not_move_on_an_accelerator(platform, goldens, golden, 
     tokenizer = var_jax.load_tokenizer(goldens / "vae.pth", scales=GOLDEN_SCALES)
     assert tokenizer.module.dtype == HALF and tokenizer.module.dtype_of_encoder == FULL
     arrays = golden("vae")
-    both = lambda module, images: (module.encode(images), module.features(images))  # noqa: E731
-    encode = lambda images: tokenizer.module.apply({"params": tokenizer.params}, images, method=both)  # noqa: E731
+    both = lambda module, images: (module.encode(images), module.features(images))
+    encode = lambda images: tokenizer.module.apply({"params": tokenizer.params}, images, method=both)
     tokens, features = emulated(encode, platform)(arrays["image"])
     np.testing.assert_array_equal(tokens, all_tokens(arrays))
     close(features, arrays["features"])
@@ -65,7 +65,7 @@ def test_three_bfloat16_passes_are_nearer_to_float32_than_tf32_and_this_than_one
     module, params = tiny_tokenizer
     images, error = images_like(module), {}
     for precision, platform in (("high", "tpu"), ("high", "gpu"), ("default", "tpu"), ("highest", "tpu")):
-        features = lambda x, p=precision: dataclasses.replace(module, encoder_precision=p).apply(  # noqa: E731
+        features = lambda x, p=precision: dataclasses.replace(module, encoder_precision=p).apply(
             {"params": params}, x, method="features"
         )
         rough = emulated(features, platform)(images)
@@ -81,7 +81,7 @@ def test_phi_and_sums_of_maps_are_float32_on_every_platform(tiny_tokenizer):
         lambda t: module.apply({"params": params}, t, method=lambda m, t: m.quantizer().partial_sums(t)),
         tokens,
     )
-    mixtures = lambda logits: smooth_codes(logits, 0.0, params["quantizer"]["codebook"], 0.5)  # noqa: E731
+    mixtures = lambda logits: smooth_codes(logits, 0.0, params["quantizer"]["codebook"], 0.5)
     assert_all_highest(mixtures, jnp.zeros((2, 4, 16)))
 
 
@@ -92,9 +92,9 @@ def test_every_product_of_encoding_is_float32_at_highest_whatever_pixels_are_mad
         params = tokenizer_in_compute_dtype(params, tokenizer)
         assert params["encoder"]["conv_in"]["kernel"].dtype == params["quant_conv"]["bias"].dtype == FULL
         assert params["decoder"]["conv_in"]["kernel"].dtype == tokenizer.dtype
-        encode = lambda x: tokenizer.apply({"params": params}, x, method="encode")  # noqa: B023, E731
+        encode = lambda x: tokenizer.apply({"params": params}, x, method="encode")  # noqa: B023
         assert_all_highest(encode, images_like(tokenizer))
-        decode = lambda t: tokenizer.apply({"params": params}, t, method="decode")  # noqa: B023, E731
+        decode = lambda t: tokenizer.apply({"params": params}, t, method="decode")  # noqa: B023
         decoding = [
             eqn for eqn in products(decode, jnp.zeros((1, 21), jnp.int32)) if eqn.invars[0].aval.ndim == 4
         ]
@@ -130,7 +130,7 @@ def test_a_token_cache_and_an_evaluation_encode_at_highest_and_judge_in_float32(
 
 
 def test_networks_that_judge_images_are_float32_unless_less_is_asked_for():
-    array = lambda *shape: jax.ShapeDtypeStruct(shape, FULL)  # noqa: E731
+    array = lambda *shape: jax.ShapeDtypeStruct(shape, FULL)
     channels = (3, *(width for width, layer in zip(CHANNELS, LAYERS, strict=True) for _ in layer))
     names = [str(i) for layer in LAYERS for i in layer]
     conv = {
@@ -170,7 +170,7 @@ def test_training_encodes_in_float32_at_the_precision_asked_for_and_evaluates_at
         else:
             stage.transformer.encoder_precision = requested
         task = NextScaleTask(stage, 6, *tokenizer, classes=10)
-        features = lambda x: task.tokenizer.apply({"params": task.frozen["tokenizer"]}, x, method="features")  # noqa: B023, E731
+        features = lambda x: task.tokenizer.apply({"params": task.frozen["tokenizer"]}, x, method="features")  # noqa: B023
         encoder = len(products(features, jnp.zeros((2, 8, 8, 3))))
         for module, precision in ((task.training_tokenizer, expected), (task.tokenizer, "highest")):
             eqns = products(lambda b: task._tokens(module, task.frozen, b), inputs)  # noqa: B023
@@ -210,7 +210,7 @@ def test_a_float32_transformer_is_float32_on_every_platform(tiny_var, positions)
     inputs = (jnp.array([1, 5]), jax.random.normal(jax.random.key(0), (2, 20, 4)))
     params = jax.eval_shape(module.init, jax.random.key(1), *inputs)["params"]
     tokens = jnp.zeros((2, 21), jnp.int32)
-    loss = lambda p: module.apply({"params": p}, *inputs, tokens, method="losses")[0].sum()  # noqa: E731
+    loss = lambda p: module.apply({"params": p}, *inputs, tokens, method="losses")[0].sum()
     assert_all_highest(jax.grad(loss), params)
 
 
@@ -218,7 +218,7 @@ def test_a_float32_transformer_is_float32_on_every_platform(tiny_var, positions)
 def test_golden_logits_do_not_move_on_an_accelerator(platform, golden_var, golden):
     model, arrays = golden_var
     inputs = (jnp.asarray(arrays["label"]), jnp.asarray(golden("vae")["var_input"]))
-    logits = lambda *inputs: model.module.apply({"params": model.params}, *inputs)  # noqa: E731
+    logits = lambda *inputs: model.module.apply({"params": model.params}, *inputs)
     close(emulated(logits, platform)(*inputs), jax.jit(logits)(*inputs), 1e-6)
 
 
@@ -229,7 +229,7 @@ def test_logits_leave_the_head_in_float32_and_their_gradients_run_in_bfloat16(ti
     assert logits.dtype == FULL
     assert (logits.astype(HALF).astype(FULL) != logits).mean() > 0.9  # rounding would make them equal
     tokens = jnp.zeros((2, 21), jnp.int32)
-    loss = lambda p: module.apply({"params": p}, *inputs, tokens, method="losses")[0].sum()  # noqa: E731
+    loss = lambda p: module.apply({"params": p}, *inputs, tokens, method="losses")[0].sum()
     codes = module.config.num_codes
     of_head = [
         eqn
@@ -254,7 +254,7 @@ def test_the_gradients_of_the_head_are_those_of_a_plain_product():
     for dtype, tolerance in ((FULL, 1e-6), (HALF, 1e-2)):
         head = Head(16, nn.initializers.zeros_init(), dtype)
         params = {"kernel": kernel, "bias": jnp.ones(16)}
-        loss = lambda params, x: jnp.sum(head.apply({"params": params}, x) * weights)  # noqa: B023, E731
+        loss = lambda params, x: jnp.sum(head.apply({"params": params}, x) * weights)  # noqa: B023
         grads, x_grad = jax.jit(jax.grad(loss, (0, 1)))(params, x)
         close(grads["kernel"], np.einsum("bnd,bnv->dv", x, weights), tolerance)
         close(grads["bias"], np.sum(weights, (0, 1)), 1e-6)

@@ -133,7 +133,7 @@ def count_sampling_flops(model: ARTransformer) -> float:
     condition = jax.eval_shape(bind("condition"), params, labels)
     cache = jax.eval_shape(bind("empty_cache", 1), params)
     total = count(bind("condition"), labels)
-    inputs = lambda n: jax.ShapeDtypeStruct((1, n, cfg.code_dim), jnp.float32)  # noqa: E731
+    inputs = lambda n: jax.ShapeDtypeStruct((1, n, cfg.code_dim), jnp.float32)
     if not model.config.predicts_maps:
         i = jax.ShapeDtypeStruct((), jnp.int32)
         return total + cfg.length * count(bind("step"), i, inputs(1), condition, cache)
@@ -147,7 +147,7 @@ def count_sampling_flops(model: ARTransformer) -> float:
 def compile_sampler(model: ARTransformer) -> Callable[[], jax.Array]:
     """Compile the program that samples the tokens int32 [1, L] of one image with random weights."""
     cfg, rng = model.config, np.random.default_rng(0)
-    random = lambda x: jnp.asarray(rng.standard_normal(x.shape) * cfg.width**-0.5, jnp.float32)  # noqa: E731
+    random = lambda x: jnp.asarray(rng.standard_normal(x.shape) * cfg.width**-0.5, jnp.float32)
     params, codebook = jax.tree.map(random, abstract_params(model)), rng.standard_normal((CODES, CODE_DIM))
     tokenizer = IdentityDecoder(
         TokenizerConfig(scales=cfg.scales, num_codes=CODES, code_dim=CODE_DIM, num_phis=0)
@@ -222,7 +222,7 @@ def main(_):
         raise app.UsageError(f"--width={FLAGS.width}: {error}") from error
     out = cli.local_folder("out")
     out.mkdir(parents=True, exist_ok=True)
-    progress = lambda line: print(line, flush=True)  # noqa: E731
+    progress = lambda line: print(line, flush=True)
     points = list(measure_systems(sides, FLAGS.width, FLAGS.depth, FLAGS.most_seconds, progress))
     theory = {name: system.theory for name, system in SYSTEMS.items()}
     result = {

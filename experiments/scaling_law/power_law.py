@@ -68,7 +68,7 @@ def fit_power_law(x: np.ndarray, y: np.ndarray, floor: bool = True) -> PowerLaw:
 def _fit_with_floor(z: np.ndarray, y: np.ndarray, log_y: np.ndarray) -> tuple[float, float, float]:
     """Fit k, b and c of y = exp(k + b z) + c by least squares of log y."""
     max_floor = y.min() * (1 - 1e-6)
-    floor = lambda u: max_floor * expit(u)  # noqa: E731  (keeps c in range for every u)
+    floor = lambda u: max_floor * expit(u)  # keeps c in range for every u
 
     def residuals(p):
         return np.log(np.exp(p[0] + p[1] * z) + floor(p[2])) - log_y

@@ -237,7 +237,7 @@ def test_every_attention_is_checked_somewhere():
 
 def test_a_wrong_kernel_and_a_wrong_policy_are_noticed(monkeypatch):
     attend = device_numerics.attend
-    wrong = lambda *args, name, **how: attend(*args, name=name, **how) * (1.001 if name == "grouped" else 1)  # noqa: E731
+    wrong = lambda *args, name, **how: attend(*args, name=name, **how) * (1.001 if name == "grouped" else 1)
     monkeypatch.setattr(device_numerics, "attend", wrong)
     checks = device_numerics.check_attention("grouped", "float32", tiny=True)["checks"]
     assert checks == {"forward is within tolerance": False, "backward is within tolerance": False}

@@ -202,14 +202,14 @@ def test_bounds_of_d16_on_paper():
 
 def test_the_mesh_with_the_least_traffic_that_holds_the_state():
     state = 16 * matrix_parameters(D16)
-    best = lambda room: best_mesh(D16, STEP, CHIPS["TPU v5e"], room, lambda _: "mlp")  # noqa: E731
+    best = lambda room: best_mesh(D16, STEP, CHIPS["TPU v5e"], room, lambda _: "mlp")
     assert best(state) == ({"data": 16, "fsdp": 1, "tensor": 1}, "mlp")
     assert best(state / 3) == ({"data": 4, "fsdp": 4, "tensor": 1}, "mlp")
     assert best(0) == ({"data": 1, "fsdp": 16, "tensor": 1}, "mlp")
 
 
 def test_a_mesh_that_leaves_room_for_activations_goes_before_one_with_less_traffic():
-    remat = lambda sizes: "full" if sizes["fsdp"] < 8 else "flat_qkv"  # noqa: E731
+    remat = lambda sizes: "full" if sizes["fsdp"] < 8 else "flat_qkv"
     result = best_mesh(D16, STEP, CHIPS["TPU v5e"], 16 * matrix_parameters(D16), remat)
     assert result == ({"data": 2, "fsdp": 8, "tensor": 1}, "flat_qkv")
 
@@ -219,7 +219,7 @@ def test_a_mesh_that_the_torus_does_not_have_is_named_and_not_suggested():
     with pytest.raises(ValueError, match="'data': 2, .* does not fit the slice: a size must be a product"):
         make_mesh(data=2, fsdp=32, devices=chips)
     step = Step(**{**vars(STEP), "fsdp": 64})
-    on_chips = lambda sizes: "mlp" if make_mesh(**sizes, devices=chips) else ""  # noqa: E731
+    on_chips = lambda sizes: "mlp" if make_mesh(**sizes, devices=chips) else ""
     result = best_mesh(D16, step, CHIPS["TPU v5p"], 16 * matrix_parameters(D16) / 2, on_chips)
     assert result == ({"data": 16, "fsdp": 4, "tensor": 1}, "mlp")  # fsdp 2 would do
 

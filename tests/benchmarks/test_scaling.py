@@ -31,7 +31,7 @@ def config(tmp_path) -> str:
 
 def rows(mode: str, times: dict) -> list[dict]:
     """Make rows of 8 images per device (weak) or 64 in all (strong), from seconds by number of devices."""
-    batch = lambda n: 8 * n if mode == "weak" else 64  # noqa: E731
+    batch = lambda n: 8 * n if mode == "weak" else 64
     return [{"mode": mode, "devices": n, "batch": batch(n), "seconds": s} for n, s in times.items()]
 
 

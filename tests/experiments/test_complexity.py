@@ -69,8 +69,8 @@ def test_exponents_that_xla_counts_without_a_cache(name, theory):
 
 def by_hand(name: str, width: int, depth: int, n: int) -> float:
     """Compute the matrix FLOPs of the programs: with padding, and only logits that are sampled from."""
-    attention = lambda q, k: depth * (24 * q * width**2 + 4 * q * k * width)  # noqa: E731
-    ends = lambda q, sampled: 2 * width * (q * CODE_DIM + sampled * CODES)  # noqa: E731
+    attention = lambda q, k: depth * (24 * q * width**2 + 4 * q * k * width)
+    ends = lambda q, sampled: 2 * width * (q * CODE_DIM + sampled * CODES)
     total, maps = (12 * depth + 4) * width**2, Scales(doubling_scales(n))
     if name == "next-token, no cache":
         return total + n**2 * (attention(n**2, n**2) + ends(n**2, 1))
@@ -106,7 +106,7 @@ def test_without_a_cache_the_same_tokens_are_sampled(scheme):
 @pytest.fixture
 def points(monkeypatch):
     """Measure fake programs of n^4 FLOPs at 100 FLOP/s, with a limit of 20 seconds."""
-    flops = lambda model: float(model.config.scales[-1] ** 4)  # noqa: E731
+    flops = lambda model: float(model.config.scales[-1] ** 4)
     monkeypatch.setattr(run, "count_sampling_flops", flops)
     monkeypatch.setattr(run, "compile_sampler", flops)
     monkeypatch.setattr(run, "median_seconds", lambda flops: flops / 100)

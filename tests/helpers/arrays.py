@@ -26,5 +26,5 @@ def randomized(params: dict, seed: int = 0) -> dict:
     """Draw random parameters of a scale at which every part of a network affects its output."""
     leaves, tree = jax.tree.flatten(nn.meta.unbox(params))
     rng = np.random.default_rng(seed)
-    scaled = lambda leaf: rng.standard_normal(leaf.shape) / np.sqrt(max(leaf.shape[-1], 4))  # noqa: E731
+    scaled = lambda leaf: rng.standard_normal(leaf.shape) / np.sqrt(max(leaf.shape[-1], 4))
     return jax.tree.unflatten(tree, [jnp.asarray(scaled(leaf), jnp.float32) for leaf in leaves])

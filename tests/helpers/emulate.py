@@ -57,7 +57,7 @@ def _inner(eqn) -> list[Jaxpr]:
 
 def _evaluate(jaxpr: Jaxpr, consts, rounding: dict, *args) -> list:
     values = dict(zip((*jaxpr.constvars, *jaxpr.invars), (*consts, *args), strict=True))
-    read = lambda v: v.val if isinstance(v, Literal) else values[v]  # noqa: E731
+    read = lambda v: v.val if isinstance(v, Literal) else values[v]
     for eqn in jaxpr.eqns:
         outputs = _apply(eqn, [read(v) for v in eqn.invars], rounding)
         values.update(zip(eqn.outvars, outputs, strict=True))
@@ -82,7 +82,7 @@ def _apply(eqn, inputs: list, rounding: dict) -> list:
 
 def _scan(eqn, inputs: list, rounding: dict) -> list:
     (jaxpr,) = _inner(eqn)
-    count_unsliced = lambda outer, inner: sum(  # noqa: E731  (constants and carries have equal shapes inside)
+    count_unsliced = lambda outer, inner: sum(  # constants and carries have equal shapes inside
         a.aval.shape == b.aval.shape for a, b in zip(outer, inner, strict=True)
     )
     carries = count_unsliced(eqn.outvars, jaxpr.outvars)
@@ -100,7 +100,7 @@ def _scan(eqn, inputs: list, rounding: dict) -> list:
 
 
 def _product(eqn, operands: list, rounding: dict) -> jax.Array:
-    product = lambda a, b: eqn.primitive.bind(a, b, **eqn.params)  # noqa: E731
+    product = lambda a, b: eqn.primitive.bind(a, b, **eqn.params)
     a, b = operands
     dtype = rounding.get(precision_of(eqn)) if a.dtype == b.dtype == "float32" else None
     if dtype is None:

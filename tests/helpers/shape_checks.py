@@ -107,7 +107,7 @@ def test_discriminators_and_frozen_networks():
     trace(discriminator.hinge, logits, logits)
     trace(discriminator.lecam, logits, logits, jnp.zeros(2))
     trace(discriminator.diff_augment, IMAGES, KEY)
-    array = lambda *shape: jnp.zeros(shape)  # noqa: E731
+    array = lambda *shape: jnp.zeros(shape)
     channels = (3, *(width for width, layer in zip(lpips.CHANNELS, lpips.LAYERS, strict=True) for _ in layer))
     names = [str(i) for layer in lpips.LAYERS for i in layer]
     conv = {
@@ -117,13 +117,13 @@ def test_discriminators_and_frozen_networks():
     vgg = {"conv": conv, "linear": {str(i): array(width) for i, width in enumerate(lpips.CHANNELS)}}
     large = array(B, 32, 32, 3)
     assert trace(lpips.perceptual_distance, vgg, large, large).shape == (B,)
-    layer = lambda *shape: {"kernel": array(*shape), "bias": array(*shape[:-2], shape[-1])}  # noqa: E731
+    layer = lambda *shape: {"kernel": array(*shape), "bias": array(*shape[:-2], shape[-1])}
     norm = {"scale": array(2, 128), "bias": array(2, 128)}
     blocks = {"norm1": norm, "norm2": norm, "qkv": layer(2, 128, 384), "proj": layer(2, 128, 128)}
     blocks |= {"fc1": layer(2, 128, 512), "fc2": layer(2, 512, 128)}
     vit = {"patch": {"kernel": array(16, 16, 3, 128), "bias": array(128)}, "blocks": blocks}
     vit |= {"class_token": array(1, 128), "positions": array(10, 128)}
-    features = lambda vit, x: dino.dino_features(vit, x, (0, 1))  # noqa: E731
+    features = lambda vit, x: dino.dino_features(vit, x, (0, 1))
     assert [x.shape for x in trace(features, vit, large)] == [(B, 4, 4, 128)] * 3
 
 

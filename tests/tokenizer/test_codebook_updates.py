@@ -92,7 +92,7 @@ def test_kmeans_finds_the_groups_that_are_there():
 def test_kmeans_lowers_what_is_left_after_all_maps_and_goes_on_from_the_codes_it_is_given():
     features = jax.random.normal(jax.random.key(1), (32, 4, 4, 8))
     quantizer = random_quantizer((1, 2, 4), num_phis=0, num_codes=128)
-    error = lambda codebook: float(  # noqa: E731
+    error = lambda codebook: float(
         jnp.mean((quantizer.replace(codebook=codebook)(features).f_hat - features) ** 2)
     )
     fitted = kmeans(quantizer, features, jax.random.key(2), jnp.array(True))

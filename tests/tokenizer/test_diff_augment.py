@@ -53,7 +53,7 @@ def test_color_is_a_brightness_a_saturation_and_a_contrast(images):
     result = np.asarray(augment(images, KEY, ("color",)))
     brightness = result.mean((1, 2, 3)) - images.mean((1, 2, 3))  # the other two keep the mean
     gray, before = result.mean(3), images.mean(3)
-    center = lambda x: x - x.mean((1, 2), keepdims=True)  # noqa: E731
+    center = lambda x: x - x.mean((1, 2), keepdims=True)
     contrast = center(gray).std((1, 2)) / center(before).std((1, 2))
     np.testing.assert_allclose(center(gray), contrast[:, None, None] * center(before), atol=1e-5)
     tint, before = result - result.mean(3, keepdims=True), images - images.mean(3, keepdims=True)

@@ -17,7 +17,7 @@ features = jax.jit(dino_features, static_argnames=("layers", "dtype"))
 def published(grid: int = GRID) -> dict[str, np.ndarray]:
     """Create a random DINO in the published layout, including its last layer norm."""
     rng, d, result = np.random.default_rng(0), WIDTH, {}
-    draw = lambda *shape: rng.standard_normal(shape).astype(np.float32)  # noqa: E731
+    draw = lambda *shape: rng.standard_normal(shape).astype(np.float32)
 
     def layer(name: str, *shape: int) -> None:
         result[f"{name}.weight"] = draw(*shape) / np.float32(np.sqrt(np.prod(shape[1:])))
@@ -79,8 +79,8 @@ def reference(t: dict[str, np.ndarray], image: np.ndarray, grid: int) -> list[np
         x = (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-6)
         return x * t[f"{name}.weight"] + t[f"{name}.bias"]
 
-    linear = lambda name, x: x @ t[f"{name}.weight"].T + t[f"{name}.bias"]  # noqa: E731
-    as_map = lambda x: (x[1:] + x[0]).reshape(grid, grid, -1)  # noqa: E731
+    linear = lambda name, x: x @ t[f"{name}.weight"].T + t[f"{name}.bias"]
+    as_map = lambda x: (x[1:] + x[0]).reshape(grid, grid, -1)
     if len(image) != grid * PATCH:
         image = interpolated(image, grid * PATCH, lambda d: max(1 - d, 0))
     image = ((image + 1) / 2 - [0.485, 0.456, 0.406]) / [0.229, 0.224, 0.225]

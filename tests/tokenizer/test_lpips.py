@@ -19,7 +19,7 @@ from var_jax.training.tokenizer_task import TokenizerTask
 def tensors() -> dict[str, np.ndarray]:
     """Create the weights of the golden distances, by name."""
     result, channels = {}, 3
-    draw = lambda name, shape: (  # noqa: E731
+    draw = lambda name, shape: (
         np.random.default_rng(zlib.crc32(name.encode())).standard_normal(shape).astype(np.float32)
     )
     for layer, convolutions in enumerate(LAYERS):
@@ -82,7 +82,7 @@ def test_it_is_a_term_of_the_loss_where_weights_are_given(params):
     key = jax.random.key(0)
     with_vgg, without = TokenizerTask(config, 5, {"vgg": params}), TokenizerTask(config, 5)
     variables = nn.meta.unbox(with_vgg.init(key)[0])
-    measure = lambda task: jax.jit(task._gradient)(variables, {}, task.frozen, batch, 0, key)[1][0]  # noqa: E731
+    measure = lambda task: jax.jit(task._gradient)(variables, {}, task.frozen, batch, 0, key)[1][0]
     metrics, plain = measure(with_vgg), measure(without)
     assert "perceptual" not in plain and float(metrics["perceptual"]) > 0
     np.testing.assert_allclose(metrics["loss"], plain["loss"] + 0.5 * metrics["perceptual"], rtol=1e-5)

@@ -46,7 +46,7 @@ def test_training_pass_passes_gradients_to_every_parameter(tiny_tokenizer):
 def test_keeping_little_for_the_backward_pass_changes_no_number(tiny_tokenizer):
     module, params = tiny_tokenizer
     images = jax.random.uniform(jax.random.key(0), (4, 8, 8, 3), minval=-1)
-    loss = lambda params, remat: jnp.mean(  # noqa: E731
+    loss = lambda params, remat: jnp.mean(
         dataclasses.replace(module, remat=remat).apply({"params": params}, images, train=True).images ** 2
     )
     saved_all, rematerialized = (

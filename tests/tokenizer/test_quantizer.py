@@ -161,7 +161,7 @@ def test_rotation_gives_the_sum_its_value_and_turns_the_gradient_with_it():
     lengths = [np.linalg.norm(x, axis=-1) for x in (arrived, across, f_hat, features)]
     np.testing.assert_allclose(lengths[0] / lengths[1], lengths[2] / lengths[3], rtol=1e-4)
     # A rotation preserves the angle between two gradients.
-    unit = lambda x: x / jnp.linalg.norm(x, axis=-1, keepdims=True)  # noqa: E731
+    unit = lambda x: x / jnp.linalg.norm(x, axis=-1, keepdims=True)
     before = jnp.sum(unit(across) * unit(features), -1)
     np.testing.assert_allclose(jnp.sum(unit(arrived) * unit(along), -1), before, atol=1e-4)
     assert float(jnp.abs(before - 1).max()) > 0.1

@@ -118,7 +118,7 @@ def test_what_is_not_finite_is_null_and_read_as_nan(tmp_path):
     log.write(1, "train", {"loss": math.nan, "norm": math.inf}, "")
     log.close()
     path = tmp_path / "metrics.jsonl"
-    strict = lambda name: pytest.fail(f"{name} is not JSON")  # noqa: E731
+    strict = lambda name: pytest.fail(f"{name} is not JSON")
     line = json.loads(path.read_text(), parse_constant=strict)
     assert line == {"step": 1, "kind": "train", "loss": None, "norm": None}
     path.write_text(path.read_text() + '{"step": 2, "kind": "train", "loss": NaN}\n')  # of an older run

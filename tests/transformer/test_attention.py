@@ -18,7 +18,7 @@ MASKS = {name: Scales(sides).mask for name, sides in SIDES.items()}
 
 def inputs(length: int, keys: int = 0, dtype=jnp.float32):
     rng = np.random.default_rng(length)
-    draw = lambda n: jnp.asarray(rng.standard_normal((2, n, 2, 8)), dtype)  # noqa: E731
+    draw = lambda n: jnp.asarray(rng.standard_normal((2, n, 2, 8)), dtype)
     return draw(length), draw(keys or length), draw(keys or length)
 
 
@@ -27,7 +27,7 @@ def same(function, reference, *arrays):
 
     def both(f):
         weights = jnp.sin(jnp.arange(arrays[0].size, dtype=jnp.float32)).reshape(arrays[0].shape)
-        loss = lambda *x: (lambda y: (jnp.sum(y * weights), y))(f(*x))  # noqa: E731
+        loss = lambda *x: (lambda y: (jnp.sum(y * weights), y))(f(*x))
         return jax.jit(jax.grad(loss, argnums=(0, 1, 2), has_aux=True))(*arrays)
 
     for result, expected in zip(*map(jax.tree.leaves, (both(function), both(reference))), strict=True):
@@ -67,7 +67,7 @@ def test_groups_cover_all_queries_and_large_maps_need_no_mask():
 
 def test_grouped_products_are_fewer_than_all():
     mask = MASKS["256"]
-    count = lambda name: (  # noqa: E731
+    count = lambda name: (
         jax.jit(partial(attend, scale=1.0, mask=mask, name=name)).lower(*inputs(680)).cost_analysis()["flops"]
     )
     assert count("grouped") < 0.75 * count("einsum")

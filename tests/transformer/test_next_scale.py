@@ -150,7 +150,7 @@ def test_number_of_parameters_of_d16():
 def test_dropped_labels_are_no_class(tiny_var):
     config = dataclasses.replace(tiny_var[0].config, class_dropout_prob=0.999999)
     inputs, rngs = jax.random.normal(jax.random.key(0), (3, 20, 4)), {"dropout": jax.random.key(0)}
-    apply = lambda labels, **kw: NextScale(config).apply({"params": tiny_var[1]}, labels, inputs, **kw)  # noqa: E731
+    apply = lambda labels, **kw: NextScale(config).apply({"params": tiny_var[1]}, labels, inputs, **kw)
     close(apply(jnp.array([0, 1, 2]), train=True, rngs=rngs), apply(jnp.full(3, 5)), 1e-6)
 
 

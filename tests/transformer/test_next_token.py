@@ -86,7 +86,7 @@ def test_next_scale_cached_equals_uncached_and_leaks_nothing_by_scale(positions)
     module, scales = NextScale(config), config.schedule
     labels, inputs = jnp.array([0, 5]), jax.random.normal(jax.random.key(0), (2, 20, 4))
     params = randomized(jax.eval_shape(module.init, jax.random.key(0), labels, inputs)["params"])
-    apply = lambda *args, **kw: module.apply({"params": params}, *args, **kw)  # noqa: E731
+    apply = lambda *args, **kw: module.apply({"params": params}, *args, **kw)
     uncached = jax.jit(lambda inputs: apply(labels, inputs))
     logits = uncached(inputs)
     condition, cache, parts = apply(labels, method="condition"), apply(2, method="empty_cache"), []
@@ -173,7 +173,7 @@ def test_flops_by_hand():
     config = NextTokenConfig(
         depth=1, width=8, num_heads=1, num_classes=2, num_codes=3, code_dim=4, scales=(2,)
     )
-    block = lambda q, k: 24 * q * 64 + 4 * q * k * 8 + 2 * q * 8 * (3 + 4)  # noqa: E731
+    block = lambda q, k: 24 * q * 64 + 4 * q * k * 8 + 2 * q * 8 * (3 + 4)
     adaln = 16 * 64
     assert training_flops(config) == 3 * (block(4, 4) + adaln)
     assert generation_flops(config, 0) == adaln + sum(block(1, i) for i in (1, 2, 3, 4))

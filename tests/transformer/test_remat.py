@@ -25,7 +25,7 @@ def residual_bytes(policy: str) -> int:
     params = jax.eval_shape(lambda: blocks.init(jax.random.key(0), x, six))
 
     def saved(params, x):
-        run = lambda params, x: blocks.apply(params, x, six, train=True)[0]  # noqa: E731
+        run = lambda params, x: blocks.apply(params, x, six, train=True)[0]
         return jax.tree.leaves(jax.vjp(run, params, x)[1])
 
     leaves = jax.eval_shape(saved, params, x)
@@ -58,8 +58,8 @@ def test_auto_takes_the_fastest_that_fits():
 
 def test_auto_on_a_gpu_keeps_what_was_measured_to_be_fastest():
     """On an H200 `none` was slower than every policy that keeps less."""
-    size = lambda policy: 3 * saved_activation_bytes(CONFIG, policy, 2, False)  # noqa: E731
-    resolve = lambda room: choose_remat(CONFIG, "auto", 3, room, 2, False, "gpu")  # noqa: E731
+    size = lambda policy: 3 * saved_activation_bytes(CONFIG, policy, 2, False)
+    resolve = lambda room: choose_remat(CONFIG, "auto", 3, room, 2, False, "gpu")
     assert resolve(2 * size("none")) == "mlp"
     assert resolve(size("mlp") - 1) == "flat_qkv"
     assert resolve(size("flat_qkv") - 1) == "full"
@@ -73,7 +73,7 @@ def test_splash_runs_again_only_where_its_output_is_not_kept(policy):
     x, six = jnp.zeros((1, cfg.schedule.length, cfg.width)), jnp.zeros((2, 1, 6, cfg.width))
     params = jax.eval_shape(lambda: Blocks(cfg, HALF, "einsum", policy).init(jax.random.key(0), x, six))
     blocks = Blocks(cfg, HALF, "splash", policy)
-    loss = lambda params, x: blocks.apply(params, x, six, train=True)[0].sum()  # noqa: E731
+    loss = lambda params, x: blocks.apply(params, x, six, train=True)[0].sum()
     traced = jax.make_jaxpr(jax.grad(loss))(params, x).jaxpr
     text = str(dce_jaxpr(traced, [True] * len(traced.outvars))[0])  # without dead code
     assert len(re.findall(r"\bname=splash_mha_fwd\w*", text)) == (2 if policy == "full" else 1)

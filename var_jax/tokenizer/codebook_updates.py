@@ -174,7 +174,7 @@ def kmeans(
     """
     b, *_, c = features.shape
     num_codes, scales = quantizer.codebook.shape[0], quantizer.scales
-    draw = lambda targets, key: draw_targets(targets, scales, num_codes, key)  # noqa: E731
+    draw = lambda targets, key: draw_targets(targets, scales, num_codes, key)
 
     def fit(i, codebook):
         quantized = quantizer.replace(codebook=codebook)(features)

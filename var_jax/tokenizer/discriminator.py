@@ -138,9 +138,7 @@ def diff_augment(
 
 def _color(images: jax.Array, key: jax.Array) -> jax.Array:
     """Shift brightness by -0.5 to 0.5; scale saturation by 0 to 2 and contrast by 0.5 to 1.5."""
-    uniform = lambda key, low, high: jax.random.uniform(  # noqa: E731
-        key, (len(images), 1, 1, 1), images.dtype, low, high
-    )
+    uniform = lambda key, low, high: jax.random.uniform(key, (len(images), 1, 1, 1), images.dtype, low, high)
     brightness, saturation, contrast = jax.random.split(key, 3)
     images = images + uniform(brightness, -0.5, 0.5)
     gray = images.mean(axis=3, keepdims=True)

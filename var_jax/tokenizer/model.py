@@ -41,7 +41,7 @@ class Codebook(nn.Module):
         """Return the quantizer with these parameters."""
         cfg = self.config
         bound = cfg.code_dim**-0.5 / 36  # as in the authors' single-scale trainer
-        uniform = lambda key, shape: jax.random.uniform(key, shape, jnp.float32, -bound, bound)  # noqa: E731
+        uniform = lambda key, shape: jax.random.uniform(key, shape, jnp.float32, -bound, bound)
         codebook_init = nn.with_logical_partitioning(uniform, ("codes", "code_dim"))
         params = {"codebook": self.param("codebook", codebook_init, (cfg.num_codes, cfg.code_dim))}
         if cfg.num_phis:

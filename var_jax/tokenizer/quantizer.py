@@ -197,7 +197,7 @@ def rotation_trick(f: Float[Array, "*dims C"], f_hat: Float[Array, "*dims C"]) -
     lengths = [jnp.sqrt(jnp.sum(x**2, -1, keepdims=True) + 1e-12) for x in (f_no_gradient, f_hat)]
     u, v = f_no_gradient / lengths[0], f_hat / lengths[1]
     r = _unit(u + v)
-    dot = lambda x, y: jnp.sum(x * y, -1, keepdims=True)  # noqa: E731
+    dot = lambda x, y: jnp.sum(x * y, -1, keepdims=True)
     rotated = lengths[1] / lengths[0] * (f - 2 * r * dot(r, f) + 2 * v * dot(u, f))
     return rotated + jax.lax.stop_gradient(f_hat - rotated)  # corrects rounding, so the value is f_hat
 

@@ -61,7 +61,7 @@ def splash(
     padded[mask.shape[0] :, 0] = True  # a padded query sees one key, so that its softmax is finite
 
     def local(q, k, v):
-        heads = lambda x, n: jnp.pad(x.swapaxes(1, 2), ((0, 0), (0, 0), (0, n - x.shape[1]), (0, 0)))  # noqa: E731
+        heads = lambda x, n: jnp.pad(x.swapaxes(1, 2), ((0, 0), (0, 0), (0, n - x.shape[1]), (0, 0)))
         attention = _splash_kernel(padded, q.shape[2], interpret)
         out = jax.vmap(attention)(heads(q, lengths[0]), heads(k, lengths[1]), heads(v, lengths[1]))
         return out[:, :, : q.shape[1]].swapaxes(1, 2)
@@ -244,7 +244,7 @@ def cudnn(
     assert mask is None
 
     def local(q, k, v):
-        even = lambda x: jnp.pad(x, ((0, 0), (0, x.shape[1] % 2), (0, 0), (0, 0)))  # noqa: E731
+        even = lambda x: jnp.pad(x, ((0, 0), (0, x.shape[1] % 2), (0, 0), (0, 0)))
         key_lengths = jnp.full(k.shape[0], k.shape[1], jnp.int32) if k.shape[1] % 2 else None
         out = jax.nn.dot_product_attention(
             even(q), even(k), even(v), scale=scale, key_value_seq_lengths=key_lengths, implementation="cudnn"
@@ -331,6 +331,6 @@ def normalize_qk(
     q: Float[Array, "B n N H"], k: Float[Array, "B n N H"], log_temperature: Float[Array, " N"]
 ) -> tuple[Float32[Array, "B n N H"], Float32[Array, "B n N H"]]:
     """Normalize queries and keys to length 1, and multiply queries by exp(min(log_temperature, ln 100))."""
-    unit = lambda x: x * jax.lax.rsqrt(jnp.maximum(jnp.sum(x**2, -1, keepdims=True), 1e-24))  # noqa: E731
+    unit = lambda x: x * jax.lax.rsqrt(jnp.maximum(jnp.sum(x**2, -1, keepdims=True), 1e-24))
     temperature = jnp.exp(jnp.minimum(log_temperature, MAX_LOG_TEMPERATURE))
     return unit(q.astype(jnp.float32)) * temperature[:, None], unit(k.astype(jnp.float32))

@@ -65,7 +65,7 @@ class KVCache:
         )
         stop = start + k.shape[1] if isinstance(start, int) else self.k.shape[2]
         size = (1, k.shape[0], stop, *k.shape[2:])
-        prefix = lambda x: jax.lax.dynamic_slice(x, (layer, 0, 0, 0, 0), size)[0]  # noqa: E731
+        prefix = lambda x: jax.lax.dynamic_slice(x, (layer, 0, 0, 0, 0), size)[0]
         return cache, prefix(cache.k), prefix(cache.v)
 
 
@@ -221,7 +221,7 @@ class SelfAttention(nn.Module):
         bias = jnp.concatenate([q_bias, jnp.zeros_like(q_bias), v_bias]).astype(self.dtype)
         # Interleaved by shard, each device has q, k and v of its own heads, and no activation moves.
         shards = tensor_shards() if cfg.num_heads % tensor_shards() == 0 else 1
-        interleave = lambda w: jnp.moveaxis(w.reshape(-1, 3, shards, d // shards), 1, 2).reshape(-1, 3 * d)  # noqa: E731
+        interleave = lambda w: jnp.moveaxis(w.reshape(-1, 3, shards, d // shards), 1, 2).reshape(-1, 3 * d)
 
         def dot_general(x, kernel, *args, **kwargs):
             return jax.lax.dot_general(x, interleave(kernel), *args, **kwargs)

@@ -62,7 +62,7 @@ class TransformerConfig(abc.ABC):
     positions: str = "learned_1d"
 
     def __post_init__(self):
-        set_ = lambda name, value: object.__setattr__(self, name, value)  # noqa: E731
+        set_ = lambda name, value: object.__setattr__(self, name, value)
         set_("scales", Scales(self.scales).sides)
         for name in ("depth", "num_classes", "num_codes", "code_dim"):
             if getattr(self, name) < 1:

@@ -169,7 +169,7 @@ class ARTransformer(nn.Module):
         self.code_embedding = dense(d, (None, "embed"), normal_init(d), jnp.float32, None)  # as published
         if cfg.shared_adaln:
             self.shared_adaln = dense(6 * d, ("embed", "mlp"), normal_init(d), self.dtype, None)
-            offset_init = lambda key, shape: (  # noqa: E731  (std D^-1/2, gates small, the rest halved)
+            offset_init = lambda key, shape: (  # std D^-1/2, gates small, the rest halved
                 jax.random.normal(key, shape) * d**-0.5 * np.array([cfg.gamma_init] * 2 + [0.5] * 4)[:, None]
             )
             offset_init = nn.with_logical_partitioning(offset_init, ("layers", None, "embed"))

@@ -261,7 +261,7 @@ def rotary_angles(
     """Compute the H / 2 rotary angles of queries and of keys; `kind` is rotary_1d or rotary_2d."""
     if kind == "rotary_1d":
         return _angles(coords.query_index, head_dim // 2), _angles(coords.key_index, head_dim // 2)
-    both = lambda cells: np.concatenate([_angles(cells[:, axis], head_dim // 4) for axis in (0, 1)], axis=1)  # noqa: E731
+    both = lambda cells: np.concatenate([_angles(cells[:, axis], head_dim // 4) for axis in (0, 1)], axis=1)
     return both(coords.query), both(coords.key)
 
 
@@ -359,8 +359,8 @@ class PositionTables(NamedTuple):
           size: number of positions.
           num_keys: number of keys that these positions attend to.
         """
-        take = lambda table: rows(table, start, size)  # noqa: E731
-        optional = lambda table: None if table is None else take(table)  # noqa: E731
+        take = lambda table: rows(table, start, size)
+        optional = lambda table: None if table is None else take(table)
         return PositionTables(
             *map(optional, self[:4]),
             None if self.distance_buckets is None else take(self.distance_buckets)[:, :num_keys],
