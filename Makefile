@@ -30,13 +30,13 @@ lint: $(VENV)/test-$(VERSION)
 check-gpu: $(GPU_VENV)/plan-gpu-$(VERSION)
 	$(GPU_VENV)/bin/python -m benchmarks.check_gpu
 
-$(VENV)/base-$(VERSION): setup.py
+$(VENV)/base-$(VERSION): pyproject.toml setup.py
 	@$(call install,$(VENV),.,$@)
 
-$(VENV)/test-$(VERSION): setup.py
+$(VENV)/test-$(VERSION): pyproject.toml setup.py
 	@$(call install,$(VENV),.[test],$@)
 
-$(GPU_VENV)/plan-gpu-$(VERSION): setup.py
+$(GPU_VENV)/plan-gpu-$(VERSION): pyproject.toml setup.py
 	@$(call install,$(GPU_VENV),.[plan-gpu],$@)
 
 clean:

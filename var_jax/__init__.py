@@ -7,4 +7,6 @@ images = model.generate([0, 1, 2])
 
 from var_jax.api import LoadedTokenizer, LoadedVAR, load_tokenizer, load_var
 
-__all__ = ["LoadedTokenizer", "LoadedVAR", "load_tokenizer", "load_var"]
+__version__ = "0.1.0"
+
+__all__ = ["LoadedTokenizer", "LoadedVAR", "__version__", "load_tokenizer", "load_var"]
