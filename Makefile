@@ -26,6 +26,7 @@ test: $(VENV)/test-$(VERSION) lint
 lint: $(VENV)/test-$(VERSION)
 	@$(VENV)/bin/ruff check --quiet .
 	@$(VENV)/bin/ruff format --check --quiet .
+	@$(VENV)/bin/mypy --no-error-summary
 
 check-gpu: $(GPU_VENV)/plan-gpu-$(VERSION)
 	$(GPU_VENV)/bin/python -m benchmarks.check_gpu
