@@ -38,6 +38,7 @@ import jax
 
 from benchmarks import device_numerics, device_runs
 from benchmarks.device_parts import REPOSITORY, Options, run_parts, to_json_line
+from benchmarks.goldens import golden_folder
 from benchmarks.tables import markdown_table
 from var_jax import cli
 from var_jax.paths import local_path
@@ -68,11 +69,10 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    goldens = os.environ.get("VAR_JAX_GOLDENS", str(REPOSITORY.parent / "shared" / "goldens"))
     parser.add_argument("--out", required=True, help="directory for results, runs and traces")
     parser.add_argument("--stages", default=",".join(STAGE_PARTS), help="stages to run, separated by commas")
     parser.add_argument("--minutes", type=float, default=6.0, help="limit of the total time")
-    parser.add_argument("--goldens", default=goldens, help="directory of the golden tensors")
+    parser.add_argument("--goldens", default=golden_folder(), help="directory of the golden tensors")
     parser.add_argument("--against", help="path of the PyTorch yardstick")
     parser.add_argument("--tiny", action="store_true", help="tiny sizes; the default on a CPU")
     # Set for child processes.
@@ -136,8 +136,8 @@ def run_stage(stage: str, args: argparse.Namespace, platform: str, limit: float)
     Returns:
       Record: stage, status (ok, failed, skipped or cut), seconds, parts; `error` if the process failed.
     """
-    if stage == "goldens" and not (Path(args.goldens) / "vae.npz").exists():
-        reason = f"no golden tensors at {args.goldens} (set VAR_JAX_GOLDENS or --goldens)"
+    if stage == "goldens" and not (Path(args.goldens) / "vae.pth").exists():
+        reason = f"no vae.pth among the golden tensors at {args.goldens} (set VAR_JAX_GOLDENS or --goldens)"
         return {"stage": stage, "status": "skipped", "seconds": 0, "parts": [], "error": reason}
     if limit <= 0:
         status = "cut" if stage in MEASURING else "failed"

@@ -28,6 +28,7 @@ import numpy as np
 import pytest
 
 import var_jax
+from benchmarks.goldens import golden_folder
 from tests.helpers.arrays import GOLDEN_SCALES, TRANSFORMERS, randomized
 from tests.helpers.commands import REPOSITORY
 from var_jax.tokenizer.config import TokenizerConfig
@@ -65,11 +66,22 @@ def pytest_collection_modifyitems(items):
 
 
 @pytest.fixture(scope="session")
+def golden_arrays_folder() -> Path:
+    """Folder of golden tensors, maybe without the networks' weights."""
+    return folder_with("vae.npz")
+
+
+@pytest.fixture(scope="session")
 def goldens() -> Path:
-    """Directory of the golden tensors; skip without it, or fail if VAR_JAX_REQUIRE_GOLDENS is set."""
-    folder = Path(os.environ.get("VAR_JAX_GOLDENS", REPOSITORY.parent / "shared" / "goldens"))
-    if not (folder / "vae.npz").exists():
-        message = f"no golden tensors at {folder} (set VAR_JAX_GOLDENS)"
+    """Directory of all golden tensors; skip where there is only the subset of tests/goldens."""
+    return folder_with("vae.pth")
+
+
+def folder_with(file: str) -> Path:
+    """Return the golden directory; without a file of it skip, or fail if VAR_JAX_REQUIRE_GOLDENS is set."""
+    folder = golden_folder()
+    if not (folder / file).exists():
+        message = f"no {file} among the golden tensors at {folder} (set VAR_JAX_GOLDENS)"
         if os.environ.get("VAR_JAX_REQUIRE_GOLDENS"):
             pytest.fail(message)
         pytest.skip(message)
@@ -77,11 +89,11 @@ def goldens() -> Path:
 
 
 @pytest.fixture(scope="session")
-def golden(goldens):
+def golden(golden_arrays_folder):
     """Loader of the arrays of a golden file by name; images and feature maps are converted to NHWC."""
 
     def load(name: str) -> dict[str, np.ndarray]:
-        with np.load(goldens / f"{name}.npz") as file:
+        with np.load(golden_arrays_folder / f"{name}.npz") as file:
             arrays = {key: file[key] for key in file}
         return {key: a.transpose(0, 2, 3, 1) if a.ndim == 4 else a for key, a in arrays.items()}
 

@@ -31,11 +31,12 @@ from pathlib import Path
 
 import numpy as np
 
+from benchmarks.goldens import golden_folder
 from tests.helpers import pickles
 
 REPOSITORY = Path(__file__).parents[2]
 DATA = REPOSITORY / "tests" / "interop" / "data"
-GOLDENS = Path(os.environ.get("VAR_JAX_GOLDENS", REPOSITORY.parent / "shared" / "goldens"))
+GOLDENS = golden_folder()
 ENV = {**os.environ, "JAX_PLATFORMS": "cpu"}
 MAX_SECONDS, MAX_BYTES = 2.0, 300 << 20
 NUMBERS = re.compile(rb"\d+")
@@ -299,8 +300,7 @@ def originals() -> dict[str, bytes]:
     """Return small real files of every format, by name."""
     files = {path.name: path.read_bytes() for path in DATA.glob("*.pth")}
     for name in ("legacy.pth", "legacy_python2.pth", "zip.pth"):
-        if (GOLDENS / name).exists():  # goldens are not in every clone
-            files[f"golden_{name}"] = (GOLDENS / name).read_bytes()
+        files[f"golden_{name}"] = (GOLDENS / name).read_bytes()
     rng = np.random.default_rng(0)
     tensors = {f"blocks.{i}.weight": rng.standard_normal((i + 1, 3)).astype(np.float32) for i in range(9)}
     return files | {"x.safetensors": safetensors(tensors)}

@@ -39,9 +39,9 @@ def flat(value, path: str = "") -> dict[str, np.ndarray]:
 
 
 @pytest.mark.parametrize("name", ["legacy", "legacy_python2", "zip"])
-def test_every_format_reads_exactly_equal(name, goldens):
-    content = read_pth(goldens / f"{name}.pth")
-    with np.load(goldens / "legacy_expected.npz") as file:
+def test_every_format_reads_exactly_equal(name, golden_arrays_folder):
+    content = read_pth(golden_arrays_folder / f"{name}.pth")
+    with np.load(golden_arrays_folder / "legacy_expected.npz") as file:
         expected = dict(file)
     objects = json.loads(str(expected.pop("objects")))
     arrays = flat(content)

@@ -5,14 +5,27 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from benchmarks.goldens import SUBSET
 from tests.helpers.arrays import GOLDEN_SCALES, all_tokens, close
 from var_jax.scales import Scales
 from var_jax.tokenizer.quantizer import Quantizer, _phi_index
 
 
 @pytest.fixture(scope="module")
-def quantizer(golden_tokenizer) -> Quantizer:
-    return Quantizer.create(golden_tokenizer.params["quantizer"], golden_tokenizer.module.config)
+def quantizer() -> Quantizer:
+    """The golden tokenizer's, from the tensors of vae.pth that are in the repository."""
+    with np.load(SUBSET / "vae_quantizer.npz") as file:
+        tensors = {name.removeprefix("quantize."): file[name] for name in file}
+    kernels, biases = (
+        [tensors[f"quant_resi.qresi_ls.{i}.{x}"] for i in range(4)] for x in ("weight", "bias")
+    )
+    kernel, bias = jnp.stack(kernels).transpose(0, 3, 4, 2, 1), jnp.stack(biases)
+    return Quantizer(jnp.asarray(tensors["embedding.weight"]), kernel, bias, Scales(GOLDEN_SCALES), False)
+
+
+def test_the_golden_quantizer_is_that_of_the_golden_tokenizer(quantizer, golden_tokenizer):
+    loaded = Quantizer.create(golden_tokenizer.params["quantizer"], golden_tokenizer.module.config)
+    jax.tree.map(np.testing.assert_array_equal, quantizer, loaded)
 
 
 def random_quantizer(sides, num_phis=4, l2_normalized=False, num_codes=32, dim=8) -> Quantizer:
