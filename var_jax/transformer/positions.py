@@ -359,13 +359,20 @@ class PositionTables(NamedTuple):
           size: number of positions.
           num_keys: number of keys that these positions attend to.
         """
-        take = lambda table: rows(table, start, size)
-        optional = lambda table: None if table is None else take(table)
+
+        def take(table):
+            return None if table is None else rows(table, start, size)
+
         return PositionTables(
-            *map(optional, self[:4]),
-            None if self.distance_buckets is None else take(self.distance_buckets)[:, :num_keys],
-            None if self.rope_angles is None else (take(self.rope_angles[0]), take(self.rope_angles[1])),
-            rows(self.masks, start, size, axis=1)[..., :num_keys],
+            levels=take(self.levels),
+            added=take(self.added),
+            row_weights=take(self.row_weights),
+            column_weights=take(self.column_weights),
+            distance_buckets=None
+            if self.distance_buckets is None
+            else take(self.distance_buckets)[:, :num_keys],
+            rope_angles=None if self.rope_angles is None else tuple(map(take, self.rope_angles)),
+            masks=rows(self.masks, start, size, axis=1)[..., :num_keys],
         )
 
 
