@@ -199,7 +199,7 @@ def test_a_url_is_no_local_folder():
     for url, message in (
         (
             "s3://bucket/run",
-            "DST=s3://bucket/run: Orbax keeps checkpoints in local folders and under gs:// alone",
+            "DST=s3://bucket/run: Orbax keeps checkpoints in local directories and under gs:// only",
         ),
         ("gs://bucket/vae.pth", "DST=gs://bucket/vae.pth: must be a local path"),
     ):
