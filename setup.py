@@ -20,6 +20,7 @@ setup(
         "grain>=0.2.15",
         "importlib_resources",  # tensorflow-datasets imports it without naming it
         "jax>=0.10,<0.12",
+        "jaxtyping",  # shapes in the annotations
         "matplotlib",
         "ml-collections",
         "numpy",
@@ -35,6 +36,7 @@ setup(
     extras_require={
         "test": [
             "PyYAML",
+            "beartype",  # checks the annotated shapes (tests/test_shapes.py)
             "jax[tpu]",
             "pytest",
             "pytest-timeout",

@@ -1,12 +1,12 @@
-"""Compile for NVIDIA GPUs, with none at hand, what training, evaluation, previews and sampling run there.
+"""Compile the GPU programs of training, evaluation, previews and sampling ahead of time, without a GPU.
 
     python -m benchmarks.check_gpu --topology=h100:1x1,h100:1x8
 
-Small networks, both stages, in bfloat16; on one GPU and on the eight of a node.  It needs the CUDA plugin and
-cuDNN of the extra `plan-gpu`, no driver and no GPU.  Nothing runs: speed, cuDNN's own verdict on a shape and
-what autotuning chooses are not seen (docs/scaling.md).
+Compiles small networks of both stages in bfloat16, for one GPU and for the eight of a node.  Needs the CUDA
+plugin and cuDNN of the extra `plan-gpu`, but neither a driver nor a GPU.  Nothing runs, so it shows neither
+speed, nor whether cuDNN supports a shape on the card, nor what autotuning chooses (docs/scaling.md).
 
-Prints a line per program, and ends with code 1 and a traceback where one cannot be compiled.
+Prints a line per program; exits with code 1 and a traceback if one does not compile.
 """
 
 import concurrent.futures
@@ -24,7 +24,7 @@ from absl import flags, logging
 from jax.sharding import Mesh, NamedSharding
 from ml_collections import ConfigDict
 
-from benchmarks.compile_ahead import Compiled, compiled, topology_devices
+from benchmarks.compile_ahead import CompiledProgram, compile_program, topology_devices
 from benchmarks.programs import sampling_program, training_programs
 from benchmarks.workload import make_task, make_tokenizer_task
 from configs import digits
@@ -34,18 +34,20 @@ from var_jax.sharding import activation_spec, make_mesh, on_mesh
 from var_jax.training.task import Task
 from var_jax.transformer.attention import IMPLEMENTATIONS, attend, choose_attention, groups
 
-TOPOLOGY = flags.DEFINE_list("topology", ["h100:1x1", "h100:1x8"], "GPUs, as in benchmarks.plan")
+TOPOLOGY = flags.DEFINE_list(
+    "topology", ["h100:1x1", "h100:1x8"], "GPUs as HOSTSxGPUS, e.g. h100:1x8; see benchmarks.plan"
+)
 NOT_FOR_GPUS = ("splash",)
 SPAWN = multiprocessing.get_context("spawn")
 FORWARD, BACKWARD = r"__cudnn\$fmhaSoftmax\b", r"__cudnn\$fmhaSoftmaxBackward\b"
 
 
 def small_config() -> ConfigDict:
-    """Both stages: the least networks that use each kernel and loss that the published ones use."""
+    """Return a config of both stages with the smallest networks that use every published kernel and loss."""
     config = digits.get_config()
     for stage in (config.tokenizer, config.next_scale):
         stage.train.update(dict(batch=16, dtype="bfloat16", ema_decay=0.99))
-    # A map of 64 positions, the least that cuDNN's attention takes; images of 16 pixels, the least of VGG.
+    # 64 positions are the fewest that cuDNN's attention accepts; 16 pixels are the fewest that VGG accepts.
     config.tokenizer.model.update(dict(scales=(1, 8), num_codes=64, ch=32, ch_mult=(1, 1)))
     config.tokenizer.codebook.update(dict(kmeans_steps=1, ema_decay=0.99))
     config.next_scale.model.update(dict(depth=2, width=128, num_heads=2, drop_path=0.1))
@@ -54,74 +56,79 @@ def small_config() -> ConfigDict:
 
 
 def with_all_losses(stage: ConfigDict) -> ConfigDict:
-    """A tokenizer stage with perceptual loss and discriminator, as the published recipe has them."""
+    """Copy a tokenizer stage, with the perceptual loss and discriminator of the published recipe."""
     stage = stage.copy_and_resolve_references()
     stage.loss.perceptual = 1.0
     stage.adversarial.update(dict(weight=0.4, start_fraction=0.2, layers=1, channels=16))
     return stage
 
 
-def count(pattern: str, result: Compiled) -> int:
-    """Number of custom calls whose target matches in a compiled program."""
+def count_custom_calls(pattern: str, result: CompiledProgram) -> int:
+    """Count the custom calls of a compiled program whose target matches a regular expression."""
     return len(re.findall(rf'custom_call_target="{pattern}"', result.program.as_text()))
 
 
-def report(topology: str, name: str, result: Compiled) -> None:
+def print_program(topology: str, name: str, result: CompiledProgram) -> None:
+    """Print a program's memory and compile time on one line."""
     print(f"{topology:10} {name:32} {result.gib:7.3f} GiB  compiled in {result.compile_s:.1f} s", flush=True)
 
 
-def check_task(topology: str, label: str, task: Task, mesh: Mesh) -> dict[str, Compiled]:
-    """Do what `train.py` does before its first step, then compile all that it runs."""
-    with jax.set_mesh(mesh):  # a program lowered within, with no sharding of its own, is the GPU's
+def check_task(topology: str, label: str, task: Task, mesh: Mesh) -> dict[str, CompiledProgram]:
+    """Count a task's FLOPs as `train.py` does before its first step, then compile all of its programs."""
+    with jax.set_mesh(mesh):  # lowers programs without shardings of their own for the GPU
         flops = task.flops_per_image()
     assert flops > 0, f"{label}: {flops} FLOPs an image"
     programs, state, frozen = training_programs(task, mesh, from_tokens=False)
     results = {}
     for name, (function, inputs) in programs.items():
-        results[name] = compiled(function, *inputs, resident=(state, frozen))
-        report(topology, f"{label}: {name}", results[name])
+        results[name] = compile_program(function, *inputs, resident=(state, frozen))
+        print_program(topology, f"{label}: {name}", results[name])
     return results
 
 
-def check_transformer(topology: str, config: ConfigDict, mesh: Mesh) -> None:
-    """Compile the next_scale stage and its sampling; cuDNN's kernels must be in the programs."""
+def check_next_scale(topology: str, config: ConfigDict, mesh: Mesh) -> None:
+    """Compile the next_scale stage and its sampling, and check that the programs call cuDNN's attention."""
     task = make_task(config, mesh)
     assert task.model.attention == "cudnn", f"auto is {task.model.attention} on {topology}"
     results = check_task(topology, "next_scale", task, mesh)
     check_tokens(results["evaluation"])
-    # Gathers and scatters of `fsdp`, or nothing to move.
-    is_split = mesh.size > 1
+    # `fsdp` gathers parameters and scatters gradients; one device has nothing to exchange.
+    is_sharded = mesh.size > 1
     text = results["step"].program.as_text()
-    assert ("all-gather" in text) == ("reduce-scatter" in text or "all-reduce" in text) == is_split
+    assert ("all-gather" in text) == ("reduce-scatter" in text or "all-reduce" in text) == is_sharded
     for pattern in (FORWARD, BACKWARD):
-        assert count(pattern, results["step"]) == 1, f"{pattern}: {count(pattern, results['step'])}"
+        assert count_custom_calls(pattern, results["step"]) == 1, (
+            f"{pattern}: {count_custom_calls(pattern, results['step'])}"
+        )
     controls = task.options.controls(task.config.schedule, task.config.num_codes)
     for name, (function, inputs) in sampling_program(task, mesh, 2 * mesh.size, controls).items():
-        result = compiled(function, *inputs)
-        report(topology, name, result)
-        assert count(FORWARD, result) == 1
+        result = compile_program(function, *inputs)
+        print_program(topology, name, result)
+        assert count_custom_calls(FORWARD, result) == 1
 
 
-def check_tokens(evaluation: Compiled) -> None:
-    """Check that tokens come from a float32 encoder: in bfloat16 they are not the published ones."""
+def check_tokens(evaluation: CompiledProgram) -> None:
+    """Check that the encoder's convolutions are float32: a bfloat16 encoder gives other tokens."""
     lines = evaluation.program.as_text().splitlines()
     convolutions = [line for line in lines if 'custom_call_target="__cudnn$conv' in line]
     assert convolutions and not any("bf16[" in line for line in convolutions), "tokens in bfloat16"
 
 
-def check_remat(topology: str, config: ConfigDict, mesh: Mesh) -> None:
-    """Compile a step that keeps nothing: only there does cuDNN's forward kernel run twice."""
+def check_full_remat(topology: str, config: ConfigDict, mesh: Mesh) -> None:
+    """Compile a step with remat "full", the only policy under which cuDNN's forward kernel runs twice."""
     config = config.copy_and_resolve_references()
     config.next_scale.transformer.remat = "full"
     programs, state, frozen = training_programs(make_task(config, mesh), mesh, from_tokens=True)
     function, inputs = programs["step"]
-    result = compiled(function, *inputs, resident=(state, frozen))
-    report(topology, "next_scale, remat full: step", result)
-    assert count(FORWARD, result) == 2 and count(BACKWARD, result) == 1, "remat full"
+    result = compile_program(function, *inputs, resident=(state, frozen))
+    print_program(topology, "next_scale, remat full: step", result)
+    assert count_custom_calls(FORWARD, result) == 2 and count_custom_calls(BACKWARD, result) == 1, (
+        "remat full"
+    )
 
 
-def check_attention(topology: str, mesh: Mesh) -> None:
-    """Compile every implementation that a GPU can run, forward and backward, at the published lengths."""
+def check_attention_kernels(topology: str, mesh: Mesh) -> None:
+    """Compile every attention that a GPU can run, forward and backward, at the published length."""
     mask = Scales(SCALES_256).mask
     shape = (2 * mesh.size, len(mask), 4, 64)
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
@@ -132,40 +139,42 @@ def check_attention(topology: str, mesh: Mesh) -> None:
             continue
         choose_attention(name, mesh.devices.flat[0].platform, jnp.bfloat16, shape[-1], (mask,))
         attention = partial(attend, scale=0.1, mask=mask, name=name)
-        result = compiled(jax.jit(jax.grad(on_mesh(_total(attention), mesh), argnums=(0, 1, 2))), *qkv)
-        report(topology, f"attention {name}", result)
-        kernels = len(groups(mask.sum(1))) - 1 if name == "cudnn" else 0  # the first needs a mask
+        result = compile_program(
+            jax.jit(jax.grad(on_mesh(_sum_of_outputs(attention), mesh), argnums=(0, 1, 2))), *qkv
+        )
+        print_program(topology, f"attention {name}", result)
+        kernels = len(groups(mask.sum(1))) - 1 if name == "cudnn" else 0  # the first group needs a mask
         for pattern in (FORWARD, BACKWARD):
-            assert count(pattern, result) == kernels, f"attention {name}: {count(pattern, result)} {pattern}"
+            assert count_custom_calls(pattern, result) == kernels, (
+                f"attention {name}: {count_custom_calls(pattern, result)} {pattern}"
+            )
 
 
-def _total(attention: Callable) -> Callable:
+def _sum_of_outputs(attention: Callable) -> Callable:
     return lambda q, k, v: attention(q, k, v).astype(jnp.float32).sum()
 
 
-def check(stage: str, topology: str) -> None:
-    """Compile everything that a stage runs on one topology.
-
-    Each in a process of its own: the compiler keeps one core busy.
-    """
+def check_stage(stage: str, topology: str) -> None:
+    """Compile everything that a stage runs on one topology; called in a process of its own."""
     logging.set_verbosity(logging.ERROR)
     mesh, config = make_mesh(devices=topology_devices(topology)), small_config()
-    is_alone = mesh.size == 1  # kernels and losses are the same on many GPUs
+    single_device = mesh.size == 1  # kernels and losses are checked once; they are the same on many GPUs
     if stage == "tokenizer":
-        own = with_all_losses(config.tokenizer) if is_alone else config.tokenizer
-        check_task(topology, f"tokenizer{', all losses' * is_alone}", make_tokenizer_task(own), mesh)
+        stage_config = with_all_losses(config.tokenizer) if single_device else config.tokenizer
+        label = f"tokenizer{', all losses' * single_device}"
+        check_task(topology, label, make_tokenizer_task(stage_config), mesh)
         return
-    if is_alone:
-        check_attention(topology, mesh)
-        check_remat(topology, config, mesh)
-    check_transformer(topology, config, mesh)
+    if single_device:
+        check_attention_kernels(topology, mesh)
+        check_full_remat(topology, config, mesh)
+    check_next_scale(topology, config, mesh)
 
 
 def main(_):
     start = time.perf_counter()
     parts = zip(*itertools.product(("tokenizer", "next_scale"), TOPOLOGY.value), strict=True)
     with concurrent.futures.ProcessPoolExecutor(os.cpu_count(), SPAWN) as pool:
-        list(pool.map(check, *parts))  # raises what a part has raised
+        list(pool.map(check_stage, *parts))  # re-raises the error of a process
     print(f"check_gpu: all compiled in {time.perf_counter() - start:.0f} s (jax {jax.__version__})")
 
 

@@ -1,8 +1,8 @@
-"""Commands that ask for the chips that JAX knows by their topology."""
+"""Shell commands that request the TPU slice or GPU nodes of a topology."""
 
 from benchmarks.gpus import GPUS
 
-# Generation -> how Cloud TPU names a slice of {chips} or {cores}, and its software (see launch/tpu_vm.sh).
+# TPU generation -> accelerator type of a slice at Cloud TPU, and runtime version (see launch/tpu_vm.sh).
 CLOUD_NAMES = {
     "v4": ("v4-{cores}", "tpu-ubuntu2204-base"),
     "v5e": ("v5litepod-{chips}", "v2-alpha-tpuv5-lite"),
@@ -12,7 +12,12 @@ CLOUD_NAMES = {
 
 
 def launch_command(topology: str, chips: int) -> str:
-    """How to get such a slice, or such GPUs; empty for a generation that launch/tpu_vm.sh does not know."""
+    """Return the command that requests a TPU slice or GPU nodes; "" if launch/tpu_vm.sh does not support it.
+
+    Args:
+      topology: such as v5e:4x4, or h100:2x8 (hosts x GPUs).
+      chips: number of chips of the slice.
+    """
     kind, shape = topology.split(":")
     if kind in GPUS:
         hosts, gpus = shape.split("x")

@@ -1,19 +1,19 @@
-"""Compilation for TPU slices and GPUs that are not there.
+"""Ahead-of-time compilation for TPU slices and GPUs on a machine without them.
 
-The TPU's compiler is in libtpu (`pip install -e '.[tpu]'`), the GPU's in JAX's CUDA plugin
-(`pip install -e '.[plan-gpu]'`).  Import this module before anything else starts JAX.
+The TPU compiler is in libtpu (`pip install -e '.[tpu]'`), the GPU compiler in JAX's CUDA plugin
+(`pip install -e '.[plan-gpu]'`).  Import this module before anything initializes a JAX backend.
 """
 
 import os
 
-# Before JAX starts: libtpu must look for no TPU.
+# Set before JAX is imported, so that libtpu does not look for a TPU.
 os.environ.update(
     TPU_SKIP_MDS_QUERY="1",
     ALLOW_MULTIPLE_LIBTPU_LOAD="true",
     TPU_WORKER_HOSTNAMES="localhost",
     TPU_MIN_LOG_LEVEL="3",
 )
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # the CUDA plugin warns that there is no driver
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # hides the CUDA plugin's warning that there is no driver
 
 import dataclasses
 import math
@@ -27,25 +27,28 @@ from jax.experimental import topologies
 from benchmarks.gpus import GPUS
 
 if not os.environ.get("JAX_PLATFORMS"):
-    jax.config.update("jax_platforms", "cpu")  # no TPU is started, and no driver of a GPU is asked for
+    jax.config.update("jax_platforms", "cpu")  # initialize neither a TPU nor a GPU
 
-# What the TPU's compiler says of a program that does not fit, in its two ways.
-OVER = (re.compile(r"Used ([\d.]+)G of [\d.]+G hbm"), re.compile(r"temporaries \(([\d.]+)G\) exceeds"))
-# Triton's products are tuned on the card; cuBLAS's take as much memory, and compile in a third of the time.
+# The two errors with which the TPU compiler refuses a program that does not fit in memory.
+OUT_OF_MEMORY_ERRORS = (
+    re.compile(r"Used ([\d.]+)G of [\d.]+G hbm"),
+    re.compile(r"temporaries \(([\d.]+)G\) exceeds"),
+)
+# Triton products are autotuned on the card; cuBLAS takes as much memory and compiles three times faster.
 GPU_OPTIONS = {"xla_gpu_enable_triton_gemm": False}
 GPU_TOPOLOGY = re.compile(rf"({'|'.join(GPUS)}):([1-9]\d*)x([1-9]\d*)")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Compiled:
-    """A program compiled for a chip.
+class CompiledProgram:
+    """A program compiled for a chip, or refused by the compiler because it does not fit.
 
     Attributes:
-      compile_s: seconds.
-      gib: GiB on a device in all, what lies there unread included; the total that the compiler names where
-        it refuses the program.
-      parts: GiB by kind; none where it refuses the program.
-      program: None where it refuses the program.
+      compile_s: seconds of compilation.
+      gib: GiB on a device in total, including resident arrays that the program does not read; for a refused
+        program, the total that the compiler reports.
+      parts: GiB by kind; empty for a refused program.
+      program: the executable; None for a refused program.
     """
 
     compile_s: float
@@ -55,10 +58,10 @@ class Compiled:
 
 
 def topology_devices(name: str) -> list[jax.Device]:
-    """Devices of a TPU slice such as v5e:4x4, or of GPU nodes such as h100:1x8 (hosts x GPUs).
+    """Return the devices of a TPU slice such as v5e:4x4, or of GPU nodes such as h100:1x8 (hosts x GPUs).
 
     Raises:
-      ValueError: where there is no such topology, or no compiler for it.
+      ValueError: if the topology does not exist, or its compiler is not installed.
     """
     gpus = GPU_TOPOLOGY.fullmatch(name)
     try:
@@ -68,9 +71,7 @@ def topology_devices(name: str) -> list[jax.Device]:
             desc = topologies.get_topology_desc(platform="cuda", topology=shape, target_config=config)
         else:
             desc = topologies.get_topology_desc(name, platform="tpu")
-    except (
-        RuntimeError
-    ) as error:  # of JAX where a compiler is missing, of the compiler where the name is wrong
+    except RuntimeError as error:  # JAX without a compiler, or the compiler given a wrong name
         raise ValueError(
             f"--topology={name}: cannot be compiled for ({str(error).splitlines()[0]}). "
             "Slices are named like v5e:4x4, v5p:4x4x4, v6e:8x8, and need pip install -e '.[tpu]'; GPUs, as "
@@ -79,34 +80,34 @@ def topology_devices(name: str) -> list[jax.Device]:
     return list(desc.devices)
 
 
-def gib(tree) -> float:
-    """Of an abstract tree on one device."""
+def gib_per_device(tree) -> float:
+    """Compute the GiB that a tree of abstract arrays with shardings takes on one device."""
     sizes = [math.prod(leaf.sharding.shard_shape(leaf.shape)) for leaf in jax.tree.leaves(tree)]
     return sum(n * leaf.dtype.itemsize for n, leaf in zip(sizes, jax.tree.leaves(tree), strict=True)) / 2**30
 
 
-def compiled(function: Callable, *inputs, resident=()) -> Compiled:
+def compile_program(function: Callable, *inputs, resident=()) -> CompiledProgram:
     """Compile a jitted function of abstract arrays with shardings.
 
     Args:
       function: jitted.
-      inputs: its arguments.
-      resident: what lies on the devices besides while it runs; leaves that are inputs too count once.
+      inputs: its arguments, trees of `jax.ShapeDtypeStruct` with shardings.
+      resident: other arrays that stay on the devices while it runs; leaves that are also inputs count once.
 
     Raises:
-      jax.errors.JaxRuntimeError: where the program is wrong, other than too large for the chip.
+      jax.errors.JaxRuntimeError: if compilation fails for any reason but lack of memory.
     """
     distinct = {id(leaf): leaf for leaf in jax.tree.leaves((inputs, resident))}.values()
-    on_device = gib(list(distinct))
+    on_device = gib_per_device(list(distinct))
     platform = next(iter(distinct)).sharding.mesh.devices.flat[0].platform
     lowered, start = function.lower(*inputs), time.perf_counter()
     try:
         program = lowered.compile(compiler_options=GPU_OPTIONS if platform == "gpu" else None)
     except jax.errors.JaxRuntimeError as error:
-        used = [float(match[1]) for pattern in OVER if (match := pattern.search(str(error)))]
+        used = [float(match[1]) for pattern in OUT_OF_MEMORY_ERRORS if (match := pattern.search(str(error)))]
         if not used:
             raise
-        return Compiled(compile_s=time.perf_counter() - start, gib=used[0], parts={})
+        return CompiledProgram(compile_s=time.perf_counter() - start, gib=used[0], parts={})
     memory, seconds = program.memory_analysis(), time.perf_counter() - start
     parts = {
         "arguments": memory.argument_size_in_bytes,
@@ -115,6 +116,6 @@ def compiled(function: Callable, *inputs, resident=()) -> Compiled:
         "program": memory.generated_code_size_in_bytes,
     }
     parts = {name: size / 2**30 for name, size in parts.items()}
-    # What this program does not look at lies there all the same, as the decoder does in training.
+    # Arrays that the program does not read still take memory, such as the decoder during training.
     parts["unread"] = max(on_device - parts["arguments"], 0.0)
-    return Compiled(compile_s=seconds, gib=sum(parts.values()), parts=parts, program=program)
+    return CompiledProgram(compile_s=seconds, gib=sum(parts.values()), parts=parts, program=program)

@@ -1,4 +1,4 @@
-"""Stages `goldens` and `attention` of `device_check`: whether a device computes the right numbers."""
+"""Stages `goldens` and `attention` of `device_check`: numerical checks of a device."""
 
 import contextlib
 import functools
@@ -12,8 +12,8 @@ import numpy as np
 import optax
 
 import var_jax
-from benchmarks.device_parts import Options, Part, milliseconds, relative_error, share_equal
-from benchmarks.throughput import parameters, random_tokens
+from benchmarks.device_parts import Options, Part, fraction_equal, median_milliseconds, relative_error
+from benchmarks.throughput import init_params, random_tokens
 from var_jax.interop.published import next_scale_table, to_published
 from var_jax.scales import SCALES_256
 from var_jax.transformer.attention import attend
@@ -24,11 +24,11 @@ from var_jax.transformer.remat import SAVED_NAMES
 GOLDEN_SCALES = (1, 2, 3, 4)
 GOLDEN_VARS = ("var", "var_shared_adaln", "var_plain_attention")
 PLATFORMS = ("cpu", "gpu", "tpu")
-# Attention -> platforms that it runs on.
+# Attention implementation -> platforms that it runs on.
 RUNS_ON = {"einsum": PLATFORMS, "grouped": PLATFORMS, "cudnn": ("gpu",), "splash": ("tpu",)}
 HALF_PRECISION_ONLY = ("cudnn",)
 # Errors are relative to the largest magnitude of the reference.
-GOLDEN_TOLERANCE = {"output": 1e-4, "gradient": 1e-3}  # of float32 models, as goldens/README.md has it
+GOLDEN_TOLERANCE = {"output": 1e-4, "gradient": 1e-3}  # of float32 models; see goldens/README.md
 TOLERANCE = {"float32": 1e-4, "bfloat16": 4e-2}  # of a kernel, forward and backward
 REMAT_TOLERANCE = {"float32": 1e-4, "bfloat16": 0.1}  # of each gradient's norm through two blocks
 
@@ -37,8 +37,9 @@ REMAT_TOLERANCE = {"float32": 1e-4, "bfloat16": 0.1}  # of each gradient's norm 
 
 
 def goldens_parts(options: Options) -> list[Part]:
-    """Published outputs: asserted of float32 models, stated of the others."""
-    folder, transformers = options.goldens, GOLDEN_VARS[:1] if options.tiny else GOLDEN_VARS
+    """List comparisons with published outputs: checks for float32 models, measurements for other dtypes."""
+    folder = options.goldens
+    transformers = GOLDEN_VARS[:1] if options.tiny else GOLDEN_VARS
     parts = []
     for dtype in ("float32", "auto") if options.tiny else ("float32", "auto", "bfloat16"):
         exact = dtype == "float32"
@@ -51,35 +52,37 @@ def goldens_parts(options: Options) -> list[Part]:
 
 
 def golden_arrays(folder: Path, name: str) -> dict[str, np.ndarray]:
-    """Arrays of a golden file, images and feature maps moved to channels last; gradients as published."""
+    """Load the arrays of a golden file; images and feature maps become channels last, gradients do not."""
     with np.load(folder / f"{name}.npz") as file:
         arrays = {key: file[key] for key in file}
-    channels_first = lambda key, a: a.ndim == 4 and not key.startswith("grad:")  # noqa: E731
+    channels_first = lambda key, a: a.ndim == 4 and not key.startswith("grad:")
     return {key: a.transpose(0, 2, 3, 1) if channels_first(key, a) else a for key, a in arrays.items()}
 
 
 def golden_tokens(arrays: dict, prefix: str = "tokens") -> np.ndarray:
-    """Token maps of a golden file as one sequence [B, L]."""
+    """Concatenate the token maps of a golden file to one sequence, int [B, L]."""
     return np.concatenate([arrays[f"{prefix}_{k}"] for k in range(len(GOLDEN_SCALES))], axis=1)
 
 
 def load_golden_tokenizer(folder: Path, dtype: str) -> var_jax.LoadedTokenizer:
+    """Load the golden tokenizer in a dtype."""
     return var_jax.load_tokenizer(folder / "vae.pth", scales=GOLDEN_SCALES, dtype=dtype)
 
 
 def load_golden_var(folder: Path, name: str, dtype: str) -> var_jax.LoadedVAR:
+    """Load a golden transformer and its tokenizer in a dtype."""
     tokenizer = load_golden_tokenizer(folder, dtype)
     return var_jax.load_var(folder / f"{name}.pth", tokenizer=tokenizer, dtype=dtype)
 
 
 def golden_tokenizer(folder: Path, dtype: str) -> dict:
-    """Tokens of the golden images, and reconstructions after every map."""
+    """Compare the golden images' tokens and reconstructions after every map with the published ones."""
     arrays, tokenizer = golden_arrays(folder, "vae"), load_golden_tokenizer(folder, dtype)
     tokens = tokenizer.encode(np.clip(arrays["image"] / 2 + 0.5, 0, 1))
     images = tokenizer.decode_steps(golden_tokens(arrays)) * 2 - 1
     reference = np.stack([arrays[f"reconstruction_{k}"] for k in range(len(GOLDEN_SCALES))], axis=1)
     values = {
-        "tokens_equal": share_equal(tokens, golden_tokens(arrays)),
+        "tokens_equal": fraction_equal(tokens, golden_tokens(arrays)),
         "image_error": relative_error(images, reference),
     }
     if dtype == "float32":
@@ -91,18 +94,18 @@ def golden_tokenizer(folder: Path, dtype: str) -> dict:
 
 
 def golden_transformer(folder: Path, name: str, dtype: str) -> dict:
-    """Logits, gradients of the loss, and greedy generation of a golden transformer."""
+    """Compare a golden transformer's logits, loss gradients and greedy samples with the published ones."""
     arrays, vae = golden_arrays(folder, name), golden_arrays(folder, "vae")
     model = load_golden_var(folder, name, dtype)
     tokens, labels = golden_tokens(vae), arrays["label"]
-    images, drawn = model.generate(labels, guidance=4.0, top_k=1, top_p=0.0, return_tokens=True)
+    images, sampled = model.generate(labels, guidance=4.0, top_k=1, top_p=0.0, return_tokens=True)
     loss, grads = golden_gradients(model, vae["var_input"], labels, tokens)
     names = [key.removeprefix("grad:") for key in arrays if key.startswith("grad:")]
     values = {
         "logits_error": relative_error(model.logits(tokens, labels), arrays["logits"]),
         "loss_error": relative_error(loss, arrays["loss"]),
         "gradient_error": max(relative_error(grads[key], arrays[f"grad:{key}"]) for key in names),
-        "tokens_equal": share_equal(drawn, golden_tokens(arrays, "cfg4.0_tokens")),
+        "tokens_equal": fraction_equal(sampled, golden_tokens(arrays, "cfg4.0_tokens")),
         "image_error": relative_error(images, arrays["cfg4.0_image"]),
     }
     if dtype == "float32":
@@ -117,7 +120,7 @@ def golden_transformer(folder: Path, name: str, dtype: str) -> dict:
 
 
 def golden_gradients(model: var_jax.LoadedVAR, inputs, labels, tokens) -> tuple[jax.Array, dict]:
-    """Mean cross-entropy, and its gradients under the published names."""
+    """Compute the mean cross-entropy, and its gradients under their published names."""
     config = model.module.config
 
     @jax.jit
@@ -136,7 +139,7 @@ def golden_gradients(model: var_jax.LoadedVAR, inputs, labels, tokens) -> tuple[
 
 
 def attention_parts(options: Options) -> list[Part]:
-    """Each implementation that runs here, and each remat policy, against einsum in float32."""
+    """List checks of each attention of this platform, and of each remat policy, against einsum in float32."""
     parts = []
     for dtype in ("bfloat16", "float32"):
         for name, platforms in RUNS_ON.items():
@@ -145,13 +148,13 @@ def attention_parts(options: Options) -> list[Part]:
                 parts.append(Part(name=f"{name}, {dtype}", run=run, seconds=5))
     dtype = "float32" if options.tiny else "bfloat16"
     for policy in ("mlp", "full") if options.tiny else SAVED_NAMES:
-        run = partial(check_remat, policy, dtype, options.tiny)
+        run = partial(check_remat_policy, policy, dtype, options.tiny)
         parts.append(Part(name=f"remat {policy}, {dtype}", run=run, seconds=8))
     return parts
 
 
 def attention_config(tiny: bool) -> NextScaleConfig:
-    """Two blocks of d16 on 680 tokens; for a CPU, narrow ones on 85."""
+    """Return a config of two blocks of d16 on 680 tokens; if tiny, of two narrow blocks on 85 tokens."""
     if tiny:
         return NextScaleConfig(
             depth=2, width=32, num_heads=2, num_classes=10, num_codes=16, code_dim=4, scales=(1, 2, 4, 8)
@@ -160,7 +163,12 @@ def attention_config(tiny: bool) -> NextScaleConfig:
 
 
 def forward_and_backward(function: Callable, weights: jax.Array) -> Callable:
-    """Outputs and gradients (of a loss that weighs every output differently) of a function of arrays."""
+    """Return a jitted function of three arrays that computes gradients and outputs of `function`.
+
+    Args:
+      function: three arrays -> outputs.
+      weights: array of the outputs' shape; the gradients are those of sum(outputs * weights).
+    """
 
     def loss(*inputs):
         outputs = function(*inputs)
@@ -170,33 +178,34 @@ def forward_and_backward(function: Callable, weights: jax.Array) -> Callable:
 
 
 def check_attention(name: str, dtype: str, tiny: bool) -> dict:
-    """Errors and times of one implementation on normalized queries and keys, as the model has them."""
+    """Measure errors and times of an attention implementation on normalized queries and keys."""
     config, batch = attention_config(tiny), 2 if tiny else 16
     mask, shape = config.masks[0], (batch, config.length, config.num_heads, config.head_dim)
     keys = jax.random.split(jax.random.key(0), 4)
     q, k, v, weights = (jax.random.normal(key, shape) for key in keys)
-    unit = lambda x: x / jnp.linalg.norm(x, axis=-1, keepdims=True)  # noqa: E731
+    unit = lambda x: x / jnp.linalg.norm(x, axis=-1, keepdims=True)
     inputs = [x.astype(dtype) for x in (4 * unit(q), unit(k), v)]
-    ours = partial(attend, scale=1.0, mask=mask, name=name)
+    tested = partial(attend, scale=1.0, mask=mask, name=name)
     reference = partial(attend, scale=1.0, mask=mask, name="einsum")
     exact = [x.astype(jnp.float32) for x in inputs]
     highest = partial(jax.default_matmul_precision, "highest")
     with highest():
         grads, outputs = forward_and_backward(reference, weights)(*exact)
     with highest() if dtype == "float32" else contextlib.nullcontext():
-        both, forward = forward_and_backward(ours, weights), jax.jit(ours)
-        own_grads, own_outputs = both(*inputs)
+        both, forward = forward_and_backward(tested, weights), jax.jit(tested)
+        tested_grads, tested_outputs = both(*inputs)
         values = {
-            "forward_error": relative_error(own_outputs, outputs),
-            "backward_error": max(map(relative_error, own_grads, grads)),
+            "forward_error": relative_error(tested_outputs, outputs),
+            "backward_error": max(map(relative_error, tested_grads, grads)),
             "tolerance": TOLERANCE[dtype],
-            "forward_ms": milliseconds(forward, *inputs),
-            "forward_backward_ms": milliseconds(both, *inputs),
+            "forward_ms": median_milliseconds(forward, *inputs),
+            "forward_backward_ms": median_milliseconds(both, *inputs),
         }
-    return {**values, "checks": within_tolerance(values)}
+    return {**values, "checks": tolerance_checks(values)}
 
 
-def within_tolerance(values: dict) -> dict[str, bool]:
+def tolerance_checks(values: dict) -> dict[str, bool]:
+    """Check the forward and the backward error against the tolerance."""
     return {
         f"{name} is within tolerance": values[f"{name}_error"] <= values["tolerance"]
         for name in ("forward", "backward")
@@ -204,22 +213,23 @@ def within_tolerance(values: dict) -> dict[str, bool]:
 
 
 @functools.cache
-def remat_reference(tiny: bool) -> tuple[dict, tuple[jax.Array, dict]]:
-    """Parameters of two blocks, and their loss and gradients by einsum in float32 that keeps everything."""
+def reference_loss_and_gradients(tiny: bool) -> tuple[dict, tuple[jax.Array, dict]]:
+    """Compute parameters of two blocks, and loss and gradients by float32 einsum without remat."""
     config = attention_config(tiny)
     model = NextScale(config, jnp.dtype("float32"), "einsum", "none")
     labels, _, inputs = random_tokens(config, 1)
-    params = parameters(lambda key: model.init(key, labels, inputs)["params"])
+    params = init_params(lambda key: model.init(key, labels, inputs)["params"])
     with jax.default_matmul_precision("highest"):
         return params, loss_and_gradients(model, tiny)(params)
 
 
 def remat_batch(tiny: bool) -> int:
+    """Return the batch size of the remat checks."""
     return 2 if tiny else 16
 
 
 def loss_and_gradients(model: NextScale, tiny: bool) -> Callable:
-    """Jitted parameters -> mean loss of random tokens in training, and its gradients."""
+    """Return a jitted function: parameters -> mean training loss of random tokens, and its gradients."""
     labels, tokens, inputs = random_tokens(model.config, remat_batch(tiny))
 
     def loss(params):
@@ -230,24 +240,24 @@ def loss_and_gradients(model: NextScale, tiny: bool) -> Callable:
     return jax.jit(jax.value_and_grad(loss))
 
 
-def check_remat(policy: str, dtype: str, tiny: bool) -> dict:
-    """Loss and gradients of two blocks under a policy, against the float32 reference."""
-    params, (loss, grads) = remat_reference(tiny)
+def check_remat_policy(policy: str, dtype: str, tiny: bool) -> dict:
+    """Compare loss and gradients of two blocks under a remat policy with the float32 reference."""
+    params, (loss, grads) = reference_loss_and_gradients(tiny)
     model = NextScale(attention_config(tiny), jnp.dtype(dtype), "auto", policy)
     step = loss_and_gradients(model, tiny).lower(params).compile()
-    own_loss, own_grads = step(params)
-    errors = jax.tree.leaves(jax.tree.map(relative_norm, own_grads, grads))
+    policy_loss, policy_grads = step(params)
+    errors = jax.tree.leaves(jax.tree.map(relative_norm_error, policy_grads, grads))
     values = {
-        "forward_error": relative_error(own_loss, loss),
+        "forward_error": relative_error(policy_loss, loss),
         "backward_error": max(errors),
         "tolerance": REMAT_TOLERANCE[dtype],
-        "forward_backward_ms": milliseconds(step, params),
+        "forward_backward_ms": median_milliseconds(step, params),
         "temp_gib": round(step.memory_analysis().temp_size_in_bytes / 2**30, 3),
     }
-    return {**values, "checks": within_tolerance(values)}
+    return {**values, "checks": tolerance_checks(values)}
 
 
-def relative_norm(values, reference) -> float:
-    """Norm of the difference over the norm of the reference: of gradients whose entries are tiny."""
+def relative_norm_error(values, reference) -> float:
+    """Compute the norm of the difference over the norm of the reference, for gradients with tiny entries."""
     values, reference = np.asarray(values, np.float64), np.asarray(reference, np.float64)
     return float(np.linalg.norm(values - reference) / max(np.linalg.norm(reference), 1e-30))

@@ -1,4 +1,4 @@
-"""Parts of the stages of `device_check`: what one is, and running them one after another."""
+"""Helpers of `device_check`: the parts of a stage, their runner, comparison and timing."""
 
 import dataclasses
 import json
@@ -13,7 +13,7 @@ import jax
 import numpy as np
 
 REPOSITORY = Path(__file__).parent.parent
-TIMED = 10  # calls, of which the median counts
+TIMED_CALLS = 10  # timed calls; the median is reported
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -22,9 +22,9 @@ class Part:
 
     Attributes:
       name: unique in the stage.
-      run: returns a flat dict of values; its `checks`, name -> bool, must all be true.
-      seconds: expected on an H100; with less time left the part is not run.
-      is_check: whether it decides if the device is sound; else it only measures.
+      run: function that returns a flat dict of values; all of its `checks`, name -> bool, must be true.
+      seconds: expected time on an H100; with less time left, the part does not run.
+      is_check: True if a part that does not run fails the stage; False if it only measures.
     """
 
     name: str
@@ -39,11 +39,11 @@ class Options:
 
     Attributes:
       out: directory for runs, traces and results.
-      tiny: sizes for a CPU, to try the command.
+      tiny: use sizes for a CPU.
       platform: "cpu", "gpu" or "tpu".
       goldens: directory of the golden tensors.
-      against: path of the PyTorch yardstick; None for no comparison.
-      deadline: `time.time()` at which the stage has to end.
+      against: path of the PyTorch yardstick; None: no comparison.
+      deadline: `time.time()` by which the stage has to end.
     """
 
     out: Path
@@ -59,21 +59,22 @@ class Options:
 
 
 def relative_error(values, reference) -> float:
-    """Largest absolute difference over the largest magnitude of the reference; NaN if a value is NaN."""
+    """Compute max |values - reference| / max |reference|; NaN if a value is NaN."""
     values, reference = np.asarray(values, np.float64), np.asarray(reference, np.float64)
     if values.shape != reference.shape:
         raise ValueError(f"shape {values.shape} for a reference of {reference.shape}")
     return float(np.abs(values - reference).max() / np.abs(reference).max())
 
 
-def share_equal(tokens, reference) -> float:
+def fraction_equal(tokens, reference) -> float:
+    """Compute the fraction of tokens that equal the reference."""
     return float(np.mean(np.asarray(tokens) == np.asarray(reference)))
 
 
-def milliseconds(function: Callable, *inputs) -> float:
-    """Median time of a compiled function; two calls warm up."""
+def median_milliseconds(function: Callable, *inputs) -> float:
+    """Measure the median time of a function in milliseconds, after two warm-up calls."""
     times = []
-    for _ in range(2 + TIMED):
+    for _ in range(2 + TIMED_CALLS):
         start = time.perf_counter()
         jax.block_until_ready(function(*inputs))
         times.append(time.perf_counter() - start)
@@ -81,7 +82,7 @@ def milliseconds(function: Callable, *inputs) -> float:
 
 
 class CommandFailed(RuntimeError):
-    """A command of this repository ended with another code than 0; `output` is all that it printed."""
+    """A command of this repository exited with a nonzero code; `output` is all that it printed."""
 
     def __init__(self, command: list[str], code: int, output: str):
         super().__init__(f"{' '.join(command[1:4])} ended with code {code}:\n{output[-3000:]}")
@@ -89,21 +90,27 @@ class CommandFailed(RuntimeError):
 
 
 def run_command(options: Options, command: list[str]) -> str:
-    """Output of a command of this repository.
+    """Run a command of this repository and return its standard output.
 
     Raises:
-      CommandFailed: if it fails.
-      subprocess.TimeoutExpired: if the time of the stage is over.
+      CommandFailed: if it exits with a nonzero code.
+      subprocess.TimeoutExpired: if it does not end before the stage's deadline.
     """
     limit = max(options.seconds_left, 1)
-    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=limit)
-    if done.returncode:
-        raise CommandFailed(command, done.returncode, done.stdout + done.stderr)
-    return done.stdout
+    process = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=limit)
+    if process.returncode:
+        raise CommandFailed(command, process.returncode, process.stdout + process.stderr)
+    return process.stdout
 
 
 def run_parts(parts: list[Part], options: Options, record: Callable[[dict], None]) -> None:
-    """Runs parts one after another; records each as it ends, failed or not run ones too."""
+    """Run parts one after another, and record each one, also if it fails or does not run.
+
+    Args:
+      parts: of a stage.
+      options: settings; a part runs only if its expected time is left before the deadline.
+      record: called with the values of each part as it ends.
+    """
     for part in parts:
         if options.seconds_left < (0 if options.tiny else part.seconds):
             record({"part": part.name, "not_run": "no time left", "is_check": part.is_check})
@@ -112,14 +119,14 @@ def run_parts(parts: list[Part], options: Options, record: Callable[[dict], None
         try:
             values = part.run()
         except subprocess.TimeoutExpired:
-            values = {"not_run": "stopped, since the time was over"}
-        except Exception:  # a check of a device reports whatever goes wrong, and goes on with the next part
+            values = {"not_run": "stopped at the deadline of the stage"}
+        except Exception:  # report any failure, and run the next part
             values = {"error": traceback.format_exc()}
         seconds = round(time.monotonic() - start, 1)
         record({"part": part.name, "is_check": part.is_check, **values, "took_s": seconds})
 
 
-def as_json(values: dict) -> str:
-    """One line; numbers that are not finite, which JSON lacks, as text."""
+def to_json_line(values: dict) -> str:
+    """Serialize values as one line of JSON; NaN and infinities, which JSON lacks, become strings."""
     plain = {k: str(v) if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
     return json.dumps(plain, allow_nan=False)

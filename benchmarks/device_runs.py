@@ -1,4 +1,4 @@
-"""Stages `versions`, `train`, `throughput` and `kernels` of `device_check`: how programs run on a device."""
+"""Stages `versions`, `train`, `throughput` and `kernels` of `device_check`: training runs and speed."""
 
 import argparse
 import dataclasses
@@ -23,7 +23,7 @@ from jax import profiler
 from benchmarks import kernel_table, throughput
 from benchmarks.device_parts import (
     REPOSITORY,
-    TIMED,
+    TIMED_CALLS,
     CommandFailed,
     Options,
     Part,
@@ -34,21 +34,25 @@ from var_jax.training.checkpoint import CHECKPOINT_DIR, has_checkpoint, load_par
 from var_jax.training.metrics import read_metrics
 from var_jax.training.profiling import EVENT
 
-RESUME_TOLERANCE = 0.1  # of the evaluation losses on GPUs, whose sums are not deterministic
-STAGES = ("tokenizer", "next_scale")  # of the digits config
-STEPS, CHECKPOINT_EVERY = 100, 25  # of each of them
-BATCH, SMALLEST_BATCH = 64, 8  # of the throughput stage; halved while the memory is too small
+RESUME_TOLERANCE = 0.1  # of the evaluation losses on GPUs, where sums are not deterministic
+DIGITS_STAGES = ("tokenizer", "next_scale")  # of configs/digits.py
+TRAIN_STEPS, CHECKPOINT_EVERY = 100, 25  # steps of each stage
+MAX_BATCH, MIN_BATCH = 64, 8  # of the stage `throughput`: halved while memory is exhausted
 
 
 # --- versions -------------------------------------------------------------------------------------
 
 
 def versions_parts(options: Options) -> list[Part]:
-    return [Part(name="device", run=device, seconds=0), Part(name="software", run=software, seconds=0)]
+    """List the descriptions of device and software."""
+    return [
+        Part(name="device", run=describe_device, seconds=0),
+        Part(name="software", run=describe_software, seconds=0),
+    ]
 
 
-def device() -> dict:
-    """Devices that JAX sees, and whether the first one multiplies matrices."""
+def describe_device() -> dict:
+    """Describe the devices that JAX sees, and check a matrix product on the first one."""
     first = jax.local_devices()[0]
     try:
         stats = first.memory_stats() or {}
@@ -71,8 +75,8 @@ def device() -> dict:
     return {**values, "checks": {"a matrix product is right": bool((jnp.dot(ones, ones) == 256).all())}}
 
 
-def software() -> dict:
-    """Versions of Python, JAX and what it runs on; commit of the checkout."""
+def describe_software() -> dict:
+    """Return versions of Python, JAX and its CUDA libraries, and the commit of the checkout."""
     names = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "torch", "libtpu")
     shown = re.compile(r"jax-cuda.*|nvidia-(cudnn|cublas|cuda-runtime|cuda-nvcc|nccl).*")
     installed = {d.metadata["Name"].lower(): d.version for d in importlib.metadata.distributions()}
@@ -87,22 +91,23 @@ def software() -> dict:
 
 
 def train_parts(options: Options) -> list[Part]:
-    """The digits config, both stages, as commands: to the end, killed and resumed, sampled."""
-    whole, resumed = options.out / "digits", options.out / "digits_killed"
+    """List runs of both stages of the digits config: uninterrupted, killed and resumed, and sampling."""
+    reference, resumed = options.out / "digits", options.out / "digits_killed"
     return [
-        Part(name="both stages", run=partial(train_whole, options, whole), seconds=15),
-        Part(name="killed and resumed", run=partial(train_killed, options, whole, resumed), seconds=25),
+        Part(name="both stages", run=partial(train_uninterrupted, options, reference), seconds=15),
+        Part(name="killed and resumed", run=partial(train_killed, options, reference, resumed), seconds=25),
         Part(name="sample", run=partial(sample_digits, options, resumed), seconds=10),
     ]
 
 
 def training_command(options: Options, workdir: Path) -> list[str]:
-    fields = {"data.dir": options.out / "data", "train.steps": STEPS, "train.log_every": 1}
+    """Return the command that trains both stages of the digits config in `workdir`."""
+    fields = {"data.dir": options.out / "data", "train.steps": TRAIN_STEPS, "train.log_every": 1}
     fields |= {"train.checkpoint_every": CHECKPOINT_EVERY}
-    fields |= {"train.eval_every": STEPS, "train.preview_every": STEPS}
+    fields |= {"train.eval_every": TRAIN_STEPS, "train.preview_every": TRAIN_STEPS}
     fields |= {"train.batch": 16} if options.tiny else {}
-    flags = [f"--config.{stage}.{name}={value}" for stage in STAGES for name, value in fields.items()]
-    if options.tiny:  # patches of pixels for a tokenizer: they compile at once
+    flags = [f"--config.{stage}.{name}={value}" for stage in DIGITS_STAGES for name, value in fields.items()]
+    if options.tiny:  # a tokenizer of pixel patches compiles fast
         model = {"tokenizer.model.patch": 2, "tokenizer.model.num_phis": 0}
         model |= {"tokenizer.model.scales": (1, 2, 4), "tokenizer.model.num_codes": 32}
         model |= {"next_scale.model.depth": 1, "next_scale.model.width": 32}
@@ -110,26 +115,34 @@ def training_command(options: Options, workdir: Path) -> list[str]:
     return [sys.executable, "train.py", "--config=configs/digits.py", f"--workdir={workdir}", *flags]
 
 
-def log_lines(workdir: Path, stage: str, kind: str) -> list[dict]:
+def read_log_lines(workdir: Path, stage: str, kind: str) -> list[dict]:
+    """Read the log lines of a stage of one kind, `train` or `eval`."""
     return [line for line in read_metrics(workdir / stage / "metrics.jsonl") if line["kind"] == kind]
 
 
-def train_whole(options: Options, workdir: Path) -> dict:
+def train_uninterrupted(options: Options, workdir: Path) -> dict:
+    """Train both stages to the end, and check that their losses fall."""
     run_command(options, training_command(options, workdir))
     values, checks = {}, {}
-    for stage in STAGES:
-        lines = log_lines(workdir, stage, "train")
+    for stage in DIGITS_STAGES:
+        lines = read_log_lines(workdir, stage, "train")
         losses = [line["loss"] for line in lines]
         first, last = float(np.mean(losses[:10])), float(np.mean(losses[-10:]))
         rates = [line["images_per_s"] for line in lines if "images_per_s" in line]
         values |= {f"{stage}_loss": f"{first:.4g} -> {last:.4g}"}
         values |= {f"{stage}_images_per_s": float(np.median(rates))}
-        checks[f"the loss of {stage} falls"] = len(losses) == STEPS and last < first
+        checks[f"the loss of {stage} falls"] = len(losses) == TRAIN_STEPS and last < first
     return {**values, "checks": checks}
 
 
-def train_killed(options: Options, whole: Path, workdir: Path) -> dict:
-    """The same run, killed after its first checkpoint and started again, against the unbroken one."""
+def train_killed(options: Options, reference: Path, workdir: Path) -> dict:
+    """Train again, kill the run after its first checkpoint, resume it, and compare it with the reference.
+
+    Args:
+      options: settings.
+      reference: directory of the uninterrupted run.
+      workdir: directory of the run to kill and resume.
+    """
     command = training_command(options, workdir)
     with open(options.out / "killed.log", "w") as log:
         process = subprocess.Popen(command, cwd=REPOSITORY, stdout=log, stderr=log)
@@ -141,20 +154,20 @@ def train_killed(options: Options, whole: Path, workdir: Path) -> dict:
         finally:
             process.kill()
             process.wait()
-    killed_at = max(line["step"] for line in log_lines(workdir, "tokenizer", "train"))
+    killed_at = max(line["step"] for line in read_log_lines(workdir, "tokenizer", "train"))
     output = run_command(options, command)
     checks = {
-        "it was killed in mid-run": process.returncode == -signal.SIGKILL and killed_at < STEPS,
-        "it went on from a checkpoint": "tokenizer: " in output and not_from_start(output),
+        "it was killed in mid-run": process.returncode == -signal.SIGKILL and killed_at < TRAIN_STEPS,
+        "it went on from a checkpoint": "tokenizer: " in output and resumes_midway(output),
     }
     values = {"killed_at_step": killed_at}
-    for stage in STAGES:
-        losses = [log_lines(run, stage, "eval")[-1]["loss"] for run in (whole, workdir)]
-        params = [load_params(run / stage / CHECKPOINT_DIR)[0] for run in (whole, workdir)]
-        errors = jax.tree.leaves(jax.tree.map(difference, *params))
+    for stage in DIGITS_STAGES:
+        losses = [read_log_lines(run, stage, "eval")[-1]["loss"] for run in (reference, workdir)]
+        params = [load_params(run / stage / CHECKPOINT_DIR)[0] for run in (reference, workdir)]
+        errors = jax.tree.leaves(jax.tree.map(relative_difference, *params))
         values |= {f"{stage}_loss_difference": relative_error(losses[1], losses[0])}
         values |= {f"{stage}_parameter_difference": max(errors)}
-        if options.platform == "gpu":  # sums by atomics, in any order
+        if options.platform == "gpu":  # atomics sum in any order
             checks[f"{stage} ends within {RESUME_TOLERANCE:.0%} of the unbroken run"] = (
                 values[f"{stage}_loss_difference"] <= RESUME_TOLERANCE
             )
@@ -163,18 +176,20 @@ def train_killed(options: Options, whole: Path, workdir: Path) -> dict:
     return {**values, "checks": checks}
 
 
-def not_from_start(output: str) -> bool:
-    """Whether the first stage that trains starts after step 1."""
+def resumes_midway(output: str) -> bool:
+    """Return True if the log says that the tokenizer's training starts after step 1."""
     steps = re.search(r"tokenizer: .*steps (\d+)\.\.", output)
     return steps is not None and int(steps[1]) > 1
 
 
-def difference(ours, reference) -> float:
+def relative_difference(values, reference) -> float:
+    """Compute the largest absolute difference, relative to the reference unless that is all zeros."""
     scale = float(np.abs(reference).max())
-    return float(np.abs(np.asarray(ours) - np.asarray(reference)).max()) / (scale or 1.0)
+    return float(np.abs(np.asarray(values) - np.asarray(reference)).max()) / (scale or 1.0)
 
 
 def sample_digits(options: Options, workdir: Path) -> dict:
+    """Sample two digits of each class with a trained run, and check the file of samples."""
     out = options.out / "samples"
     command = [sys.executable, "sample.py", f"--workdir={workdir}", "--num_per_class=2", f"--out={out}"]
     run_command(options, command)
@@ -192,16 +207,19 @@ def sample_digits(options: Options, workdir: Path) -> dict:
 
 
 def throughput_parts(options: Options) -> list[Part]:
-    """Training from tokens and sampling, and the PyTorch yardstick; each in a process of its own."""
-    rates = {}  # (what, depth) -> batch and images/s of ours that the yardstick is compared with
+    """List measurements of training from tokens, of sampling, and of the PyTorch yardstick.
 
-    def ours(what: str, depth: int, seconds: float) -> Part:
-        run = partial(measure, options, what, depth, rates)
-        return Part(name=f"{what} d{depth}", run=run, seconds=seconds, is_check=False)
+    Each runs in a process of its own.
+    """
+    rates = {}  # (mode, depth) -> our batch and images/s, to compare the yardstick with
 
-    def torch(what: str, depth: int, kind: str, seconds: float) -> Part:
-        run = partial(measure_yardstick, options, what, depth, kind == "compiled", rates)
-        return Part(name=f"{what} d{depth}, PyTorch {kind}", run=run, seconds=seconds, is_check=False)
+    def ours(mode: str, depth: int, seconds: float) -> Part:
+        run = partial(measure_throughput, options, mode, depth, rates)
+        return Part(name=f"{mode} d{depth}", run=run, seconds=seconds, is_check=False)
+
+    def torch(mode: str, depth: int, kind: str, seconds: float) -> Part:
+        run = partial(measure_pytorch, options, mode, depth, kind == "compiled", rates)
+        return Part(name=f"{mode} d{depth}, PyTorch {kind}", run=run, seconds=seconds, is_check=False)
 
     if options.tiny:
         parts = [ours("train", 1, 0), torch("train", 1, "eager", 0), ours("sample", 1, 0)]
@@ -218,22 +236,29 @@ def throughput_parts(options: Options) -> list[Part]:
     return [part for part in parts if options.against or "PyTorch" not in part.name]
 
 
-def measure(options: Options, what: str, depth: int, rates: dict) -> dict:
-    """Speed and memory at the largest batch up to `BATCH` that the memory holds."""
-    batch = 2 if options.tiny else BATCH
-    command = [sys.executable, "-m", "benchmarks.throughput", what, f"--depth={depth}"]
-    command += ["--tiny", "--repeats=1"] if options.tiny else [f"--repeats={TIMED}"]
+def measure_throughput(options: Options, mode: str, depth: int, rates: dict) -> dict:
+    """Measure speed and memory at the largest batch up to `MAX_BATCH` that fits in memory.
+
+    Args:
+      options: settings.
+      mode: "train" or "sample".
+      depth: of the transformer.
+      rates: (mode, depth) -> batch and images/s; filled in here.
+    """
+    batch = 2 if options.tiny else MAX_BATCH
+    command = [sys.executable, "-m", "benchmarks.throughput", mode, f"--depth={depth}"]
+    command += ["--tiny", "--repeats=1"] if options.tiny else [f"--repeats={TIMED_CALLS}"]
     while True:
         try:
             output = run_command(options, [*command, f"--batch={batch}"])
             break
         except CommandFailed as error:
-            if "RESOURCE_EXHAUSTED" not in error.output or batch <= SMALLEST_BATCH:
+            if "RESOURCE_EXHAUSTED" not in error.output or batch <= MIN_BATCH:
                 raise
             batch //= 2
     line = json.loads(output.strip().splitlines()[-1])
     comparable = line.get("without_decoder", line)["images_per_s"]
-    rates[what, depth] = batch, comparable
+    rates[mode, depth] = batch, comparable
     values = {"batch": batch, "ms": 1e3 * line["seconds"], "images_per_s": line["images_per_s"]}
     if "without_decoder" in line:
         values["images_per_s_without_decoder"] = comparable
@@ -241,14 +266,16 @@ def measure(options: Options, what: str, depth: int, rates: dict) -> dict:
     return values | {"memory_gib": line["peak_gib"], "compile_s": line["compile_s"]}
 
 
-def measure_yardstick(options: Options, what: str, depth: int, compiled: bool, rates: dict) -> dict:
-    """Speed of the yardstick on this device at our batch, and our rate over its rate."""
-    if (what, depth) not in rates:
-        raise RuntimeError(f"there is no rate of {what} d{depth} to compare with")
-    batch, rate = rates[what, depth]
+def measure_pytorch(options: Options, mode: str, depth: int, compiled: bool, rates: dict) -> dict:
+    """Measure the yardstick at our batch, and our rate over its rate; see `measure_throughput`."""
+    if (mode, depth) not in rates:
+        raise RuntimeError(
+            f"no rate of {mode} d{depth} to compare with: its measurement failed or did not run"
+        )
+    batch, rate = rates[mode, depth]
     line = throughput.run_yardstick(
         options.against,
-        [what, f"--depth={depth}", f"--batch={batch}", "--size=256", f"--repeats={TIMED}"],
+        [mode, f"--depth={depth}", f"--batch={batch}", "--size=256", f"--repeats={TIMED_CALLS}"],
         dtype="float32" if options.platform == "cpu" else "bfloat16",
         compiled=compiled,
         timeout=max(options.seconds_left, 1),
@@ -262,12 +289,13 @@ def measure_yardstick(options: Options, what: str, depth: int, compiled: bool, r
 
 
 def kernels_parts(options: Options) -> list[Part]:
+    """List the kernel trace of a training step."""
     return [Part(name="training step", run=partial(trace_step, options), seconds=45, is_check=False)]
 
 
 def trace_step(options: Options) -> dict:
-    """Kernels of one training step from tokens, d16 at batch 64, by a trace of the profiler."""
-    depth, batch = (1, 2) if options.tiny else (16, BATCH)
+    """Trace one training step of d16 at batch 64, from tokens, and tabulate its kernels."""
+    depth, batch = (1, 2) if options.tiny else (16, MAX_BATCH)
     args = argparse.Namespace(
         depth=depth, batch=batch, size=256, dtype="auto", attention="auto", remat="auto", tiny=options.tiny
     )
@@ -279,7 +307,8 @@ def trace_step(options: Options) -> dict:
     for _ in range(2):  # warm up
         state, metrics = step(state, *batch_inputs, key)
     jax.block_until_ready((state, metrics))
-    folder, settings = options.out / "trace", profiler.ProfileOptions()
+    folder = options.out / "trace"
+    settings = profiler.ProfileOptions()
     settings.python_tracer_level = 0
     profiler.start_trace(folder, create_perfetto_trace=True, profiler_options=settings)
     with profiler.StepTraceAnnotation(EVENT, step_num=1):
@@ -288,7 +317,7 @@ def trace_step(options: Options) -> dict:
     (trace,) = folder.glob("plugins/profile/*/perfetto_trace.json.gz")
     hlo = step.as_text()
     (options.out / "training_step.hlo").write_text(hlo)
-    table = kernel_table.kernel_table(kernel_table.read_trace(trace), paths=kernel_table.op_names(hlo))
+    table = kernel_table.tabulate_kernels(kernel_table.read_trace(trace), paths=kernel_table.op_names(hlo))
     return {
         "step": f"d{depth}, batch {batch}, {task.model.attention}, remat {task.model.remat}",
         "busy_ms": table.busy_ms,

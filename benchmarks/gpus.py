@@ -1,6 +1,6 @@
-"""GPUs that XLA can compile for without one, described as its compiler wants it.
+"""Descriptions of GPUs for XLA's ahead-of-time compiler.
 
-Numbers are of NVIDIA's data sheets and CUDA's table of compute capabilities; memory as the driver reports it.
+Sources: NVIDIA's data sheets and CUDA's table of compute capabilities; memory is what the driver reports.
 """
 
 import dataclasses
@@ -8,19 +8,19 @@ import dataclasses
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class GpuSpec:
-    """What the compiler's choices depend on.
+    """Properties of a GPU that the compiler's choices depend on.
 
     Attributes:
       name: JAX's `device_kind`.
-      compute_capability: of CUDA, major and minor.
-      features: of the compute capability: ACCELERATED_FEATURES for sm_90a, "" for none.
+      compute_capability: CUDA's, major and minor.
+      features: feature extension of the compute capability: ACCELERATED_FEATURES for sm_90a, "" for none.
       cores: streaming multiprocessors.
       fpus: float32 units of a core.
       clock_ghz: boost clock.
       memory: bytes.
-      bandwidth: of the memory, bytes/s.
+      bandwidth: memory bandwidth in bytes/s.
       l2_cache: bytes.
-      shared_memory: bytes of a core; a block may ask for 1024 less.
+      shared_memory: bytes of a core; a block can use 1024 less.
     """
 
     name: str
@@ -36,7 +36,7 @@ class GpuSpec:
 
     @property
     def target_config(self) -> str:
-        """Text of XLA's GpuTargetConfigProto."""
+        """Return XLA's GpuTargetConfigProto in text format."""
         major, minor = self.compute_capability
         features = f"feature_extension: {self.features}" if self.features else ""
         return f"""

@@ -1,11 +1,11 @@
-"""How fast the host makes batches of images, and how many cores a training machine needs for it.
+"""Measure how fast the host decodes batches of images, and estimate the cores that a training machine needs.
 
     python -m benchmarks.throughput input --batch=64 --threads=4
     python -m benchmarks.throughput input --data=imagenet2012 --data_dir=DIR --threads=1 --workers=8
 
-Goes through the loader and the transform of training; the machine should have nothing else to do.  Without
---data it makes a data set of JPEG photographs of ImageNet's usual size: noise whose spectrum falls off as
-that of natural images does (Field 1987).  Training from stored tokens needs nothing of this.
+Uses the loader and the transform of training; the machine should be otherwise idle.  Without --data it
+writes a data set of JPEG photographs of ImageNet's usual size: noise whose spectrum falls off like that of
+natural images (Field 1987).  Training from stored tokens decodes no images.
 """
 
 import argparse
@@ -38,32 +38,32 @@ from var_jax.training.task import program_flops
 from var_jax.transformer.config import NextScaleConfig
 from var_jax.transformer.flops import training_flops
 
-RESIZE = 1.125  # as configs/schema.py has it
-CHIPS = 8  # of a machine
+RESIZE = 1.125  # the default of configs/schema.py
+CHIPS_PER_MACHINE = 8  # TPU chips or GPUs
 MACHINES = ("TPU v5e", "H200")
-ASSUMED_MFU = 0.45  # of encoder and transformer alike
-PHOTOGRAPH = (500, 375)  # width, height: the commonest size in ImageNet
-QUALITY = 90  # of the JPEG; gives about the 110 kB that ImageNet's files have on average
-STAGED = 100  # images that the stages are timed on
+ASSUMED_MFU = 0.45  # model FLOPs utilization of both encoder and transformer
+PHOTOGRAPH = (500, 375)  # width and height: the most common size in ImageNet
+QUALITY = 90  # JPEG quality that gives files of about 110 kB, the average in ImageNet
+TIMED_IMAGES = 100  # by time_stages
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """What only `input` heeds."""
-    parser.add_argument("--data", help="input: name of a prepared data set; by default one is made")
-    parser.add_argument("--data_dir", default="data", help="input: where it lies")
-    parser.add_argument("--split", default="train", help="input: of the data set")
-    parser.add_argument("--images", type=int, default=512, help="input: of the data set that is made")
-    parser.add_argument("--threads", type=int, default=16, help="input: that decode (in each worker)")
-    parser.add_argument("--workers", type=int, default=0, help="input: processes that decode instead")
+def add_input_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the flags that only the mode `input` of benchmarks.throughput uses."""
+    parser.add_argument("--data", help="input: name of a prepared data set; default: generated images")
+    parser.add_argument("--data_dir", default="data", help="input: directory of data sets")
+    parser.add_argument("--split", default="train", help="input: split of the data set")
+    parser.add_argument("--images", type=int, default=512, help="input: number of generated images")
+    parser.add_argument("--threads", type=int, default=16, help="input: decoding threads, in each worker")
+    parser.add_argument("--workers", type=int, default=0, help="input: decoding processes; 0: none")
 
 
-def photograph(rng: np.random.Generator) -> bytes:
-    """A JPEG of noise with the spectrum of a photograph: amplitude in proportion to 1 / frequency."""
+def make_photograph(rng: np.random.Generator) -> bytes:
+    """Generate a JPEG of noise with the spectrum of a photograph: amplitude proportional to 1 / frequency."""
     width, height = PHOTOGRAPH
     frequency = np.hypot(np.fft.fftfreq(height)[:, None], np.fft.rfftfreq(width))
     frequency[0, 0] = np.inf  # no mean
     planes = np.fft.irfft2(np.fft.rfft2(rng.standard_normal((3, height, width))) / frequency, (height, width))
-    contrast = np.array([50, 12, 12])[:, None, None]  # of brightness, and of the two of colour
+    contrast = np.array([50, 12, 12])[:, None, None]  # of luma and of the two chroma planes
     planes = 128 + planes * contrast / planes.std((1, 2), keepdims=True)
     pixels = np.clip(planes, 0, 255).astype(np.uint8).transpose(1, 2, 0)
     buffer = io.BytesIO()
@@ -72,24 +72,24 @@ def photograph(rng: np.random.Generator) -> bytes:
 
 
 def make_photographs(folder: Path, images: int) -> Source:
-    """A data set of made photographs on the disk, as var_jax.tools.prepare writes it."""
+    """Write a data set of generated photographs in the format of var_jax.tools.prepare, and open it."""
     rng, files = np.random.default_rng(0), []
-    for i in range(images + 1):  # the first is held out, which a data set wants
+    for i in range(images + 1):  # the first is the test split, which a data set must have
         path = folder / f"{i}.jpg"
-        path.write_bytes(photograph(rng))
+        path.write_bytes(make_photograph(rng))
         files.append(ImageFile(path, "photograph", "train" if i else "test"))
     tfds.disable_progress_bar()
-    with contextlib.redirect_stdout(sys.stderr):  # the line of JSON shall stand alone
+    with contextlib.redirect_stdout(sys.stderr):  # only the JSON line goes to stdout
         make_builder("photographs", files, folder / "data").download_and_prepare(file_format="array_record")
     return open_source("photographs", "train", folder / "data")
 
 
-def loader_rate(source: Source, transform: ToPixels, args: argparse.Namespace) -> float:
-    """Images/s that the training loader delivers once its buffers are full."""
+def measure_loader(source: Source, transform: ToPixels, args: argparse.Namespace) -> float:
+    """Measure the images/s of the training loader once its prefetch buffers are full."""
     if args.workers and not flags.FLAGS.is_parsed():
-        flags.FLAGS.mark_as_parsed()  # which grain's processes ask for
+        flags.FLAGS.mark_as_parsed()  # required by grain's processes
     batches = train_batches(source, transform, args.batch, 0, args.threads, args.workers)
-    ahead = 2 + 2 * args.workers  # batches at least that are read ahead: from then on one in, one out
+    ahead = 2 + 2 * args.workers  # prefetched batches, at least; then the rate is steady
     for _ in range(ahead):
         next(batches)
     start, count = time.perf_counter(), max(ahead, args.repeats)
@@ -98,9 +98,9 @@ def loader_rate(source: Source, transform: ToPixels, args: argparse.Namespace) -
     return count * args.batch / (time.perf_counter() - start)
 
 
-def stage_times(source: Source, transform: ToPixels) -> dict[str, float]:
-    """CPU milliseconds an image takes in one thread: to read, decode, resize, and crop and mirror."""
-    rng, count = np.random.default_rng(0), min(STAGED, len(source))
+def time_stages(source: Source, transform: ToPixels) -> dict[str, float]:
+    """Measure the CPU milliseconds per image to read, decode, resize, and crop and mirror, in one thread."""
+    rng, count = np.random.default_rng(0), min(TIMED_IMAGES, len(source))
     side = round(transform.size * transform.resize)
     spent = dict.fromkeys(["read", "decode", "resize", "crop"], 0.0)
 
@@ -113,13 +113,13 @@ def stage_times(source: Source, transform: ToPixels) -> dict[str, float]:
     for i in rng.choice(len(source), count, replace=False):
         record = timed("read", source.__getitem__, i)
         timed("resize", resize_short_side, timed("decode", decode_image, record["image"]), side)
-        timed("crop", transform, record, rng)  # all of it, less what was timed
+        timed("crop", transform, record, rng)  # the whole transform; decode and resize are subtracted below
     spent["crop"] = max(0.0, spent["crop"] - spent["decode"] - spent["resize"])
     return {stage: round(1e3 * seconds / count, 3) for stage, seconds in spent.items()}
 
 
 def encoder_flops(tokenizer: Tokenizer) -> float:
-    """FLOPs of turning one image into tokens."""
+    """Compute the FLOPs of encoding one image into tokens."""
     side = tokenizer.config.image_size
     image = jax.ShapeDtypeStruct((1, side, side, 3), jnp.float32)
     params = jax.eval_shape(tokenizer.init, jax.random.key(0), image)["params"]
@@ -127,16 +127,21 @@ def encoder_flops(tokenizer: Tokenizer) -> float:
 
 
 def cores_needed(flops: float, per_core: float, at_best: float) -> dict[str, dict]:
-    """Machine -> images/s that it trains on, and the cores that make as many.
+    """Estimate the training rate of each machine, and the CPU cores that decode as many images.
 
     Args:
-      flops: of a training step, of one image.
-      per_core: images/s that the loader delivers for each core.
-      at_best: images/s of a core that has nothing else to do.
+      flops: of a training step, per image.
+      per_core: images/s that the loader delivers per core.
+      at_best: images/s of an otherwise idle core.
+
+    Returns:
+      Machine -> images_per_s, cores and cores_at_best.
     """
-    rates = {machine: CHIPS * DATA_SHEETS[machine].flops * ASSUMED_MFU / flops for machine in MACHINES}
+    rates = {
+        machine: CHIPS_PER_MACHINE * DATA_SHEETS[machine].flops * ASSUMED_MFU / flops for machine in MACHINES
+    }
     return {
-        f"{CHIPS} x {machine}": {
+        f"{CHIPS_PER_MACHINE} x {machine}": {
             "images_per_s": round(rate),
             "cores": round(rate / per_core, 1),
             "cores_at_best": round(rate / at_best, 1),
@@ -146,42 +151,45 @@ def cores_needed(flops: float, per_core: float, at_best: float) -> dict[str, dic
 
 
 def open_data(args: argparse.Namespace) -> Source | None:
-    """Open the data set that --data names; None if a data set is to be made.
+    """Open the data set that --data names; return None if photographs are to be generated.
 
     Raises:
       DataSetMissing: if it is not prepared.
       ValueError: if it has fewer images than a batch.
     """
     source = open_source(args.data, args.split, args.data_dir) if args.data else None
-    name, count = (f"data set {source.name}", len(source)) if source else ("the data set made", args.images)
+    name, count = (f"data set {source.name}", len(source)) if source else ("generated data set", args.images)
     if count < args.batch:
         raise ValueError(f"{name} has {count} images, fewer than one batch of {args.batch}")
     return source
 
 
-def input_rate(
+def measure_input(
     args: argparse.Namespace, tokenizer: Tokenizer, config: NextScaleConfig, source: Source | None
 ) -> dict:
-    """Measures reading, decoding, resizing and cropping for training the given networks.
+    """Measure reading, decoding, resizing and cropping of images to train given networks.
 
     Args:
-      source: of `open_data`; None makes photographs.
+      args: command line of benchmarks.throughput.
+      tokenizer: whose encoder runs in the training step.
+      config: of the transformer.
+      source: data set returned by `open_data`; None: generate photographs.
 
     Returns:
-      A dict for one line of JSON, in it:
-        images_per_s: that the loader delivers on all cores that this process may use.
-        images_per_s_per_core: the same for one of them.
+      A dict for one line of JSON.  Among its values:
+        images_per_s: rate of the loader on all cores that this process may use.
+        images_per_s_per_core: the same, per core.
         ms_per_image: CPU time of each stage.
-        images_per_s_at_best: of one core, by these times.  Where it is far above images_per_s_per_core, other
-          work was going on, or threads were in each other's way.
-        needed: what machines need that train at ASSUMED_MFU, encoder included.
+        images_per_s_at_best: rate of one core by these times.  If it is far above images_per_s_per_core, the
+          machine was busy, or threads were waiting for each other.
+        needed: requirements of machines that train at ASSUMED_MFU, encoder included.
     """
     transform = ToPixels(args.data or "photographs", args.size, RESIZE, True)
     with tempfile.TemporaryDirectory() as folder:
         source = source or make_photographs(Path(folder), args.images)
-        stages = stage_times(source, transform)
-        rate = loader_rate(source, transform, args)
-        sizes = [len(source[i]["image"]) for i in range(min(STAGED, len(source)))]
+        stages = time_stages(source, transform)
+        rate = measure_loader(source, transform, args)
+        sizes = [len(source[i]["image"]) for i in range(min(TIMED_IMAGES, len(source)))]
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     at_best = 1e3 / sum(stages.values())
     flops = {"encoder": encoder_flops(tokenizer), "transformer": training_flops(config)}

@@ -1,11 +1,11 @@
-"""Table of device time by kernel, from a trace of `jax.profiler`.
+"""Tabulate device time by kernel from a trace of `jax.profiler`.
 
     python -m benchmarks.kernel_table WORKDIR/next_scale/profile/process_0/plugins/profile/*/perfetto_trace.json.gz
 
 Reads `perfetto_trace.json.gz` (`train.py --profile`, or `start_trace(create_perfetto_trace=True)`) and prints
 a markdown table: kernel, milliseconds, calls and share of the device's busy time, and the HLO instruction that
-launched it.  Time inside a loop counts for the operations of its body, not for the loop.  On a CPU operations
-are named only with XLA_FLAGS=--xla_cpu_enable_xprof_traceme=true.
+launched it.  Time inside a loop counts for the operations of its body, not for the loop.  A CPU trace names
+operations only with XLA_FLAGS=--xla_cpu_enable_xprof_traceme=true.
 """  # noqa: E501
 
 import argparse
@@ -17,10 +17,10 @@ import os
 import re
 import sys
 
-from benchmarks.tables import markdown
+from benchmarks.tables import markdown_table
 
-COMMAND_BUFFER = "command_buffer"  # HLO name that a GPU trace gives to every kernel of a CUDA graph
-ROUNDING = 2e-3  # microseconds; a trace has three decimals
+COMMAND_BUFFER = "command_buffer"  # prefix of the HLO name of every kernel of a CUDA graph in a GPU trace
+ROUNDING = 2e-3  # microseconds; traces have three decimals
 _INSTRUCTION = re.compile(r'^\s*(?:ROOT )?%?([\w.-]+) = .*metadata=\{[^}]*op_name="([^"]*)"', re.MULTILINE)
 
 
@@ -30,11 +30,11 @@ class Kernel:
 
     Attributes:
       name: kernel on a GPU; HLO instruction on a CPU or TPU.
-      ms: milliseconds a step.
-      calls: launches a step.
+      ms: milliseconds per step.
+      calls: launches per step.
       share: of the busy time, 0 to 1.
-      hlo_ops: HLO instructions that launched it, the longest in sum first.
-      op_name: path of the first of them in the JAX program; empty without the program's text.
+      hlo_ops: HLO instructions that launched it, by decreasing total time.
+      op_name: path of the first of them in the JAX program; empty if the program's text is not given.
     """
 
     name: str
@@ -47,12 +47,12 @@ class Kernel:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class KernelTable:
-    """Kernels of a trace, the longest in sum first.
+    """Kernels of a trace, by decreasing total time.
 
     Attributes:
-      kernels: one row for each name.
-      busy_ms: sum over all timelines of all devices, a step.
-      span_ms: from the first start to the last end, a step.
+      kernels: one row per name.
+      busy_ms: sum over all timelines of all devices, per step.
+      span_ms: from the first start to the last end, per step.
     """
 
     kernels: list[Kernel]
@@ -61,36 +61,36 @@ class KernelTable:
 
 
 def read_trace(path: str | os.PathLike) -> list[dict]:
-    """Events of a trace in Chrome's JSON format, compressed by gzip.
+    """Read the events of a gzipped trace in Chrome's JSON format.
 
     Raises:
-      ValueError: if the file is no such trace.
+      ValueError: if the file is not such a trace.
     """
     try:
         with gzip.open(path) as file:
             return json.load(file)["traceEvents"]
     except (gzip.BadGzipFile, EOFError, json.JSONDecodeError, KeyError, TypeError) as error:
-        raise ValueError(f"{path}: no perfetto_trace.json.gz of jax.profiler ({error})") from error
+        raise ValueError(f"{path}: not a perfetto_trace.json.gz of jax.profiler ({error})") from error
 
 
 def op_names(hlo: str) -> dict[str, str]:
-    """HLO instruction -> path in the JAX program, from `compiled.as_text()`."""
+    """Map each HLO instruction of `compiled.as_text()` to its path in the JAX program."""
     return dict(_INSTRUCTION.findall(hlo))
 
 
-def kernel_table(events: list[dict], steps: int = 1, paths: dict[str, str] | None = None) -> KernelTable:
-    """Device time by kernel.
+def tabulate_kernels(events: list[dict], steps: int = 1, paths: dict[str, str] | None = None) -> KernelTable:
+    """Sum device time by kernel.
 
     Args:
       events: of a trace (`read_trace`).
-      steps: number of steps in the trace, that times and calls are divided by.
+      steps: number of steps in the trace, by which times and calls are divided.
       paths: HLO instruction -> path in the JAX program (`op_names`).
 
     Raises:
-      ValueError: if the trace has no operation of a device.
+      ValueError: if the trace has no device operations.
     """
     paths = paths or {}
-    instructions = {re.sub(r"[.-]", "_", name): name for name in paths}  # as GPU kernels are named
+    instructions = {re.sub(r"[.-]", "_", name): name for name in paths}  # names of GPU kernels
     time, calls = collections.Counter(), collections.Counter()
     by_op = collections.defaultdict(collections.Counter)
     ends, starts = [], []
@@ -129,7 +129,7 @@ def kernel_table(events: list[dict], steps: int = 1, paths: dict[str, str] | Non
 
 
 def _device_timelines(events: list[dict]) -> list[list[dict]]:
-    """Complete events of each track that holds operations: GPU streams, "XLA Ops" of a TPU, CPU threads."""
+    """Return the events of each track of operations: GPU streams, "XLA Ops" of a TPU, or CPU threads."""
     names = {"process_name": {}, "thread_name": {}}
     for event in events:
         if event.get("ph") == "M" and event["name"] in names:
@@ -151,8 +151,9 @@ def _device_timelines(events: list[dict]) -> list[list[dict]]:
 
 
 def _self_times(timeline: list[dict]) -> list[tuple[dict, float]]:
-    """Each event of a track with its microseconds less those of the events inside it."""
-    times, inside = [], []  # [event, microseconds]; those that the next event may lie in, innermost last
+    """Return each event of a track with its self time: its microseconds less those of nested events."""
+    times = []  # [event, microseconds]
+    inside = []  # entries of `times` that may contain the next event, innermost last
     for event in sorted(timeline, key=lambda e: (e["ts"], -e["dur"])):
         while inside and _end(inside[-1][0]) <= event["ts"]:
             inside.pop()
@@ -164,17 +165,18 @@ def _self_times(timeline: list[dict]) -> list[tuple[dict, float]]:
 
 
 def _end(event: dict) -> float:
+    """Return the end time of an event in microseconds."""
     return event["ts"] + event["dur"]
 
 
 def as_markdown(table: KernelTable, rows: int = 40) -> str:
-    """Markdown of the first `rows` kernels."""
+    """Format the first `rows` kernels as a markdown table."""
     cells = []
     for kernel in table.kernels[:rows]:
         others = f" and {len(kernel.hlo_ops) - 1} more" if len(kernel.hlo_ops) > 1 else ""
         op = kernel.hlo_ops[0] + others + (f": {kernel.op_name}" if kernel.op_name else "")
         cells.append([f"`{kernel.name}`", f"{kernel.ms:.3f}", f"{kernel.calls:g}", f"{kernel.share:.1%}", op])
-    return markdown(["kernel", "ms", "calls", "share", "HLO instruction"], cells)
+    return markdown_table(["kernel", "ms", "calls", "share", "HLO instruction"], cells)
 
 
 def main():
@@ -182,13 +184,13 @@ def main():
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("trace", help="perfetto_trace.json.gz")
-    parser.add_argument("--steps", type=int, default=1, help="steps in the trace; times are of one")
-    parser.add_argument("--rows", type=int, default=40)
+    parser.add_argument("--steps", type=int, default=1, help="steps in the trace; times are per step")
+    parser.add_argument("--rows", type=int, default=40, help="kernels to print")
     args = parser.parse_args()
     if args.steps < 1:
         parser.error(f"--steps={args.steps}: must be at least 1")
     try:
-        table = kernel_table(read_trace(args.trace), args.steps)
+        table = tabulate_kernels(read_trace(args.trace), args.steps)
     except (OSError, ValueError) as error:
         sys.exit(f"kernel_table: {error}")
     print(as_markdown(table, args.rows))

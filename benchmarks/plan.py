@@ -1,4 +1,4 @@
-"""What fits on a TPU slice or on GPUs and how fast it can be at best: compiled for them with none at hand.
+"""Plan memory and speed on a TPU slice or on GPUs by ahead-of-time compilation, without the hardware.
 
     python -m benchmarks.plan --config=configs/var.py:d30 --topology=v5e:8x8,v5p:4x4x4 \\
         --config.train.batch=1024 --out=plan.json
@@ -6,17 +6,17 @@
     python -m benchmarks.plan --config=configs/tokenizer.py --topology=v5e:4x4
     python -m benchmarks.plan --config=configs/var.py:d16 --topology=v5e:2x4 --what=sample --batch=64
 
-Compiles what `train.py` runs for the last stage of the config: the training step (from images, or from tokens
-with --from_tokens), the evaluation and the previews; or the program that `sample.py` runs.  A TPU slice takes
-its compiler from `pip install -e '.[tpu]'`, GPUs (hosts x GPUs) from `pip install -e '.[plan-gpu]'`.
+Compiles the programs of the config's last stage: with --what=train the training step (from images, or from
+tokens with --from_tokens), evaluation and previews; with --what=sample the program of `sample.py`.  The TPU
+compiler comes with `pip install -e '.[tpu]'`, the GPU compiler with `pip install -e '.[plan-gpu]'`.
 
-Memory is the compiler's count, with the training state and the frozen networks on the chip whatever program
-runs; a row fits if its largest program does.  Parts of the memory, FLOPs, bytes between chips and the bounds
-are worked out on paper (`benchmarks/roofline.py`): a bound is what the chip could do at best, not a forecast.
-`suggested` are the mesh with the least bound that holds the state (of several, that with the least traffic),
-and the fastest remat policy that fits there by estimate.
+Memory is the compiler's count, plus the training state and the frozen networks, which stay on the chip; a row
+fits if its largest program does.  Parts of the memory, FLOPs, bytes between chips and the time bounds are
+computed analytically (`benchmarks/roofline.py`).  A bound is what the chip could do at best, not a forecast.
+`suggested` is the mesh with the lowest bound that holds the state (of several, the one with the least
+traffic), and the fastest remat policy that fits there by estimate.
 
-Prints a table, and writes all of it as JSON.
+Prints a table, and one JSON line with all values; --out writes them to a file.
 """
 
 import json
@@ -29,7 +29,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict, config_flags
 
 from benchmarks.cloud import launch_command
-from benchmarks.compile_ahead import Compiled, compiled, gib, topology_devices
+from benchmarks.compile_ahead import CompiledProgram, compile_program, gib_per_device, topology_devices
 from benchmarks.programs import abstract_frozen, sampling_program, training_programs
 from benchmarks.roofline import Step, best_mesh, bound
 from benchmarks.workload import make_task, make_tokenizer_task
@@ -49,8 +49,8 @@ FLAGS = flags.FLAGS
 PROGRAMS = ("step", "evaluation", "preview")
 
 
-def planned_task(config: ConfigDict, mesh: Mesh) -> Task:
-    """The task of the last stage of a config on a mesh, in bfloat16 where its dtype is `auto`.
+def make_planned_task(config: ConfigDict, mesh: Mesh) -> Task:
+    """Build the task of a config's last stage on a mesh; dtype `auto` becomes bfloat16.
 
     Raises:
       ValueError: on a stage that cannot be planned, or a batch that the mesh does not divide.
@@ -68,25 +68,29 @@ def planned_task(config: ConfigDict, mesh: Mesh) -> Task:
 
 
 def plan_train(task: Task, mesh: Mesh, from_tokens: bool, names: list[str]) -> tuple[dict, dict]:
-    """Compile what trains, evaluates and draws on a mesh.
+    """Compile the training step, evaluation and previews of a task on a mesh.
 
     Args:
-      names: of PROGRAMS, which to compile.
+      task: of the stage to plan.
+      mesh: of the devices to compile for.
+      from_tokens: True for a step from stored tokens in place of images.
+      names: programs to compile, among PROGRAMS.
 
     Returns:
       Fields of a row of the table, and the compiled programs by name.
     """
     programs, state, frozen = training_programs(task, mesh, from_tokens)
     results = {
-        name: compiled(function, *inputs, resident=(state, frozen))
+        name: compile_program(function, *inputs, resident=(state, frozen))
         for name, (function, inputs) in programs.items()
         if name.split()[0] in names
     }
     row = {
         "batch": task.stage.train.batch,
-        "parameters_gib": gib(state.params),
-        "optimiser_gib": gib((state.opt_state, state.extra)) + (gib(state.ema) if state.ema else 0.0),
-        "frozen_gib": gib(frozen),
+        "parameters_gib": gib_per_device(state.params),
+        "optimiser_gib": gib_per_device((state.opt_state, state.extra))
+        + (gib_per_device(state.ema) if state.ema else 0.0),
+        "frozen_gib": gib_per_device(frozen),
         **fit_fields(results, memory_bytes(mesh.devices.flat[0])),
     }
     bounds = _tokenizer_bound if isinstance(task, TokenizerTask) else _transformer_bound
@@ -94,9 +98,9 @@ def plan_train(task: Task, mesh: Mesh, from_tokens: bool, names: list[str]) -> t
 
 
 def _transformer_bound(task: NextScaleTask, mesh: Mesh, from_tokens: bool) -> dict:
-    """Fields of a row that are worked out on paper."""
-    encoder = 0.0 if from_tokens else encoder_flops(task)
-    step = Step.of(task.stage.train, mesh, task.model.remat, task.model.dtype, encoder)
+    """Compute the analytic fields of a transformer's row."""
+    encoder = 0.0 if from_tokens else task_encoder_flops(task)
+    step = Step.from_config(task.stage.train, mesh, task.model.remat, task.model.dtype, encoder)
     kept = saved_activation_bytes(
         task.config, step.remat, step.itemsize, scores=task.model.attention in WITH_SCORES
     )
@@ -105,12 +109,12 @@ def _transformer_bound(task: NextScaleTask, mesh: Mesh, from_tokens: bool) -> di
         "remat": step.remat,
         "activations_gib": step.batch / step.accumulate / step.devices * kept / 2**30,
         **bound(task.config, step, chip(mesh.devices.flat[0])),
-        "suggested": suggestion(task, step, mesh),
+        "suggested": suggest_mesh(task, step, mesh),
     }
 
 
 def _tokenizer_bound(task: TokenizerTask, mesh: Mesh, from_tokens: bool) -> dict:
-    """Fields of a row that are worked out on paper: of the products alone."""
+    """Compute the analytic fields of a tokenizer's row, from the FLOPs of its matrix products alone."""
     batch, flops = task.stage.train.batch, task.flops_per_image()
     seconds = batch * flops / (mesh.size * chip(mesh.devices.flat[0]).flops)
     return {
@@ -121,45 +125,45 @@ def _tokenizer_bound(task: TokenizerTask, mesh: Mesh, from_tokens: bool) -> dict
     }
 
 
-def suggestion(task: NextScaleTask, step: Step, mesh: Mesh) -> str:
-    """Mesh and remat policy that look best by estimate."""
+def suggest_mesh(task: NextScaleTask, step: Step, mesh: Mesh) -> str:
+    """Describe the estimated best mesh and remat policy."""
     stage = ConfigDict({**task.stage, "transformer": {"remat": "auto"}})
     data_sheet = chip(mesh.devices.flat[0])
 
     def remat_on(sizes: dict[str, int]) -> str:
-        there = make_mesh(**sizes, devices=mesh.devices.flatten())
-        return remat_that_fits(stage, task.config, there, task.model.attention, task.model.dtype)
+        resized = make_mesh(**sizes, devices=mesh.devices.flatten())
+        return remat_that_fits(stage, task.config, resized, task.model.attention, task.model.dtype)
 
     sizes, remat = best_mesh(
         task.config, step, data_sheet, USABLE_MEMORY_FRACTION * data_sheet.memory / 2, remat_on
     )
-    return f"{in_words(sizes)}, remat {remat}"
+    return f"{describe_mesh(sizes)}, remat {remat}"
 
 
-def encoder_flops(task: NextScaleTask) -> float:
-    """Of one image into tokens."""
+def task_encoder_flops(task: NextScaleTask) -> float:
+    """Compute the FLOPs with which a task's training step encodes one image into tokens."""
     side, params = task.image_size, abstract_frozen(task)["tokenizer"]
-    encode = lambda params, images: task.tokenizer.apply({"params": params}, images, method="encode")  # noqa: E731
+    encode = lambda params, images: task.tokenizer.apply({"params": params}, images, method="encode")
     return program_flops(encode, params, jax.ShapeDtypeStruct((1, side, side, 3), jnp.float32))
 
 
 def plan_sample(task: NextScaleTask, mesh: Mesh, batch: int) -> tuple[dict, dict]:
-    """Compile the generation of a batch, every device with all parameters; see `plan_train`."""
+    """Compile the generation of a batch, with parameters replicated on all devices; see `plan_train`."""
     controls = task.options.controls(task.config.schedule, task.config.num_codes)
     programs = sampling_program(task, mesh, batch, controls)
-    results = {name: compiled(function, *inputs) for name, (function, inputs) in programs.items()}
+    results = {name: compile_program(function, *inputs) for name, (function, inputs) in programs.items()}
     tokenizer, params = programs["sampling"][1][:2]
     data_sheet = chip(mesh.devices.flat[0])
     flops = generation_flops(task.config, controls.num_guided_scales)
     compute_s = batch * flops / (mesh.size * data_sheet.flops)
-    # All parameters are read at each scale.
-    weights_s = gib(params) * 2**30 * len(task.config.scales) / data_sheet.bandwidth
+    # Each scale reads all parameters.
+    weights_s = gib_per_device(params) * 2**30 * len(task.config.scales) / data_sheet.bandwidth
     step_s = max(compute_s, weights_s)
     row = {
         "batch": batch,
         "attention": task.model.attention,
-        "parameters_gib": gib(params),
-        "frozen_gib": gib(tokenizer),
+        "parameters_gib": gib_per_device(params),
+        "frozen_gib": gib_per_device(tokenizer),
         **fit_fields(results, memory_bytes(mesh.devices.flat[0])),
         "compute_s": compute_s,
         "memory_s": weights_s,
@@ -170,8 +174,13 @@ def plan_sample(task: NextScaleTask, mesh: Mesh, batch: int) -> tuple[dict, dict
     return row, results
 
 
-def fit_fields(results: dict[str, Compiled], memory: float) -> dict:
-    """Fields of a row: whether all programs fit into so many bytes, and the largest of them."""
+def fit_fields(results: dict[str, CompiledProgram], memory: float) -> dict:
+    """Compute the memory fields of a row: whether all programs fit, and the largest of them.
+
+    Args:
+      results: compiled programs by name.
+      memory: bytes of a device.
+    """
     programs = {
         name: {
             "fits": result.program is not None and result.gib <= memory / 2**30,
@@ -192,12 +201,13 @@ def fit_fields(results: dict[str, Compiled], memory: float) -> dict:
     }
 
 
-def in_words(mesh: dict[str, int]) -> str:
+def describe_mesh(mesh: dict[str, int]) -> str:
+    """Format the mesh axes that are larger than 1, such as `data 2 x fsdp 8`."""
     return " x ".join(f"{name} {size}" for name, size in mesh.items() if size > 1) or "one chip"
 
 
-def table(rows: list[dict]) -> str:
-    """The rows for people."""
+def format_rows(rows: list[dict]) -> str:
+    """Format rows as text."""
     lines = []
     for row in rows:
         settings = ", ".join(
@@ -212,10 +222,10 @@ def table(rows: list[dict]) -> str:
             f"    {fits}: {row['gib']:.2f} GiB a chip ({row['largest']}), {room}; "
             f"compiled in {row['compile_s']:.0f} s"
         )
-        parts = {name: row[f"{name}_gib"] for name in ON_PAPER if f"{name}_gib" in row}
+        parts = {name: row[f"{name}_gib"] for name in ESTIMATED_PARTS if f"{name}_gib" in row}
         lines.append("    GiB: " + ", ".join(f"{name} {size:.2f}" for name, size in parts.items()))
         for name, program in row["programs"].items():
-            parts = {part: program[f"{part}_gib"] for part in PARTS if f"{part}_gib" in program}
+            parts = {part: program[f"{part}_gib"] for part in COMPILED_PARTS if f"{part}_gib" in program}
             sizes = ", ".join(f"{part} {size:.2f}" for part, size in parts.items())
             lines.append(f"    {name}: {program['gib']:.2f} GiB" + (f" = {sizes}" if sizes else ", too many"))
         times = {name: row[f"{name}_s"] for name in ("compute", "memory", "link") if f"{name}_s" in row}
@@ -231,12 +241,15 @@ def table(rows: list[dict]) -> str:
     return "\n".join(lines)
 
 
-ON_PAPER = ("parameters", "optimiser", "frozen", "activations")  # by shapes, and by `saved_activation_bytes`
-PARTS = ("arguments", "unread", "outputs", "temporaries", "program")  # the compiler's
+ESTIMATED_PARTS = ("parameters", "optimiser", "frozen", "activations")  # from shapes
+COMPILED_PARTS = ("arguments", "unread", "outputs", "temporaries", "program")  # as the compiler counts them
 
 
-def planned(config: ConfigDict, topologies: list[str]) -> list[tuple[str, Task, Mesh]]:
-    """Tasks and meshes of all topologies.
+def parse_request(config: ConfigDict, topologies: list[str]) -> list[tuple[str, Task, Mesh]]:
+    """Build the task and mesh of each topology that the flags name.
+
+    Returns:
+      Topology, task and mesh, for each.
 
     Raises:
       ValueError: naming the flag or field that is wrong.
@@ -244,11 +257,11 @@ def planned(config: ConfigDict, topologies: list[str]) -> list[tuple[str, Task, 
     if FLAGS.from_tokens and stages_of(config)[-1].task == "tokenizer":
         raise ValueError("--from_tokens: a tokenizer is trained on images")
     if unknown := set(FLAGS.programs) - set(PROGRAMS):
-        raise ValueError(f"--programs knows {', '.join(PROGRAMS)}; got {', '.join(sorted(unknown))}")
+        raise ValueError(f"--programs must be among {', '.join(PROGRAMS)}; got {', '.join(sorted(unknown))}")
     plans = []
     for name in topologies:
         mesh = make_mesh(**stages_of(config)[-1].train.mesh, devices=topology_devices(name))
-        task = planned_task(config, mesh)
+        task = make_planned_task(config, mesh)
         if FLAGS.what == "sample":
             if isinstance(task, TokenizerTask):
                 raise ValueError("--what=sample: the last stage of the config must be next_scale")
@@ -261,7 +274,7 @@ def planned(config: ConfigDict, topologies: list[str]) -> list[tuple[str, Task, 
 def main(_):
     with config_errors():
         out = FLAGS.out and local_path(FLAGS.out, "--out")
-        plans = planned(FLAGS.config, FLAGS.topology)
+        plans = parse_request(FLAGS.config, FLAGS.topology)
     rows = []
     for name, task, mesh in plans:
         if FLAGS.what == "train":
@@ -269,12 +282,17 @@ def main(_):
         else:
             row, results = plan_sample(task, mesh, FLAGS.batch)
         for program, result in results.items():
-            if FLAGS.hlo and result.program:  # some of libtpu's programs for v5p cannot be written
+            if FLAGS.hlo and result.program:  # libtpu cannot print some programs for v5p
                 path = f"{FLAGS.hlo}{name.replace(':', '_')}_{program.replace(' ', '_')}.txt"
                 Path(path).write_text(result.program.as_text())
-        here = {"topology": name, "what": FLAGS.what, "task": task.name, "mesh": in_words(dict(mesh.shape))}
-        rows.append(here | row | {"launch": launch_command(name, mesh.size)})
-        print(table(rows[-1:]), flush=True)
+        request = {
+            "topology": name,
+            "what": FLAGS.what,
+            "task": task.name,
+            "mesh": describe_mesh(dict(mesh.shape)),
+        }
+        rows.append(request | row | {"launch": launch_command(name, mesh.size)})
+        print(format_rows(rows[-1:]), flush=True)
     name = config_flags.get_config_filename(FLAGS["config"])
     print(json.dumps({"what": "plan", "config": name, "rows": rows}))
     if out:
@@ -282,13 +300,13 @@ def main(_):
 
 
 if __name__ == "__main__":
-    config_flags.DEFINE_config_file("config", help_string="What to plan, e.g. configs/var.py:d16")
+    config_flags.DEFINE_config_file("config", help_string="Config to plan, e.g. configs/var.py:d16")
     flags.DEFINE_list("topology", ["v5e:4x4"], "TPU slices, e.g. v5e:8x8,v5p:4x4x4, or GPUs, e.g. h100:2x8")
-    flags.DEFINE_enum("what", "train", ["train", "sample"], "What train.py compiles, or what sample.py does")
+    flags.DEFINE_enum("what", "train", ["train", "sample"], "Programs of train.py or of sample.py")
     flags.DEFINE_list("programs", list(PROGRAMS), "train: which programs to compile")
-    flags.DEFINE_bool("from_tokens", False, "train: from a token cache in place of images")
-    flags.DEFINE_integer("batch", 128, "sample: images at once over all chips", lower_bound=1)
+    flags.DEFINE_bool("from_tokens", False, "train: step from a token cache in place of images")
+    flags.DEFINE_integer("batch", 128, "sample: batch over all chips", lower_bound=1)
     flags.DEFINE_string("out", None, "JSON file to write")
-    flags.DEFINE_string("hlo", None, "Start of the names of files for the compiled programs' text")
+    flags.DEFINE_string("hlo", None, "Prefix of the files to which the compiled programs are written as text")
     flags.mark_flag_as_required("config")
     cli.run(main)

@@ -1,4 +1,4 @@
-"""The programs of a run, with shapes and shardings in place of arrays."""
+"""Programs of training and sampling with abstract arguments: shapes and shardings in place of arrays."""
 
 from collections.abc import Callable
 from functools import partial
@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from benchmarks.workload import STEPS, tokenizer_shapes
+from benchmarks.workload import SCHEDULE_STEPS, abstract_tokenizer_params
 from var_jax.sampling.cast_params import in_compute_dtype, tokenizer_in_compute_dtype
 from var_jax.sampling.options import ScaleControls
 from var_jax.sampling.sampler import Networks, generate, image_keys
@@ -19,25 +19,25 @@ from var_jax.training.state import TrainState, create_state
 from var_jax.training.task import Task
 from var_jax.training.transformer_task import TransformerTask
 
-Programs = dict[str, tuple[Callable, tuple]]  # jitted functions by name, and their abstract arguments
+Programs = dict[str, tuple[Callable, tuple]]  # name -> jitted function and its abstract arguments
 
 
-def replicate(tree, mesh: Mesh):
-    """The shapes of a tree, on every device of a mesh."""
+def abstract_replicated(tree, mesh: Mesh):
+    """Return a tree of shapes that are replicated on every device of a mesh."""
     return jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=replicated(mesh)), tree
     )
 
 
 def abstract_frozen(task: Task) -> dict:
-    """Shapes of `task.frozen`; a transformer's tokenizer is of random weights, see `workload.py`."""
+    """Return the shapes of `task.frozen`; for a transformer, those of its tokenizer's parameters."""
     if isinstance(task, TransformerTask):
-        return {"tokenizer": nn.meta.unbox(tokenizer_shapes(task.tokenizer))}
+        return {"tokenizer": nn.meta.unbox(abstract_tokenizer_params(task.tokenizer))}
     return task.frozen
 
 
 def abstract_batch(task: Task, mesh: Mesh, size: int, from_tokens: bool) -> dict:
-    """Shapes and shardings of a global batch of `size` records as the loader makes it."""
+    """Return shapes and shardings of a global batch of `size` records of the loader."""
     row = (
         ((task.config.schedule.length,), jnp.int32)
         if from_tokens
@@ -51,20 +51,20 @@ def abstract_batch(task: Task, mesh: Mesh, size: int, from_tokens: bool) -> dict
 
 
 def training_programs(task: Task, mesh: Mesh, from_tokens: bool) -> tuple[Programs, TrainState, dict]:
-    """All that `train.py` compiles for a stage, but the small ones that only move or check arrays.
+    """Build the programs that `train.py` compiles for a stage, except small ones that move or check arrays.
 
     Returns:
-      Programs `step`, `evaluation` and those of the previews, the abstract state, and the abstract frozen
-      parameters: both stay on the devices whatever program runs.
+      Programs `step`, `evaluation` and those of the previews; the abstract state; and the abstract frozen
+      parameters.  State and frozen parameters stay on the devices while any program runs.
     """
     cfg = task.stage.train
     _, state = create_state(task.init, task.optimizer, cfg.ema_decay > 0, jax.random.key(0), mesh)
-    frozen, params = replicate(abstract_frozen(task), mesh), state.sampling_params
-    key = replicate(jax.eval_shape(lambda: jax.random.key(0)), mesh)
+    frozen, params = abstract_replicated(abstract_frozen(task), mesh), state.sampling_params
+    key = abstract_replicated(jax.eval_shape(lambda: jax.random.key(0)), mesh)
     batch = abstract_batch(task, mesh, cfg.batch, from_tokens)
     held_out = abstract_batch(task, mesh, eval_batch_size(cfg), from_tokens)
     programs = {
-        "step": (jit_train_step(task, cfg, STEPS, mesh, state), (state, frozen, batch, key)),
+        "step": (jit_train_step(task, cfg, SCHEDULE_STEPS, mesh, state), (state, frozen, batch, key)),
         "evaluation": (jit_eval_step(task, mesh), (params, frozen, held_out)),
     }
     previews = task.preview_programs(mesh, params, frozen) if cfg.preview_every else {}
@@ -72,22 +72,22 @@ def training_programs(task: Task, mesh: Mesh, from_tokens: bool) -> tuple[Progra
 
 
 def sampling_program(task: TransformerTask, mesh: Mesh, batch: int, controls: ScaleControls) -> Programs:
-    """What `sample.py` compiles: images split over all devices, every device with all parameters."""
+    """Build the program of `sample.py`: images sharded over all devices, parameters replicated."""
     params = jax.eval_shape(lambda: nn.meta.unbox(task.init(jax.random.key(0))[0]))
     params = jax.eval_shape(partial(in_compute_dtype, dtype=task.model.dtype), params)
-    tokenizer = nn.meta.unbox(tokenizer_shapes(task.tokenizer))
+    tokenizer = nn.meta.unbox(abstract_tokenizer_params(task.tokenizer))
     tokenizer = jax.eval_shape(partial(tokenizer_in_compute_dtype, tokenizer=task.tokenizer), tokenizer)
-    split = NamedSharding(mesh, P(mesh.axis_names))
+    sharding = NamedSharding(mesh, P(mesh.axis_names))
     keys = jax.eval_shape(lambda: image_keys(0, jnp.arange(batch)))
     inputs = (
-        replicate(tokenizer, mesh),
-        replicate(params, mesh),
-        jax.ShapeDtypeStruct((batch,), jnp.int32, sharding=split),
-        jax.ShapeDtypeStruct(keys.shape, keys.dtype, sharding=split),
+        abstract_replicated(tokenizer, mesh),
+        abstract_replicated(params, mesh),
+        jax.ShapeDtypeStruct((batch,), jnp.int32, sharding=sharding),
+        jax.ShapeDtypeStruct(keys.shape, keys.dtype, sharding=sharding),
     )
 
-    def draw(tokenizer_params, params, labels, keys):
+    def sample(tokenizer_params, params, labels, keys):
         networks = Networks(task.tokenizer, task.model, tokenizer_params, params)
         return generate(networks, labels, keys, controls)
 
-    return {"sampling": (jax.jit(on_mesh(draw, mesh)), inputs)}
+    return {"sampling": (jax.jit(on_mesh(sample, mesh)), inputs)}

@@ -1,6 +1,6 @@
-"""Least times of a training step on paper: products, memory and links at the rates of the data sheet.
+"""Roofline bounds of a training step: compute, memory and link time at the data sheet's rates.
 
-A bound, not a forecast: nothing reaches all of it.  The same formulas choose a mesh.
+These are lower bounds of the time, not forecasts.  The same formulas choose a mesh.
 """
 
 import contextlib
@@ -18,8 +18,9 @@ from var_jax.transformer.config import NextScaleConfig
 from var_jax.transformer.flops import matrix_parameters, training_flops
 from var_jax.transformer.remat import saved_activation_bytes
 
-# Share of the forward pass's products that a policy works out again; of the MLP's first layer, 8 of 24 D^2.
-AGAIN = {"none": 0.0, "mlp": 0.0, "flat_qkv": 1 / 3, "full": 1.0}
+# Share of the forward pass's matrix products that a policy recomputes; `flat_qkv` recomputes the MLP's first
+# layer, 8 of the 24 D^2 of a block.
+RECOMPUTED_SHARE = {"none": 0.0, "mlp": 0.0, "flat_qkv": 1 / 3, "full": 1.0}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,12 +29,12 @@ class Step:
 
     Attributes:
       batch: images over all devices.
-      accumulate: parts that they are worked through in.
+      accumulate: number of gradient accumulation steps.
       data, fsdp, tensor: sizes of the mesh axes.
       remat: policy.
-      itemsize: bytes of a number in the products.
-      ema: whether there is a moving average.
-      other_flops: of an image beside the transformer's, e.g. to encode it.
+      itemsize: bytes of a number in the matrix products.
+      ema: True if there is a moving average of the parameters.
+      other_flops: FLOPs of an image outside the transformer, e.g. to encode it.
     """
 
     batch: int
@@ -47,8 +48,8 @@ class Step:
     other_flops: float
 
     @classmethod
-    def of(cls, train: ConfigDict, mesh: Mesh, remat: str, dtype, other_flops: float) -> "Step":
-        """Of a config's `train` section."""
+    def from_config(cls, train: ConfigDict, mesh: Mesh, remat: str, dtype, other_flops: float) -> "Step":
+        """Create a step from a config's `train` section."""
         sizes = {axis: mesh.shape[axis] for axis in ("data", "fsdp", TENSOR)}
         itemsize = jnp.dtype(dtype).itemsize
         return cls(
@@ -67,11 +68,11 @@ class Step:
 
 
 def link_bytes(cfg: NextScaleConfig, step: Step) -> float:
-    """Bytes that a device receives from others in a step.
+    """Compute the bytes that a device receives from others in a step.
 
-    In every part of the batch: over `fsdp`, parameters are gathered for the forward and for the backward
-    pass, and gradients are scattered; over `data`, gradients are summed.  Over `tensor`, activations are
-    summed twice in a block's forward pass, and twice in its backward pass.
+    In every accumulation step, `fsdp` gathers parameters for the forward and for the backward pass and
+    scatters gradients, and `data` sums gradients.  `tensor` sums activations twice in a block's forward pass,
+    and twice in its backward pass.
     """
     parameters = step.itemsize * matrix_parameters(cfg) / step.tensor
     gathered = 3 * step.accumulate * parameters * (step.fsdp - 1) / step.fsdp
@@ -81,11 +82,11 @@ def link_bytes(cfg: NextScaleConfig, step: Step) -> float:
     return gathered + summed + 8 * cfg.depth * activations * (step.tensor - 1) / step.tensor
 
 
-def memory_bytes(cfg: NextScaleConfig, step: Step) -> float:
-    """Bytes that a device's memory moves at least.
+def memory_traffic_bytes(cfg: NextScaleConfig, step: Step) -> float:
+    """Compute a lower bound of the bytes that a device's memory moves in a step.
 
-    Weights for the forward pass and twice for the backward pass, in every part of the batch; the optimiser's
-    state read and written; what the blocks keep, written and read.
+    In every accumulation step, weights are read for the forward pass and twice for the backward pass.  The
+    optimizer's state is read and written, and saved activations are written and read.
     """
     parameters = matrix_parameters(cfg) / step.tensor
     weights = 3 * step.accumulate * step.itemsize * parameters
@@ -95,16 +96,16 @@ def memory_bytes(cfg: NextScaleConfig, step: Step) -> float:
 
 
 def bound(cfg: NextScaleConfig, step: Step, chip: Chip) -> dict[str, float]:
-    """Least seconds of each resource, of the step (the largest of them), and the rates that follow.
+    """Compute the minimum seconds of each resource, of the step (their maximum), and the resulting rates.
 
     Returns:
-      compute_s, memory_s, link_s, step_s, images_per_s, mfu, link_gb (that a device receives), model_tflops.
+      compute_s, memory_s, link_s, step_s, images_per_s, mfu, link_gb (received by a device), model_tflops.
     """
     model = training_flops(cfg)  # a third of it is the forward pass
-    done = model * (1 + AGAIN[step.remat] / 3) + step.other_flops
+    performed = model * (1 + RECOMPUTED_SHARE[step.remat] / 3) + step.other_flops
     times = {
-        "compute_s": step.batch * done / (step.devices * chip.flops),
-        "memory_s": memory_bytes(cfg, step) / chip.bandwidth,
+        "compute_s": step.batch * performed / (step.devices * chip.flops),
+        "memory_s": memory_traffic_bytes(cfg, step) / chip.bandwidth,
         "link_s": link_bytes(cfg, step) / chip.link,
     }
     step_s = max(times.values())
@@ -120,24 +121,25 @@ def bound(cfg: NextScaleConfig, step: Step, chip: Chip) -> dict[str, float]:
 def best_mesh(
     cfg: NextScaleConfig, step: Step, chip: Chip, state_room: float, remat_on: Callable[[dict], str]
 ) -> tuple[dict[str, int], str]:
-    """The mesh with the least bound, and its policy; of several that with the fewest bytes between devices.
+    """Find the mesh with the lowest time bound, and its remat policy; ties go to the least link traffic.
 
-    Only sizes of `fsdp` that divide the width split all matrices.  Without `tensor`, which pays only where a
-    batch has fewer images than there are devices.
+    Only sizes of `fsdp` that divide the width are tried, since others do not shard all matrices.  `tensor` is
+    1, since more helps only if a batch has fewer images than there are devices.
 
     Args:
       cfg: the model.
-      step: its batch; mesh and policy are not looked at.
+      step: the step; its mesh and policy are ignored.
       chip: the device.
-      state_room: bytes that the state may take; where it takes more on every mesh, the largest `fsdp` counts.
-      remat_on: sizes of a mesh -> policy there; ConfigError where the devices do not form such a mesh.
+      state_room: bytes available for the state; if it takes more on every mesh, the largest `fsdp` is chosen.
+      remat_on: function from mesh sizes to the policy there; raises ConfigError if the devices cannot form
+        such a mesh.
     """
     choices = []
     splits = [n for n in range(1, step.devices + 1) if step.devices % n == 0 and cfg.width % n == 0]
     possible = {}
     for fsdp in splits:
         sizes = {"data": step.devices // fsdp, "fsdp": fsdp, "tensor": 1}
-        with contextlib.suppress(ConfigError):  # sizes that the torus of the slice does not have
+        with contextlib.suppress(ConfigError):  # sizes that do not fit the slice's torus
             possible[fsdp] = sizes, remat_on(sizes)
     for fsdp, (sizes, remat) in possible.items():
         state = 4 * (4 + step.ema) * matrix_parameters(cfg) / fsdp

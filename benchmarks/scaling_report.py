@@ -1,6 +1,7 @@
-"""What the runs of the scaling benchmark amount to: efficiency, one table of several runs, a picture.
+"""Reports of the scaling benchmark: rates and efficiency, merged runs, table and plot.
 
-A run is a dict as scaling.py writes it: what was measured where, and `rows`, one for each point.
+A run is the dict that scaling.py writes: `config`, `device`, `dtype`, `parameters`, `note`, and `rows`, one
+per point.
 """
 
 from pathlib import Path
@@ -9,11 +10,11 @@ import numpy as np
 from matplotlib.figure import Figure
 
 MODES = ("weak", "strong")
-SAME = ("config", "device", "dtype", "parameters", "note")  # of runs that may stand in one table
+MUST_MATCH = ("config", "device", "dtype", "parameters", "note")  # fields in which merged runs must agree
 
 
-def with_rates(rows: list[dict], flops_per_image: float, peak: float | None) -> list[dict]:
-    """Adds images_per_s, TFLOP/s a device and its share of the device's peak (MFU; None where unknown)."""
+def add_rates(rows: list[dict], flops_per_image: float, peak: float | None) -> list[dict]:
+    """Add images_per_s, tflops_per_device and mfu (None if the device's peak is unknown) to rows."""
     result = []
     for row in rows:
         rate = row["batch"] / row["seconds"] if row["seconds"] else None
@@ -23,47 +24,47 @@ def with_rates(rows: list[dict], flops_per_image: float, peak: float | None) -> 
     return result
 
 
-def with_efficiency(rows: list[dict]) -> list[dict]:
-    """Adds efficiency: images/s a device, over that of the same mode on the fewest devices that did it."""
+def add_efficiency(rows: list[dict]) -> list[dict]:
+    """Add efficiency to rows: images/s per device, relative to the fewest devices of the same mode."""
     result = []
     for row in rows:
-        base = ideal_base([other for other in rows if other["mode"] == row["mode"]])
-        each = row["images_per_s"] and row["images_per_s"] / row["devices"]
-        result.append(row | {"efficiency": each / base if each else None})
+        base = base_rate([other for other in rows if other["mode"] == row["mode"]])
+        rate = row["images_per_s"] and row["images_per_s"] / row["devices"]
+        result.append(row | {"efficiency": rate / base if rate else None})
     return result
 
 
-def ideal_base(rows: list[dict]) -> float | None:
-    """Images/s of a device on the fewest devices whose time is known."""
+def base_rate(rows: list[dict]) -> float | None:
+    """Compute images/s per device on the fewest devices whose time is known; None if there are none."""
     known = [row for row in rows if row["images_per_s"]]
     first = min(known, key=lambda row: row["devices"], default=None)
     return first and first["images_per_s"] / first["devices"]
 
 
-def merge(runs: list[dict]) -> dict:
-    """Runs of the same thing on different numbers of devices -> one.
+def merge_runs(runs: list[dict]) -> dict:
+    """Merge runs of one workload on different numbers of devices into one run.
 
     Raises:
-      ValueError: naming the field, where they are not of the same thing; or two of the same point.
+      ValueError: if the runs differ in a field of `MUST_MATCH` or in batch, or if two measure the same point.
     """
-    for field in SAME:
-        if len(result := {str(run[field]) for run in runs}) > 1:
-            raise ValueError(f"--merge: runs differ in {field}: {', '.join(sorted(result))}")
+    for field in MUST_MATCH:
+        if len(values := {str(run[field]) for run in runs}) > 1:
+            raise ValueError(f"--merge: runs differ in {field}: {', '.join(sorted(values))}")
     rows = [row for run in runs for row in run["rows"]]
     rows.sort(key=lambda row: (MODES.index(row["mode"]), row["devices"]))
-    share = {"weak": lambda row: row["batch"] / row["devices"], "strong": lambda row: row["batch"]}
-    for mode, fixed in share.items():
-        mine = [row for row in rows if row["mode"] == mode]
-        if len(result := {fixed(row) for row in mine}) > 1:
-            what = "images a device (give --batch_per_device)" if mode == "weak" else "global batch"
-            raise ValueError(f"--merge: {mode} scaling needs the same {what}, got {sorted(result)}")
-        if len({row["devices"] for row in mine}) < len(mine):
+    fixed_batches = {"weak": lambda row: row["batch"] / row["devices"], "strong": lambda row: row["batch"]}
+    for mode, fixed_batch in fixed_batches.items():
+        mode_rows = [row for row in rows if row["mode"] == mode]
+        if len(batches := {fixed_batch(row) for row in mode_rows}) > 1:
+            fixed = "images per device (give --batch_per_device)" if mode == "weak" else "global batch"
+            raise ValueError(f"--merge: {mode} scaling needs the same {fixed}, got {sorted(batches)}")
+        if len({row["devices"] for row in mode_rows}) < len(mode_rows):
             raise ValueError(f"--merge: two runs have {mode} scaling on the same number of devices")
-    return {**runs[0], "rows": with_efficiency(rows)}
+    return {**runs[0], "rows": add_efficiency(rows)}
 
 
-def table(run: dict) -> str:
-    """The rows for the eye."""
+def format_table(run: dict) -> str:
+    """Format the rows of a run as aligned text."""
     titles = [
         "mode",
         "devices",
@@ -90,18 +91,18 @@ def table(run: dict) -> str:
     return "\n".join([*printed, *[run["note"]] * bool(run["note"])])
 
 
-def draw(run: dict, path: Path) -> None:
-    """Two panels over the number of devices: images/s beside the ideal, and efficiency."""
+def plot_scaling(run: dict, path: Path) -> None:
+    """Plot images/s with the ideal, and efficiency, over the number of devices."""
     figure = Figure(figsize=(9, 4.2))
     speed, efficiency = figure.subplots(1, 2)
-    for mode, colour in zip(MODES, ("C0", "C1"), strict=True):
+    for mode, color in zip(MODES, ("C0", "C1"), strict=True):
         rows = [row for row in run["rows"] if row["mode"] == mode and row["images_per_s"]]
         if not rows:
             continue
         counts = np.array([row["devices"] for row in rows])
-        speed.plot(counts, [row["images_per_s"] for row in rows], "o-", color=colour, label=mode)
-        speed.plot(counts, counts * ideal_base(rows), "--", color=colour, linewidth=1, label=f"{mode}, ideal")
-        efficiency.plot(counts, [row["efficiency"] for row in rows], "o-", color=colour, label=mode)
+        speed.plot(counts, [row["images_per_s"] for row in rows], "o-", color=color, label=mode)
+        speed.plot(counts, counts * base_rate(rows), "--", color=color, linewidth=1, label=f"{mode}, ideal")
+        efficiency.plot(counts, [row["efficiency"] for row in rows], "o-", color=color, label=mode)
     ticks = sorted({row["devices"] for row in run["rows"]})
     for axis in (speed, efficiency):
         axis.set_xscale("log", base=2)

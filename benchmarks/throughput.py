@@ -1,4 +1,4 @@
-"""How fast the published networks run here: images/s, compile time, memory, share of the chip's peak.
+"""Measure the published networks on this machine: images/s, compile time, memory, and share of peak FLOP/s.
 
     python -m benchmarks.throughput sample --depth 16 --batch 8
     python -m benchmarks.throughput train --depth 16 --batch 8 --against ../shared/peer/torch_var.py
@@ -6,13 +6,13 @@
     python -m benchmarks.throughput tokenizer --batch 8
     python -m benchmarks.throughput input --batch=64
 
-Prints one JSON line.  Weights are random: speed does not depend on them.  `--against` first runs a PyTorch
-yardstick of the same shape in this call (it needs the extra `torch`) and adds its line and the ratio.  The
-yardstick knows neither encoder nor decoder, so the ratio is of what it does: sampling without the decoder,
-training from tokens.  `--with_encoder` adds a training step from images and how much longer it takes: what a
-token cache saves on the device.  `tokenizer` is a training step of the tokenizer, with LPIPS and
-discriminator.  `input` measures the host instead: see input_rate.py.
-`--tiny` measures networks of a few channels on 8x8 images: to try the command, not the machine.
+Prints one JSON line.  Weights are random, since speed does not depend on them.  `--against` first runs a
+PyTorch yardstick of the same shape (it needs the extra `torch`), and adds its line and the ratio.  The
+yardstick has neither encoder nor decoder, so the ratio compares sampling without the decoder, and training
+from tokens.  `--with_encoder` adds a training step from images and its relative time, which a token cache
+saves on the device.  `tokenizer` is a training step of the tokenizer, with LPIPS and discriminator.  `input`
+measures the host's data loading; see input_rate.py.
+`--tiny` runs networks of a few channels on 8x8 images, to try the command.
 """
 
 import argparse
@@ -30,7 +30,8 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from benchmarks.input_rate import add_arguments, input_rate, open_data
+from benchmarks.input_rate import add_input_arguments, measure_input, open_data
+from benchmarks.workload import NUM_CLASSES
 from configs import tokenizer as tokenizer_config
 from configs import var
 from var_jax.sampling.cast_params import in_compute_dtype, tokenizer_in_compute_dtype
@@ -50,33 +51,35 @@ from var_jax.training.transformer_task import NextScaleTask
 from var_jax.transformer.config import NextScaleConfig
 from var_jax.transformer.flops import generation_flops, training_flops
 
-CLASSES = 1000
-TINY = dict(scales=(1, 2, 4), num_codes=16, code_dim=4, ch=8, ch_mult=(1, 1), num_blocks=1, norm_groups=4)
+TINY_TOKENIZER = dict(
+    scales=(1, 2, 4), num_codes=16, code_dim=4, ch=8, ch_mult=(1, 1), num_blocks=1, norm_groups=4
+)
 
 
-def arguments() -> argparse.Namespace:
+def parse_arguments() -> argparse.Namespace:
+    """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("what", choices=["sample", "train", "tokenizer", "encode", "decode", "input"])
     parser.add_argument("--depth", type=int, default=16)
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--size", type=int, default=256, choices=[256, 512])
     parser.add_argument("--dtype", default="auto", help="auto (bfloat16, float32 on CPU), float32, bfloat16")
-    parser.add_argument("--repeats", type=int, default=10, help="of which the median counts")
+    parser.add_argument("--repeats", type=int, default=10, help="timed calls; the median is reported")
     parser.add_argument("--guidance_until", type=int, help="sample: no guidance from this scale on")
     parser.add_argument("--attention", default="auto", help="train: one of transformer/attention.py")
     parser.add_argument("--remat", default="auto", help="train: policy of transformer/remat.py")
-    parser.add_argument("--with_encoder", action="store_true", help="train: also from images, and the ratio")
+    parser.add_argument("--with_encoder", action="store_true", help="train: also time a step from images")
     parser.add_argument("--against", help="path of the PyTorch yardstick")
-    parser.add_argument("--compile", action="store_true", help="the yardstick under torch.compile")
-    parser.add_argument("--tiny", action="store_true", help="networks of a few channels on 8x8 images")
-    add_arguments(parser)
+    parser.add_argument("--compile", action="store_true", help="run the yardstick under torch.compile")
+    parser.add_argument("--tiny", action="store_true", help="tiny networks on 8x8 images, to try the command")
+    add_input_arguments(parser)
     return parser.parse_args()
 
 
-def yardstick(args: argparse.Namespace) -> dict:
-    """The line that the PyTorch yardstick prints; runs while JAX holds no device yet."""
-    ask = f"from var_jax.training.task import compute_dtype; print(compute_dtype({args.dtype!r}))"
-    dtype = subprocess.run([sys.executable, "-c", ask], capture_output=True, text=True).stdout.strip()
+def measure_yardstick(args: argparse.Namespace) -> dict:
+    """Run the PyTorch yardstick for the given arguments, before JAX takes a device; return its JSON line."""
+    query = f"from var_jax.training.task import compute_dtype; print(compute_dtype({args.dtype!r}))"
+    dtype = subprocess.run([sys.executable, "-c", query], capture_output=True, text=True).stdout.strip()
     flags = [f"--{name}={getattr(args, name)}" for name in ("depth", "batch", "size", "repeats")]
     try:
         return run_yardstick(args.against, [args.what, *flags], dtype, args.compile)
@@ -87,45 +90,48 @@ def yardstick(args: argparse.Namespace) -> dict:
 def run_yardstick(
     path: str, arguments: list[str], dtype: str, compiled: bool, timeout: float | None = None
 ) -> dict:
-    """Run the PyTorch yardstick in a process of its own; JAX must hold no device meanwhile.
+    """Run the PyTorch yardstick in a process of its own; this process's JAX must not hold the device.
 
     Args:
       path: of its script.
-      arguments: what to measure, and the flags that it shares with this command.
+      arguments: mode, and the flags that it shares with this command.
       dtype: float32 or bfloat16.
-      compiled: under torch.compile.
-      timeout: seconds.
+      compiled: run under torch.compile.
+      timeout: seconds; None: no limit.
 
     Returns:
-      The JSON line that it prints.
+      The JSON line that it prints, parsed.
 
     Raises:
       RuntimeError: if it fails.
       subprocess.TimeoutExpired: if it takes longer than `timeout`.
     """
     command = [sys.executable, path, *arguments, f"--dtype={dtype}", *["--compile"] * compiled]
-    # A float32 model is float32 here on every platform; the yardstick alone would multiply in TF32.
+    # Our float32 models multiply in float32 on every platform; without this, the yardstick would use TF32.
     environment = {**os.environ, **({"NVIDIA_TF32_OVERRIDE": "0"} if dtype == "float32" else {})}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=timeout)
-    if done.returncode:
+    process = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=timeout)
+    if process.returncode:
         advice = "it needs pip install -e '.[torch]'"
-        raise RuntimeError(f"the yardstick failed ({advice}):\n{done.stderr[-2000:]}")
-    return json.loads(done.stdout.strip().splitlines()[-1])
+        raise RuntimeError(f"the yardstick failed ({advice}):\n{process.stderr[-2000:]}")
+    return json.loads(process.stdout.strip().splitlines()[-1])
 
 
-def measure(function: Callable, *inputs, repeats: int, carry: bool = False) -> dict:
-    """Compiles and times a jitted function.
+def time_function(function: Callable, *inputs, repeats: int, carry: bool = False) -> dict:
+    """Compile and time a jitted function.
 
     Args:
       function: jitted.
-      carry: its first output is its first input of the next call (and is donated).
+      inputs: its arguments.
+      repeats: number of timed calls.
+      carry: pass the first output of a call as the first input of the next (it is donated).
 
     Returns:
-      compile_s, the median of `seconds`, and peak_gib (`peak_bytes`).
+      compile_s, the median `seconds`, and peak_gib (see `peak_bytes`).
     """
     start = time.perf_counter()
     compiled = function.lower(*inputs).compile()
-    compile_s, times, inputs = time.perf_counter() - start, [], list(inputs)
+    compile_s = time.perf_counter() - start
+    times, inputs = [], list(inputs)
     for _ in range(2 + repeats):  # the first two warm up
         start = time.perf_counter()
         result = jax.block_until_ready(compiled(*inputs))
@@ -140,7 +146,7 @@ def measure(function: Callable, *inputs, repeats: int, carry: bool = False) -> d
 
 
 def peak_bytes(compiled: jax.stages.Compiled) -> int:
-    """Peak memory of the first device so far; by the compiler's plan of one program if it does not tell."""
+    """Return the first device's peak memory so far, or the program's planned memory if it keeps no count."""
     try:
         stats = jax.local_devices()[0].memory_stats() or {}
     except jax.errors.JaxRuntimeError:  # not every platform keeps count
@@ -153,37 +159,40 @@ def peak_bytes(compiled: jax.stages.Compiled) -> int:
 
 
 def make_networks(args: argparse.Namespace) -> tuple[Tokenizer, NextScaleTask]:
-    """The published architectures; d36 and 512 pixels share adaLN as published."""
+    """Build the published tokenizer and a VAR task of the requested depth; at 512 pixels adaLN is shared."""
     dtype = compute_dtype(args.dtype)
-    shape = TINY if args.tiny else {"scales": SCALES_256 if args.size == 256 else SCALES_512}
-    encoder_dtype = jnp.dtype(jnp.float32) if args.dtype == "auto" else dtype  # as the API loads it
+    shape = TINY_TOKENIZER if args.tiny else {"scales": SCALES_256 if args.size == 256 else SCALES_512}
+    encoder_dtype = jnp.dtype(jnp.float32) if args.dtype == "auto" else dtype  # the default of the API
     tokenizer = Tokenizer(TokenizerConfig(**shape), dtype, encoder_dtype=encoder_dtype)
     stage = ConfigDict(var.get_config("d16" if args.size == 256 else "d36"))
     stage.model.update(depth=args.depth, width=64 * args.depth, num_heads=args.depth)
     stage.train.update(batch=args.batch, dtype=dtype.name)
     stage.transformer.update(attention=args.attention, remat=args.remat)
-    return tokenizer, NextScaleTask(stage, 1000, tokenizer, {}, CLASSES)
+    return tokenizer, NextScaleTask(stage, 1000, tokenizer, {}, NUM_CLASSES)
 
 
-def parameters(init: Callable) -> dict:
+def init_params(init: Callable) -> dict:
+    """Initialize random parameters by a function of a key."""
     return nn.meta.unbox(jax.jit(init)(jax.random.key(0)))
 
 
-def tokenizer_parameters(tokenizer: Tokenizer) -> dict:
+def init_tokenizer_params(tokenizer: Tokenizer) -> dict:
+    """Initialize a tokenizer's random parameters in its compute dtype."""
     side = tokenizer.config.image_size
-    params = parameters(lambda key: tokenizer.init(key, jnp.zeros((1, side, side, 3)))["params"])
+    params = init_params(lambda key: tokenizer.init(key, jnp.zeros((1, side, side, 3)))["params"])
     return tokenizer_in_compute_dtype(params, tokenizer)
 
 
-def sample(args: argparse.Namespace, tokenizer: Tokenizer, task: NextScaleTask) -> dict:
-    params = in_compute_dtype(parameters(lambda key: task.init(key)[0]), task.model.dtype)
+def measure_sampling(args: argparse.Namespace, tokenizer: Tokenizer, task: NextScaleTask) -> dict:
+    """Measure sampling with and without the decoder."""
+    params = in_compute_dtype(init_params(lambda key: task.init(key)[0]), task.model.dtype)
     options = SamplingOptions(guidance_until=args.guidance_until)
     controls = options.controls(task.config.schedule, task.config.num_codes)
-    labels = jnp.arange(args.batch, dtype=jnp.int32) % CLASSES
-    networks = Networks(tokenizer, task.model, tokenizer_parameters(tokenizer), params)
+    labels = jnp.arange(args.batch, dtype=jnp.int32) % NUM_CLASSES
+    networks = Networks(tokenizer, task.model, init_tokenizer_params(tokenizer), params)
     inputs = (networks, labels, image_keys(0, jnp.arange(args.batch)), controls)
-    result = measure(jax.jit(lambda *inputs: generate(*inputs)[0]), *inputs, repeats=args.repeats)
-    tokens_alone = measure(jax.jit(lambda *inputs: generate(*inputs)[1]), *inputs, repeats=args.repeats)
+    result = time_function(jax.jit(lambda *inputs: generate(*inputs)[0]), *inputs, repeats=args.repeats)
+    tokens_alone = time_function(jax.jit(lambda *inputs: generate(*inputs)[1]), *inputs, repeats=args.repeats)
     seconds = tokens_alone["seconds"]
     result["without_decoder"] = {"seconds": seconds, "images_per_s": round(args.batch / seconds, 3)}
     flops = generation_flops(task.config, controls.num_guided_scales) * args.batch
@@ -191,18 +200,22 @@ def sample(args: argparse.Namespace, tokenizer: Tokenizer, task: NextScaleTask) 
 
 
 def initial_state(task: NextScaleTask) -> TrainState:
-    """State before the first training step, on one device."""
-    params = parameters(lambda key: task.init(key)[0])
+    """Create the state before the first training step, on one device."""
+    params = init_params(lambda key: task.init(key)[0])
     return TrainState(jnp.zeros((), jnp.int32), params, None, jax.jit(task.optimizer.init)(params), {})
 
 
 def jit_step(train_step: Callable) -> Callable:
-    """Jit a task's training step; returns state and metrics, and donates the state."""
+    """Jit a task's training step: it returns state and metrics, and donates the state."""
     return jax.jit(lambda *args: train_step(*args).state_and_metrics(), donate_argnums=0)
 
 
 def random_tokens(config: NextScaleConfig, batch: int) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Labels [B], tokens [B, L] and teacher-forcing inputs [B, L - first, C] of a training step."""
+    """Create random inputs of a training step.
+
+    Returns:
+      Labels int32 [B], tokens int32 [B, L], and teacher-forcing inputs float32 [B, L - num_start_tokens, C].
+    """
     rng, length = np.random.default_rng(0), config.length
     labels = jnp.asarray(rng.integers(0, config.num_classes, batch), jnp.int32)
     tokens = jnp.asarray(rng.integers(0, config.num_codes, (batch, length)), jnp.int32)
@@ -210,8 +223,9 @@ def random_tokens(config: NextScaleConfig, batch: int) -> tuple[jax.Array, jax.A
     return labels, tokens, jnp.asarray(inputs, jnp.float32)
 
 
-def train(args: argparse.Namespace, tokenizer: Tokenizer, task: NextScaleTask) -> dict:
-    run = partial(measure, repeats=args.repeats, carry=True)
+def measure_training(args: argparse.Namespace, tokenizer: Tokenizer, task: NextScaleTask) -> dict:
+    """Measure a training step from tokens; with --with_encoder, also one from images."""
+    run = partial(time_function, repeats=args.repeats, carry=True)
     labels, tokens, inputs = random_tokens(task.config, args.batch)
     key, count = jax.random.key(0), count_parameters(jax.eval_shape(lambda: initial_state(task)).params)
     step = jit_step(task.train_on_tokens)
@@ -221,43 +235,45 @@ def train(args: argparse.Namespace, tokenizer: Tokenizer, task: NextScaleTask) -
     if args.with_encoder:
         rng, side = np.random.default_rng(0), task.image_size
         images = jnp.asarray(rng.integers(0, 256, (args.batch, side, side, 3)), jnp.uint8)
-        frozen = {"tokenizer": tokenizer_parameters(tokenizer)}
+        frozen = {"tokenizer": init_tokenizer_params(tokenizer)}
         batch = {"image": images, "label": labels}
-        whole = run(jit_step(task.train_step), initial_state(task), frozen, batch, key)
-        whole |= {"images_per_s": round(args.batch / whole["seconds"], 3)}
-        result["with_encoder"] = whole | {"ratio": round(whole["seconds"] / result["seconds"], 3)}
+        with_encoder = run(jit_step(task.train_step), initial_state(task), frozen, batch, key)
+        with_encoder |= {"images_per_s": round(args.batch / with_encoder["seconds"], 3)}
+        ratio = round(with_encoder["seconds"] / result["seconds"], 3)
+        result["with_encoder"] = with_encoder | {"ratio": ratio}
     return result
 
 
-def train_tokenizer(args: argparse.Namespace, tokenizer: Tokenizer, task: NextScaleTask) -> dict:
-    """The tokenizer's own step, with all that the published one trains with: LPIPS and a discriminator."""
+def measure_tokenizer_training(args: argparse.Namespace, tokenizer: Tokenizer, task: NextScaleTask) -> dict:
+    """Measure a training step of the tokenizer with its published losses: LPIPS and a discriminator."""
     stage = tokenizer_config.get_config()
     stage.model.scales = tokenizer.config.scales
     stage.adversarial.start_fraction = 0.0
     stage.codebook.kmeans_steps = 0
     stage.train.update(batch=args.batch, dtype=tokenizer.dtype.name)
-    if (
-        args.tiny
-    ):  # 16 pixels, the fewest that a discriminator of three layers takes; VGG takes long to compile
-        stage.model.update({**TINY, "ch_mult": (1, 1, 1)})
+    if args.tiny:  # 16 pixels are the fewest for a discriminator of three layers; VGG compiles slowly
+        stage.model.update({**TINY_TOKENIZER, "ch_mult": (1, 1, 1)})
         stage.loss.perceptual, stage.adversarial.channels = 0.0, 8
-    judges = {"vgg": random_vgg()} if stage.loss.perceptual else {}
-    own, rng = TokenizerTask(stage, 1000, judges), np.random.default_rng(0)
-    one = make_mesh(devices=jax.devices()[:1])
-    state = create_state(own.init, own.optimizer, True, jax.random.key(0), one)[0]()
+    perceptual_networks = {"vgg": random_vgg()} if stage.loss.perceptual else {}
+    tokenizer_task = TokenizerTask(stage, 1000, perceptual_networks)
+    rng = np.random.default_rng(0)
+    mesh = make_mesh(devices=jax.devices()[:1])
+    init, optimizer = tokenizer_task.init, tokenizer_task.optimizer
+    state = create_state(init, optimizer, True, jax.random.key(0), mesh)[0]()
     count = count_parameters(state.params)
-    side = own.image_size
+    side = tokenizer_task.image_size
     batch = {"image": jnp.asarray(rng.integers(0, 256, (args.batch, side, side, 3), dtype=np.uint8))}
-    step = jit_step(own.train_step)
-    result = measure(step, state, own.frozen, batch, jax.random.key(1), repeats=args.repeats, carry=True)
+    step = jit_step(tokenizer_task.train_step)
+    frozen, key = tokenizer_task.frozen, jax.random.key(1)
+    result = time_function(step, state, frozen, batch, key, repeats=args.repeats, carry=True)
     return result | {
-        "tflops": own.flops_per_image() * args.batch / result["seconds"] / 1e12,
+        "tflops": tokenizer_task.flops_per_image() * args.batch / result["seconds"] / 1e12,
         "parameters": count,
     }
 
 
 def random_vgg() -> dict:
-    """Parameters of VGG-16 and LPIPS in their shapes."""
+    """Create random parameters of VGG-16 and LPIPS."""
     rng, channels, conv = np.random.default_rng(0), 3, {}
     for layer, convolutions in enumerate(LAYERS):
         for i in convolutions:
@@ -267,44 +283,44 @@ def random_vgg() -> dict:
     return {"conv": conv, "linear": {str(i): jnp.ones(c) / c for i, c in enumerate(CHANNELS)}}
 
 
-def through_tokenizer(args: argparse.Namespace, tokenizer: Tokenizer, task: NextScaleTask) -> dict:
-    """encode: images to tokens; decode: tokens to images."""
-    params, side = tokenizer_parameters(tokenizer), tokenizer.config.image_size
+def measure_tokenizer(args: argparse.Namespace, tokenizer: Tokenizer, task: NextScaleTask) -> dict:
+    """Measure `encode` (images to tokens) or `decode` (tokens to images)."""
+    params, side = init_tokenizer_params(tokenizer), tokenizer.config.image_size
     if args.what == "encode":
         inputs = jnp.zeros((args.batch, side, side, 3))
     else:
         inputs = jnp.zeros((args.batch, tokenizer.config.schedule.length), jnp.int32)
     function = jax.jit(partial(getattr(tokenizer_model, args.what), tokenizer))
-    result = measure(function, params, inputs, repeats=args.repeats)
+    result = time_function(function, params, inputs, repeats=args.repeats)
     flops = program_flops(function, params, inputs)
     return result | {"tflops": flops / result["seconds"] / 1e12, "parameters": count_parameters(params)}
 
 
 def main():
-    args = arguments()
+    args = parse_arguments()
     if args.against and args.what not in ("sample", "train"):
-        sys.exit("--against: the yardstick knows sample and train")
+        sys.exit("--against: goes with sample and train")
     if args.with_encoder and args.what != "train":
         sys.exit(f"--with_encoder: goes with train, not with {args.what}")
-    peer = yardstick(args) if args.against else None
+    yardstick = measure_yardstick(args) if args.against else None
     tokenizer, task = make_networks(args)
     if args.what == "input":
         try:
             source = open_data(args)
-        except (FileNotFoundError, ValueError) as error:  # no such data set, or too small a one
+        except (FileNotFoundError, ValueError) as error:  # the data set is missing or too small
             sys.exit(f"throughput: {error}")
-        return print(json.dumps(input_rate(args, tokenizer, task.config, source)))
-    steps = {"sample": sample, "train": train, "tokenizer": train_tokenizer}
-    run = steps.get(args.what, through_tokenizer)
+        return print(json.dumps(measure_input(args, tokenizer, task.config, source)))
+    steps = {"sample": measure_sampling, "train": measure_training, "tokenizer": measure_tokenizer_training}
+    run = steps.get(args.what, measure_tokenizer)
     result = run(args, tokenizer, task)
     line = {"what": args.what, "depth": args.depth, "batch": args.batch, "size": tokenizer.config.image_size}
     line |= {"device": jax.devices()[0].device_kind, "dtype": jnp.dtype(tokenizer.dtype).name, **result}
     line |= {"images_per_s": round(args.batch / result["seconds"], 3), "tflops": round(result["tflops"], 3)}
     if peak := peak_flops(jax.devices()[0]):
         line["share_of_peak"] = round(result["tflops"] * 1e12 / peak, 3)
-    if peer:
-        same = result.get("without_decoder", line)["images_per_s"]
-        line |= {"against": peer, "ratio": round(same / peer["images_per_s"], 3)}
+    if yardstick:
+        comparable = result.get("without_decoder", line)["images_per_s"]
+        line |= {"against": yardstick, "ratio": round(comparable / yardstick["images_per_s"], 3)}
     print(json.dumps(line))
 
 

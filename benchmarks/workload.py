@@ -1,4 +1,4 @@
-"""What is measured: a stage of a config, with random weights or shapes for what it builds on."""
+"""Workloads of the benchmarks: tasks of a config's stages, without trained weights."""
 
 import jax
 import jax.numpy as jnp
@@ -13,40 +13,40 @@ from var_jax.training.task import compute_dtype, model_config
 from var_jax.training.tokenizer_task import TokenizerTask
 from var_jax.training.transformer_task import NextScaleTask
 
-CLASSES = 1000
-STEPS = 1000  # of the run, as far as its schedules are concerned
+NUM_CLASSES = 1000
+SCHEDULE_STEPS = 1000  # length of the schedules in a benchmarked run
 
 
 def next_scale_stage(config: ConfigDict) -> ConfigDict:
-    """The next_scale stage of a config.
+    """Return the next_scale stage of a config.
 
     Raises:
-      ValueError: where it has none.
+      ValueError: if it has none.
     """
-    result = {stage.task: stage for stage in stages_of(config)}
-    if "next_scale" not in result:
-        raise ValueError(f"--config must have a stage next_scale; this one has {', '.join(result)}")
-    return result["next_scale"]
+    by_task = {stage.task: stage for stage in stages_of(config)}
+    if "next_scale" not in by_task:
+        raise ValueError(f"--config must have a stage next_scale; this one has {', '.join(by_task)}")
+    return by_task["next_scale"]
 
 
-def tokenizer_of(config: ConfigDict, dtype: jnp.dtype) -> Tokenizer:
-    """The tokenizer that a config trains too, else the published one."""
-    own = [stage.model for stage in stages_of(config) if stage.task == "tokenizer"]
+def make_tokenizer(config: ConfigDict, dtype: jnp.dtype) -> Tokenizer:
+    """Build the tokenizer that a config's own stage trains, else the published one."""
+    models = [stage.model for stage in stages_of(config) if stage.task == "tokenizer"]
     scales = next_scale_stage(config).scales
     fields = {"scales": scales} if scales else {}
-    return Tokenizer(model_config(TokenizerConfig, own[0]) if own else TokenizerConfig(**fields), dtype)
+    return Tokenizer(model_config(TokenizerConfig, models[0]) if models else TokenizerConfig(**fields), dtype)
 
 
 def make_task(config: ConfigDict, mesh: Mesh, batch: int | None = None) -> NextScaleTask:
-    """The task of a config's next_scale stage, with its own batch or another, on a mesh."""
+    """Build the task of a config's next_scale stage on a mesh; `batch` replaces the stage's own."""
     stage = next_scale_stage(config).copy_and_resolve_references()
     stage.train.batch = batch or stage.train.batch
-    tokenizer = tokenizer_of(config, compute_dtype(stage.train.dtype))
-    return NextScaleTask(stage, STEPS, tokenizer, {}, CLASSES, mesh)
+    tokenizer = make_tokenizer(config, compute_dtype(stage.train.dtype))
+    return NextScaleTask(stage, SCHEDULE_STEPS, tokenizer, {}, NUM_CLASSES, mesh)
 
 
-def tokenizer_shapes(tokenizer: Tokenizer):
-    """The tokenizer's parameters as shapes, with their logical axis names."""
+def abstract_tokenizer_params(tokenizer: Tokenizer):
+    """Return the shapes of a tokenizer's parameters, boxed with their logical axis names."""
     side = tokenizer.config.image_size
     return jax.eval_shape(
         lambda key: tokenizer.init(key, jnp.zeros((1, side, side, 3)))["params"], jax.random.key(0)
@@ -54,19 +54,19 @@ def tokenizer_shapes(tokenizer: Tokenizer):
 
 
 def make_tokenizer_task(stage: ConfigDict) -> TokenizerTask:
-    """The task of a tokenizer stage; the networks of the perceptual loss are shapes.
+    """Build the task of a tokenizer stage, with shapes in place of the perceptual loss's weights.
 
     Raises:
-      ValueError: where the discriminator uses DINO, whose shapes only its file has.
+      ValueError: if the discriminator uses DINO, whose shapes are known only from its file.
     """
     stage = stage.copy_and_resolve_references()
     if stage.adversarial.weight and stage.adversarial.network == "dino":
         raise ValueError("config.adversarial.network=dino cannot be planned without its file; use patch")
-    return TokenizerTask(stage, STEPS, {"vgg": vgg_shapes()} if stage.loss.get("perceptual") else {})
+    return TokenizerTask(stage, SCHEDULE_STEPS, {"vgg": vgg_shapes()} if stage.loss.get("perceptual") else {})
 
 
 def vgg_shapes() -> dict:
-    """Shapes of the parameters that `vgg_features` and `perceptual_distance` read."""
+    """Return the shapes of the parameters that `vgg_features` and `perceptual_distance` read."""
     channels, conv = 3, {}
     for layer, convolutions in enumerate(LAYERS):
         for i in convolutions:

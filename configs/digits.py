@@ -1,8 +1,8 @@
-"""The embedded default: tokenizer and VAR on handwritten digits, on a laptop's CPU.
+"""Train tokenizer and VAR on the embedded handwritten digits, on a laptop's CPU.
 
     python train.py --config=configs/digits.py --workdir=runs/digits
 
-About ten minutes on two CPU cores.  What to expect, in figures and pictures: docs/demo.md.
+Takes about ten minutes on two CPU cores.  Expected metrics and samples: docs/demo.md.
 """
 
 from ml_collections import ConfigDict
@@ -21,8 +21,8 @@ def tokenizer() -> ConfigDict:
     stage = schema.tokenizer_stage()
     stage.seed = 1
 
-    # Data: 1442 images are few. Moved by a pixel, and with weight decay, held-out digits come out as well as
-    # seen ones.
+    # Data: there are only 1442 images. With shifts by a pixel and weight decay, held-out digits are
+    # reconstructed as well as training digits.
     stage.data.name = "digits"
     stage.data.dir = "data"
     stage.data.eval_split = "test"
@@ -30,8 +30,8 @@ def tokenizer() -> ConfigDict:
     stage.data.shift = 1
     stage.data.threads = 2
 
-    # Model: two 1x1 maps and quantizer dropout. The first tokens then say which digit it is and how it is
-    # written, so that the tokens of a larger map, drawn independently of each other, agree.
+    # Model: with two 1x1 maps and quantizer dropout, the first tokens encode which digit it is and its style,
+    # so that the tokens of a larger map, which are sampled independently, are consistent.
     stage.model.scales = (1, 1, 2, 3, 4)
     stage.model.num_codes = 128
     stage.model.code_dim = 16

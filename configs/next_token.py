@@ -1,15 +1,15 @@
-"""What VAR is measured against: a next-token transformer on a single-scale VQ-VAE, ImageNet 256px.
+"""Train the baseline of VAR: a next-token transformer on a single-scale VQ-VAE, ImageNet 256px.
 
     python train.py --config=configs/tokenizer.py:single --workdir=runs/single
     python train.py --config=configs/next_token.py:d16 --workdir=runs/raster --config.tokenizer=runs/single
     python train.py --config=configs/next_token.py:digits --workdir=runs/raster_digits   # on a laptop
 
-Depth, width, optimizer and schedule are those of configs/var.py: only the prediction scheme differs.  Orders
-of prediction are set by `--config.model.order=spiral_in`, positions by `--config.model.positions=rotary_2d`,
-masks by `--config.model.mask=axial` (var_jax/transformer/positions.py; with digits:
+Depth, width, optimizer and schedule are those of configs/var.py; only the prediction scheme differs.
+`--config.model.order=spiral_in` sets the order of prediction, `--config.model.positions=rotary_2d` the
+positions, `--config.model.mask=axial` the mask (see var_jax/transformer/positions.py; with digits:
 `--config.next_token.model.order=...`).
 
-`d12` to `d30` have not been run at this size: they need ImageNet and accelerators.
+`d12` to `d30` have not been run: they need ImageNet and accelerators.
 """
 
 from ml_collections import ConfigDict
@@ -31,7 +31,7 @@ def get_config(name: str = "d16") -> ConfigDict:
 
 
 def flattened(config: ConfigDict) -> ConfigDict:
-    """Convert a config of tokenizer and next_scale: one map, the finest, token by token."""
+    """Convert a config of tokenizer and next_scale to next-token prediction of a single map, the finest."""
     tokenizer = ConfigDict(config.tokenizer.to_dict())
     tokenizer.model.scales = tuple(tokenizer.model.scales)[-1:]
     tokenizer.model.num_phis = 0
@@ -40,7 +40,7 @@ def flattened(config: ConfigDict) -> ConfigDict:
     for name, value in config.next_scale.items():
         if isinstance(value, ConfigDict):
             stage[name].update(value)
-        elif name not in ("task", "tokenizer", "scales"):  # its tokenizer is that of the run
+        elif name not in ("task", "tokenizer", "scales"):  # the run trains its own tokenizer
             stage[name] = value
     stage.data.tokens = ""
     return ConfigDict(dict(stages=("tokenizer", "next_token"), tokenizer=tokenizer, next_token=stage))

@@ -1,4 +1,4 @@
-"""Every field that a stage has, with its meaning and default: the base of all configs.
+"""Define every field of each stage, with its meaning and default: the base of all configs.
 
 `tests/test_configs.py` checks that each config has exactly these fields.
 """
@@ -10,28 +10,28 @@ from ml_collections import ConfigDict
 
 def _data() -> dict:
     return dict(
-        name="imagenet2012",  # of a prepared TFDS data set
+        name="imagenet2012",  # name of a prepared TFDS data set
         dir=os.environ.get("TFDS_DATA_DIR", "~/tensorflow_datasets"),
         train_split="train",
         eval_split="validation",
-        resize=1.125,  # short side over image size before the random crop
+        resize=1.125,  # ratio of the short side to the image size before the random crop
         flip=False,  # mirror half of the training images
-        shift=0,  # pixels by which half of the training images are moved at most
+        shift=0,  # maximum shift, in pixels, of half of the training images
         threads=16,  # threads that read and decode ahead
-        workers=0,  # processes that do so instead
-        # Directory of a token cache (var_jax.tools.encode_dataset).  The stage next_scale then reads no
-        # images: data set, splits, resize, flip and shift are those of the cache.
+        workers=0,  # processes that do so instead; 0: none
+        # Directory of a token cache (var_jax.tools.encode_dataset); empty: encode images.  With a cache, the
+        # stage reads no images, and data set, splits, resize, flip and shift are those of the cache.
         tokens="",
     )
 
 
 def _train() -> dict:
     return dict(
-        batch=768,  # images a step, over all devices
+        batch=768,  # images per step, over all devices
         steps=0,  # 0: computed from `epochs`
         epochs=200,
         grad_accum_steps=1,  # parts of a batch, computed in turn to save memory; each draws its own noise
-        base_learning_rate=1e-4,  # for 256 images; the rate of a run is this times batch / 256
+        base_learning_rate=1e-4,  # for 256 images; the learning rate is this times batch / 256
         b1=0.9,
         b2=0.95,
         grad_clip_norm=2.0,  # global norm of the gradient; 0: no clipping
@@ -41,27 +41,27 @@ def _train() -> dict:
         warmup_fraction=0.02,  # of all steps
         lr_start_fraction=0.005,  # of the peak learning rate
         lr_end_fraction=0.1,  # of the peak learning rate
-        ema_decay=0.0,  # of the moving average of the parameters to sample with; 0: none
+        ema_decay=0.0,  # of the moving average of the parameters, used for sampling; 0: none
         dtype="auto",  # of matrix products: bfloat16 on accelerators, float32 on CPU
         mesh=dict(data=1, fsdp=-1, tensor=1),  # -1: all remaining devices
         log_every=50,  # steps, here and below
         eval_every=5000,
-        preview_every=5000,  # pictures; 0: none
+        preview_every=5000,  # preview images; 0: none
         checkpoint_every=5000,
-        max_skipped=20,  # steps in a row whose loss or gradient is not finite before training stops
-        max_to_keep=2,  # latest checkpoints, and the best one
+        max_skipped=20,  # consecutive steps with a non-finite loss or gradient before training stops
+        max_to_keep=2,  # latest checkpoints; the best one is kept too
     )
 
 
 def tokenizer_stage() -> ConfigDict:
-    """Fields of the stage `tokenizer`."""
+    """Return the fields of the stage `tokenizer`."""
     return ConfigDict(
         dict(
             task="tokenizer",
             seed=0,
             init_from="",  # published file or run directory to fine-tune; empty: from scratch
-            # Files of VGG-16 (torchvision's) and LPIPS's channel weights, comma between; empty: no perceptual
-            # loss.
+            # Files of VGG-16 (torchvision's) and of LPIPS's channel weights, separated by a comma; empty: no
+            # perceptual loss.
             perceptual_weights="",
             data=_data(),
             model=dict(  # var_jax/tokenizer/config.py
@@ -70,29 +70,29 @@ def tokenizer_stage() -> ConfigDict:
                 code_dim=32,
                 ch=160,  # channels of the first level
                 ch_mult=(1, 1, 2, 2, 4),  # channels of each level, in units of `ch`
-                num_blocks=2,  # residual blocks a level
+                num_blocks=2,  # residual blocks per level
                 num_phis=4,  # convolutions that smooth the upsampled maps; 0: none
                 l2_normalized=False,  # codes of length 1
                 norm_groups=32,  # of GroupNorm
                 dropout=0.0,
-                quantizer_dropout=0.1,  # share of images whose last maps are left out
+                quantizer_dropout=0.1,  # share of images decoded without their last maps
                 vq_gradient="straight_through",  # or "rotation"
-                patch=0,  # side in pixels of patches used as features, without networks; 0: the networks
+                patch=0,  # side in pixels of patches used as features in place of the networks; 0: none
             ),
             loss=dict(l2=1.0, l1=0.2, perceptual=1.0, codebook=1.0, entropy=0.0),  # weights
             codebook=dict(
-                kmeans_steps=10,  # first steps, in which the codebook is fitted to the batch
-                ema_decay=0.99,  # of the mean of its targets that a code follows; 0: follows its gradient
+                kmeans_steps=10,  # number of first steps that fit the codebook to the batch
+                ema_decay=0.99,  # of the mean of its targets that a code follows; 0: gradient
                 entropy_temperature=0.01,  # of loss.entropy, in units of squared distance
                 hits_decay=0.99,  # of the moving average of code uses
-                dead_threshold=0.03,  # of an even share of the uses
+                dead_threshold=0.03,  # relative to uniform use, below which a code is dead
                 restart_every=100,  # steps; 0: never
                 restart_until_fraction=0.8,  # of all steps
-                window=10_000,  # images over which the log counts the use of codes
+                window=10_000,  # images over which the log counts code use
             ),
             adversarial=dict(
                 weight=0.4,  # 0: no discriminator
-                adaptive=True,  # times the ratio of gradients at the last layer
+                adaptive=True,  # scale the weight by the ratio of gradient norms at the last layer
                 min_ratio=0.015,
                 start_fraction=0.2,  # of all steps
                 warmup_fraction=0.02,  # of all steps, over which the weight rises
@@ -112,13 +112,13 @@ def tokenizer_stage() -> ConfigDict:
                     weight_decay_end=0.005,
                 ),
             ),
-            train=_train() | dict(remat=True),  # keep few activations for the backward pass
+            train=_train() | dict(remat=True),  # recompute activations in the backward pass
         )
     )
 
 
 def transformer_stage() -> ConfigDict:
-    """Fields of the stage `next_scale`."""
+    """Return the fields of the stage `next_scale`."""
     return ConfigDict(
         dict(
             task="next_scale",
@@ -134,7 +134,7 @@ def transformer_stage() -> ConfigDict:
                 shared_adaln=False,
                 normalized_attention=True,
                 positions="learned_1d",  # var_jax/transformer/positions.py
-                gamma_init=1e-3,  # factor on the initial residual gates
+                gamma_init=1e-3,  # scale of the initial residual gates
                 class_dropout_prob=0.1,  # share of labels replaced by "no class", for guidance
                 drop_path=0.1 * 16 / 24,
                 dropout=0.0,
@@ -142,8 +142,8 @@ def transformer_stage() -> ConfigDict:
             transformer=dict(  # how it is computed
                 attention="auto",  # einsum, grouped, cudnn or splash: var_jax/transformer/attention.py
                 remat="auto",  # none, mlp, flat_qkv or full: var_jax/transformer/remat.py
-                # Of the float32 encoder, where a step encodes its images itself: high is TF32 on a GPU, three
-                # bfloat16 passes on a TPU; highest is float32, default one pass on a TPU: docs/precision.md.
+                # Encoder precision in a step from images (docs/precision.md): high is TF32 on a GPU and three
+                # bfloat16 passes on a TPU; highest is float32; default is one pass on a TPU.
                 encoder_precision="high",
             ),
             sampling=dict(guidance=1.5, top_k=900, top_p=0.96, smooth=False),  # of the previews
@@ -153,11 +153,11 @@ def transformer_stage() -> ConfigDict:
 
 
 def next_token_stage() -> ConfigDict:
-    """Fields of the stage `next_token`: those of `next_scale`, and the order of prediction."""
+    """Return the fields of the stage `next_token`: those of `next_scale`, and the order of prediction."""
     stage = transformer_stage()
     stage.task = "next_token"
     stage.model.order = "raster"  # order of prediction: var_jax/transformer/positions.py
     stage.model.order_seed = 0  # of the order `random`
     stage.model.mask = "causal"  # or row, column, axial, local
-    stage.model.mask_radius = 1  # cells; of every mask but causal
+    stage.model.mask_radius = 1  # in cells; for every mask but causal
     return stage

@@ -1,11 +1,11 @@
-"""Tokenizer and VAR for small pictures of your own, here 64 pixels: docs/your_own_images.md walks through it.
+"""Train tokenizer and VAR on small images of your own, here 64 pixels; guide: docs/your_own_images.md.
 
     python -m examples.coloured_shapes pictures --images=4000
     python -m var_jax.tools.prepare --images=pictures --name=shapes --data_dir=data --skip_bad
     python train.py --config=configs/shapes.py --workdir=runs/shapes
 
-Sized for two CPU cores: 34 minutes for the tokenizer, 39 for the transformer.  With an accelerator take more
-channels, more blocks and more steps first.
+Takes 34 minutes for the tokenizer and 39 for the transformer on two CPU cores.  On an accelerator, increase
+channels, blocks and steps first.
 """
 
 from ml_collections import ConfigDict

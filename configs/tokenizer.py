@@ -1,35 +1,37 @@
-"""The published multi-scale tokenizer (V=4096, C=32, ch=160, 16x down) on ImageNet 256px.
+"""Train the published multi-scale tokenizer (V=4096, C=32, ch=160, 16x down) on ImageNet 256px.
 
     python train.py --config=configs/tokenizer.py --workdir=runs/tokenizer \\
         --config.perceptual_weights=vgg16.pth,vgg_lpips.pth
     python train.py --config=configs/tokenizer.py:small --workdir=runs/tokenizer   # a single GPU
 
-The architecture is the released one; its training code never was.  What is chosen here, and why:
+The architecture is the released one; its training code was not released.  Choices made here:
 
-- L2 1, L1 0.2, LPIPS 1, codebook 1; hinge 0.4 times the adaptive ratio (at least 0.015) from 20% of the steps
-  on, its weight rising over 2%; AdamW 3e-4 at batch 768 for both, (0.5, 0.9), weight decay 0.005, cosine to
-  0.3, clip 10, EMA 0.9999, 250 epochs, resize to 1.125, crop: as the authors' single-scale trainer reports.
-- A PatchGAN with DiffAugment, since it needs no file; with DINO's weights at hand, `adversarial.network=dino`
-  is what the authors and XQ-GAN use (rFID 0.80 at V=4096).
-- Quantizer dropout 0.1, as XQ-GAN, so that coarse maps carry the image; theirs begins at the third map, ours
-  at the first.
-- k-means in the first steps, codes that follow the mean of their targets (0.99), and restart of dead codes
-  from the targets of all scales, instead of the published uniform start and gradient alone, with which most
-  codes die where the codebook is large for the data.  Measured: experiments/codebook/README.md.
-- Codes of 32 dimensions, as released, not L2-normalised: published transformers and files stay compatible.
+- Losses, optimizer and data are those that the authors' single-scale trainer reports: L2 1, L1 0.2, LPIPS 1,
+  codebook 1; hinge 0.4 times the adaptive ratio (at least 0.015) from 20% of the steps on, with a warm-up
+  over 2%; AdamW 3e-4 at batch 768 for both, (0.5, 0.9), weight decay 0.005, cosine to 0.3, clip 10, EMA
+  0.9999, 250 epochs, resize to 1.125, random crop.
+- A PatchGAN with DiffAugment, which needs no file.  The authors and XQ-GAN (rFID 0.80 at V=4096) use
+  `adversarial.network=dino`, which needs DINO's weights.
+- Quantizer dropout 0.1, like XQ-GAN, so that coarse maps carry the image; theirs begins at the third map,
+  ours at the first.
+- k-means in the first steps, codes that follow the mean of their targets (0.99), and restarts of dead codes
+  from the targets of all scales.  With the published uniform initialization and gradient alone, most codes
+  die if the codebook is large for the data.  Measurements: experiments/codebook/README.md.
+- Codes of 32 dimensions without L2 normalization, as released: published transformers and files stay
+  compatible.
 
 `small` has 64 channels in place of 160, batch 128 and 40 epochs.
 
-What VAR is measured against stands on maps of one size, without phi, which smooths what was enlarged:
+The baselines of VAR use maps of one size, without phi, which smooths upsampled maps:
 
 - `single`: one 16x16 map, an ordinary VQ-VAE (van den Oord et al. 2017); no quantizer dropout.
-- `residual`: four 16x16 maps, each of what those before it left (Lee et al. 2022, RQ-VAE).
-- `patches`: no networks.  Patches of 16 pixels are the features as they are: as many tokens and codes as in
-  `single`, so that it shows what the networks are worth.  The codes follow means, so that learning rate and
-  moving average mean nothing.  Two maps: `--config.model.scales="(16,16)"`; smaller patches:
+- `residual`: four 16x16 maps, each of the residual of those before it (Lee et al. 2022, RQ-VAE).
+- `patches`: no networks; the features are patches of 16 pixels.  It has as many tokens and codes as `single`,
+  and so shows the effect of the networks.  The codes follow means, so learning rate and moving average have
+  no effect.  Two maps: `--config.model.scales="(16,16)"`; smaller patches:
   `--config.model.patch=8 --config.model.scales="(32,)"`.
 
-None has been run at this size: they need ImageNet and accelerators.
+None of these has been run: they need ImageNet and accelerators.
 """
 
 from ml_collections import ConfigDict

@@ -1,9 +1,9 @@
-"""The published VAR transformers on ImageNet, 256px (d12 d16 d20 d24 d30) and 512px (d36).
+"""Train the published VAR transformers on ImageNet, 256px (d12 d16 d20 d24 d30) and 512px (d36).
 
     python train.py --config=configs/var.py:d16 --workdir=runs/d16 --config.tokenizer=vae_ch160v4096z32.pth
 
-The tokenizer is a published file or the directory of a run; empty: this run's own.  Published for
-d16: FID 3.55 (released weights), 2.5 days on 16 A100s.  Not yet run at this size: needs ImageNet and
+`config.tokenizer` is a published file or the directory of a run; empty: the tokenizer of this run.  Published
+for d16: FID 3.55 (released weights), 2.5 days on 16 A100s.  None has been run yet: they need ImageNet and
 accelerators.
 """
 
@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 from configs import schema
 from var_jax.scales import SCALES_256, SCALES_512
 
-# The published hyperparameters that differ by depth.
+# Published hyperparameters that depend on the depth.
 RECIPES = {
     "d12": dict(epochs=200, batch=768, base_learning_rate=1e-4, gamma_init=1e-3, lr_end=0.1, decay_end=0.05),
     "d16": dict(epochs=200, batch=768, base_learning_rate=1e-4, gamma_init=1e-3, lr_end=0.1, decay_end=0.05),

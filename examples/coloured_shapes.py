@@ -1,9 +1,9 @@
-"""Draws a folder of coloured, textured shapes: pictures with something to say on every scale, by code alone.
+"""Write a folder of generated images: colored, textured shapes with structure at every scale.
 
     python -m examples.coloured_shapes pictures --images=4000 --seed=0
 
-Ten classes; each image has its own place, size, rotation, colours and texture, on a background with others.
-Two thirds are JPEG files, one third PNG; some are not 64x64, grey or with alpha, and four more are broken.
+There are ten classes.  Position, size, rotation, colors and textures of shape and background are random.  Two
+thirds are JPEG files, one third PNG; some are not 64x64, are gray or have alpha.  Four more files are broken.
 """
 
 import argparse
@@ -14,25 +14,25 @@ import numpy as np
 from PIL import Image
 
 SIDE = 64
-OVERSAMPLING = 3  # drawn so many times larger, then averaged, so that edges are smooth
+OVERSAMPLING = 3  # images are drawn larger by this factor and averaged, for smooth edges
 
 
 def _polygon(x, y, corners: int):
-    """A regular one, its corners on the unit circle."""
+    """Compute the signed function of a regular polygon with corners on the unit circle."""
     sector = 2 * np.pi / corners
     angle = np.arctan2(y, x) % sector - sector / 2
     return np.hypot(x, y) * np.cos(angle) - np.cos(sector / 2)
 
 
 def _star(x, y, points: int = 5, inner: float = 0.45):
-    """Its points on the unit circle, the corners between them at radius `inner`."""
+    """Compute the signed function of a star: points on the unit circle, corners between them at `inner`."""
     half = np.pi / points
     angle = np.abs((np.arctan2(y, x) + half) % (2 * half) - half)
     edge = inner * np.sin(half) * np.cos(angle) + (1 - inner * np.cos(half)) * np.sin(angle)
     return np.hypot(x, y) * edge - inner * np.sin(half)
 
 
-# Of coordinates in units of the shape's radius: negative inside.
+# Functions of coordinates in units of the shape's radius, negative inside the shape.
 SHAPES = {
     "crescent": lambda x, y: np.maximum(np.hypot(x, y) - 1, 0.8 - np.hypot(x - 0.5, y)),
     "cross": lambda x, y: np.where(np.minimum(abs(x), abs(y)) < 0.3, np.maximum(abs(x), abs(y)) - 0.95, 1),
@@ -48,12 +48,12 @@ SHAPES = {
 
 
 def _noise(rng, x, y):
-    """Smooth noise of random coarseness: a few random values, enlarged."""
+    """Generate smooth noise by upsampling a few random values."""
     coarse = Image.fromarray(rng.random((rng.integers(3, 9),) * 2, np.float32))
     return np.asarray(coarse.resize(x.shape[::-1], Image.Resampling.BICUBIC))
 
 
-# Of coordinates in periods: the share of the second colour, clipped to 0 .. 1.
+# Functions of coordinates in periods: share of the second color, before clipping to [0, 1].
 TEXTURES = {
     "plain": lambda rng, x, y: np.zeros_like(x),
     "stripes": lambda rng, x, y: 0.5 + 1.5 * np.sin(2 * np.pi * x),
@@ -64,30 +64,30 @@ TEXTURES = {
 }
 
 
-def _textured(rng, x, y, colours):
-    """A random texture of two colours [2, 3] over coordinates -1 .. 1 -> [H, W, 3]."""
+def _textured(rng, x, y, colors):
+    """Paint a random texture of two colors [2, 3] over coordinates in [-1, 1]; return [H, W, 3]."""
     angle, periods = rng.uniform(0, np.pi), rng.uniform(2, 5)
     u = periods * (x * np.cos(angle) + y * np.sin(angle)) + rng.random()
     v = periods * (y * np.cos(angle) - x * np.sin(angle)) + rng.random()
     share = np.clip(TEXTURES[rng.choice(list(TEXTURES))](rng, u, v), 0, 1)[..., None]
-    return (1 - share) * colours[0] + share * colours[1]
+    return (1 - share) * colors[0] + share * colors[1]
 
 
-def _colours(rng):
-    """Two colours for the shape and two for the background [2, 2, 3]; they differ in brightness too."""
+def _random_colors(rng):
+    """Choose two colors each for shape and background, [2, 2, 3], whose first ones differ in luma."""
     while True:
         base = rng.random((2, 3))
         if abs((base[0] - base[1]) @ (0.3, 0.59, 0.11)) > 0.3:
-            others = base + rng.uniform(-0.35, 0.35, (2, 3))
-            return np.clip(np.stack([base, others], axis=1), 0, 1).astype(np.float32)
+            second = base + rng.uniform(-0.35, 0.35, (2, 3))
+            return np.clip(np.stack([base, second], axis=1), 0, 1).astype(np.float32)
 
 
 def draw(shape: str, rng: np.random.Generator, width: int = SIDE, height: int = SIDE) -> np.ndarray:
-    """One image of a shape of `SHAPES`, which lies wholly within it: uint8 [height, width, 3]."""
+    """Draw an image of a shape of `SHAPES` that lies within its borders, uint8 [height, width, 3]."""
     n, short = OVERSAMPLING, min(width, height)
-    at = lambda size: ((np.arange(size * n, dtype=np.float32) + 0.5) / n * 2 - size) / short  # noqa: E731
-    x, y = np.meshgrid(at(width), at(height))
-    inner, outer = _colours(rng)
+    axis = lambda size: ((np.arange(size * n, dtype=np.float32) + 0.5) / n * 2 - size) / short
+    x, y = np.meshgrid(axis(width), axis(height))
+    inner, outer = _random_colors(rng)
     radius, angle = rng.uniform(0.4, 0.8), rng.uniform(0, 2 * np.pi)
     dx = x - rng.uniform(-1, 1) * (width / short - radius)
     dy = y - rng.uniform(-1, 1) * (height / short - radius)
@@ -98,9 +98,10 @@ def draw(shape: str, rng: np.random.Generator, width: int = SIDE, height: int = 
     return (image * 255 + 0.5).astype(np.uint8)
 
 
-def encoded(i: int, seed: int = 0) -> tuple[str, str, bytes]:
-    """Image i of a seed: its shape, the suffix of its file, and its bytes."""
-    rng, shape = np.random.default_rng((seed, i)), list(SHAPES)[i % len(SHAPES)]
+def encode_image(i: int, seed: int = 0) -> tuple[str, str, bytes]:
+    """Encode image i of a seed; return its shape, the suffix of its file, and its bytes."""
+    rng = np.random.default_rng((seed, i))
+    shape = list(SHAPES)[i % len(SHAPES)]
     suffix = rng.choice(["jpg", "jpg", "png"])
     size = rng.choice([(96, 64), (64, 96), (80, 80)]) if rng.random() < 0.1 else (SIDE, SIDE)
     mode = rng.choice(["L", "RGBA" if suffix == "png" else "L"]) if rng.random() < 0.06 else "RGB"
@@ -111,13 +112,13 @@ def encoded(i: int, seed: int = 0) -> tuple[str, str, bytes]:
 
 
 def write_folder(out: Path, images: int, seed: int = 0) -> list[Path]:
-    """Writes `images` images as out/<shape>/<number>.<jpg or png>, and four broken files more.
+    """Write `images` images as out/<shape>/<number>.<jpg or png>, and four broken files.
 
     Returns:
-      The broken ones: an empty file, a JPEG and a PNG that are cut short, a text that is called .png.
+      Paths of the broken files: an empty file, a truncated JPEG, a truncated PNG, and a text file named .png.
 
     Raises:
-      FileExistsError: if `out` holds something already.
+      FileExistsError: if `out` is not empty.
     """
     if out.exists() and any(out.iterdir()):
         raise FileExistsError(f"{out} is not empty: give a new folder")
@@ -125,7 +126,7 @@ def write_folder(out: Path, images: int, seed: int = 0) -> list[Path]:
         (out / shape).mkdir(parents=True)
     halves = {"jpg": b"", "png": b""}
     for i in range(images):
-        shape, suffix, data = encoded(i, seed)
+        shape, suffix, data = encode_image(i, seed)
         (out / shape / f"{i:05}.{suffix}").write_bytes(data)
         halves[suffix] = data[: len(data) // 2]
     broken = {"disc/empty.jpg": b"", "star/text.png": b"This is no image.\n"}
@@ -137,9 +138,9 @@ def write_folder(out: Path, images: int, seed: int = 0) -> list[Path]:
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("out", type=Path)
-    parser.add_argument("--images", type=int, default=4000)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("out", type=Path, help="new folder to write")
+    parser.add_argument("--images", type=int, default=4000, help="number of images")
+    parser.add_argument("--seed", type=int, default=0, help="of the random numbers")
     args = parser.parse_args()
     broken = write_folder(args.out, args.images, args.seed)
     print(f"{args.images} images in {args.out}; broken on purpose: {', '.join(map(str, broken))}")

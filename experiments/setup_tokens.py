@@ -1,4 +1,4 @@
-"""What experiments with transformers stand on: a trained tokenizer and its tokens, made once."""
+"""Preparation of transformer experiments: train the tokenizer and encode the data, once."""
 
 import shlex
 import sys
@@ -13,27 +13,27 @@ from var_jax.data.token_writer import BatchEncoder, make_cache_spec, write_cache
 from var_jax.errors import ConfigError, config_errors
 from var_jax.interop.load import load_tokenizer
 
-ENCODED_AT_ONCE = 64  # images, by each device
+IMAGES_PER_DEVICE = 64  # encoded at once
 
 
-def prepare(stage: ConfigDict, trains: ConfigDict | None, out: Path, crops: int = 1) -> None:
-    """Gives a transformer's stage its tokenizer and its tokens; what is there is taken as it is.
+def prepare_tokens(stage: ConfigDict, tokenizer_stage: ConfigDict | None, out: Path, crops: int = 1) -> None:
+    """Train the tokenizer of a transformer's stage and encode its data, unless the stage names them.
 
     Args:
-      stage: of a transformer; `tokenizer` and `data.tokens` are filled in where they are empty.
-      trains: the stage that trains a tokenizer; None where there is none.
-      out: where that tokenizer's run and the tokens will lie, in `tokenizer` and `tokens`.
-      crops: of each training image.
+      stage: of a transformer; empty `tokenizer` and `data.tokens` are set.
+      tokenizer_stage: stage that trains a tokenizer, or None.
+      out: directory in which the tokenizer's run is written as `tokenizer`, and the tokens as `tokens`.
+      crops: number of crops of each training image.
 
     Raises:
-      ConfigError: where there is neither a tokenizer nor a stage that trains one, or several processes
-        would have to encode.
+      ConfigError: if the stage has no tokenizer and `tokenizer_stage` is None, or if several processes would
+        have to encode.
     """
     if not stage.tokenizer:
-        if trains is None:
-            raise ConfigError("config.tokenizer names none, and no stage of the config trains one")
+        if tokenizer_stage is None:
+            raise ConfigError("config.tokenizer is empty, and no stage of the config trains a tokenizer")
         print("--- tokenizer", flush=True)
-        stages.run(trains, out / "tokenizer")
+        stages.run(tokenizer_stage, out / "tokenizer")
         stage.tokenizer = str((out / "tokenizer").absolute())
     data = stage.data
     if data.tokens:
@@ -48,7 +48,7 @@ def prepare(stage: ConfigDict, trains: ConfigDict | None, out: Path, crops: int 
     with config_errors():
         tokenizer, params = load_tokenizer(stage.tokenizer, tuple(stage.scales) or None)
         sources = tuple(open_source(data.name, split, data.dir) for split in splits)
-    encode = BatchEncoder(tokenizer, params, ENCODED_AT_ONCE * jax.device_count())
-    holds = make_cache_spec(tokenizer, params, sources, data, crops, stage.seed)
-    write_cache(out / "tokens", holds, sources, encode, data.threads, shlex.join(["python", *sys.argv]))
+    encode = BatchEncoder(tokenizer, params, IMAGES_PER_DEVICE * jax.device_count())
+    description = make_cache_spec(tokenizer, params, sources, data, crops, stage.seed)
+    write_cache(out / "tokens", description, sources, encode, data.threads, shlex.join(["python", *sys.argv]))
     data.tokens = str((out / "tokens").absolute())

@@ -1,14 +1,14 @@
-"""Eight fake CPU devices, the golden tensors, and tiny networks that many tests share."""
+"""Shared test setup: eight fake CPU devices, golden tensors and tiny networks."""
 
 import os
 
 from tests.helpers.xla_flags import fake_devices
 
 os.environ["JAX_PLATFORMS"] = "cpu"
-# Programs that several tests and the processes they start have in common are compiled once.
+# The compilation cache is shared by all tests and the processes that they start.
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", os.path.join(os.getcwd(), ".pytest_cache", "xla"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
-# Fake devices on few cores hang in collectives unless all keep to one order.
+# On few cores, collectives of fake devices hang unless all devices run them in the same order.
 os.environ["XLA_FLAGS"] = " ".join(
     (
         os.environ.get("XLA_FLAGS", ""),
@@ -35,7 +35,7 @@ from var_jax.tokenizer.model import Tokenizer
 from var_jax.transformer.config import NextScaleConfig
 from var_jax.transformer.next_scale import NextScale
 
-# Files that take a minute or more, the slowest first.
+# Test files that take a minute or more, slowest first.
 SLOW = [
     "training/test_hosts.py",
     "training/test_sharding.py",
@@ -59,14 +59,14 @@ SLOW = [
 
 
 def pytest_collection_modifyitems(items):
-    """Slow files first, so that the workers of pytest-xdist end together (with --no-loadscope-reorder)."""
-    place = {REPOSITORY / "tests" / name: i for i, name in enumerate(SLOW)}
-    items.sort(key=lambda item: place.get(item.path, len(place)))
+    """Move slow files to the front, so that pytest-xdist workers finish together (--no-loadscope-reorder)."""
+    rank = {REPOSITORY / "tests" / name: i for i, name in enumerate(SLOW)}
+    items.sort(key=lambda item: rank.get(item.path, len(rank)))
 
 
 @pytest.fixture(scope="session")
 def goldens() -> Path:
-    """Folder of the golden tensors; skips without it, fails where VAR_JAX_REQUIRE_GOLDENS is set."""
+    """Directory of the golden tensors; skip without it, or fail if VAR_JAX_REQUIRE_GOLDENS is set."""
     folder = Path(os.environ.get("VAR_JAX_GOLDENS", REPOSITORY.parent / "shared" / "goldens"))
     if not (folder / "vae.npz").exists():
         message = f"no golden tensors at {folder} (set VAR_JAX_GOLDENS)"
@@ -78,7 +78,7 @@ def goldens() -> Path:
 
 @pytest.fixture(scope="session")
 def golden(goldens):
-    """Name -> arrays of a golden file, images and feature maps moved to channels last."""
+    """Loader of the arrays of a golden file by name; images and feature maps are converted to NHWC."""
 
     def load(name: str) -> dict[str, np.ndarray]:
         with np.load(goldens / f"{name}.npz") as file:
@@ -90,13 +90,13 @@ def golden(goldens):
 
 @pytest.fixture(scope="session")
 def golden_tokenizer(goldens) -> var_jax.LoadedTokenizer:
-    """The published tokenizer of the goldens."""
+    """Tokenizer of the goldens, from a published file."""
     return var_jax.load_tokenizer(goldens / "vae.pth", scales=GOLDEN_SCALES)
 
 
 @pytest.fixture(scope="session", params=TRANSFORMERS)
 def golden_var(request, goldens, golden, golden_tokenizer):
-    """Each published transformer of the goldens, with its arrays."""
+    """Each transformer of the goldens, from a published file, with its arrays."""
     model = var_jax.load_var(goldens / f"{request.param}.pth", tokenizer=golden_tokenizer)
     with np.load(goldens / f"{request.param}.npz") as file:
         return model, {key: file[key] for key in file}
@@ -104,7 +104,7 @@ def golden_var(request, goldens, golden, golden_tokenizer):
 
 @pytest.fixture(scope="session")
 def tiny_tokenizer() -> tuple[Tokenizer, dict]:
-    """8x8 images, three scales, 16 codes."""
+    """Tiny tokenizer of 8x8 images, with three scales and 16 codes, and its parameters."""
     config = TokenizerConfig(
         scales=(1, 2, 4), num_codes=16, code_dim=4, ch=8, ch_mult=(1, 1), num_blocks=1, norm_groups=4
     )
@@ -116,7 +116,7 @@ def tiny_tokenizer() -> tuple[Tokenizer, dict]:
 
 @pytest.fixture(scope="session")
 def tiny_var(tiny_tokenizer) -> tuple[NextScale, dict]:
-    """Two blocks of width 32 on the tokens of the tiny tokenizer, 5 classes."""
+    """Transformer of two blocks of width 32 and 5 classes for the tiny tokenizer, and its parameters."""
     config = NextScaleConfig(
         depth=2, width=32, num_heads=4, num_classes=5, num_codes=16, code_dim=4, scales=(1, 2, 4)
     )
@@ -127,7 +127,7 @@ def tiny_var(tiny_tokenizer) -> tuple[NextScale, dict]:
 
 @pytest.fixture(scope="session")
 def tiny_shared_var(tiny_var) -> tuple[NextScale, dict]:
-    """The same with shared adaLN and plain attention."""
+    """`tiny_var` with shared adaLN and without query-key normalization, and its parameters."""
     config = dataclasses.replace(tiny_var[0].config, shared_adaln=True, normalized_attention=False)
     module = NextScale(config)
     blank = (jnp.zeros(1, jnp.int32), jnp.zeros((1, 20, 4)))
@@ -136,7 +136,7 @@ def tiny_shared_var(tiny_var) -> tuple[NextScale, dict]:
 
 @pytest.fixture(scope="session")
 def digits_dir(tmp_path_factory) -> Path:
-    """Data directory with the digits prepared."""
+    """Data directory with the prepared digits."""
     from var_jax.data.sources import open_source
 
     folder = tmp_path_factory.mktemp("data")
@@ -146,7 +146,7 @@ def digits_dir(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def token_cache(tiny_run, digits_dir, tmp_path_factory) -> Path:
-    """Tokens of the digits by the tokenizer of the tiny run: two random crops, written by eight devices."""
+    """Token cache of the digits for the tokenizer of `tiny_run`: two crops, written on eight devices."""
     from tests.helpers.token_cache import make_cache
 
     return make_cache(tiny_run, digits_dir, tmp_path_factory.mktemp("cache") / "tokens")
@@ -154,7 +154,7 @@ def token_cache(tiny_run, digits_dir, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_run(digits_dir, tmp_path_factory, worker_id) -> Path:
-    """A run of both stages, a few steps long, on eight devices; made by the first worker that needs it."""
+    """Run of both stages for two steps on eight devices, created by the first worker that needs it."""
     from tests.helpers.tiny import tiny_config
     from var_jax.stages import run
 
@@ -170,7 +170,7 @@ def tiny_run(digits_dir, tmp_path_factory, worker_id) -> Path:
 
 @pytest.fixture(scope="session")
 def bucket(tmp_path_factory) -> str:
-    """gs:// URL of a fake bucket; processes started by `python -m tests.helpers.fake_gs` see it too."""
+    """URL of a fake bucket, which processes started with `python -m tests.helpers.fake_gs` see too."""
     from tests.helpers import fake_gs
 
     with fake_gs.serving(tmp_path_factory.mktemp("gs")) as environment:
@@ -183,12 +183,12 @@ def bucket(tmp_path_factory) -> str:
 
 @pytest.fixture
 def small_disk(tmp_path):
-    """A disk of 6 MB."""
+    """Directory on a file system of 6 MB."""
     folder = tmp_path / "disk"
     folder.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", "size=6m", "tmpfs", str(folder)]
     done = subprocess.run(mount, capture_output=True, text=True)
     if done.returncode:
-        pytest.skip(f"a small disk cannot be mounted here (it takes root): {done.stderr.strip()}")
+        pytest.skip(f"mounting a small file system needs root: {done.stderr.strip()}")
     yield folder
-    subprocess.run(["umount", "--lazy", str(folder)], check=True)  # a log may still be open
+    subprocess.run(["umount", "--lazy", str(folder)], check=True)  # lazy, since a log file may still be open

@@ -55,7 +55,7 @@ def test_what_ends_all_hosts_alike_goes_the_usual_way(hosts, error):
 
 def test_edits_lead_to_one_class(monkeypatch):
     model = types.SimpleNamespace(num_classes=10, check_labels=lambda labels: labels)
-    flag = lambda *words: {"label": types.SimpleNamespace(value=words)}  # noqa: E731
+    flag = lambda *words: {"label": types.SimpleNamespace(value=words)}
     monkeypatch.setattr(cli, "FLAGS", flag("none"))
     np.testing.assert_array_equal(cli.labels(model, "label", max_count=1), [10])
     for words in (("3", "5"), ("3-5",)):

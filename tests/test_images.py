@@ -14,7 +14,7 @@ def test_grid_puts_images_row_by_row_and_enlarges_small_ones():
 
 
 def test_rounding_is_to_the_nearest_on_the_device_as_on_the_host():
-    """The published demonstration truncates: half a grey level darker on average."""
+    """The published demonstration truncates: half a gray level darker on average."""
     assert to_uint8(np.array([0, 0.5, 1, 2])).tolist() == [0, 128, 255, 255]
     images = np.linspace(-1, 1, 10001, dtype=np.float32)
     pixels = np.asarray(denormalize_to_uint8(images)).astype(float)

@@ -31,7 +31,7 @@ def test_from_a_folder_of_pictures_to_samples(tmp_path):
     )  # fmt: skip
     assert "left out 4 of 124 files" in output
     train = ["train.py", "--config=configs/shapes.py", f"--workdir={runs}"]
-    stage = lambda name: [f"--config.{name}.data.dir={data}", *(f"--config.{name}.train.{x}" for x in TRAIN)]  # noqa: E731
+    stage = lambda name: [f"--config.{name}.data.dir={data}", *(f"--config.{name}.train.{x}" for x in TRAIN)]
     run(*train, "--config.stages=tokenizer", *stage("tokenizer"), *TINY_TOKENIZER)
     output = run(
         "-m", "var_jax.tools.encode_dataset", f"--workdir={runs}", "--data=shapes", f"--data_dir={data}",

@@ -1,4 +1,4 @@
-"""The same numbers on every platform: TF32 and bfloat16 operands are emulated, and programs looked into."""
+"""Equal numbers on every platform: TF32 and bfloat16 operands are emulated, and jaxprs are inspected."""
 
 import dataclasses
 
@@ -30,7 +30,7 @@ HALF, FULL = jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float32)
 
 @pytest.fixture
 def accelerator(monkeypatch):
-    """Networks that are loaded get the dtypes of an accelerator."""
+    """Make networks load with the dtypes of an accelerator."""
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     yield
     monkeypatch.undo()
@@ -42,8 +42,8 @@ def images_like(tokenizer, count: int = 8) -> jax.Array:
 
 
 def assert_all_highest(function, *args) -> None:
-    result = products(function, *args)
-    assert result and {precision_of(eqn) for eqn in result} == {"highest"}, result
+    eqns = products(function, *args)
+    assert eqns and {precision_of(eqn) for eqn in eqns} == {"highest"}, eqns
 
 
 # ------------------------------------------------------------------------------------------------ tokens
@@ -54,8 +54,8 @@ def test_golden_tokens_do_not_move_on_an_accelerator(platform, goldens, golden, 
     tokenizer = var_jax.load_tokenizer(goldens / "vae.pth", scales=GOLDEN_SCALES)
     assert tokenizer.module.dtype == HALF and tokenizer.module.dtype_of_encoder == FULL
     arrays = golden("vae")
-    both = lambda module, images: (module.encode(images), module.features(images))  # noqa: E731
-    encode = lambda images: tokenizer.module.apply({"params": tokenizer.params}, images, method=both)  # noqa: E731
+    both = lambda module, images: (module.encode(images), module.features(images))
+    encode = lambda images: tokenizer.module.apply({"params": tokenizer.params}, images, method=both)
     tokens, features = emulated(encode, platform)(arrays["image"])
     np.testing.assert_array_equal(tokens, all_tokens(arrays))
     close(features, arrays["features"])
@@ -65,7 +65,7 @@ def test_three_bfloat16_passes_are_nearer_to_float32_than_tf32_and_this_than_one
     module, params = tiny_tokenizer
     images, error = images_like(module), {}
     for precision, platform in (("high", "tpu"), ("high", "gpu"), ("default", "tpu"), ("highest", "tpu")):
-        features = lambda x, p=precision: dataclasses.replace(module, encoder_precision=p).apply(  # noqa: E731
+        features = lambda x, p=precision: dataclasses.replace(module, encoder_precision=p).apply(
             {"params": params}, x, method="features"
         )
         rough = emulated(features, platform)(images)
@@ -81,8 +81,8 @@ def test_phi_and_sums_of_maps_are_float32_on_every_platform(tiny_tokenizer):
         lambda t: module.apply({"params": params}, t, method=lambda m, t: m.quantizer().partial_sums(t)),
         tokens,
     )
-    shares = lambda logits: smooth_codes(logits, 0.0, params["quantizer"]["codebook"], 0.5)  # noqa: E731
-    assert_all_highest(shares, jnp.zeros((2, 4, 16)))
+    mixtures = lambda logits: smooth_codes(logits, 0.0, params["quantizer"]["codebook"], 0.5)
+    assert_all_highest(mixtures, jnp.zeros((2, 4, 16)))
 
 
 def test_every_product_of_encoding_is_float32_at_highest_whatever_pixels_are_made_in(tiny_run, accelerator):
@@ -92,9 +92,9 @@ def test_every_product_of_encoding_is_float32_at_highest_whatever_pixels_are_mad
         params = tokenizer_in_compute_dtype(params, tokenizer)
         assert params["encoder"]["conv_in"]["kernel"].dtype == params["quant_conv"]["bias"].dtype == FULL
         assert params["decoder"]["conv_in"]["kernel"].dtype == tokenizer.dtype
-        encode = lambda x: tokenizer.apply({"params": params}, x, method="encode")  # noqa: B023, E731
+        encode = lambda x: tokenizer.apply({"params": params}, x, method="encode")  # noqa: B023
         assert_all_highest(encode, images_like(tokenizer))
-        decode = lambda t: tokenizer.apply({"params": params}, t, method="decode")  # noqa: B023, E731
+        decode = lambda t: tokenizer.apply({"params": params}, t, method="decode")  # noqa: B023
         decoding = [
             eqn for eqn in products(decode, jnp.zeros((1, 21), jnp.int32)) if eqn.invars[0].aval.ndim == 4
         ]
@@ -110,27 +110,27 @@ def test_a_token_cache_and_an_evaluation_encode_at_highest_and_judge_in_float32(
     pixels = np.zeros((8, 8, 8, 3), np.uint8)
     encoder = BatchEncoder(module, params, 8)
     assert_all_highest(encoder._program, encoder._params, pixels)
-    real, result = jax.jit, []
+    real_jit, eqns = jax.jit, []
 
     def jit(function):
         def run(*args):
-            result.extend(products(function, *args))
-            return real(function)(*args)
+            eqns.extend(products(function, *args))
+            return real_jit(function)(*args)
 
         return run
 
     monkeypatch.setattr(reconstruction.jax, "jit", jit)
     reconstruction.evaluate_reconstruction(module, params, [{"image": pixels, "valid": np.ones(8)}], 8)
-    in_float32 = [eqn for eqn in result if eqn.invars[0].aval.dtype == FULL]
+    in_float32 = [eqn for eqn in eqns if eqn.invars[0].aval.dtype == FULL]
     assert {precision_of(eqn) for eqn in in_float32} == {"highest"}
     encoding = len(
         products(lambda x: module.apply({"params": params}, x, method="encode"), jnp.zeros((8, 8, 8, 3)))
     )
-    assert encoding < len(in_float32) < len(result)  # pixels are decoded in bfloat16
+    assert encoding < len(in_float32) < len(eqns)  # the decoder is bfloat16
 
 
 def test_networks_that_judge_images_are_float32_unless_less_is_asked_for():
-    array = lambda *shape: jax.ShapeDtypeStruct(shape, FULL)  # noqa: E731
+    array = lambda *shape: jax.ShapeDtypeStruct(shape, FULL)
     channels = (3, *(width for width, layer in zip(CHANNELS, LAYERS, strict=True) for _ in layer))
     names = [str(i) for layer in LAYERS for i in layer]
     conv = {
@@ -140,8 +140,8 @@ def test_networks_that_judge_images_are_float32_unless_less_is_asked_for():
     vgg = {"conv": conv, "linear": {str(i): array(width) for i, width in enumerate(CHANNELS)}}
     images = array(2, 16, 16, 3)
     assert_all_highest(perceptual_distance, vgg, images, images)
-    quick = products(lambda *args: perceptual_distance(*args, precision="default"), vgg, images, images)
-    assert {precision_of(eqn) for eqn in quick} == {"default"}
+    eqns = products(lambda *args: perceptual_distance(*args, precision="default"), vgg, images, images)
+    assert {precision_of(eqn) for eqn in eqns} == {"default"}
     assert_all_highest(PatchDiscriminator(8, 1).init_with_output, jax.random.key(0), images)
 
 
@@ -164,13 +164,13 @@ def test_training_encodes_in_float32_at_the_precision_asked_for_and_evaluates_at
     stage.train.dtype = "bfloat16"
     inputs = {"image": jnp.zeros((2, 8, 8, 3), jnp.uint8)}
     tokenizer = load_tokenizer(tiny_run, dtype="bfloat16")
-    for asked, expected in ((None, "high"), ("default", "default"), ("highest", "highest")):
-        if asked is None:
+    for requested, expected in ((None, "high"), ("default", "default"), ("highest", "highest")):
+        if requested is None:
             del stage.transformer.encoder_precision  # a config from before the field
         else:
-            stage.transformer.encoder_precision = asked
+            stage.transformer.encoder_precision = requested
         task = NextScaleTask(stage, 6, *tokenizer, classes=10)
-        features = lambda x: task.tokenizer.apply({"params": task.frozen["tokenizer"]}, x, method="features")  # noqa: B023, E731
+        features = lambda x: task.tokenizer.apply({"params": task.frozen["tokenizer"]}, x, method="features")  # noqa: B023
         encoder = len(products(features, jnp.zeros((2, 8, 8, 3))))
         for module, precision in ((task.training_tokenizer, expected), (task.tokenizer, "highest")):
             eqns = products(lambda b: task._tokens(module, task.frozen, b), inputs)  # noqa: B023
@@ -210,7 +210,7 @@ def test_a_float32_transformer_is_float32_on_every_platform(tiny_var, positions)
     inputs = (jnp.array([1, 5]), jax.random.normal(jax.random.key(0), (2, 20, 4)))
     params = jax.eval_shape(module.init, jax.random.key(1), *inputs)["params"]
     tokens = jnp.zeros((2, 21), jnp.int32)
-    loss = lambda p: module.apply({"params": p}, *inputs, tokens, method="losses")[0].sum()  # noqa: E731
+    loss = lambda p: module.apply({"params": p}, *inputs, tokens, method="losses")[0].sum()
     assert_all_highest(jax.grad(loss), params)
 
 
@@ -218,7 +218,7 @@ def test_a_float32_transformer_is_float32_on_every_platform(tiny_var, positions)
 def test_golden_logits_do_not_move_on_an_accelerator(platform, golden_var, golden):
     model, arrays = golden_var
     inputs = (jnp.asarray(arrays["label"]), jnp.asarray(golden("vae")["var_input"]))
-    logits = lambda *inputs: model.module.apply({"params": model.params}, *inputs)  # noqa: E731
+    logits = lambda *inputs: model.module.apply({"params": model.params}, *inputs)
     close(emulated(logits, platform)(*inputs), jax.jit(logits)(*inputs), 1e-6)
 
 
@@ -227,9 +227,9 @@ def test_logits_leave_the_head_in_float32_and_their_gradients_run_in_bfloat16(ti
     inputs = (jnp.array([1, 5]), jax.random.normal(jax.random.key(0), (2, 20, 4)))
     logits = jax.jit(module.apply)({"params": params}, *inputs)
     assert logits.dtype == FULL
-    assert (logits.astype(HALF).astype(FULL) != logits).mean() > 0.9  # as they did where they were rounded
+    assert (logits.astype(HALF).astype(FULL) != logits).mean() > 0.9  # rounding would make them equal
     tokens = jnp.zeros((2, 21), jnp.int32)
-    loss = lambda p: module.apply({"params": p}, *inputs, tokens, method="losses")[0].sum()  # noqa: E731
+    loss = lambda p: module.apply({"params": p}, *inputs, tokens, method="losses")[0].sum()
     codes = module.config.num_codes
     of_head = [
         eqn
@@ -254,8 +254,8 @@ def test_the_gradients_of_the_head_are_those_of_a_plain_product():
     for dtype, tolerance in ((FULL, 1e-6), (HALF, 1e-2)):
         head = Head(16, nn.initializers.zeros_init(), dtype)
         params = {"kernel": kernel, "bias": jnp.ones(16)}
-        loss = lambda params, x: jnp.sum(head.apply({"params": params}, x) * weights)  # noqa: B023, E731
-        result, found_x = jax.jit(jax.grad(loss, (0, 1)))(params, x)
-        close(result["kernel"], np.einsum("bnd,bnv->dv", x, weights), tolerance)
-        close(result["bias"], np.sum(weights, (0, 1)), 1e-6)
-        close(found_x, np.einsum("bnv,dv->bnd", weights, kernel), tolerance)
+        loss = lambda params, x: jnp.sum(head.apply({"params": params}, x) * weights)  # noqa: B023
+        grads, x_grad = jax.jit(jax.grad(loss, (0, 1)))(params, x)
+        close(grads["kernel"], np.einsum("bnd,bnv->dv", x, weights), tolerance)
+        close(grads["bias"], np.sum(weights, (0, 1)), 1e-6)
+        close(x_grad, np.einsum("bnv,dv->bnd", weights, kernel), tolerance)

@@ -95,7 +95,7 @@ def killed_after(run, out, images: int) -> int:
         stderr=subprocess.DEVNULL,
     )
     file, deadline = out / "samples.partial" / "images.uint8", time.monotonic() + 120
-    done = lambda: file.stat().st_size // IMAGE_BYTES if file.exists() else 0  # noqa: E731
+    done = lambda: file.stat().st_size // IMAGE_BYTES if file.exists() else 0
     while done() < images and time.monotonic() < deadline and process.poll() is None:
         time.sleep(0.002)
     process.send_signal(signal.SIGKILL)

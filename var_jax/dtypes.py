@@ -1,14 +1,15 @@
 """Precision of matrix products and convolutions."""
 
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 PRECISIONS = ("default", "high", "highest")
 
 
-def product_precision(dtype: jnp.dtype) -> str:
-    """Precision at which products of this dtype have the same value on every platform: `jax.lax.Precision`'s.
+def product_precision(dtype: DTypeLike) -> str:
+    """Choose the `jax.lax.Precision` at which products of a dtype have the same value on every platform.
 
-    In float32 JAX rounds the operands by default, to TF32 on a GPU and to bfloat16 on a TPU; `highest` rounds
-    nothing.  Operands of 16 bits are taken as they are everywhere.
+    By default JAX rounds float32 operands: to TF32 on a GPU, to bfloat16 on a TPU; `highest` does not round.
+    16-bit operands are used as they are on every platform.
     """
     return "highest" if jnp.dtype(dtype) == jnp.float32 else "default"

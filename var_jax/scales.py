@@ -1,8 +1,8 @@
-"""The schedule of scales: which token belongs to which map, and what it may look at.
+"""The schedule of scales: positions of the token maps in the sequence, and the block-causal mask.
 
-Everything that depends on the sides of the token maps alone is worked out here once, in numpy, so
-that it is a constant of every compiled program.  The schedule is general: `(16,)` is an ordinary
-VQ-VAE, `(16, 16, 16, 16)` a residual one, `(1, 2, 3, 4, 5, 6, 8, 10, 13, 16)` that of VAR.
+These tables depend on the sides of the token maps alone.  They are numpy arrays, and so constants of every
+compiled program.  The schedule is general: `(16,)` is an ordinary VQ-VAE, `(16, 16, 16, 16)` a residual
+one, `(1, 2, 3, 4, 5, 6, 8, 10, 13, 16)` that of VAR.
 """
 
 import dataclasses
@@ -12,6 +12,7 @@ import operator
 from collections.abc import Iterable
 
 import numpy as np
+from jaxtyping import Bool, Int32
 
 SCALES_256 = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)
 SCALES_512 = (1, 2, 3, 4, 6, 9, 13, 18, 24, 32)
@@ -19,13 +20,13 @@ SCALES_512 = (1, 2, 3, 4, 6, 9, 13, 18, 24, 32)
 
 @dataclasses.dataclass(frozen=True)
 class Scales:
-    """Sides of K token maps, coarse to fine; tokens of all maps are laid out one after another.
+    """Sides of K token maps, coarse to fine; the tokens of all maps form one sequence.
 
     Attributes:
-      sides: K positive ints that never decrease.
+      sides: K positive, non-decreasing ints.
 
     Raises:
-      ValueError: on an empty schedule, a side below 1, or a side smaller than the one before it.
+      ValueError: on an empty schedule, a side below 1, or a decreasing side.
     """
 
     sides: tuple[int, ...]
@@ -39,20 +40,20 @@ class Scales:
             raise ValueError("scales must name at least one side, got an empty schedule ()")
         if min(sides) < 1:
             raise ValueError(f"every side of scales must be at least 1, got {min(sides)} in {sides}")
-        for before, after in itertools.pairwise(sides):
-            if after < before:
+        for previous, side in itertools.pairwise(sides):
+            if side < previous:
                 raise ValueError(
-                    f"scales must run from coarse to fine, but {after} follows {before} in {sides}"
+                    f"scales must run from coarse to fine, but {side} follows {previous} in {sides}"
                 )
         object.__setattr__(self, "sides", sides)
 
     def __len__(self) -> int:
-        """K, the number of scales."""
+        """Return K, the number of scales."""
         return len(self.sides)
 
     @property
     def side(self) -> int:
-        """Side of the last map, which is the side of the features."""
+        """Side of the last map, equal to the side of the features."""
         return self.sides[-1]
 
     @functools.cached_property
@@ -62,30 +63,30 @@ class Scales:
 
     @functools.cached_property
     def ends(self) -> tuple[int, ...]:
-        """One past the last position of each map."""
+        """End of each map in the sequence, one past its last position."""
         return tuple(start + s * s for start, s in zip(self.starts, self.sides, strict=True))
 
     @property
     def length(self) -> int:
-        """L, the number of tokens of an image."""
+        """L, the number of tokens per image."""
         return self.ends[-1]
 
     @functools.cached_property
-    def levels(self) -> np.ndarray:
-        """int32 [L]: the scale that each position belongs to."""
+    def levels(self) -> Int32[np.ndarray, " L"]:
+        """Scale of each position."""
         return np.repeat(np.arange(len(self), dtype=np.int32), [s * s for s in self.sides])
 
     @functools.cached_property
-    def mask(self) -> np.ndarray:
-        """bool [L, L]: whether a query (row) may see a key (column): its own scale and coarser ones."""
+    def mask(self) -> Bool[np.ndarray, "L L"]:
+        """Attention mask: True where a query (row) sees a key (column) of its own or a coarser scale."""
         return self.levels[:, None] >= self.levels[None, :]
 
     def progress(self, k: int) -> float:
-        """k / (K - 1): 0 at the first scale, 1 at the last (and 0 for the only scale of K = 1)."""
+        """Return k / (K - 1): 0 at the first scale, 1 at the last; 0 if K = 1."""
         return k / max(len(self) - 1, 1)
 
     def check_feature_side(self, side: int) -> None:
-        """Raises ValueError unless the last map is as large as the features are."""
+        """Raise ValueError unless the last map has the side of the features."""
         if self.side != side:
             raise ValueError(
                 f"the last side of scales {self.sides} must be the side of the features: "

@@ -1,4 +1,4 @@
-"""The mesh, and where parameters and activations live on it: one table of axis names, FSDP by default."""
+"""Device mesh, and sharding of parameters and activations: one table of axis names, FSDP by default."""
 
 from collections.abc import Callable
 from functools import wraps
@@ -11,45 +11,49 @@ from jax.sharding import PartitionSpec as P
 
 from var_jax.errors import ConfigError
 
-TENSOR = "tensor"  # mesh axis that heads, channels inside the MLP, and codes are split over
+TENSOR = "tensor"  # mesh axis over which heads, hidden channels of the MLP, and codes are sharded
 
 
 def activation_spec(shape: tuple[int, ...], tensor: int | None = None) -> P | None:
-    """Leading axis over the images' mesh axes, axis number `tensor` over TENSOR; None without a mesh.
+    """Return the PartitionSpec of an activation on the current mesh; None without a mesh.
 
-    An axis that its mesh axes do not divide is kept whole.
+    The leading axis is sharded over all mesh axes but TENSOR.  An axis whose size is not divisible by that of
+    its mesh axes is replicated.
+
+    Args:
+      shape: of the activation.
+      tensor: axis to shard over TENSOR; None for none.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
         return None
     spec = [None] * len(shape)
-    images = tuple(name for name in mesh.axis_names if name != TENSOR)
     if shape[0] % (mesh.size // mesh.shape.get(TENSOR, 1)) == 0:
-        spec[0] = images
+        spec[0] = tuple(name for name in mesh.axis_names if name != TENSOR)
     if tensor is not None and TENSOR in mesh.axis_names and shape[tensor] % mesh.shape[TENSOR] == 0:
         spec[tensor] = TENSOR
     return P(*spec)
 
 
 def constrain(x: jax.Array, tensor: int | None = None) -> jax.Array:
-    """Keeps an activation split so (see `activation_spec`); as it is without a mesh."""
+    """Constrain an activation to the sharding of `activation_spec`; return it unchanged without a mesh."""
     spec = activation_spec(x.shape, tensor)
     return x if spec is None else jax.lax.with_sharding_constraint(x, spec)
 
 
 def replicate(table: jax.Array) -> jax.Array:
-    """A small parameter, whole on every device, to look rows up in without moving what asks for them."""
+    """Replicate a small parameter, so that looking up its rows moves no activation."""
     mesh = jax.sharding.get_abstract_mesh()
     return table if mesh.empty or mesh.size == 1 else jax.lax.with_sharding_constraint(table, P())
 
 
 def tensor_shards() -> int:
-    """Size of the mesh axis TENSOR of the mesh that is set; 1 without one."""
+    """Return the size of the axis TENSOR of the current mesh; 1 without one."""
     return dict(jax.sharding.get_abstract_mesh().shape).get(TENSOR, 1)
 
 
 def shard_map_batch(kernel: Callable, *arrays: jax.Array, tensor: int) -> jax.Array:
-    """A kernel, which XLA cannot partition, of arrays split as `split` does, every device on its own part."""
+    """Run a kernel that XLA cannot partition on each device's shard of arrays sharded as by `constrain`."""
     spec = activation_spec(arrays[0].shape, tensor)
     if spec is None:
         return kernel(*arrays)
@@ -74,33 +78,34 @@ RULES = {
 
 
 def make_mesh(data: int = 1, fsdp: int = -1, tensor: int = 1, devices=None) -> Mesh:
-    """A mesh of all devices; one of the sizes may be -1: what is left.
+    """Create a mesh of all devices; one of the sizes may be -1, for all remaining devices.
 
     Raises:
-      ConfigError: where the sizes do not multiply to the number of devices, or the torus of a TPU slice does
-        not have them.
+      ConfigError: if the product of the sizes is not the number of devices, or the torus of a TPU slice
+        cannot be split into these sizes.
     """
     devices = list(jax.devices() if devices is None else devices)
     sizes = [data, fsdp, tensor]
     known = int(np.prod([size for size in sizes if size != -1]))
     if sizes.count(-1) == 1 and known > 0:
         sizes[sizes.index(-1)] = len(devices) // known
-    asked = dict(zip(MESH_AXES, (data, fsdp, tensor), strict=True))
+    requested = dict(zip(MESH_AXES, (data, fsdp, tensor), strict=True))
     if min(sizes) < 1 or np.prod(sizes) != len(devices):
         raise ConfigError(
-            f"mesh {asked} does not fit {len(devices)} devices: the product must be {len(devices)}, "
+            f"mesh {requested} does not fit {len(devices)} devices: the product must be {len(devices)}, "
             "and at most one size may be -1"
         )
     try:
         return jax.make_mesh(tuple(sizes), MESH_AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
     except NotImplementedError as error:
         raise ConfigError(
-            f"mesh {asked} does not fit the slice: a size must be a product of sides of its torus ({error})"
+            f"mesh {requested} does not fit the slice: a size must be a product of sides of its torus "
+            f"({error})"
         ) from error
 
 
 def check_batch(batch: int, mesh: Mesh, accumulate: int = 1) -> None:
-    """Raises ConfigError unless every device gets equally many images of every microbatch."""
+    """Raise ConfigError unless each microbatch can be split evenly over the devices."""
     shards = int(np.prod([mesh.shape[axis] for axis in BATCH_AXES]))
     if accumulate < 1 or batch % (shards * accumulate):
         raise ConfigError(
@@ -110,27 +115,27 @@ def check_batch(batch: int, mesh: Mesh, accumulate: int = 1) -> None:
 
 
 def partition_spec(names: tuple, shape: tuple[int, ...], mesh: Mesh) -> P:
-    """Logical axis names of an array -> its PartitionSpec.
+    """Return the PartitionSpec of an array with these logical axis names.
 
-    An axis that the mesh axis does not divide, or whose mesh axis an earlier axis has taken, is kept
-    whole.
+    An axis is replicated if the size of its mesh axis does not divide its own, or if an earlier axis uses
+    that mesh axis.
 
     Raises:
-      KeyError: on a name that the table lacks.
+      KeyError: on a name that is not in RULES.
     """
-    taken, spec = set(), []
+    used, spec = set(), []
     for name, size in zip(names, shape, strict=True):
         axis = None if name is None else RULES[name]
-        if axis in taken or (axis is not None and size % mesh.shape[axis]):
+        if axis in used or (axis is not None and size % mesh.shape[axis]):
             axis = None
-        taken.add(axis)
-        taken.discard(None)
+        used.add(axis)
+        used.discard(None)
         spec.append(axis)
     return P(*spec)
 
 
 def tree_shardings(boxed, mesh: Mesh):
-    """Shardings of an abstract tree whose parameters carry logical names; the rest is replicated."""
+    """Return the shardings of an abstract tree; leaves without logical axis names are replicated."""
 
     def sharding(leaf):
         if isinstance(leaf, nn.LogicallyPartitioned):
@@ -141,33 +146,34 @@ def tree_shardings(boxed, mesh: Mesh):
 
 
 def replicated_fraction(params) -> float:
-    """Share of the parameters (abstract, with shardings) that every device holds whole."""
+    """Compute the fraction of the parameters (abstract, with shardings) that is replicated on all devices."""
     leaves = jax.tree.leaves(params)
-    whole = [leaf.size for leaf in leaves if leaf.sharding.shard_shape(leaf.shape) == leaf.shape]
-    return sum(whole) / sum(leaf.size for leaf in leaves)
+    sizes = [leaf.size for leaf in leaves if leaf.sharding.shard_shape(leaf.shape) == leaf.shape]
+    return sum(sizes) / sum(leaf.size for leaf in leaves)
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Leading axis split over all devices that share a batch."""
+    """Return the sharding of a batch: its leading axis over the mesh axes BATCH_AXES."""
     return NamedSharding(mesh, P(BATCH_AXES))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
+    """Return the sharding of an array that every device holds completely."""
     return NamedSharding(mesh, P())
 
 
 def global_batch(batch: dict, mesh: Mesh) -> dict:
-    """This process's part of a batch (numpy) -> global arrays on the devices."""
+    """Create global arrays on the devices from this process's part of a batch (numpy)."""
     sharding = batch_sharding(mesh)
     return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x), batch)
 
 
 def on_mesh(function: Callable, mesh: Mesh) -> Callable:
-    """A function for `jit` whose activations are split over a mesh (see `var_jax/sharding.py`)."""
+    """Wrap a function for `jit`, so that its activations are sharded over a mesh (see `constrain`)."""
 
     @wraps(function)
-    def traced(*args):
+    def with_mesh(*args):
         with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
             return function(*args)
 
-    return traced
+    return with_mesh

@@ -1,4 +1,4 @@
-"""What the points of complexity.py amount to: fitted exponents, tables, a picture."""
+"""Fitted exponents, tables and plot of `experiments.complexity`."""
 
 from pathlib import Path
 
@@ -6,11 +6,11 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from benchmarks.tables import markdown
+from benchmarks.tables import markdown_table
 
 KINDS = ("paper", "counted", "seconds")
-# A colour a scheme; full lines and dots without a cache.
-STYLES = {
+# A color per scheme; solid lines and filled markers without a cache.
+SYSTEM_STYLES = {
     "next-token, no cache": dict(color="C3", marker="o", linestyle="-"),
     "next-token, KV cache": dict(color="C3", marker="s", linestyle="--", markerfacecolor="white"),
     "next-scale, no cache": dict(color="C0", marker="o", linestyle="-"),
@@ -19,12 +19,12 @@ STYLES = {
 
 
 def fit_exponent(sides: list[int], values: list[float], last: int) -> float | None:
-    """p of values ~ n^p: least squares in logarithms over the `last` largest n; None of fewer than two.
+    """Fit p of values ~ n^p by least squares in logarithms over the `last` largest n; None for fewer than 2.
 
     Args:
       sides: n, increasing.
-      values: positive, one a size.
-      last: how many sizes, at most.
+      values: positive, one per size.
+      last: maximum number of sizes.
     """
     if len(sides) < 2:
         return None
@@ -32,15 +32,22 @@ def fit_exponent(sides: list[int], values: list[float], last: int) -> float | No
 
 
 def _series(points: list[dict], system: str, kind: str) -> tuple[list[int], list[float]]:
-    """The sizes at which a system was measured, and what was found there."""
-    own = [(point["side"], point[kind]) for point in points if point["system"] == system]
-    known = [(side, value) for side, value in own if value is not None]
+    """Return the sizes at which a system was measured, and the values of a kind there."""
+    pairs = [(point["side"], point[kind]) for point in points if point["system"] == system]
+    known = [(side, value) for side, value in pairs if value is not None]
     return [side for side, _ in known], [value for _, value in known]
 
 
-def exponents(points: list[dict], theory: dict[str, int], last: int) -> dict[str, dict]:
-    """For each system: the exponent in `theory`, those fitted to each of `KINDS`, and `sides`, the sizes
-    that each was fitted over.
+def fit_exponents(points: list[dict], theory: dict[str, int], last: int) -> dict[str, dict]:
+    """Fit the exponents of all systems.
+
+    Args:
+      points: measurements, from `measure_systems`.
+      theory: system -> theoretical exponent.
+      last: number of the largest sizes to fit.
+
+    Returns:
+      System -> `theory`, the exponent fitted to each of `KINDS`, and the `sides` of each fit.
     """
     result = {}
     for system, exponent in theory.items():
@@ -50,33 +57,39 @@ def exponents(points: list[dict], theory: dict[str, int], last: int) -> dict[str
     return result
 
 
-def _short(value: float | None) -> str:
-    """Three digits or, of large numbers, all before the point."""
+def _format_short(value: float | None) -> str:
+    """Format three significant digits, or all digits before the point of a large number."""
     if value is None:
         return "not measured"
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
-def report(result: dict) -> str:
-    """Markdown: FLOPs and seconds, a size a row, and the exponents, a system a row."""
+def format_tables(result: dict) -> str:
+    """Format markdown tables of FLOPs and seconds, a row per size, and of exponents, a row per system."""
     systems = list(result["exponents"])
-    at = {(point["system"], point["side"]): point for point in result["points"]}
-    sides = sorted({side for _, side in at})
-    what = (
+    by_key = {(point["system"], point["side"]): point for point in result["points"]}
+    sides = sorted({side for _, side in by_key})
+    settings = (
         f"Width {result['width']}, depth {result['depth']}, {result['codes']} codes of {result['code_dim']} "
     )
-    what += f"channels, batch 1; {result['device']}, float32, jax {result['jax']}."
+    settings += f"channels, batch 1; {result['device']}, float32, jax {result['jax']}."
 
     def flops(system: str, side: int) -> str:
-        point = at[system, side]
-        return f"{_short(point['counted'] / 1e9)} ({_short(point['paper'] / 1e9)})"
+        point = by_key[system, side]
+        return f"{_format_short(point['counted'] / 1e9)} ({_format_short(point['paper'] / 1e9)})"
 
     work = [[str(side), *(flops(system, side) for system in systems)] for side in sides]
     times = []
     for side in sides:
-        pair = [at[systems[i], side] for i in (0, -1)]  # one of each scheme
+        pair = [by_key[systems[i], side] for i in (0, -1)]  # one of each scheme
         steps = [f"{point['steps']:,} of {point['positions']:,}" for point in pair]
-        times.append([str(side), *steps, *(_short(at[system, side]["seconds"]) for system in systems)])
+        times.append(
+            [
+                str(side),
+                *steps,
+                *(_format_short(by_key[system, side]["seconds"]) for system in systems),
+            ]
+        )
     fits = []
     for system, fit in result["exponents"].items():
         cells = ["none" if fit[kind] is None else f"{fit[kind]:.2f}" for kind in KINDS]
@@ -85,19 +98,21 @@ def report(result: dict) -> str:
     last = ", ".join(map(str, sides[-result["fitted_to"] :]))
     return "\n\n".join(
         [
-            what,
+            settings,
             "GFLOPs of an image, as XLA counts them (in brackets: on paper)",
-            markdown(["n", *systems], work),
+            markdown_table(["n", *systems], work),
             "Steps, of how many positions in all, and seconds of an image",
-            markdown(["n", "steps, next-token", "steps, next-scale", *(f"{s}, s" for s in systems)], times),
+            markdown_table(
+                ["n", "steps, next-token", "steps, next-scale", *(f"{s}, s" for s in systems)], times
+            ),
             f"Fitted exponents of n (of FLOPs: over n = {last})",
-            markdown(["", "theory", "on paper", "counted", "seconds", "seconds over n ="], fits),
+            markdown_table(["", "theory", "on paper", "counted", "seconds", "seconds over n ="], fits),
         ]
     )
 
 
-def draw(result: dict, path: Path) -> None:
-    """FLOPs and seconds of an image over n, log-log, beside n^6 and n^4."""
+def plot_costs(result: dict, path: Path) -> None:
+    """Plot FLOPs and seconds of an image over n, log-log, with guides n^6 and n^4."""
     figure = Figure(figsize=(13, 5.8), layout="constrained")
     axes = figure.subplots(1, 2)
     sides = sorted({point["side"] for point in result["points"]})
@@ -106,21 +121,23 @@ def draw(result: dict, path: Path) -> None:
         for system, fit in result["exponents"].items():
             slope = "too few sizes" if fit[kind] is None else f"$n^{{{fit[kind]:.2f}}}$"
             label = f"{system}: {slope}" + (f" (theory {fit['theory']})" if kind == "counted" else "")
-            axis.plot(*_series(result["points"], system, kind), label=label, markersize=6, **STYLES[system])
-        _guides(axis, result["points"], kind)
+            axis.plot(
+                *_series(result["points"], system, kind), label=label, markersize=6, **SYSTEM_STYLES[system]
+            )
+        _plot_guides(axis, result["points"], kind)
         axis.set(xscale="log", yscale="log", xlabel="n, side of the token map (tokens)", title=title)
         axis.set_ylabel({"counted": "FLOPs", "seconds": "seconds"}[kind])
         axis.set_xticks(sides, [str(side) for side in sides], minor=False)
         axis.minorticks_off()
         axis.grid(alpha=0.3)
         axis.legend(loc="upper left", fontsize=9, title=f"fitted over the last {result['fitted_to']} sizes")
-    what = f"width {result['width']}, depth {result['depth']}, batch 1, {result['device']}"
-    figure.suptitle(f"One image of n x n tokens: {what}", fontsize=11)
+    settings = f"width {result['width']}, depth {result['depth']}, batch 1, {result['device']}"
+    figure.suptitle(f"One image of n x n tokens: {settings}", fontsize=11)
     figure.savefig(path, dpi=100)
 
 
-def _guides(axis: Axes, points: list[dict], kind: str) -> None:
-    """Slopes n^6 and n^4, through the largest sizes of next-token and next-scale without a cache."""
+def _plot_guides(axis: Axes, points: list[dict], kind: str) -> None:
+    """Plot guides n^6 and n^4 next to the largest sizes of the systems without a cache."""
     for system, power, offset in (("next-token, no cache", 6, 4.0), ("next-scale, no cache", 4, 0.25)):
         sides, values = _series(points, system, kind)
         if len(sides) < 2:
@@ -128,5 +145,6 @@ def _guides(axis: Axes, points: list[dict], kind: str) -> None:
         n = np.array(sides[-3:], float)
         guide = offset * values[-1] * (n / n[-1]) ** power
         axis.plot(n, guide, color="0.45", linestyle=":", linewidth=1.6)
-        where = ("right", "bottom") if offset > 1 else ("left", "top")
-        axis.annotate(f"$n^{power}$", (n[1], guide[1]), ha=where[0], va=where[1], color="0.3", fontsize=11)
+        horizontal, vertical = ("right", "bottom") if offset > 1 else ("left", "top")
+        label = (n[1], guide[1])
+        axis.annotate(f"$n^{power}$", label, ha=horizontal, va=vertical, color="0.3", fontsize=11)

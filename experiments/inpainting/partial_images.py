@@ -1,16 +1,16 @@
-"""Images that are known in part: what a model is told of them, and how it makes the rest.
+"""Inpainting of partially known images without leaks from the unknown part.
 
-Nothing of the unknown part may reach the model.  A token sees far beyond its own cell: the encoder's
-convolutions overlap, its attention and its norms see the whole image, and the coarse maps are means over all
-of it.  So the unknown part is painted over before the image is encoded, with a colour of the known part.
+The unknown part must not reach the model.  A token depends on more than its own cell: the encoder's
+convolutions overlap, its attention and norms see the whole image, and the coarse maps average over all of it.
+Therefore the unknown part is painted over with a color of the known part before the image is encoded.
 
-A token is then known where its cell lies in the known part.  A cell that the mask touches is made anew, and a
-1x1 map with it: `LoadedVAR.inpaint` keeps that as published, and would here keep the code of a half-painted
-image.
+A token is known if its cell lies in the known part.  Cells that the mask touches are resampled, 1x1 maps
+included.  (`LoadedVAR.inpaint` keeps 1x1 maps, as published; here they would hold the code of a half-painted
+image.)
 
-The maps of VAR's tokenizer add up, and each encodes what those before it left.  With some of them drawn, what
-is left is another: known tokens are therefore encoded map by map, against what was drawn so far.  For a
-tokenizer of one map that is to encode once.
+The maps of VAR's tokenizer add up, and each encodes the residual of those before it.  If some tokens are
+sampled, the residual changes: known tokens are therefore encoded map by map, against the maps sampled so far.
+For a tokenizer of one map, this is a single encoding.
 """
 
 import dataclasses
@@ -30,35 +30,35 @@ from var_jax.tokenizer.resize import area_matrix, area_resize
 from var_jax.transformer.config import TransformerConfig
 from var_jax.transformer.positions import inverse
 
-BATCH = 256  # images made at once
+GENERATE_BATCH = 256  # images
 
 
-def masks(side: int) -> dict[str, np.ndarray]:
-    """What is unknown in each task, bool [side, side]: the upper half, the left half, the centre quarter."""
-    result = {name: np.zeros((side, side), bool) for name in ("top", "left", "centre")}
+def unknown_masks(side: int) -> dict[str, np.ndarray]:
+    """Return the unknown part of each task, bool [side, side]: upper half, left half, and center quarter."""
+    masks = {name: np.zeros((side, side), bool) for name in ("top", "left", "centre")}
     half, quarter = side // 2, side // 4
-    result["top"][:half] = True
-    result["left"][:, :half] = True
-    result["centre"][quarter : side - quarter, quarter : side - quarter] = True
-    return result
+    masks["top"][:half] = True
+    masks["left"][:, :half] = True
+    masks["centre"][quarter : side - quarter, quarter : side - quarter] = True
+    return masks
 
 
 def mask_with_median(images: np.ndarray, mask: np.ndarray) -> np.ndarray:
-    """Images whose unknown part has the colour that is usual in their known part (its background, mostly).
+    """Paint the unknown part of images in the median color of their known part (mostly its background).
 
     Args:
       images: uint8 [N, H, W, 3].
       mask: bool [H, W], True where unknown.
 
     Returns:
-      uint8 [N, H, W, 3]; under the mask the median of the other pixels, channel by channel.
+      uint8 [N, H, W, 3]; under the mask, each channel has the median of the other pixels.
     """
-    usual = np.median(images[:, ~mask], axis=1).astype(np.uint8)
-    return np.where(mask[..., None], usual[:, None, None], images)
+    median = np.median(images[:, ~mask], axis=1).astype(np.uint8)
+    return np.where(mask[..., None], median[:, None, None], images)
 
 
 def touching_tokens(mask: np.ndarray, scales: Scales) -> np.ndarray:
-    """bool [L]: tokens whose cell has a pixel under the mask, bool [H, W]; a 1x1 map is one such cell."""
+    """Return the tokens whose cell has a pixel under the mask bool [H, W], as bool [L]; 1x1 maps included."""
     maps = []
     for side in scales.sides:
         rows, columns = (area_matrix(size, side) for size in mask.shape)
@@ -66,32 +66,32 @@ def touching_tokens(mask: np.ndarray, scales: Scales) -> np.ndarray:
     return np.concatenate(maps)
 
 
-def published(mask: np.ndarray, scales: Scales) -> np.ndarray:
-    """bool [L]: tokens that published editing makes anew under a mask [H, W]; 1x1 maps are kept."""
+def published_tokens(mask: np.ndarray, scales: Scales) -> np.ndarray:
+    """Return the tokens that published editing resamples under a mask [H, W], as bool [L]; not 1x1 maps."""
     return mask_from_pixels(mask[None], scales)[0]
 
 
-def mostly_unknown(mask: np.ndarray, scales: Scales) -> np.ndarray:
-    """bool [L]: tokens that published editing makes anew under a mask [H, W], and all 1x1 maps."""
-    return published(mask, scales) | (np.asarray(scales.sides)[scales.levels] == 1)
+def mostly_unknown_tokens(mask: np.ndarray, scales: Scales) -> np.ndarray:
+    """Return the tokens that published editing resamples under a mask [H, W], and 1x1 maps, as bool [L]."""
+    return published_tokens(mask, scales) | (np.asarray(scales.sides)[scales.levels] == 1)
 
 
-def share_seen(config: TransformerConfig, resample: np.ndarray) -> float:
-    """Share of the known tokens that a token of the last map sees when it is made, mean over those made anew.
+def share_of_known_seen(config: TransformerConfig, resample: np.ndarray) -> float:
+    """Compute the share of the known tokens that precede a resampled token of the last map, on average.
 
     Args:
       config: of the transformer.
-      resample: bool [L], True where a token is made anew.
+      resample: bool [L], True where a token is resampled.
     """
     scales = config.schedule
     last = resample & (scales.levels == len(scales) - 1)
-    when = scales.levels  # of VAR, a map at once
+    step = scales.levels  # VAR predicts a map at once
     if not config.predicts_maps:
-        when = inverse(config.cells)
-    return float((when[last][:, None] > when[~resample]).mean())
+        step = inverse(config.cells)
+    return float((step[last][:, None] > step[~resample]).mean())
 
 
-def fill(
+def fill_unknown(
     model: var_jax.LoadedVAR,
     images: np.ndarray,
     resample: np.ndarray,
@@ -99,16 +99,16 @@ def fill(
     seed: int,
     once: bool = False,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Makes the unknown part of images, drawing as the model's run does.
+    """Sample the unknown part of images with the sampling options of the model's run.
 
     Args:
       model: VAR or next-token.
-      images: uint8 [N, H, W, 3], painted over.
-      resample: bool [L], tokens to make anew.
+      images: uint8 [N, H, W, 3], with the unknown part painted over.
+      resample: bool [L], tokens to sample.
       labels: int [N]; num_classes for "no class".
       seed: image i depends on (seed, i) alone.
-      once: encode the known tokens of all maps at once, as published editing does, and not against what is
-        drawn.
+      once: encode the known tokens of all maps at once, as published editing does, and not against the maps
+        sampled so far.
 
     Returns:
       Images uint8 [N, H, W, 3], and their tokens int32 [N, L].
@@ -118,37 +118,39 @@ def fill(
     tokenizer, params = model.tokenizer.module, model.tokenizer.params
     if once:
         tokens = model.tokenizer.encode(images.astype(np.float32) / 255)
-        return _drawn(model, KnownTokens(tokens, resample), labels, seed, len(scales))
-    features = _features(tokenizer, params, images)
+        return _generate_first_maps(model, KnownTokens(tokens, resample), labels, seed, len(scales))
+    features = _encode_features(tokenizer, params, images)
     tokens = np.zeros(resample.shape, np.int32)
     for k, (start, end) in enumerate(zip(scales.starts, scales.ends, strict=True)):
-        tokens[:, start:end] = _map_of_rest(tokenizer, params, features, tokens, k)
-        given = KnownTokens(tokens, resample & (scales.levels == k))
-        made, drawn = _drawn(model, given, labels, seed, k + 1)
-        tokens[:, start:end] = drawn[:, start:end]
-    return made, tokens
+        tokens[:, start:end] = _encode_residual_map(tokenizer, params, features, tokens, k)
+        known = KnownTokens(tokens, resample & (scales.levels == k))
+        filled, sampled = _generate_first_maps(model, known, labels, seed, k + 1)
+        tokens[:, start:end] = sampled[:, start:end]
+    return filled, tokens
 
 
-def _drawn(model, given: KnownTokens, labels, seed: int, maps: int) -> tuple[np.ndarray, np.ndarray]:
-    """Images uint8 and tokens of the first so many maps."""
-    options = dataclasses.replace(model.options, upto=maps)
-    batch = min(BATCH, len(labels))
+def _generate_first_maps(
+    model, known: KnownTokens, labels, seed: int, num_maps: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Generate images uint8 [N, H, W, 3] and tokens int32 [N, L] of the first `num_maps` maps."""
+    options = dataclasses.replace(model.options, upto=num_maps)
+    batch = min(GENERATE_BATCH, len(labels))
     images, tokens = zip(
-        *model.generate_batches(labels, seed, batch, options, known=given, postprocess=denormalize_to_uint8),
+        *model.generate_batches(labels, seed, batch, options, known=known, postprocess=denormalize_to_uint8),
         strict=True,
     )
     return np.concatenate(images), np.concatenate(tokens)
 
 
 @partial(jax.jit, static_argnums=0)
-def _features(tokenizer: Tokenizer, params: dict, images: jax.Array) -> jax.Array:
-    """Images uint8 -> features float32 [B, h, w, C]."""
+def _encode_features(tokenizer: Tokenizer, params: dict, images: jax.Array) -> jax.Array:
+    """Encode images uint8 [B, H, W, 3] as features float32 [B, h, w, C]."""
     return tokenizer.apply({"params": params}, normalize(images), method="features")
 
 
 @partial(jax.jit, static_argnums=(0, 4))
-def _map_of_rest(tokenizer: Tokenizer, params: dict, features: jax.Array, tokens: jax.Array, k: int):
-    """Tokens int32 [B, s_k^2] of map k of what the maps before it, of tokens [B, L], leave of features."""
+def _encode_residual_map(tokenizer: Tokenizer, params: dict, features: jax.Array, tokens: jax.Array, k: int):
+    """Encode the residual of features after the first k maps of tokens [B, L] as map k, int32 [B, s_k^2]."""
     quantizer = Quantizer.create(params["quantizer"], tokenizer.config)
     if k:
         features = features - quantizer.partial_sums(tokens[:, : quantizer.scales.starts[k]])[-1]

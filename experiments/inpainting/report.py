@@ -1,4 +1,4 @@
-"""Tables and picture of `experiments.inpainting`."""
+"""Tables and plot of `experiments.inpainting`."""
 
 from pathlib import Path
 
@@ -6,11 +6,11 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from benchmarks.tables import markdown, over_seeds
+from benchmarks.tables import format_over_seeds, markdown_table
 from experiments.inpainting import partial_images
 
 # Heading, key, format.
-COLUMNS = (
+TASK_COLUMNS = (
     ("known part seen", "seen", ".0%"),
     ("called right", "right", ".1%"),
     ("told the class", "right_told", ".1%"),
@@ -20,22 +20,22 @@ COLUMNS = (
 TASKS = {
     "top": "The upper half from the lower",
     "left": "The left half from the right",
-    "centre": "The centre from the rim",
+    "centre": "The center from the rim",
 }
-UNKNOWN = (150, 170, 215)  # colour of what is not known, in the picture
-CELL, GAP = 48, 6  # pixels of an image, and between images
+UNKNOWN_COLOR = (150, 170, 215)  # color of the unknown part in the plot
+IMAGE_SIZE, GAP = 48, 6  # pixels of an image in the plot, and between images
 
 
-def line(system: str, figures: dict) -> str:
-    """One run in words: how often it was called right, by task."""
+def format_accuracy(system: str, figures: dict) -> str:
+    """Format how often the classifier recognizes a run's images, by task, on one line."""
     parts = (
         f"{task} {result['right']:.1%}, told {result['right_told']:.1%}" for task, result in figures.items()
     )
     return f"{system}: called right: " + "; ".join(parts)
 
 
-def tables(result: dict) -> str:
-    """Markdown: a table a task, a system a row, mean and standard deviation over its seeds."""
+def format_tasks(result: dict) -> str:
+    """Format a markdown table per task, with a row per system: mean and standard deviation over its seeds."""
     parts = []
     for task, title in TASKS.items():
         parts.append(f"{title} ({result['images']} held-out images, {result['draws']} draws of each):")
@@ -43,47 +43,49 @@ def tables(result: dict) -> str:
         rows |= {name: [figures] for name, figures in result["bounds"][task].items()}
         rows["held-out images"] = [{"right": result["classifier_right"]}]
         rows["the most frequent class"] = [{"right": result["chance"]}]
-        cells = [[name, *(_cell(runs, *column) for column in COLUMNS)] for name, runs in rows.items()]
-        parts.append(markdown(["system", *(head for head, *_ in COLUMNS)], cells))
+        cells = [
+            [name, *(_task_cell(runs, *column) for column in TASK_COLUMNS)] for name, runs in rows.items()
+        ]
+        parts.append(markdown_table(["system", *(head for head, *_ in TASK_COLUMNS)], cells))
     return "\n\n".join(parts)
 
 
-def _cell(runs: list[dict], _, key: str, form: str) -> str:
+def _task_cell(runs: list[dict], _, key: str, form: str) -> str:
     if key not in runs[0]:
         return ""
-    return over_seeds([run[key] for run in (runs[:1] if key == "seen" else runs)], form)
+    return format_over_seeds([run[key] for run in (runs[:1] if key == "seen" else runs)], form)
 
 
-def draw(pictures: dict[str, dict[str, np.ndarray]], path: Path) -> None:
-    """Side by side: the truth, what is known, and what each system makes; an image a row, task by task.
+def plot_images(pictures: dict[str, dict[str, np.ndarray]], path: Path) -> None:
+    """Plot the truth, the known part, and each system's images side by side, a row per image, task by task.
 
     Args:
-      pictures: by task and name, uint8 [n, H, W, 3]; the truth first.
-      path: of a PNG.
+      pictures: task -> name -> uint8 [n, H, W, 3]; the truth first.
+      path: of the PNG to write.
     """
     names = ["truth", "known", *list(next(iter(pictures.values())))[1:]]
-    shown, side = next(iter(pictures.values()))["truth"].shape[:2]
-    scale, step = CELL // side or 1, (CELL // side or 1) * side + GAP
-    height = (shown * step + 2 * GAP) * len(pictures)
+    num_images, side = next(iter(pictures.values()))["truth"].shape[:2]
+    scale, step = IMAGE_SIZE // side or 1, (IMAGE_SIZE // side or 1) * side + GAP
+    height = (num_images * step + 2 * GAP) * len(pictures)
     canvas, outlines, middles = np.full((height, len(names) * step, 3), 255, np.uint8), [], []
-    for t, (task, made) in enumerate(pictures.items()):
-        top, mask = t * (shown * step + 2 * GAP), partial_images.masks(side)[task]
-        known = np.where(mask[..., None], np.uint8(UNKNOWN), made["truth"])
-        for column, images in enumerate([made["truth"], known, *list(made.values())[1:]]):
+    for t, (task, by_name) in enumerate(pictures.items()):
+        top, mask = t * (num_images * step + 2 * GAP), partial_images.unknown_masks(side)[task]
+        known = np.where(mask[..., None], np.uint8(UNKNOWN_COLOR), by_name["truth"])
+        for column, images in enumerate([by_name["truth"], known, *list(by_name.values())[1:]]):
             for row, image in enumerate(images):
                 y, x = top + row * step, column * step
                 canvas[y : y + side * scale, x : x + side * scale] = image.repeat(scale, 0).repeat(scale, 1)
                 outlines.append((x, y, mask) if column > 1 else None)
-        middles.append(top + (shown * step - GAP) / 2)
+        middles.append(top + (num_images * step - GAP) / 2)
     figure = Figure(figsize=(canvas.shape[1] / 70, height / 70))
     axis = figure.add_axes([0, 0, 1, 1])
     axis.imshow(canvas, interpolation="none")
     for x, y, mask in filter(None, outlines):
         axis.add_patch(_outline(x, y, mask, scale))
     axis.set_yticks(middles, [TASKS[task].replace(" from", "\nfrom") for task in pictures])
-    centres = (np.arange(len(names)) + 0.5) * step - GAP / 2
+    centers = (np.arange(len(names)) + 0.5) * step - GAP / 2
     labels = [name.replace(", learned_1d", "").replace("; ", ";\n") for name in names]
-    axis.set_xticks(centres, labels, fontsize=8, rotation=90)
+    axis.set_xticks(centers, labels, fontsize=8, rotation=90)
     axis.xaxis.tick_top()
     axis.tick_params(length=0)
     axis.spines[:].set_visible(False)
@@ -91,8 +93,8 @@ def draw(pictures: dict[str, dict[str, np.ndarray]], path: Path) -> None:
 
 
 def _outline(x: int, y: int, mask: np.ndarray, scale: int) -> Rectangle:
-    """Round the unknown part of an image that stands at (x, y)."""
+    """Outline the unknown part of an image whose corner is at (x, y)."""
     rows, columns = (np.flatnonzero(mask.any(axis)) for axis in (1, 0))
-    size = [(result[-1] - result[0] + 1) * scale for result in (columns, rows)]
+    size = [(indices[-1] - indices[0] + 1) * scale for indices in (columns, rows)]
     corner = (x + columns[0] * scale - 0.5, y + rows[0] * scale - 0.5)
-    return Rectangle(corner, *size, fill=False, edgecolor=np.divide(UNKNOWN, 255), linewidth=1.2)
+    return Rectangle(corner, *size, fill=False, edgecolor=np.divide(UNKNOWN_COLOR, 255), linewidth=1.2)

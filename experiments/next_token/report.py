@@ -1,15 +1,15 @@
-"""Table and pictures of `experiments.next_token`."""
+"""Tables and plots of `experiments.next_token`."""
 
 from pathlib import Path
 
 import numpy as np
 from matplotlib.figure import Figure
 
-from benchmarks.tables import markdown, over_seeds
+from benchmarks.tables import format_over_seeds, markdown_table
 from var_jax.images import image_grid
 
 # Heading, key, format, factor.
-COLUMNS = (
+RUN_COLUMNS = (
     ("parameters, M", "parameters", ".2f", 1e-6),
     ("steps", "steps", ".0f", 1),
     ("training, TFLOP", "training_flops", ".1f", 1e-12),
@@ -24,57 +24,68 @@ COLUMNS = (
     ("ms an image", "sampling_seconds", ".2f", 1e3),
 )
 TOKENIZER_COLUMNS = (("tokens", "tokens", ".0f", 1), ("PSNR, dB", "psnr", ".2f", 1))
-WHOSE = {"maps": "VAR", "map": "next-token"}
+TOKENIZER_USERS = {"maps": "VAR", "map": "next-token"}
 NOTE = """\
 Bits a pixel are of the tokens of two tokenizers: next-token of one map, VAR of all its maps. Least: of all
 evaluations, so that the held-out images chose it."""
-SAME = {"parameters", "steps", "training_flops", "sampling_steps", "sampling_flops"}  # for all seeds
+SAME_FOR_ALL_SEEDS = {"parameters", "steps", "training_flops", "sampling_steps", "sampling_flops"}
 
 
-def line(system: str, run: dict) -> str:
-    """One run in words."""
-    figures = (f"{head} {run[key] * factor:{form}}" for head, key, form, factor in COLUMNS)
+def format_run(system: str, run: dict) -> str:
+    """Format all figures of a run on one line."""
+    figures = (f"{head} {run[key] * factor:{form}}" for head, key, form, factor in RUN_COLUMNS)
     return f"{system}: " + ", ".join(figures)
 
 
-def table(result: dict) -> str:
-    """Markdown: a system a row, mean and standard deviation over its seeds; then the tokenizers."""
+def format_comparison(result: dict) -> str:
+    """Format markdown tables of systems (mean and deviation over the seeds) and of tokenizers."""
     systems = [
-        [system, *(_cell(list(runs.values()), *column) for column in COLUMNS)]
+        [system, *(_run_cell(list(runs.values()), *column) for column in RUN_COLUMNS)]
         for system, runs in result["systems"].items()
     ]
-    columns = [*TOKENIZER_COLUMNS, *(column for column in COLUMNS if column[1] in result["held_out"])]
-    through = {"as they are": result["held_out"]}
-    through |= {f"through the tokenizer of {WHOSE[name]}": of for name, of in result["tokenizers"].items()}
+    columns = [*TOKENIZER_COLUMNS, *(column for column in RUN_COLUMNS if column[1] in result["held_out"])]
+    images = {"as they are": result["held_out"]}
+    images |= {
+        f"through the tokenizer of {TOKENIZER_USERS[name]}": figures
+        for name, figures in result["tokenizers"].items()
+    }
     tokenizers = [
-        [name, *(f"{of[key] * factor:{form}}" if key in of else "" for _, key, form, factor in columns)]
-        for name, of in through.items()
+        [
+            name,
+            *(
+                f"{figures[key] * factor:{form}}" if key in figures else ""
+                for _, key, form, factor in columns
+            ),
+        ]
+        for name, figures in images.items()
     ]
     return "\n\n".join(
         (
-            markdown(["system", *(head for head, *_ in COLUMNS)], systems),
+            markdown_table(["system", *(head for head, *_ in RUN_COLUMNS)], systems),
             NOTE,
-            markdown(["held-out images", *(head for head, *_ in columns)], tokenizers),
+            markdown_table(["held-out images", *(head for head, *_ in columns)], tokenizers),
         )
     )
 
 
-def _cell(runs: list[dict], _, key: str, form: str, factor: float) -> str:
-    return over_seeds([run[key] * factor for run in (runs[:1] if key in SAME else runs)], form)
+def _run_cell(runs: list[dict], _, key: str, form: str, factor: float) -> str:
+    return format_over_seeds(
+        [run[key] * factor for run in (runs[:1] if key in SAME_FOR_ALL_SEEDS else runs)], form
+    )
 
 
-def draw_losses(systems: dict[str, dict], path: Path) -> None:
-    """Held-out bits a pixel over the training compute, each tokenizer's in a panel: a line a system."""
+def plot_losses(systems: dict[str, dict], path: Path) -> None:
+    """Plot held-out bits per pixel over training compute: a panel per tokenizer, a line per system."""
     figure = Figure(figsize=(11, 4.6), layout="constrained")
     axes = figure.subplots(1, 2, sharex=True)
     for system, runs in systems.items():
         axis = axes[int(system.startswith("VAR"))]
         curves = np.array([run["evaluations"] for run in runs.values()])  # [seeds, evaluations, 2]
-        some = next(iter(runs.values()))
-        compute = curves[0, :, 0] / some["steps"] * some["training_flops"] / 1e12
+        run = next(iter(runs.values()))
+        compute = curves[0, :, 0] / run["steps"] * run["training_flops"] / 1e12
         low, mean, high = curves[..., 1].min(0), curves[..., 1].mean(0), curves[..., 1].max(0)
-        (drawn,) = axis.plot(compute, mean, label=system)
-        axis.fill_between(compute, low, high, color=drawn.get_color(), alpha=0.15)
+        (curve,) = axis.plot(compute, mean, label=system)
+        axis.fill_between(compute, low, high, color=curve.get_color(), alpha=0.15)
     for axis, title in zip(axes, ("next-token: tokens of one map", "VAR: tokens of all maps"), strict=True):
         axis.set(title=title, xlabel="training compute, TFLOP", ylabel="held-out loss, bits a pixel")
         axis.grid(alpha=0.3)
@@ -83,17 +94,23 @@ def draw_losses(systems: dict[str, dict], path: Path) -> None:
     figure.savefig(path, dpi=110)
 
 
-def draw_samples(systems: dict[str, Path], path: Path, shown: int = 20) -> None:
-    """Samples of a run of every system, by its directory: a row each, class by class."""
+def plot_samples(systems: dict[str, Path], path: Path, shown: int = 20) -> None:
+    """Plot samples of a run of every system: a row per system, class by class.
+
+    Args:
+      systems: system -> directory of the run.
+      path: of the PNG to write.
+      shown: number of samples of each system.
+    """
     rows, names = [], []
     for system, directory in systems.items():
         with np.load(directory / "samples.npz") as samples:
             images = samples["arr_0"][np.argsort(samples["arr_1"], kind="stable")]
             per_class = len(images) // (samples["arr_1"].max() + 1)
         classes = len(images) // per_class
-        each = max(shown // classes, 1)
-        some = images.reshape(classes, per_class, *images.shape[1:])[:shown, :each]
-        rows.append(some.reshape(-1, *images.shape[1:]))
+        num_per_class = max(shown // classes, 1)
+        selected = images.reshape(classes, per_class, *images.shape[1:])[:shown, :num_per_class]
+        rows.append(selected.reshape(-1, *images.shape[1:]))
         names.append(system)
     picture = np.asarray(image_grid(np.concatenate(rows), columns=len(rows[0])))
     figure = Figure(figsize=(10, 10 * picture.shape[0] / picture.shape[1]))

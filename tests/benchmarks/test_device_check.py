@@ -1,4 +1,4 @@
-"""The check of a device: the whole command at tiny size, and what becomes of stages that fail."""
+"""Test the device check: the whole command at tiny size, and the handling of stages that fail."""
 
 import json
 import os
@@ -38,10 +38,10 @@ def test_every_stage_runs_here_and_all_checks_hold(goldens, tmp_path):
         f"--against={tmp_path}/peer.py",
         "--minutes=9.5",
     )
-    done = command("-m", "benchmarks.device_check", *flags)
-    assert done.returncode == 0, (done.stdout + done.stderr)[-6000:]
-    records = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
-    assert [record["stage"] for record in records] == list(device_check.STAGES)
+    process = command("-m", "benchmarks.device_check", *flags)
+    assert process.returncode == 0, (process.stdout + process.stderr)[-6000:]
+    records = [json.loads(line) for line in process.stdout.splitlines() if line.startswith("{")]
+    assert [record["stage"] for record in records] == list(device_check.STAGE_PARTS)
     assert {record["status"] for record in records} == {"ok"}
     parts = {(r["stage"], part["part"]): part for r in records for part in r["parts"]}
     assert parts["versions", "device"]["platform"] == "cpu"
@@ -58,25 +58,25 @@ def test_every_stage_runs_here_and_all_checks_hold(goldens, tmp_path):
     assert any("mlp/fc1" in kernel["op_name"] for kernel in step["kernels"])
     assert json.loads((tmp_path / "out" / "device_check.json").read_text()) == records
     table = (tmp_path / "out" / "device_check.md").read_text()
-    assert table.strip() in done.stdout and "| killed and resumed |" in table and "| `" in table
+    assert table.strip() in process.stdout and "| killed and resumed |" in table and "| `" in table
 
 
 def test_a_stage_that_fails_is_shown_and_sets_the_exit_code(tmp_path):
     for name in ("vae.npz", "vae.pth"):
         (tmp_path / name).write_text("damaged")
     flags = (f"--out={tmp_path}/out", f"--goldens={tmp_path}", "--stages=goldens")
-    done = command("-m", "benchmarks.device_check", *flags)
-    assert done.returncode == 1 and "device_check: failed: goldens; see" in done.stderr
-    versions, broken = (json.loads(line) for line in done.stdout.splitlines() if line.startswith("{"))
+    process = command("-m", "benchmarks.device_check", *flags)
+    assert process.returncode == 1 and "device_check: failed: goldens; see" in process.stderr
+    versions, broken = (json.loads(line) for line in process.stdout.splitlines() if line.startswith("{"))
     assert (versions["status"], broken["status"]) == ("ok", "failed")
     assert all("Traceback" in part["error"] for part in broken["parts"]) and len(broken["parts"]) == 3
     assert "tokenizer, float32:\nTraceback" in (tmp_path / "out" / "device_check.md").read_text()
 
 
 def check(monkeypatch, tmp_path, endings: dict, *flags) -> tuple[object, dict]:
-    """Runs main over stages whose processes end as told: None, or how, after they recorded one part."""
+    """Run main with fake stage processes: each records one part and ends as `endings` describes."""
 
-    def watched(arguments, environment, log, limit):
+    def fake_process(arguments, environment, log, limit):
         stage = next(a for a in arguments if a.startswith("--stage=")).removeprefix("--stage=")
         part = {
             "part": "one",
@@ -92,7 +92,7 @@ def check(monkeypatch, tmp_path, endings: dict, *flags) -> tuple[object, dict]:
         )
         return (ending or {}).get("how")
 
-    monkeypatch.setattr(device_check, "watch_process", watched)
+    monkeypatch.setattr(device_check, "run_process", fake_process)
     (tmp_path / "vae.npz").touch()
     arguments = [f"--out={tmp_path}", f"--goldens={tmp_path}", *flags]
     monkeypatch.setattr(sys, "argv", ["device_check", *arguments])
@@ -113,9 +113,12 @@ def test_stages_after_one_that_crashes_still_run(monkeypatch, tmp_path, capsys):
     failure, records = check(monkeypatch, tmp_path, endings)
     assert failure.startswith("device_check: failed: goldens, attention; see")
     status = {stage: record["status"] for stage, record in records.items()}
-    assert status == dict.fromkeys(device_check.STAGES, "ok") | {"goldens": "failed", "attention": "failed"}
+    assert status == dict.fromkeys(device_check.STAGE_PARTS, "ok") | {
+        "goldens": "failed",
+        "attention": "failed",
+    }
     assert "SIGSEGV" in records["goldens"]["error"] and "what the process said" in records["goldens"]["error"]
-    assert len(records["goldens"]["parts"]) == 1  # what was done before the crash
+    assert len(records["goldens"]["parts"]) == 1  # the part recorded before the crash
     printed = capsys.readouterr().out
     assert "one: does not hold: forward is within tolerance" in printed and "| FAILED |" in printed
 
@@ -132,7 +135,7 @@ def test_lack_of_time_fails_checks_and_cuts_measurements(monkeypatch, tmp_path):
     assert check(monkeypatch, tmp_path, endings)[0].startswith("device_check: failed: attention;")
 
 
-def test_goldens_that_are_not_there_are_skipped_with_a_notice(monkeypatch, tmp_path):
+def test_missing_goldens_are_skipped_with_a_notice(monkeypatch, tmp_path):
     failure, records = check(monkeypatch, tmp_path, {}, f"--goldens={tmp_path}/nowhere", "--stages=goldens")
     assert failure is None and records["goldens"]["status"] == "skipped"
     assert f"no golden tensors at {tmp_path}/nowhere (set" in (tmp_path / "device_check.md").read_text()
@@ -163,9 +166,7 @@ def test_wrong_arguments_are_refused(monkeypatch, capsys, tmp_path, flag, messag
     ],
 )
 def test_how_a_process_ended(tmp_path, program, how):
-    result = device_check.watch_process(
-        [sys.executable, "-c", program], dict(os.environ), tmp_path / "log", 60
-    )
+    result = device_check.run_process([sys.executable, "-c", program], dict(os.environ), tmp_path / "log", 60)
     assert result == how and (tmp_path / "log").exists()
 
 
@@ -173,7 +174,7 @@ def test_a_process_that_hangs_is_stopped_with_those_that_it_started(tmp_path):
     program = "import subprocess, sys, time; p = subprocess.Popen(['sleep', '600']); "
     program += f"open({str(tmp_path / 'child')!r}, 'w').write(str(p.pid)); time.sleep(600)"
     start = time.monotonic()
-    how = device_check.watch_process([sys.executable, "-c", program], dict(os.environ), tmp_path / "log", 3)
+    how = device_check.run_process([sys.executable, "-c", program], dict(os.environ), tmp_path / "log", 3)
     assert how == "stopped after 3 s, its share of --minutes" and time.monotonic() - start < 60
     child = int((tmp_path / "child").read_text())
     for _ in range(500):  # until it is reaped, or a zombie
@@ -185,7 +186,7 @@ def test_a_process_that_hangs_is_stopped_with_those_that_it_started(tmp_path):
         pytest.fail(f"process {child} still runs")
 
 
-def test_parts_go_on_after_one_that_raises_and_leave_out_what_takes_too_long(tmp_path):
+def test_parts_run_after_one_that_raises_and_long_ones_are_left_out(tmp_path):
     def late():
         raise subprocess.TimeoutExpired("sleep", 1)
 
@@ -215,12 +216,12 @@ def test_the_batch_is_halved_while_the_memory_is_too_small(monkeypatch, tmp_path
 
     monkeypatch.setattr(device_runs, "run_command", run)
     rates = {}
-    values = device_runs.measure(options(tmp_path), "train", 16, rates)
+    values = device_runs.measure_throughput(options(tmp_path), "train", 16, rates)
     assert batches == [64, 32, 16] and values["batch"] == 16 and values["ms"] == 500
     assert rates == {("train", 16): (16, 32)}
-    monkeypatch.setattr(device_runs, "SMALLEST_BATCH", 32)
+    monkeypatch.setattr(device_runs, "MIN_BATCH", 32)
     with pytest.raises(CommandFailed, match="ended with code 1"):
-        device_runs.measure(options(tmp_path), "train", 16, rates)
+        device_runs.measure_throughput(options(tmp_path), "train", 16, rates)
 
 
 def test_errors_are_relative_to_the_largest_magnitude_and_nan_holds_no_check():
@@ -236,7 +237,7 @@ def test_every_attention_is_checked_somewhere():
 
 def test_a_wrong_kernel_and_a_wrong_policy_are_noticed(monkeypatch):
     attend = device_numerics.attend
-    wrong = lambda *args, name, **how: attend(*args, name=name, **how) * (1.001 if name == "grouped" else 1)  # noqa: E731
+    wrong = lambda *args, name, **how: attend(*args, name=name, **how) * (1.001 if name == "grouped" else 1)
     monkeypatch.setattr(device_numerics, "attend", wrong)
     checks = device_numerics.check_attention("grouped", "float32", tiny=True)["checks"]
     assert checks == {"forward is within tolerance": False, "backward is within tolerance": False}

@@ -17,7 +17,7 @@ def line(monkeypatch, capsys, *arguments) -> dict:
     return json.loads(printed)
 
 
-def test_one_line_says_what_the_host_makes_and_what_machines_need(monkeypatch, capsys):
+def test_one_line_has_rates_of_the_host_and_needs_of_machines(monkeypatch, capsys):
     monkeypatch.setattr(input_rate, "encoder_flops", lambda tokenizer: 2e11)
     result = line(monkeypatch, capsys, "--images=6", "--repeats=2")
     assert result["data"] == "photographs/train" and result["size"] == 256 and result["cores"] >= 1
@@ -38,7 +38,7 @@ def test_one_line_says_what_the_host_makes_and_what_machines_need(monkeypatch, c
     )
 
 
-def test_a_data_set_of_ones_own(monkeypatch, capsys, digits_dir):
+def test_a_prepared_data_set_is_measured(monkeypatch, capsys, digits_dir):
     monkeypatch.setattr(input_rate, "encoder_flops", lambda tokenizer: 2e11)
     result = line(monkeypatch, capsys, "--data=digits", f"--data_dir={digits_dir}", "--split=test")
     assert result["data"] == "digits/test" and result["kb_per_image"] < 1
@@ -55,11 +55,11 @@ def test_the_encoder_counts_as_many_operations_as_its_kernels_make(tiny_tokenize
     assert 2 * 4 * 4 * weights < flops < 2 * 8 * 8 * weights  # between all of them on 4x4 and on 8x8 pixels
 
 
-def test_made_photographs_are_as_large_as_those_of_imagenet():
-    data = input_rate.photograph(np.random.default_rng(0))
+def test_generated_photographs_are_as_large_as_those_of_imagenet():
+    data = input_rate.make_photograph(np.random.default_rng(0))
     image = Image.open(io.BytesIO(data))
     assert (image.format, image.mode, image.size) == ("JPEG", "RGB", (500, 375)) and 90e3 < len(data) < 140e3
-    grey = np.asarray(image.convert("L")).astype(float)
-    power = np.abs(np.fft.fft2(grey - grey.mean())) ** 2
+    gray = np.asarray(image.convert("L")).astype(float)
+    power = np.abs(np.fft.fft2(gray - gray.mean())) ** 2
     low, high = power[1:9, 1:9].mean(), power[17:65, 17:65].mean()
     assert 20 < low / high < 400  # about 1 / frequency squared

@@ -1,4 +1,4 @@
-"""Device time by kernel: a trace that a CPU recorded, and one in the shape of XLA's traces of a GPU."""
+"""Test the kernel table with a recorded CPU trace and a synthetic GPU trace."""
 
 import gzip
 import json
@@ -19,7 +19,7 @@ HLO = """
 
 
 def gpu_trace() -> list[dict]:
-    """Two kernels on the compute stream within a CUDA graph, a copy on another stream, and the host."""
+    """Return events of two kernels in a CUDA graph on the compute stream, a copy stream, and the host."""
     names = {(1, 14): "Stream #14(Compute)", (1, 15): "Stream #15(MemcpyD2D)", (1, 90): "Framework Ops"}
     meta = [{"ph": "M", "pid": 1, "name": "process_name", "args": {"name": "/device:GPU:0 NVIDIA H200"}}]
     meta += [{"ph": "M", "pid": 7, "name": "process_name", "args": {"name": "/host:CPU"}}]
@@ -50,7 +50,7 @@ def by_name(table) -> dict:
 
 
 def test_kernels_of_a_gpu_are_those_of_its_streams_with_the_hlo_op_of_each():
-    table = kernel_table.kernel_table(gpu_trace(), steps=2, paths=op_names(HLO))
+    table = kernel_table.tabulate_kernels(gpu_trace(), steps=2, paths=op_names(HLO))
     kernels = by_name(table)
     assert [kernel.name for kernel in table.kernels[:2]] == [
         "gemm_fusion_dot_7",
@@ -74,20 +74,20 @@ def test_kernels_of_a_gpu_are_those_of_its_streams_with_the_hlo_op_of_each():
 
 
 def test_without_the_programs_text_the_trace_alone_names_them():
-    gemm = kernel_table.kernel_table(gpu_trace()).kernels[0]
+    gemm = kernel_table.tabulate_kernels(gpu_trace()).kernels[0]
     assert gemm.hlo_ops == ("command_buffer_3",) and gemm.calls == 2 and gemm.ms == 0.1
 
 
 def test_operations_of_a_cpu_count_without_those_inside_them():
     events = read_trace(CPU_TRACE)
-    table = kernel_table.kernel_table(events, steps=2)
-    whole = sum(e["dur"] for e in events if e.get("name") == "while.13") / 2e3
+    table = kernel_table.tabulate_kernels(events, steps=2)
+    loop_ms = sum(e["dur"] for e in events if e.get("name") == "while.13") / 2e3
     kernels = by_name(table)
     assert kernels["dot.4"].calls == 3 and kernels["while.13"].calls == 1  # a step: three layers, one loop
-    assert kernels["while.13"].ms < 0.2 * whole
+    assert kernels["while.13"].ms < 0.2 * loop_ms
     assert sum(kernel.share for kernel in table.kernels) == pytest.approx(1)
     assert sum(kernel.ms for kernel in table.kernels) == pytest.approx(table.busy_ms)
-    assert whole < table.busy_ms <= table.span_ms
+    assert loop_ms < table.busy_ms <= table.span_ms
     assert [kernel.ms for kernel in table.kernels] == sorted((k.ms for k in table.kernels), reverse=True)
 
 
@@ -98,7 +98,7 @@ def test_the_command_prints_the_table(monkeypatch, capsys):
     assert printed.count("\n| `") == 3 and "busy 0.95 ms a step" in printed
 
 
-def test_what_is_no_trace_is_refused(monkeypatch, tmp_path):
+def test_files_that_are_not_traces_are_refused(monkeypatch, tmp_path):
     (tmp_path / "text.gz").write_text("no gzip")
     (tmp_path / "other.gz").write_bytes(gzip.compress(json.dumps([1]).encode()))
     for name in ("text.gz", "other.gz", "missing.gz"):
@@ -107,4 +107,4 @@ def test_what_is_no_trace_is_refused(monkeypatch, tmp_path):
             kernel_table.main()
     host = [event for event in gpu_trace() if event.get("pid") == 7]
     with pytest.raises(ValueError, match="no operation of a device; on a CPU set XLA_FLAGS"):
-        kernel_table.kernel_table(host)
+        kernel_table.tabulate_kernels(host)

@@ -1,4 +1,4 @@
-"""The scaling benchmark: its arithmetic on given times, and the command on fake devices and two processes."""
+"""Test the scaling benchmark: its arithmetic, and the command on fake devices and on two processes."""
 
 import json
 import os
@@ -9,8 +9,8 @@ import sys
 import pytest
 from PIL import Image
 
-from benchmarks.scaling import Point, default_counts, plan
-from benchmarks.scaling_report import draw, merge, table, with_efficiency, with_rates
+from benchmarks.scaling import Point, default_counts, plan_points
+from benchmarks.scaling_report import add_efficiency, add_rates, format_table, merge_runs, plot_scaling
 from tests.helpers.commands import REPOSITORY, command
 from tests.helpers.xla_flags import fake_devices
 
@@ -30,14 +30,14 @@ def config(tmp_path) -> str:
 
 
 def rows(mode: str, times: dict) -> list[dict]:
-    """Of a batch of 8 images a device (weak) or 64 (strong), from seconds by number of devices."""
-    batch = lambda n: 8 * n if mode == "weak" else 64  # noqa: E731
+    """Make rows of 8 images per device (weak) or 64 in all (strong), from seconds by number of devices."""
+    batch = lambda n: 8 * n if mode == "weak" else 64
     return [{"mode": mode, "devices": n, "batch": batch(n), "seconds": s} for n, s in times.items()]
 
 
 def run(rows: list[dict], **fields) -> dict:
     same = {"config": "c", "device": "TPU v5e", "dtype": "bfloat16", "parameters": 7, "note": ""}
-    return {**same, **fields, "rows": with_efficiency(with_rates(rows, 2e12, 200e12))}
+    return {**same, **fields, "rows": add_efficiency(add_rates(rows, 2e12, 200e12))}
 
 
 def test_rates_and_efficiencies_of_given_times():
@@ -48,49 +48,49 @@ def test_rates_and_efficiencies_of_given_times():
     strong = run(rows("strong", {1: 4.0, 2: 2.0, 4: 1.6}))["rows"]
     assert [row["efficiency"] for row in strong] == pytest.approx([1, 1, 0.625])
     assert strong[2]["tflops_per_device"] == pytest.approx(40 * 2 / 4)
-    assert with_rates(rows("weak", {1: 1.0}), 2e12, None)[0]["mfu"] is None
+    assert add_rates(rows("weak", {1: 1.0}), 2e12, None)[0]["mfu"] is None
 
 
-def test_what_does_not_fit_one_device_is_measured_from_the_next():
+def test_efficiency_is_relative_to_the_fewest_devices_that_fit():
     result = run(rows("strong", {1: None, 2: 2.0, 4: 2.0}))
     assert [row["efficiency"] for row in result["rows"]] == [None, 1, 0.5]
-    assert "out of memory" in table(result).splitlines()[1]
+    assert "out of memory" in format_table(result).splitlines()[1]
 
 
 def test_the_points_to_measure():
     assert default_counts(8, 1) == [1, 2, 4, 8] and default_counts(12, 2) == [2, 4, 8, 12]
-    assert plan([4, 1], ["weak", "strong"], 64, None) == [
+    assert plan_points([4, 1], ["weak", "strong"], 64, None) == [
         Point("weak", 1, 16),
         Point("weak", 4, 64),
         Point("strong", 1, 64),
         Point("strong", 4, 64),
     ]
-    assert plan([2], ["weak"], 64, 5) == [Point("weak", 2, 10)]
+    assert plan_points([2], ["weak"], 64, 5) == [Point("weak", 2, 10)]
 
 
 def test_runs_are_merged_or_refused(tmp_path):
     one, four = run(rows("weak", {1: 0.5})), run(rows("weak", {4: 0.625}) + rows("strong", {4: 1.0}))
     assert four["rows"][0]["efficiency"] == 1  # alone
-    merged = merge([four, one])
+    merged = merge_runs([four, one])
     assert [(r["mode"], r["devices"]) for r in merged["rows"]] == [("weak", 1), ("weak", 4), ("strong", 4)]
     assert merged["rows"][1]["efficiency"] == pytest.approx(0.8)
-    draw(merged, tmp_path / "plot.png")
+    plot_scaling(merged, tmp_path / "plot.png")
     assert Image.open(tmp_path / "plot.png").size == (990, 462)
     with pytest.raises(ValueError, match="differ in device: H100, TPU v5e"):
-        merge([one, run(rows("weak", {4: 1.0}), device="H100")])
+        merge_runs([one, run(rows("weak", {4: 1.0}), device="H100")])
     with pytest.raises(ValueError, match="two runs have weak scaling on the same number of devices"):
-        merge([one, one])
+        merge_runs([one, one])
     other = [row | {"batch": 4} for row in rows("weak", {2: 1.0})]
-    with pytest.raises(ValueError, match=r"same images a device \(give --batch_per_device\), got \[2.0, 8.0"):
-        merge([one, run(other)])
+    with pytest.raises(ValueError, match=r"same images per device \(give .*\), got \[2.0, 8.0"):
+        merge_runs([one, run(other)])
 
 
 def test_one_process_over_one_and_two_devices(config, tmp_path):
     flags = (config, "--devices=1,2", "--modes=weak", "--steps=3", f"--out={tmp_path}/out")
     flags = ("-m", "benchmarks.scaling", *flags)
-    done = command(*flags, xla_flags=fake_devices(2))
-    assert done.returncode == 0, done.stderr[-2000:]
-    *printed, line = done.stdout.splitlines()
+    process = command(*flags, xla_flags=fake_devices(2))
+    assert process.returncode == 0, process.stderr[-2000:]
+    *printed, line = process.stdout.splitlines()
     result = json.loads(line)
     assert [(row["devices"], row["batch"]) for row in result["rows"]] == [(1, 8), (2, 16)]
     for row in result["rows"]:
@@ -117,21 +117,21 @@ def test_two_processes_share_every_mesh(config, tmp_path):
         )
         for i in (0, 1)
     ]
-    said = [host.communicate(timeout=600) for host in hosts]
-    assert [host.returncode for host in hosts] == [0, 0], said[0][1][-2000:] + said[1][1][-2000:]
-    (row,) = json.loads(said[0][0].splitlines()[-1])["rows"]
+    outputs = [host.communicate(timeout=600) for host in hosts]
+    assert [host.returncode for host in hosts] == [0, 0], outputs[0][1][-2000:] + outputs[1][1][-2000:]
+    (row,) = json.loads(outputs[0][0].splitlines()[-1])["rows"]
     assert (row["devices"], row["batch"], row["processes"]) == (2, 16, 2) and row["seconds"] > 0
-    assert "{" not in said[1][0] and not (tmp_path / "1").exists()
+    assert "{" not in outputs[1][0] and not (tmp_path / "1").exists()
 
 
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (("--devices=9",), "--devices=9: must be at most the 1 devices there are"),
-        (("--merge=nowhere",), "give --config of what to measure, or --merge"),
+        (("--devices=9",), "--devices=9: must be at most the 1 available devices"),
+        (("--merge=nowhere",), "give either --config to measure, or --merge"),
     ],
 )
 def test_wrong_flags_are_named(config, tmp_path, flags, message):
-    done = command("-m", "benchmarks.scaling", config, *flags, f"--out={tmp_path}/out")
-    assert done.returncode != 0 and message in done.stderr + done.stdout
-    assert "Traceback" not in done.stderr and not (tmp_path / "out").exists()
+    process = command("-m", "benchmarks.scaling", config, *flags, f"--out={tmp_path}/out")
+    assert process.returncode != 0 and message in process.stderr + process.stdout
+    assert "Traceback" not in process.stderr and not (tmp_path / "out").exists()

@@ -27,7 +27,7 @@ def line(monkeypatch, capsys, *arguments) -> dict:
 
 @pytest.fixture
 def no_counts(monkeypatch):
-    """A platform that counts no FLOPs of a lowered program, as GPUs, and whose `memory_stats` raises."""
+    """Simulate a platform without FLOP counts of lowered programs, such as a GPU, or memory stats."""
 
     def unimplemented(device):
         raise jax.errors.JaxRuntimeError("UNIMPLEMENTED: MemoryStats")
@@ -48,7 +48,7 @@ def test_one_json_line(no_counts, monkeypatch, capsys, what):
 def test_the_input_is_measured_on_a_platform_that_counts_no_flops(no_counts, monkeypatch, capsys, digits_dir):
     result = line(monkeypatch, capsys, "input", "--data=digits", f"--data_dir={digits_dir}", "--threads=2")
     assert result["images_per_s"] > 0
-    assert input_rate.encoder_flops(Tokenizer(TokenizerConfig(**throughput.TINY))) > 1e4
+    assert input_rate.encoder_flops(Tokenizer(TokenizerConfig(**throughput.TINY_TOKENIZER))) > 1e4
 
 
 def test_peak_memory_is_the_devices_own_count_if_it_has_one(monkeypatch):
@@ -58,17 +58,17 @@ def test_peak_memory_is_the_devices_own_count_if_it_has_one(monkeypatch):
     assert throughput.peak_bytes(compiled) == 7
 
 
-def test_training_from_images_stands_beside_training_from_tokens(monkeypatch, capsys):
+def test_training_from_images_is_compared_with_training_from_tokens(monkeypatch, capsys):
     result = line(monkeypatch, capsys, "train", "--with_encoder")
-    whole = result["with_encoder"]
-    assert whole["ratio"] == pytest.approx(whole["seconds"] / result["seconds"], abs=1e-3)
-    assert whole["images_per_s"] == pytest.approx(2 / whole["seconds"], rel=0.02)
+    with_encoder = result["with_encoder"]
+    assert with_encoder["ratio"] == pytest.approx(with_encoder["seconds"] / result["seconds"], abs=1e-3)
+    assert with_encoder["images_per_s"] == pytest.approx(2 / with_encoder["seconds"], rel=0.02)
     assert result["images_per_s"] == pytest.approx(2 / result["seconds"], rel=0.02)
     with pytest.raises(SystemExit, match="--with_encoder: goes with train, not with sample"):
         line(monkeypatch, capsys, "sample", "--with_encoder")
 
 
-def test_the_ratio_leaves_out_what_the_yardstick_cannot_do(monkeypatch, capsys, tmp_path):
+def test_the_ratio_leaves_out_the_decoder_which_the_yardstick_lacks(monkeypatch, capsys, tmp_path):
     (tmp_path / "peer.py").write_text(YARDSTICK)
     result = line(monkeypatch, capsys, "sample", f"--against={tmp_path}/peer.py")
     assert result["against"]["arguments"][:3] == ["sample", "--depth=1", "--batch=2"]

@@ -23,7 +23,7 @@ def transform():
 def test_every_epoch_has_every_image_once_in_another_order(source, transform):
     batches = train_batches(source, transform, 721, seed=0)  # 1442 = 2 x 721
     first, second = ([next(batches) for _ in range(2)] for _ in range(2))
-    rows = lambda epoch: np.concatenate([b["image"].reshape(len(b["image"]), -1) for b in epoch])  # noqa: E731
+    rows = lambda epoch: np.concatenate([b["image"].reshape(len(b["image"]), -1) for b in epoch])
     a, b = rows(first), rows(second)
     assert (a != b).any()
     np.testing.assert_array_equal(np.unique(a, axis=0, return_counts=True)[1].sum(), 1442)
@@ -70,7 +70,7 @@ def test_the_rows_of_a_process_are_those_of_its_devices():
     mesh = Mesh(np.array(jax.devices()).reshape(2, 2, 2), ("data", "fsdp", "tensor"))
     sharding = NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
     np.testing.assert_array_equal(local_rows(sharding, 12), np.arange(12))
-    of_process = lambda devices: local_rows(ProcessSharding(sharding, list(devices.flat)), 12).tolist()  # noqa: E731
+    of_process = lambda devices: local_rows(ProcessSharding(sharding, list(devices.flat)), 12).tolist()
     assert of_process(mesh.devices[1]) == [6, 7, 8, 9, 10, 11]
     assert of_process(mesh.devices[:, 1]) == [3, 4, 5, 9, 10, 11]  # not contiguous
     assert of_process(mesh.devices[::-1, 0]) == [0, 1, 2, 6, 7, 8]  # ascending, whatever the order of devices

@@ -42,7 +42,7 @@ def test_batches_hold_every_crop_once_before_they_repeat_and_every_held_out_imag
     batches = train_batches(train, None, 1442, seed=0)
     first = [next(batches) for _ in range(2)]
     assert set(first[0]) == {"tokens", "label", "valid"} and first[0]["tokens"].shape == (1442, 21)
-    rows = lambda items: sorted(item.tobytes() for item in items)  # noqa: E731
+    rows = lambda items: sorted(item.tobytes() for item in items)
     tokens = np.concatenate([batch["tokens"] for batch in first])
     assert rows(tokens) == rows([train[i]["tokens"] for i in range(len(train))])
     batches = list(eval_batches(held_out, None, 100))

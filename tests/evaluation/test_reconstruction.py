@@ -16,7 +16,7 @@ def test_metrics_are_those_of_the_reconstructions(tiny_tokenizer):
     valid = np.array([[1] * 12, [1] * 8 + [0] * 4], np.float32)
     padded = np.resize(images[12:], (12, 8, 8, 3))
     batches = [{"image": images[:12], "valid": valid[0]}, {"image": padded, "valid": valid[1]}]
-    features = lambda x: x.mean((1, 2))  # noqa: E731
+    features = lambda x: x.mean((1, 2))
     metrics, worst, best = evaluate_reconstruction(module, params, batches, 20, features=features)
     real = images.astype(np.float32) / 127.5 - 1
     tokens = encode(module, params, real)

@@ -1,4 +1,4 @@
-"""Command lines of the experiments: what is refused in one line, and bugs that keep their traceback."""
+"""Test command lines of the experiments: users' errors take one line, bugs keep their traceback."""
 
 import importlib
 from types import SimpleNamespace
@@ -11,11 +11,15 @@ from var_jax.errors import ConfigError
 
 EXPERIMENTS = ("codebook", "complexity", "inpainting", "locality", "next_token", "scaling_law")
 COMMANDS = ("benchmarks.scaling", *(f"experiments.{name}.run" for name in EXPERIMENTS))
-FIRST_WORK = {"next_token": "bases_of", "inpainting": "next_token.bases_of", "scaling_law": "prepare"}
+FIRST_WORK = {
+    "next_token": "prepare_bases",
+    "inpainting": "next_token.prepare_bases",
+    "scaling_law": "prepare_stage",
+}
 
 
 class Flags(SimpleNamespace):
-    """Values of flags, as attributes and, as absl has it, by name."""
+    """Values of flags, by attribute and, like absl's FLAGS, by name."""
 
     def __getitem__(self, name):
         return SimpleNamespace(value=getattr(self, name))
@@ -23,9 +27,9 @@ class Flags(SimpleNamespace):
 
 @pytest.fixture
 def flags(monkeypatch):
-    """Puts flags in place for a command; returns its module."""
+    """Return a function that sets the flags of a command and returns its module."""
 
-    def put(command: str, out: str):
+    def set_flags(command: str, out: str):
         module = importlib.import_module(command)
         lists = dict(systems=None, variants=None, seeds=["0"], sides=["2", "4"], depths=["1", "2", "3"])
         values = Flags(config="config", merge=None, out=out, width=32, depth=1, steps=4, crops=1, **lists)
@@ -35,7 +39,7 @@ def flags(monkeypatch):
         monkeypatch.setattr(cli, "join_hosts", lambda: None)
         return module
 
-    return put
+    return set_flags
 
 
 @pytest.mark.parametrize("command", COMMANDS)

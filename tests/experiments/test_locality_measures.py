@@ -3,35 +3,35 @@ import pytest
 
 from experiments.locality import measures
 from experiments.locality.measures import (
-    by_image_distance,
-    by_lag,
     group_codes,
+    mean_by_image_distance,
+    mean_by_lag,
     mutual_information,
-    neighbour_distances,
+    neighbor_distances,
 )
 from var_jax.transformer.positions import ORDERS, order
 
 
-def test_distances_of_orders_that_are_easily_thought_through():
-    for name, apart in (("raster", (1, 7)), ("column", (7, 1))):
-        horizontal, vertical = neighbour_distances(order(name, 7), 7)
+def test_distances_of_simple_orders():
+    for name, expected in (("raster", (1, 7)), ("column", (7, 1))):
+        horizontal, vertical = neighbor_distances(order(name, 7), 7)
         assert horizontal.shape == (7, 6) and vertical.shape == (6, 7)
-        assert (horizontal == apart[0]).all() and (vertical == apart[1]).all()
-    horizontal, vertical = neighbour_distances(order("snake", 3), 3)
+        assert (horizontal == expected[0]).all() and (vertical == expected[1]).all()
+    horizontal, vertical = neighbor_distances(order("snake", 3), 3)
     assert (horizontal == 1).all() and vertical.tolist() == [[5, 3, 1], [1, 3, 5]]
-    horizontal, vertical = neighbour_distances(order("hilbert", 2), 2)
+    horizontal, vertical = neighbor_distances(order("hilbert", 2), 2)
     assert horizontal.tolist() == [[1], [1]] or vertical.tolist() == [[1, 1]]
     assert sorted([*horizontal.ravel(), *vertical.ravel()]) == [1, 1, 1, 3]
     with pytest.raises(ValueError, match=r"side 3 has 9 cells, got shape \(16,\)"):
-        neighbour_distances(order("raster", 4), 3)
+        neighbor_distances(order("raster", 4), 3)
 
 
-def test_independent_tokens_share_nothing_though_the_plain_formula_says_so():
+def test_independent_tokens_share_nothing_unlike_the_plug_in_estimate():
     tokens = np.random.default_rng(0).integers(16, size=(500, 30))
-    off = ~np.eye(30, dtype=bool)
-    assert measures._plug_in(tokens)[off].mean() > 0.3  # about 15^2 / (2 * 500 * ln 2)
+    off_diagonal = ~np.eye(30, dtype=bool)
+    assert measures._biased_information(tokens)[off_diagonal].mean() > 0.3  # about 15^2 / (2 * 500 * ln 2)
     result = mutual_information(tokens)
-    assert abs(result[off].mean()) < 0.005 and abs(result[off]).max() < 0.15
+    assert abs(result[off_diagonal].mean()) < 0.005 and abs(result[off_diagonal]).max() < 0.15
 
 
 def test_equal_tokens_share_their_entropy_and_a_channel_what_it_lets_through():
@@ -45,27 +45,27 @@ def test_equal_tokens_share_their_entropy_and_a_channel_what_it_lets_through():
     np.testing.assert_allclose(result, result.T, atol=1e-6)
 
 
-def test_what_only_says_where_a_token_is_does_not_count():
+def test_information_from_the_position_alone_does_not_count():
     rng = np.random.default_rng(0)
     tokens = rng.choice(2, size=(2000, 8), p=[0.95, 0.05])
     tokens[:, 4:] = 1 - tokens[:, 4:]  # the border and the middle have other tokens
     assert abs(mutual_information(tokens)).max() < 0.01
 
 
-def test_parts_of_the_pairs_at_a_time_give_the_same(monkeypatch):
+def test_computing_the_pairs_in_parts_changes_nothing(monkeypatch):
     tokens = np.random.default_rng(0).integers(3, size=(50, 10))
-    whole = mutual_information(tokens)
-    monkeypatch.setattr(measures, "CELLS", 3 * 3 * 10 * 4)  # 4 rows, the last part is of 2
-    np.testing.assert_allclose(mutual_information(tokens), whole, atol=1e-6)
+    at_once = mutual_information(tokens)
+    monkeypatch.setattr(measures, "MAX_HISTOGRAM_CELLS", 3 * 3 * 10 * 4)  # 4 rows, the last part is of 2
+    np.testing.assert_allclose(mutual_information(tokens), at_once, atol=1e-6)
 
 
 @pytest.mark.parametrize("wrong", [np.zeros(4, int), np.zeros((1, 4), int), np.full((3, 4), -1)])
-def test_what_is_no_table_of_symbols_is_refused(wrong):
+def test_invalid_symbols_are_refused(wrong):
     with pytest.raises(ValueError, match=r"symbols must be int \[N, P\] from 0 up"):
         mutual_information(wrong)
 
 
-def test_groups_hold_near_codes_and_unused_ones_have_no_say():
+def test_groups_hold_near_codes_and_ignore_unused_ones():
     codes = np.array([[0, 0], [0, 1], [9, 0], [9, 1], [500, 500]], np.float32)
     result = group_codes(codes, np.array([3, 1, 2, 5, 0]), groups=2)
     assert result.dtype == np.int32 and result[0] == result[1] != result[2] == result[3]
@@ -79,9 +79,10 @@ def test_groups_hold_near_codes_and_unused_ones_have_no_say():
 def test_means_over_pairs_by_distance_and_by_lag(name):
     row, column = np.divmod(np.arange(16), 4)
     distance = abs(row[:, None] - row) + abs(column[:, None] - column)
-    np.testing.assert_allclose(by_image_distance(distance, 4), np.arange(1, 7))
-    way, result = order(name, 4), by_lag(distance, order(name, 4))
+    np.testing.assert_allclose(mean_by_image_distance(distance, 4), np.arange(1, 7))
+    cells = order(name, 4)
+    result = mean_by_lag(distance, cells)
     for lag in range(1, 16):
         assert result[lag - 1] == pytest.approx(
-            np.mean([distance[way[i], way[i + lag]] for i in range(16 - lag)])
+            np.mean([distance[cells[i], cells[i + lag]] for i in range(16 - lag)])
         )

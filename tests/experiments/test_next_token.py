@@ -11,7 +11,7 @@ from PIL import Image
 
 from configs import digits, next_token
 from experiments.next_token import report
-from experiments.next_token.run import SYSTEMS, folder
+from experiments.next_token.run import SYSTEMS, system_folder
 from tests.helpers.commands import command, python
 
 CONFIG = """
@@ -26,29 +26,29 @@ def get_config():
 
 
 @pytest.fixture(scope="module")
-def done(digits_dir, tmp_path_factory):
-    """Two systems compared in a few steps, killed while the second trained, and asked for again."""
+def resumed(digits_dir, tmp_path_factory):
+    """Run a comparison, killed while the second system trains, and resume it; return OUT and stdout."""
     folder = tmp_path_factory.mktemp("compare")
     out = folder / "out"
     (folder / "config.py").write_text(CONFIG.format(data=str(digits_dir)))
     flags = ["-m", "experiments.next_token.run", f"--config={folder}/config.py", f"--out={out}", "--seeds=0"]
     flags += ["--steps=4", "--per_class=2", "--systems=raster-learned_1d-axial,VAR-rotary_2d"]
-    with (folder / "said").open("w+") as said:
-        killed = subprocess.Popen(**python(*flags), stdout=said, stderr=said)
+    with (folder / "log").open("w+") as log:
+        killed = subprocess.Popen(**python(*flags), stdout=log, stderr=log)
         while not list(out.glob("VAR-rotary_2d/0/next_scale/checkpoints/2/commit_success.txt")):
-            said.seek(0)
-            assert killed.poll() is None, said.read()[-2000:]
+            log.seek(0)
+            assert killed.poll() is None, log.read()[-2000:]
             time.sleep(0.02)
         killed.kill()
         assert killed.wait() == -signal.SIGKILL
     assert not (out / "compare.json").exists()
-    again = command(*flags)
-    assert again.returncode == 0, again.stderr[-2000:]
-    return out, again.stdout
+    process = command(*flags)
+    assert process.returncode == 0, process.stderr[-2000:]
+    return out, process.stdout
 
 
-def test_systems_cost_the_same_and_are_judged(done):
-    out, _ = done
+def test_systems_cost_the_same_and_are_judged(resumed):
+    out, _ = resumed
     result = json.loads((out / "compare.json").read_text())
     assert result["tokenizers"]["maps"]["tokens"] == 21 and result["tokenizers"]["map"]["tokens"] == 16
     token, scale = (result["systems"][name]["0"] for name in ("raster, learned_1d, axial", "VAR, rotary_2d"))
@@ -65,10 +65,12 @@ def test_systems_cost_the_same_and_are_judged(done):
         assert samples["arr_0"].shape == (20, 8, 8, 3) and (np.bincount(samples["arr_1"]) == 2).all()
 
 
-def test_killed_and_asked_for_again_goes_on(done):
-    out, said = done
-    assert said.count("tokenizer: already trained for") == 2 and "next_token: already trained for" in said
-    assert re.search(r"next_scale: .* steps 2\.\.4,", said)
+def test_a_killed_comparison_resumes(resumed):
+    out, printed = resumed
+    assert (
+        printed.count("tokenizer: already trained for") == 2 and "next_token: already trained for" in printed
+    )
+    assert re.search(r"next_scale: .* steps 2\.\.4,", printed)
     table = (out / "compare.md").read_text()
     assert table.count("\n| raster, learned_1d, axial |") == 1 and "| VAR, rotary_2d |" in table
     for name in ("compare.png", "samples.png"):
@@ -76,11 +78,11 @@ def test_killed_and_asked_for_again_goes_on(done):
 
 
 def test_the_table_has_mean_and_deviation_over_the_seeds():
-    run = dict.fromkeys((key for _, key, *_ in report.COLUMNS), 1.0)
+    run = dict.fromkeys((key for _, key, *_ in report.RUN_COLUMNS), 1.0)
     runs = {"0": run, "1": run | {"called_right": 0.5}}
     real = dict.fromkeys(("called_right", "frechet", "spread", "nearest"), 0.25)
     tokenizers = {"maps": {"tokens": 31, "psnr": 25.0, **real}}
-    table = report.table({"systems": {"VAR": runs}, "tokenizers": tokenizers, "held_out": real})
+    table = report.format_comparison({"systems": {"VAR": runs}, "tokenizers": tokenizers, "held_out": real})
     assert "| 75.0% ± 35.4% |" in table and "| through the tokenizer of VAR | 31 | 25.00 | 25.0% |" in table
     for part in table.split("\n\n")[::2]:
         assert len({line.count("|") for line in part.splitlines()}) == 1
@@ -95,7 +97,7 @@ def test_systems_differ_in_the_fields_that_name_them_alone():
     assert {name for name in theirs if ours[name] != theirs[name]} == {"task", "model"}
     sequence = dict(order="raster", order_seed=0, mask="causal", mask_radius=1)
     assert ours["model"] == theirs["model"] | sequence
-    assert len({folder(system) for system in SYSTEMS}) == 9 == len(SYSTEMS)
+    assert len({system_folder(system) for system in SYSTEMS}) == 9 == len(SYSTEMS)
 
 
 @pytest.mark.parametrize(
@@ -109,7 +111,7 @@ def test_systems_differ_in_the_fields_that_name_them_alone():
         (["--config=configs/digits.py", "--systems=diagonal"], "--systems must be among raster-learned_1d"),
     ],
 )
-def test_what_is_wrong_is_named(flags, message, tmp_path):
-    done = command("-m", "experiments.next_token.run", *flags, f"--out={tmp_path}/out")
-    assert done.returncode != 0 and message in done.stderr + done.stdout
+def test_errors_are_named(flags, message, tmp_path):
+    process = command("-m", "experiments.next_token.run", *flags, f"--out={tmp_path}/out")
+    assert process.returncode != 0 and message in process.stderr + process.stdout
     assert not Path(tmp_path / "out").exists()

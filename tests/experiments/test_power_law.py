@@ -30,7 +30,7 @@ def test_three_points_are_met_exactly():
     np.testing.assert_allclose(result(X), LAW(X), rtol=1e-3)
 
 
-def test_the_floor_stays_between_zero_and_the_least_loss():
+def test_the_floor_stays_between_zero_and_the_lowest_loss():
     flat = fit_power_law(X, np.array([3.0, 2.5, 2.2, 2.1, 2.0, 2.0, 2.0, 2.0]))
     assert 1.5 < flat.c < 2.0
     concave = fit_power_law(X, 3 - X / X.max())  # falls faster than any law with a floor
@@ -48,12 +48,12 @@ def test_the_floor_stays_between_zero_and_the_least_loss():
         ([1, 2, 3], [2, 1], True, r"one shape \[n\], got \(3,\) and \(2,\)"),
     ],
 )
-def test_what_cannot_be_fitted_is_refused(x, y, floor, message):
+def test_invalid_points_are_refused(x, y, floor, message):
     with pytest.raises(ValueError, match=message):
         fit_power_law(np.array(x), np.array(y), floor)
 
 
-def test_intervals_cover_the_truth_about_as_often_as_they_say():
+def test_intervals_cover_the_truth_at_about_their_level():
     x, hits, widths = np.geomspace(1e-5, 1e-2, 10), 0, []
     for seed in range(20):
         y = LAW(x) * np.exp(0.003 * np.random.default_rng(seed).standard_normal(len(x)))
@@ -69,7 +69,7 @@ def test_a_bootstrap_of_too_few_runs_is_refused():
         bootstrap(lambda i: fit_power_law(X[i], LAW(X)[i]), 2, draws=5)
 
 
-def test_the_frontier_is_what_nothing_cheaper_beats():
+def test_no_cheaper_point_beats_the_frontier():
     x = np.array([1.0, 2.0, 4.0, 2.0, 8.0, 1.0, 16.0])
     y = np.array([5.0, 4.0, 4.5, 3.0, 2.0, 6.0, 2.0])
     assert frontier(x, y).tolist() == [0, 3, 4]  # the last is no better than the one before

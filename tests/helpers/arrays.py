@@ -10,12 +10,12 @@ TRANSFORMERS = ("var", "var_shared_adaln", "var_plain_attention")
 
 
 def all_tokens(arrays: dict, prefix: str = "tokens") -> np.ndarray:
-    """The golden token maps as one sequence [B, L]."""
+    """Concatenate the golden token maps to one sequence [B, L]."""
     return np.concatenate([arrays[f"{prefix}_{k}"] for k in range(len(GOLDEN_SCALES))], axis=1)
 
 
 def close(got, want, tolerance: float = 1e-4) -> None:
-    """Asserts equality within a share of the largest magnitude."""
+    """Assert equality within `tolerance` times the largest magnitude."""
     got, want = np.asarray(got), np.asarray(want)
     assert got.shape == want.shape
     worst = np.abs(got - want).max() / np.abs(want).max()
@@ -23,8 +23,8 @@ def close(got, want, tolerance: float = 1e-4) -> None:
 
 
 def randomized(params: dict, seed: int = 0) -> dict:
-    """Well-scaled random parameters, so that no path of a network is hidden by small initial values."""
+    """Draw random parameters of a scale at which every part of a network affects its output."""
     leaves, tree = jax.tree.flatten(nn.meta.unbox(params))
     rng = np.random.default_rng(seed)
-    scaled = lambda leaf: rng.standard_normal(leaf.shape) / np.sqrt(max(leaf.shape[-1], 4))  # noqa: E731
+    scaled = lambda leaf: rng.standard_normal(leaf.shape) / np.sqrt(max(leaf.shape[-1], 4))
     return jax.tree.unflatten(tree, [jnp.asarray(scaled(leaf), jnp.float32) for leaf in leaves])

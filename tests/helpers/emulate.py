@@ -1,8 +1,8 @@
-"""Products as an accelerator computes them, on a CPU: operands rounded as far as their precision allows it.
+"""Emulation on a CPU of the reduced precision of an accelerator's matrix products and convolutions.
 
-On a GPU float32 operands of precision `default` and `high` are rounded to TF32 (10 bits of mantissa); on a
-TPU those of `default` to bfloat16 (7 bits), and `high` is three products of the two bfloat16 halves of each.
-`highest` is float32 everywhere.
+On a GPU, float32 operands are rounded to TF32 (10 bits of mantissa) with precision `default` and `high`.  On
+a TPU they are rounded to bfloat16 (7 bits) with `default`; `high` is three products of bfloat16 parts.
+`highest` is float32 on every platform.
 """
 
 from collections.abc import Callable, Iterator
@@ -13,29 +13,29 @@ from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
 PLATFORMS = ("gpu", "tpu")
 PRODUCTS = ("dot_general", "conv_general_dilated")
 BITS = {"tf32": 10, "bf16": 7}
-WAYS = {"gpu": {"default": "tf32", "high": "tf32"}, "tpu": {"default": "bf16", "high": "bf16x3"}}
+ROUNDING = {"gpu": {"default": "tf32", "high": "tf32"}, "tpu": {"default": "bf16", "high": "bf16x3"}}
 
 
 def emulated(function: Callable, platform: str) -> Callable:
-    """A function of arrays whose products are those of a platform, compiled."""
+    """Compile a function of arrays with the products of a platform."""
 
     def run(*args):
         closed, shape = jax.make_jaxpr(function, return_shape=True)(*args)
-        outputs = _evaluate(closed.jaxpr, closed.consts, WAYS[platform], *jax.tree.leaves(args))
+        outputs = _evaluate(closed.jaxpr, closed.consts, ROUNDING[platform], *jax.tree.leaves(args))
         return jax.tree.unflatten(jax.tree.structure(shape), outputs)
 
     return jax.jit(run)
 
 
 def products(function: Callable, *args) -> list:
-    """All equations of products in the program of a function, those of loops and nested programs too."""
+    """List the equations of products in the jaxpr of a function, including loops and nested jaxprs."""
     return [
         eqn for eqn in _equations(jax.make_jaxpr(function)(*args).jaxpr) if eqn.primitive.name in PRODUCTS
     ]
 
 
 def precision_of(eqn) -> str:
-    """`default`, `high` or `highest`."""
+    """Return the precision of a product: `default`, `high` or `highest`."""
     precision = eqn.params["precision"]
     if precision is None:
         return "default"
@@ -55,43 +55,43 @@ def _inner(eqn) -> list[Jaxpr]:
     return [getattr(leaf, "jaxpr", leaf) for leaf in leaves if isinstance(leaf, (Jaxpr, ClosedJaxpr))]
 
 
-def _evaluate(jaxpr: Jaxpr, consts, ways: dict, *args) -> list:
+def _evaluate(jaxpr: Jaxpr, consts, rounding: dict, *args) -> list:
     values = dict(zip((*jaxpr.constvars, *jaxpr.invars), (*consts, *args), strict=True))
-    read = lambda v: v.val if isinstance(v, Literal) else values[v]  # noqa: E731
+    read = lambda v: v.val if isinstance(v, Literal) else values[v]
     for eqn in jaxpr.eqns:
-        outputs = _apply(eqn, [read(v) for v in eqn.invars], ways)
+        outputs = _apply(eqn, [read(v) for v in eqn.invars], rounding)
         values.update(zip(eqn.outvars, outputs, strict=True))
     return [read(v) for v in jaxpr.outvars]
 
 
-def _apply(eqn, inputs: list, ways: dict) -> list:
+def _apply(eqn, inputs: list, rounding: dict) -> list:
     name, inner = eqn.primitive.name, _inner(eqn)
     if name in PRODUCTS:
-        return [_product(eqn, inputs, ways)]
+        return [_product(eqn, inputs, rounding)]
     if name == "scan":
-        return _scan(eqn, inputs, ways)
+        return _scan(eqn, inputs, rounding)
     nested = any(e.primitive.name in PRODUCTS for jaxpr in inner for e in _equations(jaxpr))
     if not nested and not name.startswith("custom_"):
         outputs = eqn.primitive.bind(*inputs, **eqn.params)
         return outputs if eqn.primitive.multiple_results else [outputs]
-    # What only wraps a program: jit, checkpoint, custom derivatives.
+    # Primitives that wrap a jaxpr: jit, checkpoint, custom derivatives.
     closed = next(p for p in eqn.params.values() if isinstance(p, Jaxpr | ClosedJaxpr))
     assert len(inner) == 1 and len(inputs) == len(inner[0].invars), f"{name} is not emulated"
-    return _evaluate(inner[0], getattr(closed, "consts", ()), ways, *inputs)
+    return _evaluate(inner[0], getattr(closed, "consts", ()), rounding, *inputs)
 
 
-def _scan(eqn, inputs: list, ways: dict) -> list:
+def _scan(eqn, inputs: list, rounding: dict) -> list:
     (jaxpr,) = _inner(eqn)
-    whole = lambda ours, theirs: sum(  # noqa: E731  (those that are not taken apart by the loop)
-        a.aval.shape == b.aval.shape for a, b in zip(ours, theirs, strict=True)
+    count_unsliced = lambda outer, inner: sum(  # constants and carries have equal shapes inside
+        a.aval.shape == b.aval.shape for a, b in zip(outer, inner, strict=True)
     )
-    carries = whole(eqn.outvars, jaxpr.outvars)
-    stop = whole(eqn.invars, jaxpr.invars)
+    carries = count_unsliced(eqn.outvars, jaxpr.outvars)
+    stop = count_unsliced(eqn.invars, jaxpr.invars)
     consts = stop - carries
-    own = getattr(eqn.params["jaxpr"], "consts", ())
+    jaxpr_consts = getattr(eqn.params["jaxpr"], "consts", ())
 
     def body(carry, xs):
-        outputs = _evaluate(jaxpr, own, ways, *inputs[:consts], *carry, *xs)
+        outputs = _evaluate(jaxpr, jaxpr_consts, rounding, *inputs[:consts], *carry, *xs)
         return outputs[:carries], outputs[carries:]
 
     length, reverse = eqn.params["length"], eqn.params["reverse"]
@@ -99,18 +99,18 @@ def _scan(eqn, inputs: list, ways: dict) -> list:
     return [*carry, *stacked]
 
 
-def _product(eqn, operands: list, ways: dict) -> jax.Array:
-    product = lambda a, b: eqn.primitive.bind(a, b, **eqn.params)  # noqa: E731
+def _product(eqn, operands: list, rounding: dict) -> jax.Array:
+    product = lambda a, b: eqn.primitive.bind(a, b, **eqn.params)
     a, b = operands
-    way = ways.get(precision_of(eqn)) if a.dtype == b.dtype == "float32" else None
-    if way is None:
+    dtype = rounding.get(precision_of(eqn)) if a.dtype == b.dtype == "float32" else None
+    if dtype is None:
         return product(a, b)
-    if way == "bf16x3":
+    if dtype == "bf16x3":
         (a, a_rest), (b, b_rest) = ((_rounded(x, "bf16"), x - _rounded(x, "bf16")) for x in (a, b))
         a_rest, b_rest = _rounded(a_rest, "bf16"), _rounded(b_rest, "bf16")
         return product(a, b) + (product(a, b_rest) + product(a_rest, b))
-    return product(_rounded(a, way), _rounded(b, way))
+    return product(_rounded(a, dtype), _rounded(b, dtype))
 
 
-def _rounded(x: jax.Array, way: str) -> jax.Array:
-    return jax.lax.reduce_precision(x, 8, BITS[way])
+def _rounded(x: jax.Array, dtype: str) -> jax.Array:
+    return jax.lax.reduce_precision(x, 8, BITS[dtype])

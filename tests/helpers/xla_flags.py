@@ -1,8 +1,8 @@
-"""XLA_FLAGS of the tests and of the processes that they start; imported before JAX is."""
+"""XLA_FLAGS of the tests and of their child processes; import this module before JAX."""
 
 QUICK = "--xla_backend_optimization_level=1"  # tests compile more than they compute
 
 
 def fake_devices(count: int) -> str:
-    """Flags of a process with so many CPU devices."""
+    """Return the XLA_FLAGS of a process with `count` CPU devices."""
     return f"{QUICK} --xla_force_host_platform_device_count={count}"

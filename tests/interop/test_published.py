@@ -130,7 +130,7 @@ def rejection(load, *args, max_bytes: int = 1 << 25) -> str:
 
 def small_transformer(**changes) -> dict[str, np.ndarray]:
     """Return the tensors that determine the architecture of a transformer of scales (1, 2)."""
-    zeros = lambda *shape: np.zeros(shape, np.float32)  # noqa: E731
+    zeros = lambda *shape: np.zeros(shape, np.float32)
     tensors = {
         "pos_1LC": zeros(1, 5, 64),
         "lvl_1L": np.array([[0, 1, 1, 1, 1]]),
@@ -198,7 +198,7 @@ def test_names_and_shapes_of_a_transformer_cannot_cost_memory(tmp_path, changes,
     ],
 )
 def test_names_and_shapes_of_a_tokenizer_cannot_cost_memory(tmp_path, changes, message):
-    zeros = lambda *shape: np.zeros(shape, np.float32)  # noqa: E731
+    zeros = lambda *shape: np.zeros(shape, np.float32)
     tensors = {
         "encoder.conv_in.weight": zeros(32, 3, 3, 3),
         "encoder.down.0.block.0.conv1.weight": zeros(32, 32, 3, 3),

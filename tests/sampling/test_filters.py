@@ -19,7 +19,7 @@ def test_golden(golden):
 
 def test_bounds():
     logits = jnp.log(jnp.array([0.5, 0.3, 0.15, 0.05]))
-    kept = lambda k, p: np.isfinite(filter_logits(logits, k, p or None)).tolist()  # noqa: E731
+    kept = lambda k, p: np.isfinite(filter_logits(logits, k, p or None)).tolist()
     assert kept(0, 0.0) == kept(99, 0.0) == kept(0, 1.0) == [True] * 4
     assert kept(1, 0.0) == kept(0, 0.01) == [True, False, False, False]  # never the largest
     assert kept(2, 0.0) == [True, True, False, False]

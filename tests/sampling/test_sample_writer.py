@@ -144,7 +144,7 @@ def test_a_disk_that_is_full_says_so_at_every_step_and_nothing_is_lost(small_dis
             while True:
                 file.write(bytes(4096))
 
-    start = lambda: SampleStore(small_disk, 40, (100, 100, 3), 5, JOB)  # noqa: E731
+    start = lambda: SampleStore(small_disk, 40, (100, 100, 3), 5, JOB)
     store = start()
     fill()
     with full:

@@ -117,7 +117,7 @@ def test_smooth_generation_is_seeded_too(tiny_tokenizer, tiny_var):
 
 
 def test_keys_depend_on_seed_and_index_alone():
-    data = lambda seed, *indices: jax.random.key_data(image_keys(seed, np.array(indices)))  # noqa: E731
+    data = lambda seed, *indices: jax.random.key_data(image_keys(seed, np.array(indices)))
     np.testing.assert_array_equal(data(0, 3, 7)[1], data(0, 7)[0])
     assert (data(0, 7) != data(1, 7)).any()
     assert (data(2**32 - 1, 7) != data(0, 7)).any()  # the largest seed
@@ -145,7 +145,7 @@ def test_flops_fall_where_guidance_ends(tiny_tokenizer):
         )
     )
     key, n = jax.random.key(0), config.schedule.length - 1
-    shapes = lambda net, *x: nn.meta.unbox(jax.eval_shape(net.init, key, *x))["params"]  # noqa: E731
+    shapes = lambda net, *x: nn.meta.unbox(jax.eval_shape(net.init, key, *x))["params"]
     params = shapes(model, jnp.zeros(1, jnp.int32), jnp.zeros((1, n, 4)))
     networks = Networks(tokenizer, model, shapes(tokenizer, jnp.zeros((1, 8, 8, 3))), params)
     batch = (jnp.zeros(2, jnp.int32), image_keys(0, jnp.arange(2)))

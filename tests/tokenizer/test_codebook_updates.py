@@ -44,8 +44,8 @@ def test_restart_moves_dead_codes_onto_targets_of_any_scale():
 def test_targets_are_drawn_from_all_scales_alike():
     scales = Scales((1, 4))
     targets = jnp.asarray(scales.levels, jnp.float32)[None, :, None] * jnp.ones((3, 17, 2))
-    drawn = draw_targets(targets, scales, 1000, jax.random.key(0))
-    assert 0.45 < float(drawn.mean()) < 0.55  # by positions it would be 16/17
+    sample = draw_targets(targets, scales, 1000, jax.random.key(0))
+    assert 0.45 < float(sample.mean()) < 0.55  # uniform positions would give 16/17
 
 
 def test_perplexity_distinct_and_the_most_possible():
@@ -72,12 +72,12 @@ def test_a_code_is_the_moving_mean_of_its_targets_and_stays_until_it_has_any():
     codebook, uses = moving_mean(codebook, uses, *second, decay=0.5)
     np.testing.assert_allclose(codebook, [[(0.5 * 4 + 8) / (0.5 * 2 + 1), 0], [1, 1], [7, 7]])
     np.testing.assert_allclose(uses, [2, 1, 0])
-    slow, _ = moving_mean(codebook, jnp.full(3, 100.0), *second, decay=0.5)  # codes with a past
+    slow, _ = moving_mean(codebook, jnp.full(3, 100.0), *second, decay=0.5)  # codes with many uses
     assert float(jnp.abs(slow - codebook).max()) < 0.1
 
 
 def test_kmeans_finds_the_groups_that_are_there():
-    """One map of 4x4 cells, each cell near one of eight points: the codes become these points."""
+    """Features of one 4x4 map are near one of eight points, which become codes."""
     points = 10 * jax.random.normal(jax.random.key(0), (8, 8))
     group = jax.random.randint(jax.random.key(1), (64, 4, 4), 0, 8)
     features = points[group] + 0.01 * jax.random.normal(jax.random.key(2), (64, 4, 4, 8))
@@ -92,11 +92,11 @@ def test_kmeans_finds_the_groups_that_are_there():
 def test_kmeans_lowers_what_is_left_after_all_maps_and_goes_on_from_the_codes_it_is_given():
     features = jax.random.normal(jax.random.key(1), (32, 4, 4, 8))
     quantizer = random_quantizer((1, 2, 4), num_phis=0, num_codes=128)
-    left = lambda codebook: float(  # noqa: E731
+    error = lambda codebook: float(
         jnp.mean((quantizer.replace(codebook=codebook)(features).f_hat - features) ** 2)
     )
-    resample = kmeans(quantizer, features, jax.random.key(2), jnp.array(True))
-    on = kmeans(quantizer.replace(codebook=resample), features, jax.random.key(3), jnp.array(False))
-    assert left(on) < left(resample) < 0.5 * left(quantizer.codebook)
-    tokens = quantizer.replace(codebook=on).tokenize(features)
+    fitted = kmeans(quantizer, features, jax.random.key(2), jnp.array(True))
+    continued = kmeans(quantizer.replace(codebook=fitted), features, jax.random.key(3), jnp.array(False))
+    assert error(continued) < error(fitted) < 0.5 * error(quantizer.codebook)
+    tokens = quantizer.replace(codebook=continued).tokenize(features)
     assert float(codebook_use(count_codes(tokens, quantizer.scales, 128), (1, 2, 4), 32)["distinct"]) > 100

@@ -32,37 +32,37 @@ def test_translation_shifts_by_up_to_an_eighth_with_zeros_moving_in(images):
 
 @pytest.mark.parametrize("side", [16, 10], ids=["even hole", "odd hole"])
 def test_cutout_zeros_a_rectangle_of_half_the_sides_around_a_point_inside(images, side):
-    pictures, hole = images[:, :side, :side], side // 2
-    result = np.asarray(augment(pictures, KEY, ("cutout",)))
+    crops, hole = images[:, :side, :side], side // 2
+    result = np.asarray(augment(crops, KEY, ("cutout",)))
     cut, touched = (result == 0).all(-1), [set(), set()]
-    np.testing.assert_array_equal(result, np.where(cut[..., None], 0, pictures))
+    np.testing.assert_array_equal(result, np.where(cut[..., None], 0, crops))
     for one in cut:
         for axis in (0, 1):
             lines = np.flatnonzero(one.any(1 - axis))
             assert len(lines) == lines[-1] - lines[0] + 1 and hole // 2 <= len(lines) <= hole
-            if len(lines) < hole:  # only where it reaches over the border
+            if len(lines) < hole:  # only a hole that extends over the border
                 assert lines[0] == 0 or lines[-1] == side - 1
             touched[axis] |= set(lines)
         assert one.sum() == one.any(0).sum() * one.any(1).sum()
     assert touched == [set(range(side))] * 2
-    # Centres are uniform: a hole keeps about 7/8 of each of its sides.
+    # Centers are uniform: a hole keeps about 7/8 of each of its sides.
     assert cut.mean() == pytest.approx((7 / 16) ** 2, abs=0.025)
 
 
 def test_color_is_a_brightness_a_saturation_and_a_contrast(images):
     result = np.asarray(augment(images, KEY, ("color",)))
     brightness = result.mean((1, 2, 3)) - images.mean((1, 2, 3))  # the other two keep the mean
-    grey, before = result.mean(3), images.mean(3)
-    center = lambda x: x - x.mean((1, 2), keepdims=True)  # noqa: E731
-    contrast = center(grey).std((1, 2)) / center(before).std((1, 2))
-    np.testing.assert_allclose(center(grey), contrast[:, None, None] * center(before), atol=1e-5)
+    gray, before = result.mean(3), images.mean(3)
+    center = lambda x: x - x.mean((1, 2), keepdims=True)
+    contrast = center(gray).std((1, 2)) / center(before).std((1, 2))
+    np.testing.assert_allclose(center(gray), contrast[:, None, None] * center(before), atol=1e-5)
     tint, before = result - result.mean(3, keepdims=True), images - images.mean(3, keepdims=True)
     both = tint.std((1, 2, 3)) / before.std((1, 2, 3))
     np.testing.assert_allclose(tint, both[:, None, None, None] * before, atol=1e-5)
-    drawn = [(brightness, -0.5, 0.5), (contrast, 0.5, 1.5), (both / contrast, 0, 2)]
-    for values, low, high in drawn:
+    factors = [(brightness, -0.5, 0.5), (contrast, 0.5, 1.5), (both / contrast, 0, 2)]
+    for values, low, high in factors:
         assert low - 1e-4 <= values.min() < low + 0.2 and high - 0.2 < values.max() <= high + 1e-4
-    correlations = np.corrcoef([values for values, _, _ in drawn])
+    correlations = np.corrcoef([values for values, _, _ in factors])
     assert np.abs(correlations - np.eye(3)).max() < 0.4
 
 
@@ -89,18 +89,20 @@ def test_eight_devices_do_what_one_does_without_a_word_between_them(images):
     sharding = NamedSharding(mesh, PartitionSpec("data"))
 
     def both(x):
-        augmented, pull = jax.vjp(lambda x: diff_augment(x, KEY), x)
-        return augmented, pull(augmented)[0]
+        augmented, vjp = jax.vjp(lambda x: diff_augment(x, KEY), x)
+        return augmented, vjp(augmented)[0]
 
-    split = jax.device_put(images, sharding)
-    compiled = jax.jit(both, out_shardings=sharding).lower(split).compile()
+    sharded = jax.device_put(images, sharding)
+    compiled = jax.jit(both, out_shardings=sharding).lower(sharded).compile()
     for collective in ("all-gather", "all-reduce", "all-to-all", "collective-permute"):
         assert collective not in compiled.as_text()
-    for result, expected in zip(compiled(split), jax.jit(both)(images), strict=True):
+    for result, expected in zip(compiled(sharded), jax.jit(both)(images), strict=True):
         np.testing.assert_allclose(result, expected, atol=1e-5)
 
 
 def test_policies_are_named(images):
     np.testing.assert_array_equal(diff_augment(images, KEY, ()), images)
-    with pytest.raises(ValueError, match="no augmentation blur; there are color, translation, cutout"):
+    with pytest.raises(
+        ValueError, match="unknown augmentation blur; must be among color, translation, cutout"
+    ):
         diff_augment(images, KEY, ("color", "blur"))

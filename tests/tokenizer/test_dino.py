@@ -15,9 +15,9 @@ features = jax.jit(dino_features, static_argnames=("layers", "dtype"))
 
 
 def published(grid: int = GRID) -> dict[str, np.ndarray]:
-    """A random DINO in the published layout, its last normalisation with it."""
+    """Create a random DINO in the published layout, including its last layer norm."""
     rng, d, result = np.random.default_rng(0), WIDTH, {}
-    draw = lambda *shape: rng.standard_normal(shape).astype(np.float32)  # noqa: E731
+    draw = lambda *shape: rng.standard_normal(shape).astype(np.float32)
 
     def layer(name: str, *shape: int) -> None:
         result[f"{name}.weight"] = draw(*shape) / np.float32(np.sqrt(np.prod(shape[1:])))
@@ -38,7 +38,7 @@ def published(grid: int = GRID) -> dict[str, np.ndarray]:
 
 @pytest.fixture(scope="module")
 def load(tmp_path_factory):
-    """Tensors -> what `load_dino` makes of a file of them."""
+    """Loader that writes tensors to a file and reads it with `load_dino`."""
     path = tmp_path_factory.mktemp("dino") / "dino.safetensors"
 
     def loaded(tensors: dict[str, np.ndarray]) -> dict:
@@ -54,13 +54,13 @@ def params(load) -> dict:
 
 
 def interpolated(x: np.ndarray, side: int, weigh) -> np.ndarray:
-    """[h, h, C] -> [side, side, C], pixel by pixel: neighbours weighed by distance, the border repeated."""
+    """Resize [h, h, C] to [side, side, C] pixel by pixel, weighting neighbors by distance."""
     source, y = len(x), np.zeros((side, side, x.shape[2]))
     for i, j in np.ndindex(side, side):
-        centres = [(k + 0.5) * source / side - 0.5 for k in (i, j)]
+        centers = [(k + 0.5) * source / side - 0.5 for k in (i, j)]
         for a, b in np.ndindex(4, 4):
-            near = [math.floor(c) - 1 + k for c, k in zip(centres, (a, b), strict=True)]
-            weight = math.prod(weigh(abs(c - n)) for c, n in zip(centres, near, strict=True))
+            near = [math.floor(c) - 1 + k for c, k in zip(centers, (a, b), strict=True)]
+            weight = math.prod(weigh(abs(c - n)) for c, n in zip(centers, near, strict=True))
             row, column = (min(max(n, 0), source - 1) for n in near)
             y[i, j] += weight * x[row, column]
     return y
@@ -73,14 +73,14 @@ def cubic(d: float, a: float = -0.75) -> float:
 
 
 def reference(t: dict[str, np.ndarray], image: np.ndarray, grid: int) -> list[np.ndarray]:
-    """Feature maps of one image, patch by patch and head by head, in float64."""
+    """Compute the feature maps of one image, patch by patch and head by head, in float64."""
 
     def norm(name, x):
         x = (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-6)
         return x * t[f"{name}.weight"] + t[f"{name}.bias"]
 
-    linear = lambda name, x: x @ t[f"{name}.weight"].T + t[f"{name}.bias"]  # noqa: E731
-    as_map = lambda x: (x[1:] + x[0]).reshape(grid, grid, -1)  # noqa: E731
+    linear = lambda name, x: x @ t[f"{name}.weight"].T + t[f"{name}.bias"]
+    as_map = lambda x: (x[1:] + x[0]).reshape(grid, grid, -1)
     if len(image) != grid * PATCH:
         image = interpolated(image, grid * PATCH, lambda d: max(1 - d, 0))
     image = ((image + 1) / 2 - [0.485, 0.456, 0.406]) / [0.229, 0.224, 0.225]
@@ -120,9 +120,9 @@ def test_features_are_those_of_a_plain_loop(params, side, grid):
 def test_positions_of_a_trained_grid_are_taken_as_they_are(load):
     tensors = published(grid=4)
     images = np.zeros((1, 64, 64, 3), np.float32)
-    here = features(load(tensors), images, (0,))[0]
+    original = features(load(tensors), images, (0,))[0]
     tensors["pos_embed"][0, 7] += 1  # the second row's third patch
-    moved = features(load(tensors), images, (0,))[0] - here
+    moved = features(load(tensors), images, (0,))[0] - original
     np.testing.assert_allclose(moved[0, 1, 2], 1, atol=1e-5)
     assert np.abs(moved).sum() == pytest.approx(WIDTH, rel=1e-5)
 
@@ -189,5 +189,5 @@ def test_images_and_layers_that_cannot_be_are_refused(params):
     with pytest.raises(ValueError, match=r"square images \[B, H, H, 3\], got \(1, 64, 32, 3\)"):
         dino_features(params, np.zeros((1, 64, 32, 3), np.float32), (0,))
     for layers in ((2, 5, 8, 11), (-1,), ()):
-        with pytest.raises(ValueError, match="DINO of 3 blocks has layers 0 to 2, asked for"):
+        with pytest.raises(ValueError, match="DINO of 3 blocks has layers 0 to 2, got layers="):
             dino_features(params, np.zeros((1, 64, 64, 3), np.float32), layers)

@@ -10,10 +10,10 @@ def test_a_logit_for_every_place_whatever_other_images_there_are():
     module = PatchDiscriminator(channels=8, layers=2)
     images = jax.random.normal(jax.random.key(0), (3, 16, 16, 3))
     params = randomized(module.init(jax.random.key(1), images)["params"])
-    judge = jax.jit(lambda x: module.apply({"params": params}, x))
-    logits = judge(images)
-    assert logits.shape == (3, 16)  # a place for every 4 x 4 pixels
-    np.testing.assert_allclose(judge(images[1:2]), logits[1:2], atol=1e-5)
+    logits_of = jax.jit(lambda x: module.apply({"params": params}, x))
+    logits = logits_of(images)
+    assert logits.shape == (3, 16)  # one logit per 4 x 4 pixels
+    np.testing.assert_allclose(logits_of(images[1:2]), logits[1:2], atol=1e-5)
     assert np.ptp(logits) > 0.1
 
 

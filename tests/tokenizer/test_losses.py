@@ -27,6 +27,6 @@ def test_entropy_of_a_batch_by_hand():
 
 def test_its_gradient_spreads_targets_that_crowd_on_one_code():
     targets = 0.1 * jax.random.normal(jax.random.key(0), (8, 2, 4)).at[..., 0].add(3.0)
-    penalty = lambda x: entropy_penalty(x, CODES, 1.0).mean()  # noqa: E731
+    penalty = lambda x: entropy_penalty(x, CODES, 1.0).mean()
     moved = targets - 5 * jax.grad(penalty)(targets)
     assert float(penalty(moved)) < float(penalty(targets)) - 0.005

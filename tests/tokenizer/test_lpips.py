@@ -17,9 +17,9 @@ from var_jax.training.tokenizer_task import TokenizerTask
 
 
 def tensors() -> dict[str, np.ndarray]:
-    """The weights that the golden distances were made with, by their names."""
+    """Create the weights of the golden distances, by name."""
     result, channels = {}, 3
-    draw = lambda name, shape: (  # noqa: E731
+    draw = lambda name, shape: (
         np.random.default_rng(zlib.crc32(name.encode())).standard_normal(shape).astype(np.float32)
     )
     for layer, convolutions in enumerate(LAYERS):
@@ -45,11 +45,11 @@ def in_lpips_layout(name: str) -> str:
 
 @pytest.fixture(scope="module", params=["torchvision", "lpips"])
 def params(request, tmp_path_factory) -> dict:
-    """Loaded from two files in the format that torchvision and LPIPS ship, or from one in LPIPS's layout."""
+    """Parameters loaded from two files as torchvision and LPIPS ship them, or from one in LPIPS's layout."""
     folder, weights = tmp_path_factory.mktemp("lpips"), tensors()
     if request.param == "lpips":
-        whole = {in_lpips_layout(name): tensor for name, tensor in weights.items()}
-        save_file(whole, folder / "lpips.safetensors")
+        all_weights = {in_lpips_layout(name): tensor for name, tensor in weights.items()}
+        save_file(all_weights, folder / "lpips.safetensors")
         return load_perceptual([folder / "lpips.safetensors"])
     linear = {name: weights.pop(name) for name in list(weights) if name.startswith("lin")}
     weights["classifier.0.weight"] = np.zeros((3, 3), np.float32)
@@ -82,7 +82,7 @@ def test_it_is_a_term_of_the_loss_where_weights_are_given(params):
     key = jax.random.key(0)
     with_vgg, without = TokenizerTask(config, 5, {"vgg": params}), TokenizerTask(config, 5)
     variables = nn.meta.unbox(with_vgg.init(key)[0])
-    measure = lambda task: jax.jit(task._gradient)(variables, {}, task.frozen, batch, 0, key)[1][0]  # noqa: E731
+    measure = lambda task: jax.jit(task._gradient)(variables, {}, task.frozen, batch, 0, key)[1][0]
     metrics, plain = measure(with_vgg), measure(without)
     assert "perceptual" not in plain and float(metrics["perceptual"]) > 0
     np.testing.assert_allclose(metrics["loss"], plain["loss"] + 0.5 * metrics["perceptual"], rtol=1e-5)

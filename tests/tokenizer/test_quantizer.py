@@ -63,7 +63,7 @@ def test_the_step_by_step_sum_of_generation_is_the_partial_sums(quantizer):
 
 
 def test_published_choice_of_phi():
-    # Scales 2 and 7 of ten lie half-way between two ticks: the published arithmetic decides.
+    # Scales 2 and 7 of ten are half-way between two ticks, so rounding as in the published code decides.
     ticks = np.linspace(1 / 3 / 4, 1 - 1 / 3 / 4, 4)
     want = [int(np.argmin(np.abs(ticks - k / 9))) for k in range(10)]
     assert [_phi_index(k, 10, 4) for k in range(10)] == want
@@ -75,7 +75,7 @@ def test_published_choice_of_phi():
 @pytest.mark.parametrize("num_phis", [0, 4])
 def test_every_further_map_brings_the_sum_closer(sides, num_phis):
     quantizer = random_quantizer(sides, num_phis, num_codes=512)
-    if num_phis:  # phi as the identity, so that what is added is what was chosen
+    if num_phis:  # phi as the identity
         identity = np.zeros(quantizer.phi_kernel.shape, np.float32)
         identity[:, 1, 1] = np.eye(8)
         quantizer = dataclasses.replace(quantizer, phi_kernel=identity, phi_bias=jnp.zeros((4, 8)))
@@ -95,7 +95,7 @@ def test_the_single_scale_is_an_ordinary_vq():
     codes = np.asarray(quantizer.codebook)[distances.argmin(-1)].reshape(2, 4, 4, 8)
     np.testing.assert_allclose(quantized.f_hat, codes, atol=1e-6)
     np.testing.assert_allclose(quantized.loss, 1.25 * distances.min(-1).mean(1) / 8, rtol=1e-5)
-    # Dropout has no map to drop, and the gradient of the sum is that of the features.
+    # Quantizer dropout cannot drop the only map, and the gradient of f_hat passes to the features unchanged.
     np.testing.assert_array_equal(quantizer(features, jnp.array([1, 1])).f_hat, quantized.f_hat)
     probe = jax.random.normal(jax.random.key(2), features.shape)
     gradients = jax.grad(
@@ -111,16 +111,16 @@ def test_equal_maps_are_a_residual_vq():
     quantizer = random_quantizer((4, 4, 4), num_phis=0, num_codes=256)
     features = jax.random.normal(jax.random.key(1), (2, 4, 4, 8))
     quantized, codebook = quantizer(features), np.asarray(quantizer.codebook)
-    left, errors = np.asarray(features).reshape(2, 16, 8), []
+    residual, errors = np.asarray(features).reshape(2, 16, 8), []
     for token_map in quantizer.split(quantized.tokens):
-        nearest = ((left[:, :, None] - codebook) ** 2).sum(-1).argmin(-1)
+        nearest = ((residual[:, :, None] - codebook) ** 2).sum(-1).argmin(-1)
         np.testing.assert_array_equal(token_map, nearest)
-        left = left - codebook[nearest]
-        errors.append((left**2).mean())
+        residual = residual - codebook[nearest]
+        errors.append((residual**2).mean())
     assert errors[0] > errors[1] > errors[2]
-    np.testing.assert_allclose(quantized.f_hat, features - left.reshape(2, 4, 4, 8), atol=1e-5)
+    np.testing.assert_allclose(quantized.f_hat, features - residual.reshape(2, 4, 4, 8), atol=1e-5)
     np.testing.assert_allclose(quantized.loss.mean(), 1.25 * np.mean(errors), rtol=1e-5)
-    # The next token of a position is predicted from what its tokens before add up to.
+    # The transformer's input at a position is the sum of the codes of its earlier tokens.
     sums = quantizer.partial_sums(quantized.tokens)
     want = np.concatenate([f_hat.reshape(2, 16, 8) for f_hat in sums[:2]], axis=1)
     np.testing.assert_array_equal(quantizer.transformer_inputs(sums), want)
@@ -139,10 +139,10 @@ def test_normalised_codes_are_matched_by_direction_and_used_as_unit_vectors():
 def test_quantizer_dropout_keeps_the_first_maps_and_leaves_tokens_and_loss_alone():
     quantizer = random_quantizer((1, 2, 4))
     features = jax.random.normal(jax.random.key(1), (3, 4, 4, 8))
-    whole, dropped = quantizer(features), quantizer(features, jnp.array([1, 2, 3]))
-    np.testing.assert_array_equal(dropped.tokens, whole.tokens)
-    np.testing.assert_array_equal(dropped.loss, whole.loss)
-    sums = quantizer.partial_sums(whole.tokens)
+    full, dropped = quantizer(features), quantizer(features, jnp.array([1, 2, 3]))
+    np.testing.assert_array_equal(dropped.tokens, full.tokens)
+    np.testing.assert_array_equal(dropped.loss, full.loss)
+    sums = quantizer.partial_sums(full.tokens)
     for i in range(3):
         np.testing.assert_allclose(dropped.f_hat[i], sums[i][i], atol=1e-5)
 
@@ -150,18 +150,18 @@ def test_quantizer_dropout_keeps_the_first_maps_and_leaves_tokens_and_loss_alone
 def test_rotation_gives_the_sum_its_value_and_turns_the_gradient_with_it():
     quantizer = random_quantizer((1, 2, 4))
     features = jax.random.normal(jax.random.key(1), (2, 4, 4, 8))
-    turned = dataclasses.replace(quantizer, vq_gradient="rotation")
-    f_hat, backward = jax.vjp(lambda f: turned(f).f_hat, features)
+    rotating = dataclasses.replace(quantizer, vq_gradient="rotation")
+    f_hat, backward = jax.vjp(lambda f: rotating(f).f_hat, features)
     np.testing.assert_allclose(f_hat, quantizer(features).f_hat, atol=1e-5)
     along, across = backward(features / jnp.linalg.norm(features, axis=-1, keepdims=True))[0], f_hat
-    # A gradient along the sum arrives along the features, scaled by their ratio of lengths.
+    # A gradient parallel to f_hat becomes parallel to the features, scaled by the ratio of lengths.
     arrived = backward(across)[0]
     cosine = jnp.sum(arrived * features, -1) / jnp.linalg.norm(arrived, axis=-1)
     np.testing.assert_allclose(cosine / jnp.linalg.norm(features, axis=-1), 1, atol=1e-5)
     lengths = [np.linalg.norm(x, axis=-1) for x in (arrived, across, f_hat, features)]
     np.testing.assert_allclose(lengths[0] / lengths[1], lengths[2] / lengths[3], rtol=1e-4)
-    # A rotation keeps angles: so do two gradients on their way.
-    unit = lambda x: x / jnp.linalg.norm(x, axis=-1, keepdims=True)  # noqa: E731
+    # A rotation preserves the angle between two gradients.
+    unit = lambda x: x / jnp.linalg.norm(x, axis=-1, keepdims=True)
     before = jnp.sum(unit(across) * unit(features), -1)
     np.testing.assert_allclose(jnp.sum(unit(arrived) * unit(along), -1), before, atol=1e-4)
     assert float(jnp.abs(before - 1).max()) > 0.1
@@ -172,8 +172,8 @@ def test_targets_are_what_is_left_and_pass_the_gradient_of_the_features():
     features = jax.random.normal(jax.random.key(1), (2, 4, 4, 8))
     quantized = quantizer(features)
     np.testing.assert_allclose(quantized.targets[:, 0], features.mean((1, 2)), atol=1e-6)
-    left = features - quantizer.partial_sums(quantized.tokens)[0]
-    np.testing.assert_allclose(quantized.targets[:, 1:].reshape(2, 4, 4, 8), left, atol=1e-5)
+    residual = features - quantizer.partial_sums(quantized.tokens)[0]
+    np.testing.assert_allclose(quantized.targets[:, 1:].reshape(2, 4, 4, 8), residual, atol=1e-5)
     gradient = jax.grad(lambda f: quantizer(f).targets.sum())(features)
     np.testing.assert_allclose(gradient, 1 + 1 / 16, rtol=1e-5)
 

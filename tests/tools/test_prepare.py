@@ -402,7 +402,7 @@ def enlarged_center(image: Image.Image) -> np.ndarray:
 
 
 def test_shapes_are_drawn_alike_again_and_the_folder_must_be_new(tmp_path):
-    draw = lambda seed: coloured_shapes.draw("star", np.random.default_rng(seed))  # noqa: E731
+    draw = lambda seed: coloured_shapes.draw("star", np.random.default_rng(seed))
     np.testing.assert_array_equal(draw(3), draw(3))
     assert np.abs(draw(3).astype(int) - draw(4)).mean() > 10
     (tmp_path / "there.txt").touch()

@@ -68,7 +68,7 @@ def test_each_loss_reaches_its_own_parameters_alone(with_adversary, plain):
     # The discriminator learns from its hinge on these images and their fixed reconstructions.
     real = normalize(BATCH["image"])
     fake = jax.jit(task.model.apply)({"params": state.params}, real).images
-    judge = lambda params: hinge(*(task.adversary.logits(params, {}, x, KEY) for x in (real, fake)))  # noqa: E731
+    judge = lambda params: hinge(*(task.adversary.logits(params, {}, x, KEY) for x in (real, fake)))
     loss, grads = jax.jit(jax.value_and_grad(judge))(state.extra["adversary"]["params"])
     close(metrics["discriminator"], loss, 1e-5)
     moments = after.extra["adversary"]["opt_state"][1][0].mu
@@ -88,7 +88,7 @@ def test_the_weight_is_the_ratio_of_gradients_at_the_last_layer(with_adversary):
     """Compare with two backward passes to the last kernel, and the gradient of the weighted sum."""
     task, state, _ = with_adversary
     images, params, adversary = normalize(BATCH["image"]), state.params, state.extra["adversary"]
-    output = lambda params: task.model.apply({"params": params}, images, train=True)  # noqa: E731
+    output = lambda params: task.model.apply({"params": params}, images, train=True)
 
     def rebuild(params):
         error = output(params).images - images
@@ -161,7 +161,7 @@ def test_too_many_layers_for_small_images_are_refused():
 
 def random_dino(depth=4, width=64) -> dict:
     rng, linear = np.random.default_rng(0), {}
-    draw = lambda *shape: jnp.asarray(rng.standard_normal(shape) / np.sqrt(shape[-2]), jnp.float32)  # noqa: E731
+    draw = lambda *shape: jnp.asarray(rng.standard_normal(shape) / np.sqrt(shape[-2]), jnp.float32)
     for name, rows, columns in (("qkv", 1, 3), ("proj", 1, 1), ("fc1", 1, 4), ("fc2", 4, 1)):
         kernel = draw(depth, rows * width, columns * width)
         linear[name] = {"kernel": kernel, "bias": jnp.zeros((depth, columns * width))}

@@ -102,7 +102,7 @@ def test_codes_follow_their_targets_and_not_the_optimizer():
 
 
 def test_kmeans_in_the_first_steps_unless_the_codebook_was_loaded():
-    features = lambda params: jax.random.normal(KEY, (8, 2, 2, 2))  # noqa: E731
+    features = lambda params: jax.random.normal(KEY, (8, 2, 2, 2))
     codebook_updater, state = make(kmeans_steps=3)
     fitted = codebook_updater.before_step(state, features, KEY)
     assert not np.array_equal(codebooks(fitted)[0], codebooks(state)[0])

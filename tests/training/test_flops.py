@@ -53,10 +53,10 @@ def test_gradients_of_a_convolution_count_as_in_xla():
 def test_products_count_in_scans_branches_and_rematerialised_functions():
     w = jax.ShapeDtypeStruct((8, 8), jnp.float32)
     one = 2 * 8**3
-    product = lambda w: w @ w  # noqa: E731
-    scanned = lambda w: jax.lax.scan(lambda carry, _: (carry @ w, None), w, length=5)[0]  # noqa: E731
+    product = lambda w: w @ w
+    scanned = lambda w: jax.lax.scan(lambda carry, _: (carry @ w, None), w, length=5)[0]
     assert program_flops(scanned, w) == 5 * one
-    branches = lambda w: jax.lax.cond(w[0, 0] > 0, scanned, product, w)  # noqa: E731
+    branches = lambda w: jax.lax.cond(w[0, 0] > 0, scanned, product, w)
     assert program_flops(branches, w) == 5 * one
     assert program_flops(jax.jit(jax.checkpoint(product)), w) == one
     assert program_flops(jax.vmap(lambda w, v: v @ w, (None, 0)), w, w) == one
@@ -67,7 +67,7 @@ def test_products_count_in_scans_branches_and_rematerialised_functions():
 
 
 def test_a_loop_of_unknown_length_is_refused():
-    loop = lambda w: jax.lax.while_loop(lambda w: w[0, 0] < 1, lambda w: w @ w, w)  # noqa: E731
+    loop = lambda w: jax.lax.while_loop(lambda w: w[0, 0] < 1, lambda w: w @ w, w)
     with pytest.raises(ValueError, match="cannot count the FLOPs of while"):
         program_flops(loop, jnp.zeros((8, 8)))
 
@@ -80,7 +80,7 @@ def test_a_tokenizer_counts_as_in_xla_but_for_what_is_no_product(method):
     )
     images = jnp.zeros((1, 16, 16, 3))
     params = jax.eval_shape(model.init, jax.random.key(0), images)["params"]
-    apply = lambda params, images: model.apply({"params": params}, images, method=method)  # noqa: E731
+    apply = lambda params, images: model.apply({"params": params}, images, method=method)
     counted = program_flops(apply, params, images)
     assert 5e7 < counted == pytest.approx(xla_flops(apply, params, images), rel=0.03)
 

@@ -45,9 +45,9 @@ def test_a_step_from_the_cache_is_a_step_from_the_same_crops(tiny_run, token_cac
     images, (cached, _) = sources(digits_dir)[0], open_token_cache(token_cache)
     transform = ToPixels("digits", 8, CACHE_FLAGS["resize"], CACHE_FLAGS["flip"], CACHE_FLAGS["shift"])
     indices = np.random.default_rng(0).permutation(len(cached))[:16]
-    rng = lambda i: np.random.default_rng((CACHE_FLAGS["seed"], i % 1442, i // 1442))  # noqa: E731
+    rng = lambda i: np.random.default_rng((CACHE_FLAGS["seed"], i % 1442, i // 1442))
     on_the_fly = [transform(images[i % 1442], rng(i)) for i in indices]
-    together = lambda items: jax.tree.map(lambda *leaves: np.stack(leaves), *items)  # noqa: E731
+    together = lambda items: jax.tree.map(lambda *leaves: np.stack(leaves), *items)
     batches = together(on_the_fly), together([cached[i] for i in indices])
     assert "image" not in batches[1] and "tokens" not in batches[0]
     make_state, _ = create_state(task.init, task.optimizer, True, jax.random.key(0), make_mesh())

@@ -40,7 +40,7 @@ def start():
             free.bind(("localhost", 0))
             port = free.getsockname()[1]
         several = (f"--coordinator=localhost:{port}", f"--num_processes={processes}", TIMEOUT)
-        mine = lambda i: (*several, f"--process_id={i}") if processes > 1 else ()  # noqa: E731
+        mine = lambda i: (*several, f"--process_id={i}") if processes > 1 else ()
         return [
             subprocess.Popen(
                 [sys.executable, *command, f"--workdir={workdir}", *mine(i), *own(i)],
@@ -179,7 +179,7 @@ def test_the_networks_learn_on_two_hosts_as_on_one(start, next_scale_flags, tmp_
 
 
 def test_hosts_that_would_run_different_programs_are_refused(start, next_scale_flags, tmp_path):
-    remat = lambda i: ("--config.next_scale.transformer.remat=full",) if i else ()  # noqa: E731
+    remat = lambda i: ("--config.next_scale.transformer.remat=full",) if i else ()
     result = ended(start(2, tmp_path, "train.py", *next_scale_flags, own=remat), within=900)
     assert [code for code, _, _ in result] == [1, 1]
     for _, _, err in result:
@@ -191,7 +191,7 @@ def test_hosts_that_would_run_different_programs_are_refused(start, next_scale_f
 
 
 def test_hosts_that_do_not_share_a_file_system_are_refused(start_toy, tmp_path):
-    local = lambda i: ("--file_timeout=1", f"--workdir={tmp_path}/{i}")  # noqa: E731
+    local = lambda i: ("--file_timeout=1", f"--workdir={tmp_path}/{i}")
     result = ended(start_toy(2, tmp_path, own=local), within=120)
     assert all(code == 1 for code, _, _ in result)
     for _, _, err in result:
@@ -209,7 +209,7 @@ def test_a_failure_on_one_host_ends_all(start_toy, tmp_path):
 
 def test_a_full_disk_ends_several_hosts_and_loses_nothing(start_toy, small_disk):
     """Hosts do not know of each other's disks, so the first checkpoint that fails ends the run."""
-    run = lambda processes, *extra: start_toy(processes, small_disk, "--ballast=200000", *extra)  # noqa: E731
+    run = lambda processes, *extra: start_toy(processes, small_disk, "--ballast=200000", *extra)
     result = ended(run(2, "--pause=0.1", "--full_at=8"), within=120)
     assert all(code != 0 for code, _, _ in result)
     message = "".join(err for _, _, err in result)

@@ -118,7 +118,7 @@ def test_what_is_not_finite_is_null_and_read_as_nan(tmp_path):
     log.write(1, "train", {"loss": math.nan, "norm": math.inf}, "")
     log.close()
     path = tmp_path / "metrics.jsonl"
-    strict = lambda name: pytest.fail(f"{name} is not JSON")  # noqa: E731
+    strict = lambda name: pytest.fail(f"{name} is not JSON")
     line = json.loads(path.read_text(), parse_constant=strict)
     assert line == {"step": 1, "kind": "train", "loss": None, "norm": None}
     path.write_text(path.read_text() + '{"step": 2, "kind": "train", "loss": NaN}\n')  # of an older run
@@ -129,9 +129,9 @@ def test_what_is_not_finite_is_null_and_read_as_nan(tmp_path):
 
 
 def test_nothing_that_draws_changes_the_backend_of_a_notebook():
-    reports = ("codebook.run", "locality.run")
-    reports += tuple(f"{name}.report" for name in ("complexity", "inpainting", "next_token", "scaling_law"))
-    imports = "import benchmarks.scaling_report\n" + "".join(f"import experiments.{r}\n" for r in reports)
+    names = ("codebook", "complexity", "inpainting", "locality", "next_token", "scaling_law")
+    reports = ("benchmarks.scaling_report", *(f"experiments.{name}.report" for name in names))
+    imports = "".join(f"import {report}\n" for report in reports)
     checks = "assert matplotlib.get_backend() == 'svg' and 'matplotlib.pyplot' not in sys.modules"
     done = command("-c", f"import sys, matplotlib\nmatplotlib.use('svg')\n{imports}{checks}")
     assert done.returncode == 0, done.stderr[-2000:]

@@ -101,7 +101,7 @@ def test_any_loss_or_gradient_that_is_not_finite_keeps_the_state_of_before(name,
     new = old.replace(step=zero + 5, params={"w": jnp.full(2, 7.0)})
     finite = dict.fromkeys(("loss_last", "discriminator", "discriminator_gradient_norm"), 1.0)
     scalars = {"loss": 1.0, "gradient_norm": 1.0}
-    output = lambda changed: StepOutput(  # noqa: E731
+    output = lambda changed: StepOutput(
         state=new,
         **{key: changed.get(key, value) for key, value in scalars.items()},
         metrics={"perplexity": jnp.inf} | {key: changed.get(key, value) for key, value in finite.items()},

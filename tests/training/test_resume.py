@@ -68,7 +68,7 @@ def trained(workdir, stage) -> list[int]:
 def final_state(workdir, stage) -> dict:
     """Read the last checkpoint: parameters, moving average, optimizer state and counts."""
     folder = workdir / stage / "checkpoints" / str(STEPS)
-    restore = lambda item: ocp.StandardCheckpointer().restore(folder / item)  # noqa: E731
+    restore = lambda item: ocp.StandardCheckpointer().restore(folder / item)
     return {"params": restore("params"), "state": restore("state")}
 
 

@@ -88,12 +88,12 @@ def test_each_device_encodes_its_own_images_and_none_are_gathered(tasks):
     """Check a step from images; `tests/benchmarks/test_plan.py` checks one from tokens, for TPU."""
     task, mesh = tasks["next_scale"], make_mesh(data=2, fsdp=4)
     _, state = create_state(task.init, task.optimizer, True, jax.random.key(0), mesh)
-    put = lambda shape, dtype: jax.ShapeDtypeStruct(shape, dtype, sharding=batch_sharding(mesh))  # noqa: E731
+    put = lambda shape, dtype: jax.ShapeDtypeStruct(shape, dtype, sharding=batch_sharding(mesh))
     batch = {"image": put((16, 8, 8, 3), jnp.uint8), "label": put((16,), jnp.int32)}
     step = jit_train_step(task, task.stage.train, 6, mesh, state)
     program = step.lower(state, task.frozen, batch, jax.random.key(1)).compile()
     text = program.as_text()
-    of = lambda kind: re.findall(rf"\w+\[([\d,]*)\]\S* {kind}\(", text)  # noqa: E731
+    of = lambda kind: re.findall(rf"\w+\[([\d,]*)\]\S* {kind}\(", text)
     assert len(of("convolution")) > 5 and all(shape.startswith("2,") for shape in of("convolution"))
     gathered = [shape for shape in of("all-gather") if shape.startswith("16,") and shape.count(",") > 1]
     assert of("all-gather") and not gathered
@@ -105,7 +105,7 @@ def test_each_device_encodes_its_own_images_and_none_are_gathered(tasks):
 def test_moving_average_and_moments_are_split_as_the_parameters_are(tasks):
     task, mesh = tasks["next_scale"], make_mesh(data=2, fsdp=2, tensor=2)
     _, state = create_state(task.init, task.optimizer, True, jax.random.key(0), mesh)
-    specs = lambda tree: jax.tree.map(lambda leaf: leaf.sharding.spec, tree)  # noqa: E731
+    specs = lambda tree: jax.tree.map(lambda leaf: leaf.sharding.spec, tree)
     (adam,) = [part for part in jax.tree.leaves(state.opt_state, is_leaf=is_adam) if is_adam(part)]
     assert specs(state.ema) == specs(state.params) == specs(adam.mu) == specs(adam.nu)
 
@@ -125,7 +125,7 @@ def test_the_table_keeps_whole_what_does_not_divide():
 
 def test_parameters_that_fsdp_does_not_divide_are_counted(tasks):
     task = tasks["next_scale"]  # width 32
-    share = lambda **sizes: replicated_fraction(  # noqa: E731
+    share = lambda **sizes: replicated_fraction(
         create_state(task.init, task.optimizer, False, jax.random.key(0), make_mesh(**sizes))[1].params
     )
     assert share(fsdp=8) < 0.1
@@ -150,7 +150,7 @@ def test_a_mesh_that_does_not_fit_is_refused():
 def test_a_batch_that_the_mesh_does_not_divide_is_refused():
     mesh = make_mesh(data=2, fsdp=4)
     check_batch(32, mesh, accumulate=2)
-    with pytest.raises(ValueError, match=r"train.batch=24 must be a multiple of 16: 8 devices.*accumulate=2"):
+    with pytest.raises(ValueError, match=r"batch=24 must be a multiple of 16: 8 devices.*grad_accum_steps=2"):
         check_batch(24, mesh, accumulate=2)
     assert batch_sharding(mesh).shard_shape((16, 3)) == (2, 3)
 

@@ -18,20 +18,20 @@ MASKS = {name: Scales(sides).mask for name, sides in SIDES.items()}
 
 def inputs(length: int, keys: int = 0, dtype=jnp.float32):
     rng = np.random.default_rng(length)
-    draw = lambda n: jnp.asarray(rng.standard_normal((2, n, 2, 8)), dtype)  # noqa: E731
+    draw = lambda n: jnp.asarray(rng.standard_normal((2, n, 2, 8)), dtype)
     return draw(length), draw(keys or length), draw(keys or length)
 
 
 def same(function, reference, *arrays):
-    """Asserts equal outputs and gradients, by a loss that looks at every number differently."""
+    """Assert equal outputs and gradients of a loss that weights every output differently."""
 
     def both(f):
         weights = jnp.sin(jnp.arange(arrays[0].size, dtype=jnp.float32)).reshape(arrays[0].shape)
-        loss = lambda *x: (lambda y: (jnp.sum(y * weights), y))(f(*x))  # noqa: E731
+        loss = lambda *x: (lambda y: (jnp.sum(y * weights), y))(f(*x))
         return jax.jit(jax.grad(loss, argnums=(0, 1, 2), has_aux=True))(*arrays)
 
-    for result, right in zip(*map(jax.tree.leaves, (both(function), both(reference))), strict=True):
-        close(result, right, 2e-6)
+    for result, expected in zip(*map(jax.tree.leaves, (both(function), both(reference))), strict=True):
+        close(result, expected, 2e-6)
 
 
 @pytest.mark.parametrize("size", MASKS)
@@ -67,7 +67,7 @@ def test_groups_cover_all_queries_and_large_maps_need_no_mask():
 
 def test_grouped_products_are_fewer_than_all():
     mask = MASKS["256"]
-    count = lambda name: (  # noqa: E731
+    count = lambda name: (
         jax.jit(partial(attend, scale=1.0, mask=mask, name=name)).lower(*inputs(680)).cost_analysis()["flops"]
     )
     assert count("grouped") < 0.75 * count("einsum")
@@ -75,14 +75,16 @@ def test_grouped_products_are_fewer_than_all():
 
 @pytest.fixture
 def cudnn_calls(monkeypatch) -> list[tuple]:
-    """Shapes of queries and keys that cuDNN is asked for; XLA computes in its place.
+    """Record the shapes of queries and keys of cuDNN calls, and compute them with XLA.
 
     The kernel itself is compiled by `benchmarks.check_gpu`.
     """
     calls, attention = [], jax.nn.dot_product_attention
 
     def kernel(q, k, v, *, implementation, **options):
-        assert implementation == "cudnn" and q.shape[1] % 2 == k.shape[1] % 2 == 0  # else no gradient
+        assert (
+            implementation == "cudnn" and q.shape[1] % 2 == k.shape[1] % 2 == 0
+        )  # otherwise there is no gradient
         calls.append((q.shape, k.shape))
         return attention(q, k, v, implementation="xla", **options)
 
@@ -105,7 +107,7 @@ def test_cudnn_is_asked_for_the_part_of_each_device(cudnn_calls, size, sizes):
     loss = on_mesh(lambda q, k, v: attend(q, k, v, 0.3, mask, "cudnn").astype(jnp.float32).sum(), mesh)
     half = (jax.ShapeDtypeStruct((8, len(mask), 2, 64), jnp.bfloat16),) * 3
     jax.jit(jax.grad(loss, argnums=(0, 1, 2))).trace(*half)
-    images, heads = (8, 2) if mesh.size == 1 else (2, 1)  # over data and fsdp; over tensor
+    images, heads = (8, 2) if mesh.size == 1 else (2, 1)  # sharded over data and fsdp; over tensor
     assert all((q[0], q[2:]) == (images, (heads, 64)) for q, _ in cudnn_calls)
     large = [stop - start for start, stop in groups(key_ends(mask))[1:]]
     assert [q[1] for q, _ in cudnn_calls] == [n + n % 2 for n in large]
@@ -113,7 +115,7 @@ def test_cudnn_is_asked_for_the_part_of_each_device(cudnn_calls, size, sizes):
 
 @pytest.mark.parametrize("mask", [MASKS["odd"], None])
 def test_splash_on_a_mesh_equals_einsum(mask):
-    """Images over data and fsdp, heads over tensor."""
+    """Images are sharded over data and fsdp, heads over tensor."""
     q, k, v = (jnp.tile(x, (4, 1, 1, 1)) for x in inputs(84))
     with jax.set_mesh(make_mesh(2, 2, 2)):
         same(*(partial(f, scale=0.3, mask=mask) for f in (partial(splash, interpret=True), einsum)), q, k, v)

@@ -29,7 +29,7 @@ def test_golden_logits(golden_var, golden):
 def test_golden_loss_and_gradients(golden_var, golden):
     model, arrays = golden_var
     vae = golden("vae")
-    # Rematerialisation is on, and must change nothing (label drop and dropout are off without train).
+    # Rematerialization changes no number.  Label dropout is off, and so are the other rates.
     module = NextScale(dataclasses.replace(model.module.config, class_dropout_prob=0.0), remat="flat_qkv")
 
     @jax.jit
@@ -52,8 +52,8 @@ def test_golden_loss_and_gradients(golden_var, golden):
         close(published[name.removeprefix("grad:")], arrays[name], 1e-3)
 
 
-@pytest.mark.parametrize("most", [1024, 8])
-def test_losses_in_one_go_and_in_chunks_are_those_of_the_logits(tiny_var, monkeypatch, most):
+@pytest.mark.parametrize("chunk", [1024, 8])
+def test_losses_in_one_go_and_in_chunks_are_those_of_the_logits(tiny_var, monkeypatch, chunk):
     module, params = tiny_var
     labels, inputs = jnp.array([0, 5, 3]), jax.random.normal(jax.random.key(0), (3, 20, 4))
     tokens = jax.random.randint(jax.random.key(1), (3, 21), 0, 16)
@@ -64,17 +64,17 @@ def test_losses_in_one_go_and_in_chunks_are_those_of_the_logits(tiny_var, monkey
         return losses.mean(), (losses, 1.0 * (logits.argmax(-1) == tokens))
 
     def ours(params):
-        losses, right = module.apply({"params": params}, labels, inputs, tokens, method="losses")
-        return losses.mean(), (losses, 1.0 * right)
+        losses, correct = module.apply({"params": params}, labels, inputs, tokens, method="losses")
+        return losses.mean(), (losses, 1.0 * correct)
 
     want = jax.jit(jax.grad(of_logits, has_aux=True))(params)
-    monkeypatch.setattr(model_module, "LOGITS_CHUNK", most)
+    monkeypatch.setattr(model_module, "LOGITS_CHUNK", chunk)
     result = jax.jit(jax.grad(ours, has_aux=True))(params)
-    jax.tree.map(lambda got, right: close(got, right, 1e-5), result, want)
+    jax.tree.map(lambda got, expected: close(got, expected, 1e-5), result, want)
     assert result[1][1].any()
-    # Of one chunk the logits are worked out again for its gradient, and none are kept.
-    kept = jax.eval_shape(lambda params: jax.tree.leaves(jax.vjp(ours, params, has_aux=True)[1]), params)
-    assert not [leaf.shape for leaf in kept if leaf.shape[-1:] == (16,) and leaf.ndim == 3]
+    # The gradient of a chunk recomputes its logits, so none are saved.
+    saved = jax.eval_shape(lambda params: jax.tree.leaves(jax.vjp(ours, params, has_aux=True)[1]), params)
+    assert not [leaf.shape for leaf in saved if leaf.shape[-1:] == (16,) and leaf.ndim == 3]
 
 
 @pytest.mark.parametrize("which", ["tiny_var", "tiny_shared_var"])
@@ -150,7 +150,7 @@ def test_number_of_parameters_of_d16():
 def test_dropped_labels_are_no_class(tiny_var):
     config = dataclasses.replace(tiny_var[0].config, class_dropout_prob=0.999999)
     inputs, rngs = jax.random.normal(jax.random.key(0), (3, 20, 4)), {"dropout": jax.random.key(0)}
-    apply = lambda labels, **kw: NextScale(config).apply({"params": tiny_var[1]}, labels, inputs, **kw)  # noqa: E731
+    apply = lambda labels, **kw: NextScale(config).apply({"params": tiny_var[1]}, labels, inputs, **kw)
     close(apply(jnp.array([0, 1, 2]), train=True, rngs=rngs), apply(jnp.full(3, 5)), 1e-6)
 
 

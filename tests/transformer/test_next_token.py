@@ -50,8 +50,8 @@ def make(order="raster", positions="learned_1d", mask="causal", **fields):
 def test_cached_equals_uncached_and_nothing_leaks(order, positions, mask):
     module, params = make(order, positions, mask)
     labels, inputs = jnp.array([0, 5]), jax.random.normal(jax.random.key(0), (2, LENGTH - 1, 4))
-    whole = jax.jit(lambda inputs: module.apply({"params": params}, labels, inputs))
-    logits = whole(inputs)
+    uncached = jax.jit(lambda inputs: module.apply({"params": params}, labels, inputs))
+    logits = uncached(inputs)
 
     @jax.jit
     def one_by_one(inputs):
@@ -67,7 +67,7 @@ def test_cached_equals_uncached_and_nothing_leaks(order, positions, mask):
 
     close(one_by_one(inputs), logits, 1e-5)
     for j in (0, 6, LENGTH - 2):  # token j is the input of position j + 1
-        changed = np.abs(whole(inputs.at[:, j].add(1.0)) - logits).max((0, 2))
+        changed = np.abs(uncached(inputs.at[:, j].add(1.0)) - logits).max((0, 2))
         assert changed[: j + 1].max() == 0 and changed[j + 1] > 1e-3
 
 
@@ -86,9 +86,9 @@ def test_next_scale_cached_equals_uncached_and_leaks_nothing_by_scale(positions)
     module, scales = NextScale(config), config.schedule
     labels, inputs = jnp.array([0, 5]), jax.random.normal(jax.random.key(0), (2, 20, 4))
     params = randomized(jax.eval_shape(module.init, jax.random.key(0), labels, inputs)["params"])
-    apply = lambda *args, **kw: module.apply({"params": params}, *args, **kw)  # noqa: E731
-    whole = jax.jit(lambda inputs: apply(labels, inputs))
-    logits = whole(inputs)
+    apply = lambda *args, **kw: module.apply({"params": params}, *args, **kw)
+    uncached = jax.jit(lambda inputs: apply(labels, inputs))
+    logits = uncached(inputs)
     condition, cache, parts = apply(labels, method="condition"), apply(2, method="empty_cache"), []
     for k in range(len(scales)):
         own = None if k == 0 else inputs[:, scales.starts[k] - 1 : scales.ends[k] - 1]
@@ -96,13 +96,13 @@ def test_next_scale_cached_equals_uncached_and_leaks_nothing_by_scale(positions)
         parts.append(result)
     close(jnp.concatenate(parts, axis=1), logits, 1e-5)
     for j in (1, 8):  # an input of scale 1, and one of scale 2
-        changed = np.abs(whole(inputs.at[:, j].add(1.0)) - logits).max((0, 2))
+        changed = np.abs(uncached(inputs.at[:, j].add(1.0)) - logits).max((0, 2))
         own = scales.levels >= scales.levels[j + 1]
         assert changed[~own].max() == 0 and changed[own].min() > 1e-4
 
 
-def reached(config: NextTokenConfig, blocks: int) -> np.ndarray:
-    """bool [L, L]: what reaches a position through so many blocks."""
+def receptive_field(config: NextTokenConfig, blocks: int) -> np.ndarray:
+    """Compute the inputs that reach each position through a number of blocks, bool [L, L]."""
     result = np.eye(config.length, dtype=bool)
     for block in range(blocks):
         result = config.masks[block % len(config.masks)] @ result
@@ -114,37 +114,37 @@ def reached(config: NextTokenConfig, blocks: int) -> np.ndarray:
 def test_two_axial_blocks_reach_all_that_comes_before(order, side):
     config = NextTokenConfig(depth=2, width=32, num_heads=4, scales=(side,), order=order, mask="axial")
     causal = np.tri(side**2, dtype=bool)
-    np.testing.assert_array_equal(reached(config, 2), causal)
-    assert (reached(config, 1) != causal).any()
-    strict = dataclasses.replace(config, mask_radius=0)  # one row, one column: the docstring's remark
-    assert (reached(strict, 2) != causal).any()
+    np.testing.assert_array_equal(receptive_field(config, 2), causal)
+    assert (receptive_field(config, 1) != causal).any()
+    strict = dataclasses.replace(config, mask_radius=0)  # one row, one column
+    assert (receptive_field(strict, 2) != causal).any()
 
 
 @pytest.mark.parametrize("order", ["spiral_in", "spiral_out", "z_curve", "hilbert", "random"])
 def test_along_other_orders_two_axial_blocks_leave_gaps_that_more_blocks_fill(order):
-    """Every detour must lead forwards: the docstring's remark."""
+    """Two blocks connect two cells only if the corner between them lies between them in the order."""
     config = NextTokenConfig(depth=2, width=32, num_heads=4, scales=(16,), order=order, mask="axial")
-    two, four = (reached(config, blocks).sum() / np.tri(256).sum() for blocks in (2, 4))
+    two, four = (receptive_field(config, blocks).sum() / np.tri(256).sum() for blocks in (2, 4))
     assert 0.72 < two < 0.87 and four > 0.95
 
 
 def test_axial_attention_carries_what_its_masks_reach():
-    """The network itself: an input changes just the logits that two blocks of axial attention reach."""
+    """An input changes exactly the logits that two blocks of axial attention reach."""
     module, params = make(mask="axial")
     labels, inputs = jnp.array([0]), jax.random.normal(jax.random.key(0), (1, LENGTH - 1, 4))
-    whole = jax.jit(lambda inputs: module.apply({"params": params}, labels, inputs))
-    changed = np.abs(whole(inputs.at[:, 2].add(1.0)) - whole(inputs)).max((0, 2))
-    np.testing.assert_array_equal(changed > 0, reached(module.config, 2)[:, 3])
+    logits = jax.jit(lambda inputs: module.apply({"params": params}, labels, inputs))
+    changed = np.abs(logits(inputs.at[:, 2].add(1.0)) - logits(inputs)).max((0, 2))
+    np.testing.assert_array_equal(changed > 0, receptive_field(module.config, 2)[:, 3])
     assert (changed > 0).sum() == LENGTH - 3
 
 
 @pytest.mark.parametrize("mask", MASKS)
 def test_masks_look_back_only_and_at_the_right_cells(mask):
     config = NextTokenConfig(depth=2, width=32, num_heads=4, scales=(4,), order="raster", mask=mask)
-    for seen in config.masks:
-        assert not np.triu(seen, 1).any() and seen.diagonal().all() and seen[:, 0].all()
-    # The token at row 2, column 2 (number 10): which of the cells 0 .. 9 are seen as keys 1 .. 10.
-    cells = [np.flatnonzero(seen[10, 1:]).tolist() for seen in config.masks]
+    for block_mask in config.masks:
+        assert not np.triu(block_mask, 1).any() and block_mask.diagonal().all() and block_mask[:, 0].all()
+    # The token at row 2, column 2 (number 10): the cells 0 .. 9 are its keys 1 .. 10.
+    cells = [np.flatnonzero(block_mask[10, 1:]).tolist() for block_mask in config.masks]
     rows, columns = [4, 5, 6, 7, 8, 9], [1, 2, 3, 5, 6, 7, 9]
     local = sorted(set(rows) & set(columns))
     want = {"causal": [list(range(10))], "row": [rows], "column": [columns], "axial": [rows, columns]}
@@ -152,7 +152,7 @@ def test_masks_look_back_only_and_at_the_right_cells(mask):
 
 
 def test_parameters_and_blocks_are_those_of_next_scale():
-    """The prediction scheme is all that differs: same tree, but for levels and rows of positions."""
+    """Only the prediction scheme differs: the trees are equal except for levels and position rows."""
     token = make()[1]
     module = NextScale(
         NextScaleConfig(
@@ -173,7 +173,7 @@ def test_flops_by_hand():
     config = NextTokenConfig(
         depth=1, width=8, num_heads=1, num_classes=2, num_codes=3, code_dim=4, scales=(2,)
     )
-    block = lambda q, k: 24 * q * 64 + 4 * q * k * 8 + 2 * q * 8 * (3 + 4)  # noqa: E731
+    block = lambda q, k: 24 * q * 64 + 4 * q * k * 8 + 2 * q * 8 * (3 + 4)
     adaln = 16 * 64
     assert training_flops(config) == 3 * (block(4, 4) + adaln)
     assert generation_flops(config, 0) == adaln + sum(block(1, i) for i in (1, 2, 3, 4))
@@ -229,10 +229,10 @@ def test_a_mesh_of_eight_devices_gives_losses_and_gradients_of_one(positions):
         return module.apply({"params": params}, **batch, method="losses")[0].mean()
 
     batch = {"labels": labels, "inputs": inputs, "tokens": tokens}
-    alone = jax.jit(jax.value_and_grad(loss))(params, batch)
+    single = jax.jit(jax.value_and_grad(loss))(params, batch)
     mesh = make_mesh(2, 2, 2)
     boxed = jax.eval_shape(module.init, jax.random.key(0), labels[:1], inputs[:1])["params"]
     params = jax.device_put(params, tree_shardings(boxed, mesh))
-    spread = jax.jit(jax.value_and_grad(on_mesh(loss, mesh)))(params, global_batch(batch, mesh))
-    for result, right in zip(*map(jax.tree.leaves, (spread, alone)), strict=True):
+    sharded = jax.jit(jax.value_and_grad(on_mesh(loss, mesh)))(params, global_batch(batch, mesh))
+    for result, right in zip(*map(jax.tree.leaves, (sharded, single)), strict=True):
         close(result, right, 1e-4)

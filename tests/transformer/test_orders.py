@@ -4,7 +4,7 @@ import pytest
 from var_jax.transformer.positions import ORDERS, inverse, order
 
 SIDES = (1, 2, 3, 4, 5, 8, 16)
-# The position in the sequence of each cell of a 4 x 4 map, as one would write it on squared paper.
+# Position in the sequence of each cell of a 4 x 4 map, drawn by hand.
 BY_HAND = {
     "raster": [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 11], [12, 13, 14, 15]],
     "column": [[0, 4, 8, 12], [1, 5, 9, 13], [2, 6, 10, 14], [3, 7, 11, 15]],
@@ -17,7 +17,7 @@ BY_HAND = {
 
 
 def steps(name: str, side: int) -> np.ndarray:
-    """Manhattan distance in the image from each token to the next."""
+    """Compute the Manhattan distance in the image from each token to the next."""
     row, column = np.divmod(order(name, side), side)
     return abs(np.diff(row)) + abs(np.diff(column))
 
@@ -63,7 +63,7 @@ def test_of_no_power_of_two_the_z_curve_leaves_out_the_cells_outside():
 def test_random_depends_on_the_seed_alone():
     np.testing.assert_array_equal(order("random", 8, seed=3), order("random", 8, seed=3))
     assert (order("random", 8, seed=3) != order("random", 8, seed=4)).any()
-    # For good: models are trained with it.
+    # Trained models depend on this permutation, so it must never change.
     assert order("random", 3, seed=0).tolist() == [7, 2, 1, 4, 8, 6, 3, 0, 5]
     np.testing.assert_array_equal(order("hilbert", 8, seed=3), order("hilbert", 8))
 

@@ -32,16 +32,18 @@ def test_rotary_scores_depend_on_distances_alone(kind, where):
     q, k = (jax.random.normal(jax.random.key(i), (2, len(coords.query), 3, 8)) for i in (0, 1))
 
     def scores(coords):
-        turned = [positions.rotate(x, a) for x, a in zip((q, k), rotary_angles(coords, kind, 8), strict=True)]
-        return jnp.einsum("bqnh,bknh->bnqk", *turned)
+        rotated = [
+            positions.rotate(x, a) for x, a in zip((q, k), rotary_angles(coords, kind, 8), strict=True)
+        ]
+        return jnp.einsum("bqnh,bknh->bnqk", *rotated)
 
-    there = scores(coords)
-    close(scores(shifted(coords, 3, 5, 7)), there, 1e-5)
+    unshifted = scores(coords)
+    close(scores(shifted(coords, 3, 5, 7)), unshifted, 1e-5)
     plain = jnp.einsum("bqnh,bknh->bnqk", q, k)
-    assert np.abs(there - plain).max() > 0.5  # and they do depend on these
-    # Turning keeps lengths, so normalised attention stays normalised.
-    turned = positions.rotate(q, rotary_angles(coords, kind, 8)[0])
-    close(jnp.linalg.norm(turned, axis=-1), jnp.linalg.norm(q, axis=-1), 1e-6)
+    assert np.abs(unshifted - plain).max() > 0.5  # and distances do change them
+    # Rotation preserves lengths, so normalized attention stays normalized.
+    rotated = positions.rotate(q, rotary_angles(coords, kind, 8)[0])
+    close(jnp.linalg.norm(rotated, axis=-1), jnp.linalg.norm(q, axis=-1), 1e-6)
 
 
 def test_rotary_2d_turns_half_by_the_row_and_half_by_the_column():
@@ -58,12 +60,12 @@ def test_relative_positions_depend_on_distances_alone():
     np.testing.assert_array_equal(buckets(shifted(coords, 3, 5, 7)), result)
     rows, columns = np.moveaxis(coords.query[:, None] - coords.key[None], -1, 0)
     assert len(np.unique(result)) > 100
-    for row, column in ((0, 0), (1, -2), (-3, 3)):  # what is near has a bucket of its own
+    for row, column in ((0, 0), (1, -2), (-3, 3)):  # small distances have a bucket each
         same = (rows == row) & (columns == column)
         (bucket,) = np.unique(result[same])
         np.testing.assert_array_equal(result == bucket, same)
     assert result.min() >= 0 and result.max() < positions.BUCKETS
-    scales = scale_coords(Scales((1, 2, 3, 4)))  # distances are no whole numbers
+    scales = scale_coords(Scales((1, 2, 3, 4)))  # distances are not integers
     np.testing.assert_array_equal(buckets(shifted(scales, 3, 5, 7)), buckets(scales))
 
 
@@ -97,8 +99,8 @@ def test_a_bias_is_added_to_the_scores(implementation):
     q, k, v = (jax.random.normal(jax.random.key(i), (2, 84, 3, 8)) for i in range(3))
     mask, bias = Scales((1, 3, 5, 7)).mask, jax.random.normal(jax.random.key(3), (3, 84, 84))
     scores = jnp.einsum("bqnh,bknh->bnqk", q, k) * 0.3 + bias
-    shares = jax.nn.softmax(jnp.where(mask, scores, -jnp.inf))
-    close(attend(q, k, v, 0.3, mask, implementation, bias), jnp.einsum("bnqk,bknh->bqnh", shares, v), 1e-5)
+    weights = jax.nn.softmax(jnp.where(mask, scores, -jnp.inf))
+    close(attend(q, k, v, 0.3, mask, implementation, bias), jnp.einsum("bnqk,bknh->bqnh", weights, v), 1e-5)
 
 
 def test_attention_is_chosen_by_what_it_must_know():
@@ -115,7 +117,7 @@ def test_attention_is_chosen_by_what_it_must_know():
     assert choose_attention("auto", "gpu", half, 64, row) == "einsum"
     assert choose_attention("auto", "gpu", half, 64, causal, bias=True) == "grouped"
     assert choose_attention("auto", "cpu", jnp.float32, 64, axial, bias=True) == "einsum"
-    with pytest.raises(ValueError, match="grouped does not know the mask .* use einsum or splash"):
+    with pytest.raises(ValueError, match="grouped does not support the mask .* use einsum or splash"):
         choose_attention("grouped", "cpu", half, 64, row)
 
 

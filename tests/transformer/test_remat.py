@@ -18,17 +18,17 @@ HALF = jnp.dtype(jnp.bfloat16)
 
 
 def residual_bytes(policy: str) -> int:
-    """Of all blocks for one image, as differentiation keeps them; parameters and adaLN vectors aside."""
+    """Measure the bytes that all blocks save for one image, without parameters and adaLN vectors."""
     blocks = Blocks(CONFIG, HALF, "einsum", policy)
     x = jnp.zeros((1, CONFIG.schedule.length, CONFIG.width))
     six = jnp.zeros((CONFIG.depth, 1, 6, CONFIG.width))
     params = jax.eval_shape(lambda: blocks.init(jax.random.key(0), x, six))
 
-    def kept(params, x):
-        run = lambda params, x: blocks.apply(params, x, six, train=True)[0]  # noqa: E731
+    def saved(params, x):
+        run = lambda params, x: blocks.apply(params, x, six, train=True)[0]
         return jax.tree.leaves(jax.vjp(run, params, x)[1])
 
-    leaves = jax.eval_shape(kept, params, x)
+    leaves = jax.eval_shape(saved, params, x)
     by_position = [
         leaf for leaf in leaves if CONFIG.schedule.length in leaf.shape and leaf.ndim > 2
     ]  # no mask
@@ -58,8 +58,8 @@ def test_auto_takes_the_fastest_that_fits():
 
 def test_auto_on_a_gpu_keeps_what_was_measured_to_be_fastest():
     """On an H200 `none` was slower than every policy that keeps less."""
-    size = lambda policy: 3 * saved_activation_bytes(CONFIG, policy, 2, False)  # noqa: E731
-    resolve = lambda room: choose_remat(CONFIG, "auto", 3, room, 2, False, "gpu")  # noqa: E731
+    size = lambda policy: 3 * saved_activation_bytes(CONFIG, policy, 2, False)
+    resolve = lambda room: choose_remat(CONFIG, "auto", 3, room, 2, False, "gpu")
     assert resolve(2 * size("none")) == "mlp"
     assert resolve(size("mlp") - 1) == "flat_qkv"
     assert resolve(size("flat_qkv") - 1) == "full"
@@ -68,14 +68,14 @@ def test_auto_on_a_gpu_keeps_what_was_measured_to_be_fastest():
 
 @pytest.mark.parametrize("policy", ["none", "mlp", "flat_qkv", "full"])
 def test_splash_runs_again_only_where_its_output_is_not_kept(policy):
-    """As traced; it is not run here.  Of cuDNN's kernel, `benchmarks.check_gpu` says the same."""
+    """Count kernels in the traced program; `benchmarks.check_gpu` does the same for cuDNN's kernel."""
     cfg = NextScaleConfig(depth=2, width=128, num_heads=2, scales=(1, 5, 9))
     x, six = jnp.zeros((1, cfg.schedule.length, cfg.width)), jnp.zeros((2, 1, 6, cfg.width))
     params = jax.eval_shape(lambda: Blocks(cfg, HALF, "einsum", policy).init(jax.random.key(0), x, six))
     blocks = Blocks(cfg, HALF, "splash", policy)
-    loss = lambda params, x: blocks.apply(params, x, six, train=True)[0].sum()  # noqa: E731
+    loss = lambda params, x: blocks.apply(params, x, six, train=True)[0].sum()
     traced = jax.make_jaxpr(jax.grad(loss))(params, x).jaxpr
-    text = str(dce_jaxpr(traced, [True] * len(traced.outvars))[0])  # without what nothing looks at
+    text = str(dce_jaxpr(traced, [True] * len(traced.outvars))[0])  # without dead code
     assert len(re.findall(r"\bname=splash_mha_fwd\w*", text)) == (2 if policy == "full" else 1)
 
 
@@ -84,8 +84,8 @@ def test_splash_runs_again_only_where_its_output_is_not_kept(policy):
     [
         (80, {}, {}, "none"),
         (16, {}, {}, "flat_qkv"),
-        (16, {"data": 8, "fsdp": 1}, {}, "full"),  # the whole state on every chip
-        (16, {}, {"accumulate": 8}, "none"),
+        (16, {"data": 8, "fsdp": 1}, {}, "full"),  # the state is replicated on every chip
+        (16, {}, {"grad_accum_steps": 8}, "none"),
         (32, {}, {}, "mlp"),
         (8, {}, {}, "full"),
     ],

@@ -89,7 +89,7 @@ def _param_shapes(tensors: Tensors, depth: int) -> dict:
     if positions != (1, 1 + grid**2, width):
         raise ValueError(f"pos_embed has shape {positions}, expected (1, 1 + G * G, {width})")
     norm = {"scale": (depth, width), "bias": (depth, width)}
-    linear = lambda d, e: {"kernel": (depth, d, e), "bias": (depth, e)}  # noqa: E731
+    linear = lambda d, e: {"kernel": (depth, d, e), "bias": (depth, e)}
     blocks = {"norm1": norm, "qkv": linear(width, 3 * width), "proj": linear(width, width)}
     blocks |= {"norm2": norm, "fc1": linear(width, 4 * width), "fc2": linear(4 * width, width)}
     shapes = {
@@ -98,5 +98,5 @@ def _param_shapes(tensors: Tensors, depth: int) -> dict:
         "positions": positions[1:],
         "blocks": blocks,
     }
-    as_struct = lambda shape: jax.ShapeDtypeStruct(shape, np.float32)  # noqa: E731
+    as_struct = lambda shape: jax.ShapeDtypeStruct(shape, np.float32)
     return jax.tree.map(as_struct, shapes, is_leaf=lambda shape: isinstance(shape, tuple))

@@ -107,9 +107,9 @@ class SamplingOptions:
                 value = np.asarray(value).tolist()
             object.__setattr__(self, name, tuple(value) if isinstance(value, list) else value)
         _check("guidance must be a finite number", self.guidance, _is_number)
-        is_count = lambda k: _is_integer(k) and k >= 0  # noqa: E731
+        is_count = lambda k: _is_integer(k) and k >= 0
         _check("top_k must be a whole number, 0 (all codes) or more", self.top_k, is_count)
-        is_probability = lambda p: _is_number(p) and 0 <= p <= 1  # noqa: E731
+        is_probability = lambda p: _is_number(p) and 0 <= p <= 1
         _check("top_p must be in [0, 1], 0 for all codes", self.top_p, is_probability)
         _check("temperature must be above 0", self.temperature, lambda t: _is_number(t) and t > 0)
         _check("smooth must be True or False", self.smooth, lambda s: isinstance(s, (bool, np.bool_)))

@@ -1,10 +1,12 @@
-"""Encoder and decoder of the tokenizer, convolutional as published; or patches of pixels as they are."""
+"""Convolutional encoder and decoder of the tokenizer, as published; raw pixel patches as an alternative."""
 
 from functools import partial
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Shaped
 
 from var_jax.tokenizer.config import TokenizerConfig
 
@@ -15,26 +17,26 @@ bias_init = nn.with_logical_partitioning(nn.initializers.zeros_init(), ("conv_ou
 
 Conv3x3 = partial(nn.Conv, kernel_size=(3, 3), kernel_init=conv_init, bias_init=bias_init)
 Conv1x1 = partial(nn.Conv, kernel_size=(1, 1), kernel_init=conv_init, bias_init=bias_init)
-# Every convolution is given its precision: without one the platform chooses (`dtypes.product_precision`).
-Norm = partial(nn.GroupNorm, epsilon=1e-6)  # statistics in float32 whatever the dtype
+# Every convolution needs an explicit precision; the default depends on the platform (`product_precision`).
+Norm = partial(nn.GroupNorm, epsilon=1e-6)  # statistics are float32 for every dtype
 
 
 def residual_block(remat: bool) -> type[nn.Module]:
-    """`ResidualBlock`, or one that keeps its input alone for the backward pass."""
+    """Return `ResidualBlock`; with `remat`, one that saves only its input for the backward pass."""
     return nn.remat(ResidualBlock, static_argnums=(2,)) if remat else ResidualBlock
 
 
 class ResidualBlock(nn.Module):
-    """norm, SiLU, conv, norm, SiLU, dropout, conv; a 1x1 shortcut where the channels change."""
+    """Residual block of two convolutions, each after norm and SiLU; a 1x1 shortcut if channels change."""
 
     features: int
     groups: int
     dropout: float
-    dtype: jnp.dtype
+    dtype: DTypeLike
     precision: str
 
     @nn.compact
-    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+    def __call__(self, x: Float[Array, "B h w c"], train: bool) -> Float[Array, "B h w c2"]:
         conv = dict(features=self.features, dtype=self.dtype, precision=self.precision)
         h = nn.silu(Norm(self.groups, dtype=self.dtype, name="norm1")(x))
         h = Conv3x3(**conv, name="conv1")(h)
@@ -47,58 +49,59 @@ class ResidualBlock(nn.Module):
 
 
 class AttentionBlock(nn.Module):
-    """Single-head self-attention over the positions of a map, with a residual connection."""
+    """Single-head self-attention over the positions of a feature map, with a residual connection."""
 
     groups: int
-    dtype: jnp.dtype
+    dtype: DTypeLike
     precision: str
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: Float[Array, "B h w c"]) -> Float[Array, "B h w c"]:
         b, h, w, c = x.shape
         conv = partial(Conv1x1, dtype=self.dtype, precision=self.precision)
         y = Norm(self.groups, dtype=self.dtype, name="norm")(x)
         qkv = conv(3 * c, name="qkv")(y).reshape(b, h * w, 1, 3 * c)
-        with jax.default_matmul_precision(self.precision):  # it takes no precision as an argument
+        # `dot_product_attention` has no precision argument.
+        with jax.default_matmul_precision(self.precision):
             y = jax.nn.dot_product_attention(*jnp.split(qkv, 3, axis=-1))  # scale is channels^-0.5
         return x + conv(c, name="proj")(y.reshape(b, h, w, c))
 
 
 class Downsample(nn.Module):
-    """Stride-2 3x3 convolution on an input zero-padded by one at the bottom and the right."""
+    """Stride-2 3x3 convolution; the input is zero-padded by one at the bottom and on the right."""
 
-    dtype: jnp.dtype
+    dtype: DTypeLike
     precision: str
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: Float[Array, "B h w c"]) -> Float[Array, "B h//2 w//2 c"]:
         conv = partial(Conv3x3, dtype=self.dtype, precision=self.precision)
         return conv(x.shape[-1], strides=2, padding=((0, 1), (0, 1)), name="conv")(x)
 
 
 class Upsample(nn.Module):
-    """Every pixel doubled, then a 3x3 convolution."""
+    """Nearest-neighbor upsampling by 2, then a 3x3 convolution."""
 
-    dtype: jnp.dtype
+    dtype: DTypeLike
     precision: str
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: Float[Array, "B h w c"]) -> Float[Array, "B 2*h 2*w c"]:
         x = x.repeat(2, axis=1).repeat(2, axis=2)
         return Conv3x3(x.shape[-1], dtype=self.dtype, precision=self.precision, name="conv")(x)
 
 
 class Middle(nn.Module):
-    """Residual block, attention, residual block at the lowest resolution."""
+    """Middle of encoder and decoder, at the lowest resolution: residual block, attention, residual block."""
 
     groups: int
     dropout: float
-    dtype: jnp.dtype
+    dtype: DTypeLike
     precision: str
     remat: bool
 
     @nn.compact
-    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+    def __call__(self, x: Float[Array, "B h w c"], train: bool) -> Float[Array, "B h w c"]:
         block = residual_block(self.remat)
         residual = partial(block, x.shape[-1], self.groups, self.dropout, self.dtype, self.precision)
         x = residual(name="block1")(x, train)
@@ -107,16 +110,19 @@ class Middle(nn.Module):
 
 
 class Encoder(nn.Module):
-    """Images [B, H, W, 3] in [-1, 1] -> [B, h, w, C], h = H / config.downsample."""
+    """Encoder: images in [-1, 1] to features before `quant_conv`, h = height / config.downsample."""
 
     config: TokenizerConfig
-    dtype: jnp.dtype
+    dtype: DTypeLike
     precision: str
     remat: bool = False
 
     @nn.compact
-    def __call__(self, images: jax.Array, train: bool = False) -> jax.Array:
-        cfg, last = self.config, len(self.config.ch_mult) - 1
+    def __call__(
+        self, images: Float[Array, "B height width 3"], train: bool = False
+    ) -> Float[Array, "B h w C"]:
+        cfg = self.config
+        last = len(cfg.ch_mult) - 1
         conv = partial(Conv3x3, dtype=self.dtype, precision=self.precision)
         block = partial(
             residual_block(self.remat),
@@ -141,20 +147,23 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """[B, h, w, C] -> images [B, H, W, 3], not clipped, H = h * config.downsample.
+    """Decoder: f_hat after `post_quant_conv` to images, not clipped, height = h * config.downsample.
 
-    The mirror of the encoder with one more residual block a level.  Levels are numbered as in the
-    encoder, so that level 0 is the full resolution.
+    It mirrors the encoder with one more residual block per level.  Levels are numbered as in the encoder:
+    level 0 is the full resolution.
     """
 
     config: TokenizerConfig
-    dtype: jnp.dtype
+    dtype: DTypeLike
     precision: str
     remat: bool = False
 
     @nn.compact
-    def __call__(self, f_hat: jax.Array, train: bool = False) -> jax.Array:
-        cfg, last = self.config, len(self.config.ch_mult) - 1
+    def __call__(
+        self, f_hat: Float[Array, "B h w C"], train: bool = False
+    ) -> Float[Array, "B height width 3"]:
+        cfg = self.config
+        last = len(cfg.ch_mult) - 1
         conv = partial(Conv3x3, dtype=self.dtype, precision=self.precision)
         block = partial(
             residual_block(self.remat),
@@ -178,11 +187,11 @@ class Decoder(nn.Module):
         return conv(3, name="conv_out")(x)
 
 
-def to_patches(images: jax.Array, patch: int) -> jax.Array:
-    """Space to depth: [B, H, W, 3] -> [B, H / p, W / p, 3 p^2], p = patch; the same values in the same dtype.
+def to_patches(images: Shaped[Array, "B height width c"], patch: int) -> Shaped[Array, "B h w C"]:
+    """Cut images into patches (space to depth): h = height / patch, C = c patch^2.
 
     Raises:
-      ValueError: where p does not divide H and W.
+      ValueError: if `patch` does not divide the height and the width.
     """
     b, height, width, channels = images.shape
     if height % patch or width % patch:
@@ -192,8 +201,8 @@ def to_patches(images: jax.Array, patch: int) -> jax.Array:
     return x.reshape(b, h, w, patch * patch * channels)
 
 
-def from_patches(patches: jax.Array, patch: int) -> jax.Array:
-    """Depth to space, the inverse: [B, h, w, 3 p^2] -> [B, h p, w p, 3]."""
+def from_patches(patches: Shaped[Array, "B h w C"], patch: int) -> Shaped[Array, "B height width c"]:
+    """Assemble images from patches (depth to space), the inverse of `to_patches`."""
     b, h, w, _ = patches.shape
     x = patches.reshape(b, h, w, patch, patch, -1).swapaxes(2, 3)
     return x.reshape(b, h * patch, w * patch, -1)

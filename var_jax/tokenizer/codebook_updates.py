@@ -1,33 +1,36 @@
-"""Keeping a codebook alive: which codes are used, where new ones should be, and where unused ones should go.
+"""Codebook statistics and updates: code usage, restarts of dead codes, moving means, k-means.
 
-Statistics are taken over the whole global batch: under `jit` the counts and sums of a sharded batch are
-summed over all devices.
+Statistics are over the global batch: under `jit`, counts and sums of a sharded batch are summed over all
+devices.
 """
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Float32, Int, Num, PRNGKeyArray
 
 from var_jax.scales import Scales
 from var_jax.tokenizer.quantizer import Quantizer
 from var_jax.tokenizer.resize import area_resize
 
-KMEANS_ROUNDS = 10  # of assigning and averaging, a step
+KMEANS_ROUNDS = 10  # rounds of assignment and averaging per training step
 
 
-# ---------------------------------------------------------------------- how codes are used
+# ---------------------------------------------------------------------- usage of the codes
 
 
-def count_codes(tokens: jax.Array, scales: Scales, num_codes: int, weights: jax.Array | None = None):
-    """How often each code is used at each scale.
+def count_codes(
+    tokens: Int[Array, "B L"],
+    scales: Scales,
+    num_codes: int,
+    weights: Num[Array, " B"] | None = None,
+) -> Float32[Array, "K V"]:
+    """Count the uses of each code at each scale.
 
     Args:
-      tokens: int32 [B, L].
+      tokens: tokens of the images.
       scales: the schedule.
       num_codes: V.
-      weights: [B], 1 for images that count and 0 for padding; all count by default.
-
-    Returns:
-      float32 [K, V].
+      weights: 1 for images that count and 0 for padding; all count by default.
     """
     cells = jnp.asarray(scales.levels) * num_codes + tokens
     weights = jnp.ones(tokens.shape[0]) if weights is None else weights
@@ -36,21 +39,23 @@ def count_codes(tokens: jax.Array, scales: Scales, num_codes: int, weights: jax.
     return counts.reshape(len(scales), num_codes)
 
 
-def codebook_use(counts: jax.Array, sides: tuple[int, ...], num_images: jax.Array) -> dict[str, jax.Array]:
-    """Use of the codes, from how often each was chosen.
+def codebook_use(
+    counts: Num[Array, "K V"], sides: tuple[int, ...], num_images: int | float | Num[Array, ""]
+) -> dict[str, Array]:
+    """Compute metrics of codebook usage from the counts of codes.
 
-    One batch of B images can hit at most B s_k^2 codes at scale k, so use is only meaningful over many
-    images and beside the most that they could have used.
+    A batch of B images uses at most B s_k^2 codes at scale k, so compare a number of distinct codes with the
+    maximum for as many images, and measure over many images.
 
     Args:
-      counts: [K, V], times that each code was chosen at each scale.
+      counts: uses of each code at each scale.
       sides: of the K maps.
-      num_images: that the counts are over.
+      num_images: number of images that were counted.
 
     Returns:
-      Scalars: for scale k `perplexity_k` (exponential of the entropy of the shares), `distinct_k` (codes
-      used at all) and `most_k` (the most codes that so many images could have used), and the three over
-      all scales, without a number.
+      Scalars: for scale k `perplexity_k` (exponential of the entropy of the usage), `distinct_k` (number of
+      codes used) and `most_k` (maximum of `distinct_k` for this number of images); and the same over all
+      scales, without the suffix.
     """
     use = {}
     rows = [(f"_{k}", counts[k], side * side) for k, side in enumerate(sides)]
@@ -64,19 +69,21 @@ def codebook_use(counts: jax.Array, sides: tuple[int, ...], num_images: jax.Arra
     return use
 
 
-def dead_codes(hits: jax.Array, threshold: float) -> jax.Array:
-    """bool [V]: codes whose share of all hits [K, V] is below `threshold` times an even share 1/V."""
+def dead_codes(hits: Float[Array, "K V"], threshold: float) -> Bool[Array, " V"]:
+    """Find codes whose share of all hits is below `threshold` times a uniform share 1/V."""
     share = hits.sum(0) / jnp.maximum(hits.sum(), 1e-9)
     return share * hits.shape[1] < threshold
 
 
-# ---------------------------------------------------------------------- where codes should be
+# ---------------------------------------------------------------------- updates of the codes
 
 
-def draw_targets(targets: jax.Array, scales: Scales, count: int, key: jax.Array) -> jax.Array:
-    """Targets [B, L, C] -> `count` random ones [count, C].
+def draw_targets(
+    targets: Float[Array, "B L C"], scales: Scales, count: int, key: PRNGKeyArray
+) -> Float[Array, "count C"]:
+    """Draw `count` random targets, with equal probability from every scale.
 
-    They come from all scales alike: the last map has most of the positions, but a code serves all.
+    Uniform positions would mostly come from the last map, but the codebook serves all scales.
     """
     image_key, scale_key, position_key = jax.random.split(key, 3)
     scale = jax.random.randint(scale_key, (count,), 0, len(scales))
@@ -86,29 +93,32 @@ def draw_targets(targets: jax.Array, scales: Scales, count: int, key: jax.Array)
 
 
 def restart(
-    codebook: jax.Array, dead: jax.Array, targets: jax.Array, scales: Scales, key: jax.Array
-) -> jax.Array:
-    """Moves dead codes onto random targets.
+    codebook: Float[Array, "V C"],
+    dead: Bool[Array, " V"],
+    targets: Float[Array, "B L C"],
+    scales: Scales,
+    key: PRNGKeyArray,
+) -> Float[Array, "V C"]:
+    """Move dead codes onto random targets of this batch, pooled over all scales.
 
-    Targets are what the tokens of this batch were chosen for, pooled over all scales, so that a new
-    code lands where some scale needs one (the restart of Dhariwal et al. 2020, Jukebox).
+    A restarted code is thus at a residual that some scale has to quantize.  Source: Dhariwal et al. 2020,
+    Jukebox.
 
     Args:
-      codebook: [V, C].
-      dead: bool [V].
-      targets: [B, L, C].
+      codebook: the codes.
+      dead: True for codes to move.
+      targets: residuals that the tokens of this batch were chosen for.
       scales: the schedule.
       key: random key.
-
-    Returns:
-      [V, C].
     """
-    fresh = draw_targets(targets, scales, codebook.shape[0], key)
-    return jnp.where(dead[:, None], fresh, codebook)
+    random_targets = draw_targets(targets, scales, codebook.shape[0], key)
+    return jnp.where(dead[:, None], random_targets, codebook)
 
 
-def sums_by_code(tokens: jax.Array, targets: jax.Array, num_codes: int) -> tuple[jax.Array, jax.Array]:
-    """Tokens int32 [B, L] and targets [B, L, C] -> uses [V] of each code and sums [V, C] of its targets."""
+def sums_by_code(
+    tokens: Int[Array, "B L"], targets: Float[Array, "B L C"], num_codes: int
+) -> tuple[Float[Array, " V"], Float[Array, "V C"]]:
+    """Count the uses of each code and sum its targets."""
     uses = jnp.zeros(num_codes).at[tokens.ravel()].add(1.0)
     sums = (
         jnp.zeros((num_codes, targets.shape[-1]))
@@ -119,17 +129,23 @@ def sums_by_code(tokens: jax.Array, targets: jax.Array, num_codes: int) -> tuple
 
 
 def moving_mean(
-    codebook: jax.Array, uses: jax.Array, tokens: jax.Array, targets: jax.Array, decay: float
-) -> tuple[jax.Array, jax.Array]:
-    """Each code becomes a moving mean of its targets (van den Oord et al. 2017, appendix A.1).
+    codebook: Float[Array, "V C"],
+    uses: Float[Array, " V"],
+    tokens: Int[Array, "B L"],
+    targets: Float[Array, "B L C"],
+    decay: float,
+) -> tuple[Float[Array, "V C"], Float[Array, " V"]]:
+    """Update each code to the exponential moving mean of its targets.
 
-    The moving sum of the targets is not kept: it is the code times its moving number of uses.  A code with 0
-    uses so far goes to the mean of its first targets; one without any stays.
+    The moving sum of the targets is not stored: it is the code times its moving number of uses.  The first
+    targets of a code with 0 uses replace it by their mean; a code without targets does not change.  Source:
+    van den Oord et al. 2017, appendix A.1.
 
     Args:
-      codebook: [V, C].
-      uses: [V], moving number of uses: how much weight the present codes have.
-      tokens, targets: int32 [B, L] and [B, L, C], of this batch.
+      codebook: the codes.
+      uses: moving number of uses of each code, the weight of its present value.
+      tokens: of this batch.
+      targets: of this batch.
       decay: of the moving sums.
 
     Returns:
@@ -142,31 +158,31 @@ def moving_mean(
     return jnp.where(new_uses[:, None] > 0, mean, codebook), weight + new_uses
 
 
-def kmeans(quantizer: Quantizer, features: jax.Array, key: jax.Array, resample: jax.Array) -> jax.Array:
-    """A codebook fitted to features, all scales together.
+def kmeans(
+    quantizer: Quantizer, features: Float[Array, "B h w C"], key: PRNGKeyArray, resample: Bool[Array, ""]
+) -> Float[Array, "V C"]:
+    """Fit a codebook to features by k-means, jointly for all scales.
 
-    The targets of scale k depend on the codes of the scales before it, so that every round quantises anew
-    before it averages.  A code without targets goes to a random one.
+    The targets of scale k depend on the codes at coarser scales, so every round quantizes again before it
+    averages.  A code without targets moves to a random target.
 
     Args:
-      quantizer: where it starts.
-      features: [B, h, w, C].
+      quantizer: its codebook is the initial value.
+      features: of this batch.
       key: random key.
-      resample: bool scalar; start from random features in place of the quantizer's codes.
-
-    Returns:
-      Codebook [V, C].
+      resample: True to start from random features instead of the quantizer's codes.
     """
     b, *_, c = features.shape
     num_codes, scales = quantizer.codebook.shape[0], quantizer.scales
-    draw = lambda targets, key: draw_targets(targets, scales, num_codes, key)  # noqa: E731
+    draw = lambda targets, key: draw_targets(targets, scales, num_codes, key)
 
     def fit(i, codebook):
         quantized = quantizer.replace(codebook=codebook)(features)
         uses, sums = sums_by_code(quantized.tokens, quantized.targets, num_codes)
-        fresh = draw(quantized.targets, jax.random.fold_in(key, i + 1))
-        return jnp.where(uses[:, None] > 0, sums / jnp.maximum(uses, 1)[:, None], fresh)
+        random_targets = draw(quantized.targets, jax.random.fold_in(key, i + 1))
+        return jnp.where(uses[:, None] > 0, sums / jnp.maximum(uses, 1)[:, None], random_targets)
 
     pools = [area_resize(features, side).reshape(b, -1, c) for side in scales.sides]
-    first = draw(jnp.concatenate(pools, axis=1), key)
-    return jax.lax.fori_loop(0, KMEANS_ROUNDS, fit, jnp.where(resample, first, quantizer.codebook))
+    random_features = draw(jnp.concatenate(pools, axis=1), key)
+    init = jnp.where(resample, random_features, quantizer.codebook)
+    return jax.lax.fori_loop(0, KMEANS_ROUNDS, fit, init)

@@ -1,26 +1,31 @@
-"""Losses of the tokenizer: each has a name and a value an image, and they are summed with their weights."""
+"""Losses of the tokenizer: named terms with one value per image, and their weighted sum."""
 
 from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float32
 
 from var_jax.errors import ConfigError
 from var_jax.tokenizer.lpips import perceptual_distance
 
 
 def image_terms(
-    images: jax.Array, recon: jax.Array, vgg: dict | None = None, precision: str = "highest"
-) -> dict[str, jax.Array]:
-    """What a reconstruction is held to, unweighted.
+    images: Float32[Array, "B height width 3"],
+    recon: Float32[Array, "B height width 3"],
+    vgg: dict | None = None,
+    precision: str = "highest",
+) -> dict[str, Float32[Array, " B"]]:
+    """Compute the unweighted reconstruction losses of each image.
 
     Args:
-      images, recon: float32 [B, H, W, 3] in [-1, 1], and their reconstructions.
-      vgg: parameters for the perceptual distance; None leaves that term out.
+      images: in [-1, 1].
+      recon: their reconstructions.
+      vgg: parameters of the perceptual distance; None omits that term.
       precision: of the convolutions of the perceptual distance.
 
     Returns:
-      float32 [B] each: `l2` and `l1`, means over the pixel values; `perceptual`, LPIPS.
+      `l2` and `l1`, means over the pixel values; `perceptual`, LPIPS.
     """
     error = recon - images
     terms = {
@@ -32,19 +37,19 @@ def image_terms(
     return terms
 
 
-def entropy_penalty(targets: jax.Array, codes: jax.Array, temperature: float) -> jax.Array:
-    """Low where every target is sure of its code and all codes are wanted (Yu et al. 2023, MAGVIT-2).
+def entropy_penalty(
+    targets: Float32[Array, "B L C"], codes: Float32[Array, "V C"], temperature: float
+) -> Float32[Array, " B"]:
+    """Compute the entropy penalty, low if assignments are confident and all codes are used.
 
-    Codes are taken with the probabilities softmax(-distance^2 / temperature); the entropy of their mean over
-    the batch is subtracted from their mean entropy.  Takes memory for [B, L, V] three times over.
+    A target is assigned to codes with probabilities p = softmax(-distance^2 / temperature); the penalty of
+    an image is the mean entropy of p minus the entropy of the mean of p over the batch.  It needs memory for
+    three arrays [B, L, V].  Source: Yu et al. 2023, MAGVIT-2.
 
     Args:
-      targets: [B, L, C].
-      codes: [V, C].
+      targets: residuals to quantize.
+      codes: the codes.
       temperature: in units of squared distance.
-
-    Returns:
-      float32 [B].
     """
     dots = jnp.einsum("blc,vc->blv", targets, codes, precision=jax.lax.Precision.HIGHEST)
     log_p = jax.nn.log_softmax((2 * dots - jnp.sum(codes**2, -1)) / temperature)
@@ -54,11 +59,11 @@ def entropy_penalty(targets: jax.Array, codes: jax.Array, temperature: float) ->
 
 
 def weighted_sum(terms: Mapping[str, jax.Array], weights: Mapping[str, float]) -> jax.Array:
-    """Sum of the terms with a weight.
+    """Compute the weighted sum of the terms with a nonzero weight.
 
     Raises:
-      ValueError: on a weight for a term that does not exist.
+      ConfigError: on a weight for a term that does not exist.
     """
     if unknown := sorted(name for name, weight in weights.items() if weight and name not in terms):
-        raise ConfigError(f"config.loss weighs unknown terms {unknown}; there are {sorted(terms)}")
+        raise ConfigError(f"config.loss weighs unknown terms {unknown}; the terms are {sorted(terms)}")
     return sum(weight * terms[name] for name, weight in weights.items() if weight)

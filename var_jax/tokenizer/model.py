@@ -1,4 +1,4 @@
-"""The tokenizer, a multi-scale VQ-VAE or patches of pixels: images to token maps and back."""
+"""The tokenizer, a multi-scale VQ-VAE or raw patches of pixels: images to token maps and back."""
 
 import zlib
 from functools import partial
@@ -9,6 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Float32, Int, Int32
 
 from var_jax.dtypes import product_precision
 from var_jax.tokenizer.autoencoder import Conv3x3, Decoder, Encoder, from_patches, to_patches
@@ -18,22 +20,28 @@ from var_jax.tokenizer.quantizer import Quantized, Quantizer
 
 @flax.struct.dataclass
 class Reconstruction:
-    """Output of a training pass: images [B, H, W, 3] (not clipped) and what the quantizer did."""
+    """Output of a training pass.
 
-    images: jax.Array
+    Attributes:
+      images: reconstructions, not clipped to [-1, 1].
+      quantized: output of the quantizer.
+    """
+
+    images: Float32[Array, "B height width 3"]
     quantized: Quantized
 
 
 class Codebook(nn.Module):
-    """Holds the parameters of the quantizer."""
+    """Module with the parameters of the quantizer."""
 
     config: TokenizerConfig
 
     @nn.compact
     def __call__(self) -> Quantizer:
+        """Return the quantizer with these parameters."""
         cfg = self.config
-        bound = cfg.code_dim**-0.5 / 36  # the authors' single-scale trainer
-        uniform = lambda key, shape: jax.random.uniform(key, shape, jnp.float32, -bound, bound)  # noqa: E731
+        bound = cfg.code_dim**-0.5 / 36  # as in the authors' single-scale trainer
+        uniform = lambda key, shape: jax.random.uniform(key, shape, jnp.float32, -bound, bound)
         codebook_init = nn.with_logical_partitioning(uniform, ("codes", "code_dim"))
         params = {"codebook": self.param("codebook", codebook_init, (cfg.num_codes, cfg.code_dim))}
         if cfg.num_phis:
@@ -47,23 +55,23 @@ class Codebook(nn.Module):
 
 
 class Tokenizer(nn.Module):
-    """Encoder, quantizer, decoder.  Images are float32 [B, H, W, 3] in [-1, 1].
+    """Tokenizer: encoder, quantizer and decoder of images in [-1, 1].
 
-    With `config.patch` there is no encoder and no decoder, and the codebook is all there is to train.
+    With `config.patch` there is no encoder and no decoder, and only the codebook is trained.
 
     Attributes:
       config: the architecture.
-      dtype: of the convolutions; features are quantised, and images returned, in float32.
-      remat: keep only the inputs of the residual blocks for the backward pass.
-      encoder_dtype: of the encoder, where it is another: tokens are those of the published code only in
+      dtype: of the convolutions; features, quantization and decoded images are float32.
+      remat: save only the inputs of the residual blocks for the backward pass.
+      encoder_dtype: of the encoder; None for `dtype`.  Tokens equal those of the published code only in
         float32.
-      encoder_precision: of the encoder's products, where it is not `product_precision` of its dtype.
+      encoder_precision: of the encoder's products; None for `product_precision` of its dtype.
     """
 
     config: TokenizerConfig
-    dtype: jnp.dtype = jnp.float32
+    dtype: DTypeLike = jnp.float32
     remat: bool = False
-    encoder_dtype: jnp.dtype | None = None
+    encoder_dtype: DTypeLike | None = None
     encoder_precision: str | None = None
 
     def setup(self):
@@ -80,38 +88,45 @@ class Tokenizer(nn.Module):
 
     @property
     def dtype_of_encoder(self) -> jnp.dtype:
+        """Dtype of the encoder's convolutions."""
         return jnp.dtype(self.dtype if self.encoder_dtype is None else self.encoder_dtype)
 
-    def __call__(self, images: jax.Array, train: bool = False) -> Reconstruction:
-        """Images -> their reconstructions, with gradients straight through the quantizer."""
-        features, keep = self._features(images, train), None
+    def __call__(self, images: Float[Array, "B height width 3"], train: bool = False) -> Reconstruction:
+        """Reconstruct images, differentiably (see `config.vq_gradient`).
+
+        Args:
+          images: in [-1, 1].
+          train: apply dropout; needs the rng stream "dropout" if a rate is not 0.
+        """
+        features = self._features(images, train)
+        keep = None
         if train and self.config.quantizer_dropout:
-            keep = self._maps_kept(images.shape[0])
+            keep = self._draw_num_maps(images.shape[0])
         quantized = self.quantizer()(features, keep)
         return Reconstruction(self._pixels(quantized.f_hat, train), quantized)
 
-    def features(self, images: jax.Array) -> jax.Array:
-        """Images [B, H, W, 3] -> features float32 [B, h, w, C]."""
+    def features(self, images: Float[Array, "B height width 3"]) -> Float32[Array, "B h w C"]:
+        """Compute the features of images."""
         return self._features(images, train=False)
 
-    def encode(self, images: jax.Array) -> jax.Array:
-        """Images [B, H, W, 3] -> tokens int32 [B, L]."""
+    def encode(self, images: Float[Array, "B height width 3"]) -> Int32[Array, "B L"]:
+        """Encode images as tokens."""
         return self.quantizer().tokenize(self.features(images))
 
-    def decode_features(self, f_hat: jax.Array) -> jax.Array:
-        """f_hat [B, h, w, C] -> images float32 [B, H, W, 3], clipped to [-1, 1]."""
+    def decode_features(self, f_hat: Float[Array, "B h w C"]) -> Float32[Array, "B height width 3"]:
+        """Decode f_hat to images, clipped to [-1, 1]."""
         return jnp.clip(self._pixels(f_hat, train=False), -1, 1)
 
-    def decode(self, tokens: jax.Array) -> jax.Array:
-        """Tokens of all maps, or of the first few, int32 -> images float32 [B, H, W, 3]."""
+    def decode(self, tokens: Int[Array, "B n"]) -> Float32[Array, "B height width 3"]:
+        """Decode the tokens of all maps, or of the first few, to images."""
         return self.decode_features(self.quantizer().partial_sums(tokens)[-1])
 
-    def _maps_kept(self, batch: int) -> jax.Array:
-        """int [B]: all K maps, or for a share `quantizer_dropout` of the images 1 .. K - 1 of them."""
-        which, how_many = jax.random.split(self.make_rng("dropout"))
+    def _draw_num_maps(self, batch: int) -> jax.Array:
+        """Draw numbers of maps, int [B]: K, or 1 .. K - 1 with probability `quantizer_dropout`."""
+        dropped_key, num_key = jax.random.split(self.make_rng("dropout"))
         scales = len(self.config.scales)
-        dropped = jax.random.bernoulli(which, self.config.quantizer_dropout, (batch,))
-        return jnp.where(dropped, jax.random.randint(how_many, (batch,), 1, max(scales, 2)), scales)
+        dropped = jax.random.bernoulli(dropped_key, self.config.quantizer_dropout, (batch,))
+        return jnp.where(dropped, jax.random.randint(num_key, (batch,), 1, max(scales, 2)), scales)
 
     def _features(self, images, train):
         if self.config.patch:
@@ -125,22 +140,28 @@ class Tokenizer(nn.Module):
 
 
 @partial(jax.jit, static_argnums=0)
-def encode(tokenizer: Tokenizer, params: dict, images: jax.Array) -> jax.Array:
-    """Images [B, H, W, 3] in [-1, 1] -> tokens int32 [B, L], compiled once a shape."""
+def encode(
+    tokenizer: Tokenizer, params: dict, images: Float[Array, "B height width 3"]
+) -> Int32[Array, "B L"]:
+    """Encode images in [-1, 1] as tokens (jitted)."""
     return tokenizer.apply({"params": params}, images, method="encode")
 
 
 @partial(jax.jit, static_argnums=0)
-def decode(tokenizer: Tokenizer, params: dict, tokens: jax.Array) -> jax.Array:
-    """Tokens of the first maps (all, or fewer) -> images [B, H, W, 3] in [-1, 1], compiled once a shape."""
+def decode(
+    tokenizer: Tokenizer, params: dict, tokens: Int[Array, "B n"]
+) -> Float32[Array, "B height width 3"]:
+    """Decode the tokens of all maps, or of the first few, to images in [-1, 1] (jitted)."""
     return tokenizer.apply({"params": params}, tokens, method="decode")
 
 
 @partial(jax.jit, static_argnums=0)
-def decode_steps(tokenizer: Tokenizer, params: dict, tokens: jax.Array) -> jax.Array:
-    """Tokens of n maps -> images [B, n, H, W, 3] in [-1, 1] after 1, 2, ... n maps.
+def decode_steps(
+    tokenizer: Tokenizer, params: dict, tokens: Int[Array, "B n"]
+) -> Float32[Array, "B maps height width 3"]:
+    """Decode the partial sums of tokens to images in [-1, 1] after 1, 2, ... maps (jitted).
 
-    One program that decodes B images at a time: the memory of `decode` for any n.
+    A loop decodes B images at a time, so it needs no more memory than `decode`.
     """
     quantizer = Quantizer.create(params["quantizer"], tokenizer.config)
     decode_sum = partial(tokenizer.apply, {"params": params}, method="decode_features")
@@ -149,10 +170,10 @@ def decode_steps(tokenizer: Tokenizer, params: dict, tokens: jax.Array) -> jax.A
 
 
 def fingerprint(params: dict) -> str:
-    """CRC-32 of the paths and the values of all parameters, as 8 hexadecimal digits.
+    """Compute the CRC-32 of the paths and values of all parameters, as 8 hexadecimal digits.
 
     Args:
-      params: of a tokenizer, as they were trained or loaded (not cast to the compute dtype).
+      params: of a tokenizer, as trained or loaded (not cast to the compute dtype).
     """
     crc = 0
     for path, value in sorted(flatten_dict(params, sep="/").items()):

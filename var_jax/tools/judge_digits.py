@@ -51,7 +51,7 @@ def evaluate_samples(images: np.ndarray, labels: np.ndarray) -> dict:
     train, held_out, train_labels = digits.data[~test], digits.data[test], digits.target[~test]
     samples = to_8x8(images)
     classifier = SVC(gamma=0.001, C=10).fit(digits.data, digits.target)
-    nearest = lambda x: np.median(cdist(x, train).min(1))  # noqa: E731
+    nearest = lambda x: np.median(cdist(x, train).min(1))
     return {
         "samples": len(samples),
         "called_right": float((classifier.predict(samples) == labels).mean()),
@@ -89,7 +89,7 @@ def evaluate_editing(run: Path) -> dict:
     edited = model.inpaint(images, mask, labels, **vars(model.options))
     pasted = model.inpaint(images, mask, labels, paste_back=True, **vars(model.options))
     decoded = tokenizer.decode(tokenizer.encode(images))
-    accuracy = lambda x: float((classifier.predict(quantize_to_8x8(x)) == labels).mean())  # noqa: E731
+    accuracy = lambda x: float((classifier.predict(quantize_to_8x8(x)) == labels).mean())
     change = np.abs(edited - decoded).mean((0, 2, 3)).reshape(8, -1).mean(1)
     return {
         "edited_right": accuracy(edited),
@@ -105,7 +105,7 @@ def evaluate_reconstructions(run: Path) -> dict:
     test = split_off(digits.target)
     fit_on_all = SVC(gamma=0.001, C=10).fit(digits.data, digits.target)
     fit_on_train = SVC(gamma=0.001, C=10).fit(digits.data[~test], digits.target[~test])
-    accuracy = lambda classifier, x: float((classifier.predict(x) == digits.target[test]).mean())  # noqa: E731
+    accuracy = lambda classifier, x: float((classifier.predict(x) == digits.target[test]).mean())
     tokenizer = var_jax.load_tokenizer(run)
     images = as_images(digits.images[test], tokenizer.image_size // 8)
     recon = quantize_to_8x8(tokenizer.decode(tokenizer.encode(images)))

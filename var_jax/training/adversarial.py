@@ -164,7 +164,7 @@ class Adversary:
           Loss, and (metrics, no outputs), as `accumulated_gradients` takes them.
         """
         real_key, fake_key = jax.random.split(key)
-        real_logits = lambda images: self.logits(params, frozen, images, real_key)  # noqa: E731
+        real_logits = lambda images: self.logits(params, frozen, images, real_key)
         real = real_logits(part["real"])
         fake = self.logits(params, frozen, part["fake"], fake_key)
         loss = hinge(real, fake)

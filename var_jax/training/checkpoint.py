@@ -300,7 +300,7 @@ def _metadata(manager: ocp.CheckpointManager, step: int, item: str):
 
 def _shapes_by_path(tree) -> dict[str, tuple[int, ...]]:
     """Return the shape of every array of a tree, or of Orbax's metadata of a saved one, by its path."""
-    key_name = lambda key: str(getattr(key, "key", getattr(key, "idx", getattr(key, "name", key))))  # noqa: E731
+    key_name = lambda key: str(getattr(key, "key", getattr(key, "idx", getattr(key, "name", key))))
     leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
     return {"/".join(map(key_name, path)): tuple(leaf.shape) for path, leaf in leaves}
 

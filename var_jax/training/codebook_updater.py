@@ -145,7 +145,7 @@ class CodebookUpdater:
         extra["code_hits"] = jnp.where(moved, hits.sum(1, keepdims=True) / hits.shape[1], hits)
         if cfg.ema_decay:  # its moving mean starts afresh
             extra["code_uses"] = jnp.where(moved, 0, extra["code_uses"])
-        move = lambda codebook: restart(codebook, moved, targets, self.model.schedule, key)  # noqa: E731
+        move = lambda codebook: restart(codebook, moved, targets, self.model.schedule, key)
         state = _map_codebook(state, lambda codebook: jax.lax.cond(due, move, lambda c: c, codebook))
         return state.replace(extra=extra), dead.sum()
 
@@ -168,5 +168,5 @@ def with_codebook(params: dict, codebook: jax.Array) -> dict:
 
 def _map_codebook(state: TrainState, function: Callable) -> TrainState:
     """Apply a function to the codebook, and to its moving average if there is one."""
-    apply = lambda params: with_codebook(params, function(params["quantizer"]["codebook"]))  # noqa: E731
+    apply = lambda params: with_codebook(params, function(params["quantizer"]["codebook"]))
     return state.replace(params=apply(state.params), ema=None if state.ema is None else apply(state.ema))

@@ -69,8 +69,8 @@ def _decay_factor(kind: str, end: float) -> Schedule:
         raise ConfigError(f"train.lr_schedule must be one of {kinds}, got {kind!r}") from None
     # Two lines that meet at the knee, halfway between the peak and the straight line from 1 to `end`.
     middle = (1 + end + (1 - end) * (1 - knee)) / 2
-    early = lambda p: 1 + (middle - 1) * p / knee  # noqa: E731
-    late = lambda p: end + (middle - end) * (1 - p) / (1 - knee)  # noqa: E731
+    early = lambda p: 1 + (middle - 1) * p / knee
+    late = lambda p: end + (middle - end) * (1 - p) / (1 - knee)
     return lambda p: jnp.where(p < knee, early(p), late(p))
 
 

@@ -94,9 +94,9 @@ class TokenizerTask(Task):
     def train_step(self, state, frozen, batch, key):
         dropout_key, restart_key, fit_key, adversary_key = jax.random.split(key, 4)
         images = batch["image"][:: self.stage.train.grad_accum_steps]  # as many as fit into memory
-        features = lambda params: self._features(params, images)  # noqa: E731
+        features = lambda params: self._features(params, images)
         state = self.codebook_updater.before_step(state, features, fit_key)
-        gradient = lambda params, part, key: self._gradient(  # noqa: E731
+        gradient = lambda params, part, key: self._gradient(
             params, state.extra, frozen, part, state.step, key
         )
         grads, (metrics, (quantized, recon)) = accumulated_gradients(
@@ -255,7 +255,7 @@ class TokenizerTask(Task):
         """Count the FLOPs of tokenizer, LPIPS network and discriminator in a training step, without DINO."""
         blank = jax.ShapeDtypeStruct((1, self.image_size, self.image_size, 3), jnp.float32)
         params, extra = jax.eval_shape(lambda: nn.meta.unbox(self.init(jax.random.key(0))))
-        forward = lambda p, x: self.model.apply({"params": p}, x).images  # noqa: E731
+        forward = lambda p, x: self.model.apply({"params": p}, x).images
         flops = 3 * program_flops(forward, params, blank)  # backward: twice the forward
         if "vgg" in self.frozen:  # forward for both images, backward to the pixels of one
             flops += 3 * program_flops(vgg_features, self.frozen["vgg"], blank)

@@ -194,7 +194,7 @@ class TransformerTask(Task):
         losses, is_correct = self.model.apply(
             {"params": params}, batch["label"], inputs, tokens, method="losses"
         )
-        sum_images = lambda x: jnp.sum(x * batch["valid"][:, None], axis=0)  # noqa: E731
+        sum_images = lambda x: jnp.sum(x * batch["valid"][:, None], axis=0)
         return {
             "images": batch["valid"].sum(),
             "losses": sum_images(losses),

@@ -1,14 +1,14 @@
-"""Attention of the transformer: one function, several implementations that agree.
+"""Attention of the transformer: one function with several equivalent implementations.
 
-| name | what it is | where it is meant to run |
+| name | algorithm | platform |
 | --- | --- | --- |
 | `einsum` | all scores in memory, masked | the reference; CPU |
-| `grouped` | queries of a group attend to the keys up to its end, so large maps need no mask | anywhere |
-| `cudnn` | as grouped, the groups without a mask by cuDNN's fused kernel | NVIDIA GPUs, bfloat16 |
+| `grouped` | each group of queries attends to a prefix of the keys, so large maps need no mask | all |
+| `cudnn` | as `grouped`, with cuDNN's fused kernel for the groups without a mask | NVIDIA GPUs, bfloat16 |
 | `splash` | Pallas kernel that skips masked blocks | TPU, bfloat16 |
 
-`auto`, in 16 bits, is `splash` on TPU and, where its head size allows, `cudnn` on GPU; `grouped` on both
-otherwise; `einsum` on CPU.
+With 16-bit dtypes, `auto` is `splash` on TPU and, if the head size allows it, `cudnn` on GPU; otherwise it
+is `grouped` on both.  On CPU it is `einsum`.
 """
 
 import itertools
@@ -23,56 +23,54 @@ from jax.experimental.pallas.ops.tpu.splash_attention import (
     splash_attention_kernel as kernels,
 )
 from jax.experimental.pallas.ops.tpu.splash_attention import (
-    splash_attention_mask as masks,
+    splash_attention_mask as splash_masks,
 )
+from jax.typing import DTypeLike
+from jaxtyping import Array, Bool, Float, Float32, Int
 
 from var_jax.dtypes import product_precision
 from var_jax.sharding import shard_map_batch
 
-LANES = 128  # lengths are padded to a multiple of it
-BLOCKS = (512, 384, 256, 128)  # rows of a block, the largest that divides a padded length
-ATTENTION_OUT = (
-    "attention_out"  # name by which a remat policy can keep the output, and a kernel's log-sum-exp
-)
+LANES = 128  # lengths are padded to a multiple of this
+BLOCKS = (512, 384, 256, 128)  # block sizes, of which the largest that divides a padded length is used
+ATTENTION_OUT = "attention_out"  # checkpoint name of the output, and of a kernel's log-sum-exp
 
 
 def splash(
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
+    q: Float[Array, "B Lq N H"],
+    k: Float[Array, "B Lk N H"],
+    v: Float[Array, "B Lk N H"],
     scale: float,
-    mask: np.ndarray | None,
+    mask: Bool[np.ndarray, "Lq Lk"] | None,
     interpret: bool = False,
-) -> jax.Array:
-    """Softmax attention with blocks that no query sees left out; on the mesh that is set, if one is.
+) -> Float[Array, "B Lq N H"]:
+    """Compute attention with the Pallas TPU kernel, which skips masked blocks; see `attend`.
 
     Args:
-      q: [B, Lq, N, H].
-      k, v: [B, Lk, N, H].
+      q: queries.
+      k: keys.
+      v: values.
       scale: factor on the dot products.
-      mask: bool [Lq, Lk], True where a query sees a key; None where all see all.
-      interpret: run without a TPU, slowly.
-
-    Returns:
-      [B, Lq, N, H].
+      mask: True where a query sees a key; None for no mask.
+      interpret: run in the interpreter, slowly, on other platforms than TPU.
     """
     lengths = [-(-x.shape[1] // LANES) * LANES for x in (q, k)]
-    seen = np.ones((q.shape[1], k.shape[1]), bool) if mask is None else mask
+    mask = np.ones((q.shape[1], k.shape[1]), bool) if mask is None else mask
     padded = np.zeros(lengths, bool)
-    padded[: seen.shape[0], : seen.shape[1]] = seen
-    padded[seen.shape[0] :, 0] = True  # rows of padding see something, so that their softmax is finite
+    padded[: mask.shape[0], : mask.shape[1]] = mask
+    padded[mask.shape[0] :, 0] = True  # a padded query sees one key, so that its softmax is finite
 
     def local(q, k, v):
-        heads = lambda x, n: jnp.pad(x.swapaxes(1, 2), ((0, 0), (0, 0), (0, n - x.shape[1]), (0, 0)))  # noqa: E731
-        attention = _kernel(padded, q.shape[2], interpret)
+        heads = lambda x, n: jnp.pad(x.swapaxes(1, 2), ((0, 0), (0, 0), (0, n - x.shape[1]), (0, 0)))
+        attention = _splash_kernel(padded, q.shape[2], interpret)
         out = jax.vmap(attention)(heads(q, lengths[0]), heads(k, lengths[1]), heads(v, lengths[1]))
         return out[:, :, : q.shape[1]].swapaxes(1, 2)
 
     return shard_map_batch(local, (q * scale).astype(q.dtype), k, v, tensor=2)
 
 
-def _kernel(mask: np.ndarray, heads: int, interpret: bool):
-    """The kernel for one image: [N, Lq, H], [N, Lk, H], [N, Lk, H] -> [N, Lq, H]."""
+def _splash_kernel(mask: np.ndarray, heads: int, interpret: bool):
+    """Build the kernel for one image, a function of [N, Lq, H], [N, Lk, H], [N, Lk, H] to [N, Lq, H]."""
     rows, columns = (next(block for block in BLOCKS if length % block == 0) for length in mask.shape)
     sizes = kernels.BlockSizes(
         block_q=rows,
@@ -84,7 +82,7 @@ def _kernel(mask: np.ndarray, heads: int, interpret: bool):
         block_kv_dq=columns,
     )
     return kernels.make_splash_mha_single_device(
-        masks.MultiHeadMask([masks.NumpyMask(mask)] * heads),
+        splash_masks.MultiHeadMask([splash_masks.NumpyMask(mask)] * heads),
         block_sizes=sizes,
         residual_checkpoint_name=ATTENTION_OUT,
         interpret=interpret,
@@ -92,41 +90,46 @@ def _kernel(mask: np.ndarray, heads: int, interpret: bool):
 
 
 IMPLEMENTATIONS = ("einsum", "grouped", "cudnn", "splash")
-CUDNN_HEAD_MULTIPLE, CUDNN_HEAD_MAX = 8, 128  # channels of a head; from Hopper on cuDNN takes 256
-MIN_KERNEL_ROWS = 64  # queries that are worth a kernel, or a group of their own
+CUDNN_HEAD_MULTIPLE, CUDNN_HEAD_MAX = 8, 128  # limits on the head size; cuDNN accepts 256 from Hopper on
+MIN_KERNEL_ROWS = 64  # smallest number of queries for which a kernel, or a separate group, pays off
 MAX_LOG_TEMPERATURE = math.log(100)
 
 
 def choose_attention(
     name: str,
     platform: str,
-    dtype: jnp.dtype,
+    dtype: DTypeLike,
     head_dim: int,
-    masks: Sequence[np.ndarray] = (),
+    masks: Sequence[Bool[np.ndarray, "L L"]] = (),
     bias: bool = False,
 ) -> str:
-    """What `auto` stands for on a platform ("cpu", "gpu", "tpu"); other names are checked against it.
+    """Resolve `auto` to an attention implementation; check other names.
 
     Args:
+      name: of the implementation, or `auto`.
+      platform: "cpu", "gpu" or "tpu".
+      dtype: of queries, keys and values.
       head_dim: channels of a head.
-      masks: of the blocks, in turn; bool [L, L].
-      bias: whether something is added to the scores.
+      masks: the masks that the blocks use in turn.
+      bias: whether there is a bias on the scores.
 
     Raises:
-      ValueError: on a name that is none, or an implementation that cannot run there, or cannot do that.
+      ValueError: on an unknown name, or an implementation that does not support the platform, the dtype, the
+        head size, the masks or the bias.
     """
-    able, half = _supported(masks, bias), jnp.dtype(dtype).itemsize == 2
+    supported = _supported(masks, bias)
+    half = jnp.dtype(dtype).itemsize == 2
     fits_cudnn = head_dim % CUDNN_HEAD_MULTIPLE == 0 and head_dim <= CUDNN_HEAD_MAX
     if name == "auto":
         kernels = {"tpu": ("splash",) if half else (), "gpu": ("cudnn",) if half and fits_cudnn else ()}
-        best = {on: (*kernels[on], "grouped") for on in kernels}
-        return next((result for result in best.get(platform, ()) if result in able), "einsum")
+        candidates = (*kernels[platform], "grouped") if platform in kernels else ()
+        return next((candidate for candidate in candidates if candidate in supported), "einsum")
     if name not in IMPLEMENTATIONS:
         known = ", ".join(("auto", *IMPLEMENTATIONS))
         raise ValueError(f"transformer.attention must be one of {known}; got {name!r}")
     if name == "splash" and (platform != "tpu" or not half):
         raise ValueError(
-            "transformer.attention=splash runs on TPU in bfloat16 (it rounds float32 to that), got "
+            "transformer.attention=splash runs on TPU in bfloat16 (it would round float32 to it), got "
             f"{jnp.dtype(dtype).name} on {platform}; try auto or grouped"
         )
     if name == "cudnn" and (platform != "gpu" or not half):
@@ -139,63 +142,63 @@ def choose_attention(
             f"transformer.attention=cudnn needs heads of a multiple of {CUDNN_HEAD_MULTIPLE} channels, "
             f"at most {CUDNN_HEAD_MAX}, got {head_dim} (model.width / model.num_heads); try auto or grouped"
         )
-    if name not in able:
+    if name not in supported:
         raise ValueError(
-            f"transformer.attention={name} does not know the mask or the relative positions of this model; "
-            f"use {' or '.join(able)}"
+            f"transformer.attention={name} does not support the mask or the relative positions of this "
+            f"model; use {' or '.join(supported)}"
         )
     return name
 
 
 def _supported(masks: Sequence[np.ndarray], bias: bool) -> list[str]:
-    """The implementations that know these masks and, where it is needed, a bias."""
-    able = ["einsum"]
-    ends = all(_sees_up_to_an_end(mask) for mask in masks)
-    if len(masks) < 2 and ends:
-        able.append("grouped")
+    """List the implementations that support these masks and, if there is one, a bias."""
+    supported = ["einsum"]
+    prefixes = all(_is_prefix_mask(mask) for mask in masks)
+    if len(masks) < 2 and prefixes:
+        supported.append("grouped")
     if len(masks) < 2 and not bias:
-        able.append("splash")
-        if ends and all(any(_needs_no_mask(mask, group) for group in groups(mask.sum(1))) for mask in masks):
-            able.append("cudnn")
-    return able
+        supported.append("splash")
+        if prefixes and all(
+            any(_needs_no_mask(mask, group) for group in groups(mask.sum(1))) for mask in masks
+        ):
+            supported.append("cudnn")
+    return supported
 
 
 def _needs_no_mask(mask: np.ndarray, group: tuple[int, int]) -> bool:
-    """Whether all queries of a group see the same keys, so that a kernel needs no mask."""
+    """Check whether a group is large enough for a kernel, and its queries all see the same keys."""
     ends = mask[slice(*group)].sum(1)
     return group[1] - group[0] >= MIN_KERNEL_ROWS and (ends == ends[0]).all()
 
 
 def attend(
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
+    q: Float[Array, "B Lq N H"],
+    k: Float[Array, "B Lk N H"],
+    v: Float[Array, "B Lk N H"],
     scale: float,
-    mask: np.ndarray | jax.Array | None,
+    mask: Bool[np.ndarray | Array, "Lq Lk"] | None,
     name: str = "auto",
-    bias: jax.Array | None = None,
-) -> jax.Array:
-    """Softmax attention, softmax in float32.
+    bias: Float32[Array, "N Lq Lk"] | None = None,
+) -> Float[Array, "B Lq N H"]:
+    """Compute multi-head attention with the softmax in float32.
 
     Args:
-      q: [B, Lq, N, H].
-      k, v: [B, Lk, N, H].
+      q: queries.
+      k: keys.
+      v: values.
       scale: factor on the dot products.
-      mask: bool [Lq, Lk], True where a query sees a key; None where all see all.  One that is known only when
-        the program runs is for `einsum` alone.
-      name: of the implementation; `auto` chooses for the platform that JAX runs on.
-      bias: float32 [N, Lq, Lk], added to the scores; for `einsum` and `grouped` alone.
-
-    Returns:
-      [B, Lq, N, H].
+      mask: True where a query sees a key; None for no mask.  A traced mask is always computed by `einsum`.
+      name: of the implementation; `auto` chooses one for the current platform.
+      bias: added to the scores; supported by `einsum` and `grouped`.
 
     Raises:
-      ValueError: where an implementation cannot have this mask, or cannot run here.
+      ValueError: if the implementation does not support this mask or this platform.
     """
     traced = isinstance(mask, jax.Array)
     if name == "auto":
-        known = () if mask is None or traced else (mask,)
-        name = choose_attention(name, jax.default_backend(), q.dtype, q.shape[-1], known, bias is not None)
+        static_masks = () if mask is None or traced else (mask,)
+        platform = jax.default_backend()
+        name = choose_attention(name, platform, q.dtype, q.shape[-1], static_masks, bias is not None)
     if name == "einsum" or traced or (mask is None and q.shape[1] < MIN_KERNEL_ROWS):
         return einsum(q, k, v, scale, mask, bias)
     if name == "splash":
@@ -204,10 +207,15 @@ def attend(
 
 
 def einsum(
-    q: jax.Array, k: jax.Array, v: jax.Array, scale: float, mask: np.ndarray | jax.Array | None, bias=None
-) -> jax.Array:
-    """See `attend`; plain matrix products."""
-    # Heads before positions in memory: XLA's CPU matrix products are then two to three times as fast.
+    q: Float[Array, "B Lq N H"],
+    k: Float[Array, "B Lk N H"],
+    v: Float[Array, "B Lk N H"],
+    scale: float,
+    mask: Bool[np.ndarray | Array, "Lq Lk"] | None,
+    bias: Float32[Array, "N Lq Lk"] | None = None,
+) -> Float[Array, "B Lq N H"]:
+    """Compute attention with plain matrix products and all scores in memory; see `attend`."""
+    # With heads before positions in memory, XLA's CPU matrix products are two to three times as fast.
     q, k, v = (x.swapaxes(1, 2) for x in (q, k, v))
     precision = product_precision(q.dtype)
     scores = (
@@ -217,60 +225,67 @@ def einsum(
         scores = scores + bias
     if mask is not None:
         scores = jnp.where(mask, scores, jnp.finfo(jnp.float32).min)
-    shares = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
-    y = jnp.einsum("bnqk,bnkh->bnqh", shares, v, precision=precision)
+    weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
+    y = jnp.einsum("bnqk,bnkh->bnqh", weights, v, precision=precision)
     return checkpoint_name(y.swapaxes(1, 2), ATTENTION_OUT)
 
 
-def cudnn(q: jax.Array, k: jax.Array, v: jax.Array, scale: float, mask: None) -> jax.Array:
-    """See `attend`; without a mask, in which cuDNN is slow.
+def cudnn(
+    q: Float[Array, "B Lq N H"],
+    k: Float[Array, "B Lk N H"],
+    v: Float[Array, "B Lk N H"],
+    scale: float,
+    mask: None,
+) -> Float[Array, "B Lq N H"]:
+    """Compute attention with cuDNN's kernel, without a mask, with which it is slow; see `attend`.
 
-    JAX refuses to differentiate it at odd lengths: those are padded by one, and keys of padding not seen.
+    JAX refuses to differentiate the kernel at odd lengths, so these are padded by one.
     """
     assert mask is None
 
     def local(q, k, v):
-        even = lambda x: jnp.pad(x, ((0, 0), (0, x.shape[1] % 2), (0, 0), (0, 0)))  # noqa: E731
-        seen = jnp.full(k.shape[0], k.shape[1], jnp.int32) if k.shape[1] % 2 else None
+        even = lambda x: jnp.pad(x, ((0, 0), (0, x.shape[1] % 2), (0, 0), (0, 0)))
+        key_lengths = jnp.full(k.shape[0], k.shape[1], jnp.int32) if k.shape[1] % 2 else None
         out = jax.nn.dot_product_attention(
-            even(q), even(k), even(v), scale=scale, key_value_seq_lengths=seen, implementation="cudnn"
+            even(q), even(k), even(v), scale=scale, key_value_seq_lengths=key_lengths, implementation="cudnn"
         )
         return out[:, : q.shape[1]]
 
-    return shard_map_batch(local, q, k, v, tensor=2)  # XLA would not split the lengths with the images
+    return shard_map_batch(local, q, k, v, tensor=2)  # XLA would not shard the key lengths with the images
 
 
-def key_ends(mask: np.ndarray) -> np.ndarray:
-    """The number of keys, from the first on, that each query sees: int [Lq].
+def key_ends(mask: Bool[np.ndarray, "Lq Lk"]) -> Int[np.ndarray, " Lq"]:
+    """Compute the number of keys that each query sees, for a mask that shows each a prefix of the keys.
 
     Raises:
-      ValueError: where a query sees other keys than those up to some end.
+      ValueError: if a query sees keys that are not a prefix.
     """
-    if not _sees_up_to_an_end(mask):
+    if not _is_prefix_mask(mask):
         raise ValueError(
-            "this attention needs a mask by which each query sees the keys up to some end; "
-            "use einsum or splash"
+            "this attention needs a mask that shows each query a prefix of the keys; use einsum or splash"
         )
     return mask.sum(1)
 
 
-def _sees_up_to_an_end(mask: np.ndarray) -> bool:
+def _is_prefix_mask(mask: np.ndarray) -> bool:
+    """Check whether each query sees the keys from the first one up to some end."""
     ends = mask.sum(1)
     return ends.min() >= 1 and np.array_equal(mask, np.arange(mask.shape[1]) < ends[:, None])
 
 
-def groups(ends: np.ndarray, least: int = MIN_KERNEL_ROWS) -> list[tuple[int, int]]:
-    """Cuts queries into runs (start, stop): of at least `least` with one end, or of several ends together.
+def groups(ends: Int[np.ndarray, " Lq"], min_size: int = MIN_KERNEL_ROWS) -> list[tuple[int, int]]:
+    """Partition queries into contiguous groups (start, stop) by the number of keys they see.
 
-    A run of several ends, which needs a mask, has at most 4 * `least` queries.
+    Runs of at least `min_size` queries with equal ends become a group of their own; shorter runs are merged
+    into groups of at most 4 * `min_size` queries, which need a mask.
     """
     cuts = [0, *(np.flatnonzero(np.diff(ends)) + 1).tolist(), len(ends)]
-    result, mixed = [], None
+    result, mixed = [], None  # `mixed`: index of the group that shorter runs are merged into
     for start, stop in itertools.pairwise(cuts):
-        if stop - start >= least:
+        if stop - start >= min_size:
             result.append((start, stop))
             mixed = None
-        elif mixed is not None and stop - result[mixed][0] <= 4 * least:
+        elif mixed is not None and stop - result[mixed][0] <= 4 * min_size:
             result[mixed] = (result[mixed][0], stop)
         else:
             mixed = len(result)
@@ -279,34 +294,43 @@ def groups(ends: np.ndarray, least: int = MIN_KERNEL_ROWS) -> list[tuple[int, in
 
 
 def grouped(
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
+    q: Float[Array, "B Lq N H"],
+    k: Float[Array, "B Lk N H"],
+    v: Float[Array, "B Lk N H"],
     scale: float,
-    mask: np.ndarray | None,
-    free: Callable,
-    bias: jax.Array | None = None,
-) -> jax.Array:
-    """See `attend`; group by group, each with the keys that it sees and no others.
+    mask: Bool[np.ndarray, "Lq Lk"] | None,
+    unmasked_fn: Callable,
+    bias: Float32[Array, "N Lq Lk"] | None = None,
+) -> Float[Array, "B Lq N H"]:
+    """Compute attention group by group, each over the prefix of the keys that it sees; see `attend`.
 
-    `free` is the attention of groups whose queries all see the same keys, where they are many.
+    Args:
+      q: queries.
+      k: keys.
+      v: values.
+      scale: factor on the dot products.
+      mask: shows each query a prefix of the keys; None for no mask.
+      unmasked_fn: attention of large groups whose queries all see the same keys.
+      bias: added to the scores.
 
     Raises:
-      ValueError: where a query sees other keys than those up to some end.
+      ValueError: if a query sees keys that are not a prefix.
     """
     ends = np.full(q.shape[1], k.shape[1]) if mask is None else key_ends(mask)
     parts = []
     for start, stop in groups(ends):
         end = int(ends[start:stop].max())
-        own = None if (ends[start:stop] == end).all() else np.arange(end) < ends[start:stop, None]
-        attention = free if own is None and stop - start >= MIN_KERNEL_ROWS else einsum
-        added = {} if bias is None else {"bias": bias[:, start:stop, :end]}
-        parts.append(attention(q[:, start:stop], k[:, :end], v[:, :end], scale, own, **added))
+        group_mask = None if (ends[start:stop] == end).all() else np.arange(end) < ends[start:stop, None]
+        attention = unmasked_fn if group_mask is None and stop - start >= MIN_KERNEL_ROWS else einsum
+        group_bias = {} if bias is None else {"bias": bias[:, start:stop, :end]}
+        parts.append(attention(q[:, start:stop], k[:, :end], v[:, :end], scale, group_mask, **group_bias))
     return jnp.concatenate(parts, axis=1)
 
 
-def normalize_qk(q: jax.Array, k: jax.Array, log_temperature: jax.Array):
-    """Unit-length queries and keys; queries times exp(min(log_temperature [N], ln 100))."""
-    unit = lambda x: x * jax.lax.rsqrt(jnp.maximum(jnp.sum(x**2, -1, keepdims=True), 1e-24))  # noqa: E731
+def normalize_qk(
+    q: Float[Array, "B n N H"], k: Float[Array, "B n N H"], log_temperature: Float[Array, " N"]
+) -> tuple[Float32[Array, "B n N H"], Float32[Array, "B n N H"]]:
+    """Normalize queries and keys to length 1, and multiply queries by exp(min(log_temperature, ln 100))."""
+    unit = lambda x: x * jax.lax.rsqrt(jnp.maximum(jnp.sum(x**2, -1, keepdims=True), 1e-24))
     temperature = jnp.exp(jnp.minimum(log_temperature, MAX_LOG_TEMPERATURE))
     return unit(q.astype(jnp.float32)) * temperature[:, None], unit(k.astype(jnp.float32))

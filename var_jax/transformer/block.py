@@ -1,6 +1,7 @@
-"""Transformer blocks with adaLN, and the cache of keys and values that generation keeps."""
+"""Transformer blocks with adaLN, and the cache of keys and values for generation."""
 
 import math
+from collections.abc import Callable
 
 import flax.linen as nn
 import flax.struct
@@ -8,6 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
+from jax.typing import DTypeLike
+from jaxtyping import Array, Bool, Float, Float32, Int
 
 from var_jax.dtypes import product_precision
 from var_jax.sharding import constrain, tensor_shards
@@ -15,70 +18,101 @@ from var_jax.transformer.attention import attend, normalize_qk
 from var_jax.transformer.config import TransformerConfig
 from var_jax.transformer.positions import rotate
 
+Angles = Float32[Array | np.ndarray, "n angles"]  # rotary angles of n positions, half as many as channels H
+
 
 @flax.struct.dataclass
 class KVCache:
-    """Keys and values of all positions so far, each [layers, B, L, N, H]."""
+    """Keys and values of all positions, and of all layers.
 
-    k: jax.Array
-    v: jax.Array
+    Attributes:
+      k: keys.
+      v: values.
+    """
+
+    k: Float[Array, "layers B L N H"]
+    v: Float[Array, "layers B L N H"]
 
     @classmethod
-    def zeros(cls, layers: int, batch: int, length: int, heads: int, head_dim: int, dtype) -> "KVCache":
+    def zeros(
+        cls, layers: int, batch: int, length: int, heads: int, head_dim: int, dtype: DTypeLike
+    ) -> "KVCache":
+        """Create a cache of zeros."""
         shape = (layers, batch, length, heads, head_dim)
         return cls(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
 
     def conditional(self) -> "KVCache":
-        """Of every other sequence, from the first on: what is left when guidance ends."""
+        """Return the cache of the conditional sequences, the even ones of the guided batch."""
         return KVCache(self.k[:, ::2], self.v[:, ::2])
 
-    def extend(self, layer: jax.Array, start: int | jax.Array, k: jax.Array, v: jax.Array):
-        """Writes k, v [B, n, N, H] of one layer at positions start .. start + n.
+    def extend(
+        self,
+        layer: Int[Array, ""],
+        start: int | Int[Array, ""],
+        k: Float[Array, "B n N H"],
+        v: Float[Array, "B n N H"],
+    ) -> tuple["KVCache", Float[Array, "B keys N H"], Float[Array, "B keys N H"]]:
+        """Write keys and values of one layer at the positions start .. start + n.
 
         Returns:
-          The new cache, and the keys and values [B, start + n, N, H] of this layer up to there; all
-          [B, L, N, H] where the start is known only when the program runs.
+          The new cache, and the keys and values of this layer: of the first start + n positions, or of all
+          positions if `start` is traced.
         """
-        where = (layer, 0, start, 0, 0)
+        index = (layer, 0, start, 0, 0)
         cache = KVCache(
-            jax.lax.dynamic_update_slice(self.k, k[None].astype(self.k.dtype), where),
-            jax.lax.dynamic_update_slice(self.v, v[None].astype(self.v.dtype), where),
+            jax.lax.dynamic_update_slice(self.k, k[None].astype(self.k.dtype), index),
+            jax.lax.dynamic_update_slice(self.v, v[None].astype(self.v.dtype), index),
         )
         stop = start + k.shape[1] if isinstance(start, int) else self.k.shape[2]
         size = (1, k.shape[0], stop, *k.shape[2:])
-        prefix = lambda x: jax.lax.dynamic_slice(x, (layer, 0, 0, 0, 0), size)[0]  # noqa: E731
+        prefix = lambda x: jax.lax.dynamic_slice(x, (layer, 0, 0, 0, 0), size)[0]
         return cache, prefix(cache.k), prefix(cache.v)
 
 
-def normal(width: int, factor: float = 1.0):
-    """Normal with the published standard deviation sqrt(1 / (3 D)), times a factor."""
+def normal_init(width: int, factor: float = 1.0) -> Callable:
+    """Return a normal initializer with `factor` times the published standard deviation sqrt(1 / (3 D))."""
     return nn.initializers.normal(factor * math.sqrt(1 / (3 * width)))
 
 
-def adaln_init(width: int, gamma_init: float):
-    """Initial [D, 6 D] of an adaLN projection: gates gamma small, shifts and scales halved."""
+def adaln_init(width: int, gamma_init: float) -> Callable:
+    """Return the initializer of an adaLN kernel [D, 6 D]: gates gamma small, scales and shifts halved."""
     factors = np.repeat([gamma_init, gamma_init, 0.5, 0.5, 0.5, 0.5], width)
-    return lambda key, shape, dtype=jnp.float32: normal(width)(key, shape, dtype) * factors.astype(dtype)
+    return lambda key, shape, dtype=jnp.float32: normal_init(width)(key, shape, dtype) * factors.astype(dtype)
 
 
-def layer_norm(x: jax.Array) -> jax.Array:
-    """LayerNorm over channels without parameters, in float32."""
+def layer_norm(x: Float[Array, "*dims D"]) -> Float32[Array, "*dims D"]:
+    """Apply layer normalization without parameters, in float32."""
     x = x.astype(jnp.float32)
     x = x - x.mean(-1, keepdims=True)
     return x * jax.lax.rsqrt((x**2).mean(-1, keepdims=True) + 1e-6)
 
 
-def modulate(x: jax.Array, scale: jax.Array, shift: jax.Array) -> jax.Array:
-    """adaLN: LN(x) (1 + scale) + shift; x [B, n, D], scale and shift [B, D]; float32."""
+def modulate(
+    x: Float[Array, "B n D"], scale: Float[Array, "B D"], shift: Float[Array, "B D"]
+) -> Float32[Array, "B n D"]:
+    """Apply adaptive layer normalization (adaLN): LN(x) (1 + scale) + shift."""
     return layer_norm(x) * (1 + scale[:, None]) + shift[:, None]
 
 
 def dense(
-    features: int, axes: tuple[str | None, str], init, dtype, name: str | None, use_bias=True, product=None
+    features: int,
+    axes: tuple[str | None, str],
+    init: Callable,
+    dtype: DTypeLike,
+    name: str | None,
+    use_bias: bool = True,
+    dot_general: Callable | None = None,
 ) -> nn.Dense:
-    """A linear layer whose parameters carry logical axis names; `product` in place of `dot_general`.
+    """Create a linear layer with logical axis names and the `product_precision` of its dtype.
 
-    Its product is of `product_precision` of the dtype.
+    Args:
+      features: output channels.
+      axes: logical axis names of the kernel.
+      init: initializer of the kernel.
+      dtype: of the product.
+      name: of the module; None to name it by the attribute it is assigned to.
+      use_bias: whether to add a bias.
+      dot_general: replacement of `jax.lax.dot_general`.
     """
     return nn.Dense(
         features,
@@ -87,38 +121,40 @@ def dense(
         precision=product_precision(dtype),
         kernel_init=nn.with_logical_partitioning(init, axes),
         bias_init=nn.with_logical_partitioning(nn.initializers.zeros_init(), axes[1:]),
-        dot_general=product,
+        dot_general=dot_general,
         name=name,
     )
 
 
 @flax.struct.dataclass
 class AttentionContext:
-    """Positional terms of attention, the same in all blocks.
+    """Positional terms of attention, shared by all blocks.
 
     Attributes:
-      cache_index: int32 scalar, first position of x in the cache, where it is known only at run time.
-      masks: bool [M, n, keys], True where a query sees a key; block i has number i modulo M.  None for the
-        mask of the architecture, or, with a cache, for no mask.
-      bias: float32 [N, n, keys], added to the scores.
-      rope_angles: float32 [n, H / 2] each, that queries and keys are rotated by.
+      cache_index: first position of x in the cache, if it is traced.
+      masks: M masks, True where a query sees a key; block i uses number i modulo M.  None for the mask of the
+        architecture, or, with a cache, for no mask.
+      bias: added to the scores.
+      rope_angles: rotary angles of queries and of keys.
     """
 
-    cache_index: jax.Array | None = None
-    masks: jax.Array | None = None
-    bias: jax.Array | None = None
-    rope_angles: tuple[jax.Array, jax.Array] | None = None
+    cache_index: Int[Array, ""] | None = None
+    masks: Bool[Array, "M n keys"] | None = None
+    bias: Float32[Array, "N n keys"] | None = None
+    rope_angles: tuple[Angles, Angles] | None = None
 
 
 class Modulation(nn.Module):
-    """One block's six adaLN vectors from the condition: scanned over blocks, the condition carried."""
+    """Projection of the condition to the six adaLN vectors of a block, to be scanned over blocks."""
 
     config: TransformerConfig
-    dtype: jnp.dtype
+    dtype: DTypeLike
 
     @nn.compact
-    def __call__(self, condition: jax.Array, _) -> tuple[jax.Array, jax.Array]:
-        """SiLU(class embedding) [B, D] -> itself, float32 [B, 6, D]."""
+    def __call__(
+        self, condition: Float[Array, "B D"], _
+    ) -> tuple[Float[Array, "B D"], Float32[Array, "B 6 D"]]:
+        """Compute adaLN vectors from SiLU(class embedding); return it too, as the carry of the scan."""
         cfg = self.config
         init = adaln_init(cfg.width, cfg.gamma_init)
         six = dense(6 * cfg.width, ("embed", "mlp"), init, self.dtype, "adaln")(condition)
@@ -126,20 +162,34 @@ class Modulation(nn.Module):
 
 
 class SelfAttention(nn.Module):
-    """Multi-head self-attention: over all positions under the mask of the architecture, or, with a cache, of
-    new positions to all cached ones and themselves.
-
-    Takes x [B, n, D], the number of the layer, the cache and the view; returns [B, n, D] and the cache.
-    """
+    """Multi-head self-attention, with a cache in generation."""
 
     config: TransformerConfig
-    dtype: jnp.dtype
+    dtype: DTypeLike
     attention: str
     start: int
 
     @nn.compact
-    def __call__(self, x: jax.Array, layer: jax.Array, cache: KVCache | None, context: AttentionContext):
-        cfg, (b, n, d) = self.config, x.shape
+    def __call__(
+        self,
+        x: Float[Array, "B n D"],
+        layer: Int[Array, ""],
+        cache: KVCache | None,
+        context: AttentionContext,
+    ) -> tuple[Float[Array, "B n D"], KVCache | None]:
+        """Attend from x to all positions, or with a cache to the cached positions and to x itself.
+
+        Args:
+          x: modulated residual stream.
+          layer: number of the block.
+          cache: keys and values of earlier positions; generation only.
+          context: positional terms.
+
+        Returns:
+          The output, and the cache with x in it.
+        """
+        cfg = self.config
+        b, n, d = x.shape
         q, k, v = self._qkv(x)
         scale = 0.25 / math.sqrt(cfg.head_dim)
         if cfg.normalized_attention:
@@ -149,74 +199,89 @@ class SelfAttention(nn.Module):
         if context.rope_angles is not None:
             q, k = rotate(q, context.rope_angles[0]), rotate(k, context.rope_angles[1])
         q, k = q.astype(self.dtype), k.astype(self.dtype)
-        mask = cfg.masks[0]  # not an argument: rematerialisation would trace it
+        mask = cfg.masks[0]  # as an argument it would be traced by rematerialization
         if cache is not None:
-            cache, k, v = cache.extend(
-                layer, self.start if context.cache_index is None else context.cache_index, k, v
-            )
+            start = self.start if context.cache_index is None else context.cache_index
+            cache, k, v = cache.extend(layer, start, k, v)
             mask = None
         if context.masks is not None:
             mask = context.masks[layer % len(context.masks)]
         q, k, v = (constrain(x, tensor=2) for x in (q, k, v))
         y = attend(q, k, v, scale, mask, self.attention, context.bias).reshape(b, n, d)
-        out_init = normal(d, 1 / math.sqrt(2 * cfg.depth))
+        out_init = normal_init(d, 1 / math.sqrt(2 * cfg.depth))
         return dense(d, ("heads", "embed"), out_init, self.dtype, "proj")(y), cache
 
     def _qkv(self, x: jax.Array) -> list[jax.Array]:
-        """x [B, n, D] -> queries, keys and values, each [B, n, N, H], heads split over the axis `tensor`."""
-        cfg, (b, n, d) = self.config, x.shape
+        """Project x [B, n, D] to queries, keys and values [B, n, N, H], heads sharded over `tensor`."""
+        cfg = self.config
+        b, n, d = x.shape
         init = nn.with_logical_partitioning(nn.initializers.zeros_init(), ("heads",))
-        q_bias, v_bias = self.param("q_bias", init, (d,)), self.param("v_bias", init, (d,))
+        q_bias = self.param("q_bias", init, (d,))
+        v_bias = self.param("v_bias", init, (d,))
         bias = jnp.concatenate([q_bias, jnp.zeros_like(q_bias), v_bias]).astype(self.dtype)
-        # Each device's queries, keys and values side by side, so that no activation moves for its heads.
+        # Interleaved by shard, each device has q, k and v of its own heads, and no activation moves.
         shards = tensor_shards() if cfg.num_heads % tensor_shards() == 0 else 1
-        beside = lambda w: jnp.moveaxis(w.reshape(-1, 3, shards, d // shards), 1, 2).reshape(-1, 3 * d)  # noqa: E731
-        product = lambda x, kernel, *args, **kwargs: jax.lax.dot_general(x, beside(kernel), *args, **kwargs)  # noqa: E731
-        layer = dense(
-            3 * d, ("embed", "heads"), normal(d), self.dtype, "qkv", use_bias=False, product=product
-        )
-        qkv = constrain(layer(x) + beside(bias)[0], tensor=2)
+        interleave = lambda w: jnp.moveaxis(w.reshape(-1, 3, shards, d // shards), 1, 2).reshape(-1, 3 * d)
+
+        def dot_general(x, kernel, *args, **kwargs):
+            return jax.lax.dot_general(x, interleave(kernel), *args, **kwargs)
+
+        layer = dense(3 * d, ("embed", "heads"), normal_init(d), self.dtype, "qkv", False, dot_general)
+        qkv = constrain(layer(x) + interleave(bias)[0], tensor=2)
         qkv = checkpoint_name(qkv, "qkv").reshape(b, n, shards, 3, -1, cfg.head_dim)
         return [qkv[:, :, :, i].reshape(b, n, cfg.num_heads, cfg.head_dim) for i in range(3)]
 
 
 class MLP(nn.Module):
-    """Linear to 4 D, tanh-GELU, linear back."""
+    """MLP with 4 D hidden channels and tanh-GELU."""
 
     config: TransformerConfig
-    dtype: jnp.dtype
+    dtype: DTypeLike
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: Float[Array, "B n D"]) -> Float[Array, "B n D"]:
         d = self.config.width
-        h = dense(4 * d, ("embed", "mlp"), normal(d), self.dtype, "fc1")(x)
+        h = dense(4 * d, ("embed", "mlp"), normal_init(d), self.dtype, "fc1")(x)
         h = nn.gelu(checkpoint_name(constrain(h, tensor=2), "fc1"), approximate=True)
-        out_init = normal(d, 1 / math.sqrt(2 * self.config.depth))
+        out_init = normal_init(d, 1 / math.sqrt(2 * self.config.depth))
         return dense(d, ("mlp", "embed"), out_init, self.dtype, "fc2")(h)
 
 
 class Block(nn.Module):
-    """x += gamma1 * Attn(adaLN(x)); x += gamma2 * MLP(adaLN(x)).
+    """Transformer block: x += gamma1 * Attn(adaLN(x)), then x += gamma2 * MLP(adaLN(x)).
 
-    Scanned over layers: the residual stream x (float32 [B, n, D]; under autocast the published code has it in
-    16 bits) and the cache are carried; the layer's number, adaLN vectors and drop rate are scanned over; all
-    layers have the same view.
+    The residual stream is float32; with autocast, the published code has it in 16 bits.
 
     Attributes:
+      config: the architecture.
+      dtype: of the matrix products.
       attention: the implementation (see `attend`).
-      start: first position of x in the sequence, where the view does not say; only with a cache.
-      train: whether to drop.
+      start: first position of x in the cache, unless the context has a `cache_index`; generation only.
+      train: apply dropout and stochastic depth.
     """
 
     config: TransformerConfig
-    dtype: jnp.dtype
+    dtype: DTypeLike
     attention: str = "auto"
     start: int = 0
     train: bool = False
 
     @nn.compact
-    def __call__(self, carry: tuple, scanned: tuple, context: AttentionContext = AttentionContext()):  # noqa: B008  (immutable)
-        (x, cache), (layer, six, drop_rate) = carry, scanned
+    def __call__(
+        self,
+        carry: tuple[Float32[Array, "B n D"], KVCache | None],
+        scanned: tuple[Int[Array, ""], Float32[Array, "B 6 D"], Float[Array, ""]],
+        context: AttentionContext = AttentionContext(),  # noqa: B008  (immutable)
+    ) -> tuple[tuple[Float32[Array, "B n D"], KVCache | None], None]:
+        """Apply the block as the body of a scan over layers.
+
+        Args:
+          carry: residual stream and cache.
+          scanned: number, adaLN vectors and drop rate of the layer.
+          context: positional terms of attention.
+        """
+        x, cache = carry
+        layer, six, drop_rate = scanned
         gamma1, gamma2, scale1, scale2, shift1, shift2 = jnp.moveaxis(six, 1, 0)
         h = modulate(x, scale1, shift1).astype(self.dtype)
         attention = SelfAttention(self.config, self.dtype, self.attention, self.start, name="attention")
@@ -226,7 +291,7 @@ class Block(nn.Module):
         return (constrain(x + gamma2[:, None] * self._drop(h, drop_rate)), cache), None
 
     def _drop(self, y: jax.Array, drop_rate: jax.Array) -> jax.Array:
-        """Dropout, then stochastic depth: the whole branch of an image, with `drop_rate`."""
+        """Apply dropout, then stochastic depth: drop the branch of an image with probability `drop_rate`."""
         y = nn.Dropout(self.config.dropout)(y.astype(jnp.float32), deterministic=not self.train)
         if self.train and self.config.drop_path:
             keep = jax.random.bernoulli(self.make_rng("dropout"), 1 - drop_rate, (y.shape[0], 1, 1))

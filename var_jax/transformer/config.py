@@ -1,12 +1,12 @@
-"""Hyperparameters of the transformers, next-scale and next-token."""
+"""Architectures of the next-scale and next-token transformers, with their order of prediction."""
 
 import abc
 import dataclasses
 import functools
 from typing import ClassVar
 
-import jax
 import numpy as np
+from jaxtyping import Array, Bool, Int32, Shaped
 
 from var_jax.scales import SCALES_256, Scales
 from var_jax.transformer.positions import (
@@ -34,16 +34,16 @@ class TransformerConfig(abc.ABC):
       num_codes: V of the tokenizer.
       code_dim: C of the tokenizer.
       scales: sides of the token maps.
-      shared_adaln: one adaLN projection for all blocks and a learned offset a block.
-      normalized_attention: L2-normalised queries and keys with a learned temperature a head.
-      gamma_init: factor on the initial adaLN rows of the residual gates gamma.
-      class_dropout_prob: share of training labels replaced by "no class".
-      drop_path: stochastic depth of the last block, rising linearly from 0 at the first.
-      dropout: rate on what attention and MLP add to the residual stream.
-      positions: how a position knows where it stands (see `transformer/positions.py`).
+      shared_adaln: use one adaLN projection for all blocks and a learned offset per block.
+      normalized_attention: L2-normalize queries and keys, with a learned temperature per head.
+      gamma_init: factor on the initial adaLN kernel of the residual gates gamma.
+      class_dropout_prob: probability of replacing a training label by "no class".
+      drop_path: stochastic depth rate of the last block, rising linearly from 0 at the first.
+      dropout: dropout rate of the outputs of attention and MLP.
+      positions: kinds of position encodings (see `transformer/positions.py`).
 
     Raises:
-      ValueError: on sizes that make no network, or positions that there are not.
+      ValueError: on invalid sizes or an unknown kind of positions.
     """
 
     depth: int = 16
@@ -62,7 +62,7 @@ class TransformerConfig(abc.ABC):
     positions: str = "learned_1d"
 
     def __post_init__(self):
-        set_ = lambda name, value: object.__setattr__(self, name, value)  # noqa: E731
+        set_ = lambda name, value: object.__setattr__(self, name, value)
         set_("scales", Scales(self.scales).sides)
         for name in ("depth", "num_classes", "num_codes", "code_dim"):
             if getattr(self, name) < 1:
@@ -80,6 +80,7 @@ class TransformerConfig(abc.ABC):
 
     @functools.cached_property
     def schedule(self) -> Scales:
+        """Positions of the token maps in the sequence."""
         return Scales(self.scales)
 
     @property
@@ -92,17 +93,17 @@ class TransformerConfig(abc.ABC):
         """L, positions of the sequence."""
         return self.schedule.length
 
-    predicts_maps: ClassVar[bool]  # whole token maps, or single tokens
+    predicts_maps: ClassVar[bool]  # True: a step predicts a token map; False: a step predicts one token
 
     @property
     @abc.abstractmethod
     def steps(self) -> list[tuple[int, int]]:
-        """Positions start .. end that are predicted together, in the order of prediction."""
+        """Positions (start, end) predicted by each step, in prediction order."""
 
     @property
     @abc.abstractmethod
-    def masks(self) -> tuple[np.ndarray, ...]:
-        """bool [L, L], True where a query (row) sees a key; of M masks, block i has number i modulo M."""
+    def masks(self) -> tuple[Bool[np.ndarray, "L L"], ...]:
+        """M masks, True where a query (row) sees a key (column); block i uses number i modulo M."""
 
     @property
     @abc.abstractmethod
@@ -111,87 +112,87 @@ class TransformerConfig(abc.ABC):
 
     @property
     @abc.abstractmethod
-    def levels(self) -> np.ndarray | None:
-        """int [L], the scale of each position; None where the transformer is not told."""
+    def levels(self) -> Int32[np.ndarray, " L"] | None:
+        """Scale of each position; None for a transformer without level embeddings."""
 
     @abc.abstractmethod
-    def to_prediction_order(self, tokens: jax.Array) -> jax.Array:
-        """Reorder [B, L, ...] from the tokenizer's layout to the order of prediction."""
+    def to_prediction_order(self, tokens: Shaped[Array, "B L *dims"]) -> Shaped[Array, "B L *dims"]:
+        """Reorder positions from raster order, the tokenizer's layout, to prediction order."""
 
     @abc.abstractmethod
-    def to_raster_order(self, predicted: jax.Array) -> jax.Array:
-        """Reorder [B, L, ...] from the order of prediction to the tokenizer's layout."""
+    def to_raster_order(self, predicted: Shaped[Array, "B L *dims"]) -> Shaped[Array, "B L *dims"]:
+        """Reorder positions from prediction order to raster order, the tokenizer's layout."""
 
     @property
     def num_start_tokens(self) -> int:
-        """Number of positions whose input is the label alone: those of the first step."""
+        """Number of start tokens: the positions of the first step, whose input is the label alone."""
         return self.steps[0][1]
 
     @functools.cached_property
     def position_tables(self) -> PositionTables:
-        """Constants of all positions."""
+        """Constant tables of all positions."""
         return position_tables(
             self.positions, self.coords, self.levels, self.masks, self.width, self.head_dim
         )
 
     @property
     def relative(self) -> str | None:
-        """The kind of relative or rotary positions; None without."""
+        """Kind of relative or rotary positions; None without."""
         return parse(self.positions, self.width, self.head_dim)[1]
 
     @property
     def absolute(self) -> str | None:
-        """The kind of absolute positions; None without."""
+        """Kind of absolute positions; None without."""
         return parse(self.positions, self.width, self.head_dim)[0]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class NextScaleConfig(TransformerConfig):
-    """Architecture of a VAR transformer, which predicts whole token maps; the defaults are for 256px."""
+    """Architecture of a VAR transformer, which predicts a token map per step; the defaults are for 256px."""
 
     predicts_maps: ClassVar[bool] = True
 
     @property
     def steps(self) -> list[tuple[int, int]]:
-        """Positions start .. end that are predicted together, in turn: the token maps."""
+        """Positions (start, end) of each token map."""
         return list(zip(self.schedule.starts, self.schedule.ends, strict=True))
 
     @property
-    def masks(self) -> tuple[np.ndarray, ...]:
-        """bool [L, L], True where a query (row) sees a key."""
+    def masks(self) -> tuple[Bool[np.ndarray, "L L"], ...]:
+        """Block-causal mask of all blocks."""
         return (self.schedule.mask,)
 
     @property
-    def levels(self) -> np.ndarray:
-        """int [L], the scale of each position."""
+    def levels(self) -> Int32[np.ndarray, " L"]:
+        """Scale of each position."""
         return self.schedule.levels
 
-    def to_prediction_order(self, tokens: jax.Array) -> jax.Array:
-        """Return [B, L, ...] as it is: maps are laid out as they are predicted."""
+    def to_prediction_order(self, tokens: Shaped[Array, "B L *dims"]) -> Shaped[Array, "B L *dims"]:
+        """Return positions unchanged: prediction order is raster order."""
         return tokens
 
-    def to_raster_order(self, predicted: jax.Array) -> jax.Array:
-        """Return [B, L, ...] as it is: maps are laid out as they are predicted."""
+    def to_raster_order(self, predicted: Shaped[Array, "B L *dims"]) -> Shaped[Array, "B L *dims"]:
+        """Return positions unchanged: prediction order is raster order."""
         return predicted
 
     @functools.cached_property
     def coords(self) -> TokenCoords:
-        """Where positions lie in the image."""
+        """Coordinates of the positions in the image."""
         return scale_coords(self.schedule)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class NextTokenConfig(TransformerConfig):
-    """Architecture of a transformer that predicts the tokens of one map one after another.
+    """Architecture of a transformer that predicts the tokens of one map one by one.
 
     Attributes:
-      order: the way through the map (see `var_jax/transformer/positions.py`).
-      order_seed: of the order `random`.
-      mask: which of the earlier tokens a token sees (see `transformer/positions.py`).
-      mask_radius: of the masks row, column, axial and local, in cells.
+      order: order of prediction of the cells of the map (see `transformer/positions.py`).
+      order_seed: seed of the order `random`.
+      mask: attention mask on the earlier tokens (see `transformer/positions.py`).
+      mask_radius: radius of the masks row, column, axial and local, in cells.
 
     Raises:
-      ValueError: on several token maps, or an order or a mask that there is not.
+      ValueError: on more than one token map, or an unknown order or mask.
     """
 
     predicts_maps: ClassVar[bool] = False
@@ -209,34 +210,34 @@ class NextTokenConfig(TransformerConfig):
                 "a next-token transformer needs a tokenizer of one map, scales=(n,), "
                 f"got scales={self.scales}"
             )
-        self.masks  # noqa: B018  (names what is wrong with order and mask)
+        self.masks  # noqa: B018  (raises the errors of order and mask)
 
     levels = None
 
-    def to_prediction_order(self, tokens: jax.Array) -> jax.Array:
-        """Reorder [B, L, ...] from row by row to the order of prediction."""
+    def to_prediction_order(self, tokens: Shaped[Array, "B L *dims"]) -> Shaped[Array, "B L *dims"]:
+        """Reorder positions from raster order to prediction order."""
         return tokens[:, self.cells]
 
-    def to_raster_order(self, predicted: jax.Array) -> jax.Array:
-        """Reorder [B, L, ...] from the order of prediction to row by row."""
+    def to_raster_order(self, predicted: Shaped[Array, "B L *dims"]) -> Shaped[Array, "B L *dims"]:
+        """Reorder positions from prediction order to raster order."""
         return predicted[:, inverse(self.cells)]
 
     @functools.cached_property
-    def cells(self) -> np.ndarray:
-        """int32 [L]: the cell of the map, row by row, that each token of the sequence is."""
+    def cells(self) -> Int32[np.ndarray, " L"]:
+        """Row-major cell of the map of each token in prediction order."""
         return order(self.order, self.scales[0], self.order_seed)
 
     @property
     def steps(self) -> list[tuple[int, int]]:
-        """Positions start .. end that are predicted together, in turn: single tokens."""
+        """Positions (start, end) of each token."""
         return [(i, i + 1) for i in range(self.length)]
 
     @functools.cached_property
-    def masks(self) -> tuple[np.ndarray, ...]:
-        """bool [L, L], True where a query (row) sees a key; of M masks, block i has number i modulo M."""
+    def masks(self) -> tuple[Bool[np.ndarray, "L L"], ...]:
+        """M masks, True where a query (row) sees a key (column); block i uses number i modulo M."""
         return sequence_masks(self.mask, self.coords, self.mask_radius)
 
     @functools.cached_property
     def coords(self) -> TokenCoords:
-        """Where positions lie in the image."""
+        """Coordinates of the positions in the image."""
         return order_coords(self.cells, self.scales[0])

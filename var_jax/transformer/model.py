@@ -1,6 +1,6 @@
-"""What next-scale and next-token transformers share: everything but the order of prediction.
+"""Autoregressive transformer with adaLN blocks, the base of the next-scale and next-token models.
 
-Label and positions in, adaLN blocks, logits out, with the published initialisation (Tian et al. 2024).
+The initialization is the published one (Tian et al. 2024).
 """
 
 from collections.abc import Callable
@@ -11,57 +11,76 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
+from jaxtyping import Array, Bool, Float, Float32, Int
 
 from var_jax.dtypes import product_precision
 from var_jax.sharding import constrain, replicate
 from var_jax.transformer import positions
-from var_jax.transformer.block import AttentionContext, Block, KVCache, Modulation, dense, modulate, normal
+from var_jax.transformer.block import (
+    AttentionContext,
+    Block,
+    KVCache,
+    Modulation,
+    dense,
+    modulate,
+    normal_init,
+)
 from var_jax.transformer.config import TransformerConfig
 from var_jax.transformer.remat import rematerialized
 
-LOGITS_CHUNK = 1024  # positions whose logits live at once in training: all at 256px, a part at 512px
+LOGITS_CHUNK = 1024  # maximum number of positions whose logits exist at once in training: all at 256px
 
 
 @flax.struct.dataclass
 class Condition:
-    """All that a label decides, worked out once an image: float32.
+    """Conditioning on the label, computed once per image.
 
     Attributes:
-      class_embedding: [B, D], input of the first positions.
-      blocks: [layers, B, 6, D], adaLN vectors of every block.
-      head: [B, 2, D], scale and shift before the head.
+      class_embedding: input of the first positions.
+      blocks: adaLN vectors of every block.
+      head: scale and shift before the head.
     """
 
-    class_embedding: jax.Array
-    blocks: jax.Array
-    head: jax.Array
+    class_embedding: Float32[Array, "B D"]
+    blocks: Float32[Array, "layers B 6 D"]
+    head: Float32[Array, "B 2 D"]
 
     def conditional(self) -> "Condition":
-        """Of every other label, from the first on: what is left when guidance ends."""
+        """Return the condition of the conditional sequences, the even ones of the guided batch."""
         return Condition(self.class_embedding[::2], self.blocks[:, ::2], self.head[::2])
 
 
 class Blocks(nn.Module):
-    """All blocks, scanned over a leading axis of their parameters."""
+    """Stack of all blocks, scanned over a leading axis of their parameters."""
 
     config: TransformerConfig
-    dtype: jnp.dtype
+    dtype: DTypeLike
     attention: str
     remat: str
 
     @nn.compact
-    def __call__(self, x, modulations, context=AttentionContext(), cache=None, start=0, train=False):  # noqa: B008
+    def __call__(
+        self,
+        x: Float32[Array, "B n D"],
+        modulations: Float32[Array, "layers B 6 D"],
+        context: AttentionContext = AttentionContext(),  # noqa: B008  (immutable)
+        cache: KVCache | None = None,
+        start: int = 0,
+        train: bool = False,
+    ) -> tuple[Float32[Array, "B n D"], KVCache | None]:
         """Apply all blocks.
 
         Args:
-          x: residual stream, float32 [B, n, D].
-          modulations: adaLN vectors of every block, float32 [depth, B, 6, D].
+          x: residual stream.
+          modulations: adaLN vectors of every block.
           context: positional terms of attention.
-          cache, start: KV cache, and first position of x where that is static; generation only.
-          train: drop paths and activations.
+          cache: keys and values of earlier positions; generation only.
+          start: first position of x in the cache, unless the context has a `cache_index`.
+          train: apply dropout and stochastic depth.
 
         Returns:
-          x and the cache.
+          The residual stream and the cache.
         """
         cfg = self.config
         stack = nn.scan(
@@ -79,10 +98,10 @@ class Blocks(nn.Module):
 
 @jax.custom_vjp
 def _project(x: jax.Array, kernel: jax.Array) -> jax.Array:
-    """x [B, n, D] times kernel [D, V] -> float32 [B, n, V], summed up in float32 and not rounded after that.
+    """Multiply x [B, n, D] by a kernel [D, V], accumulating and returning float32.
 
-    In the backward pass the gradient of the logits is rounded to the dtype of x and kernel: a product of
-    float32 and bfloat16 would run in float32.
+    In the backward pass the gradient of the logits is rounded to the dtype of x and kernel, since a product
+    of float32 and bfloat16 would run in float32.
     """
     return _product(x, kernel, preferred_element_type=jnp.float32)
 
@@ -102,20 +121,20 @@ def _project_backward(factors, gradient):
 _project.defvjp(_project_forward, _project_backward)
 
 
-def _product(x, kernel, **how):
+def _product(x, kernel, **options):
     axes = (((x.ndim - 1,), (0,)), ((), ()))
-    return jax.lax.dot_general(x, kernel, axes, precision=product_precision(x.dtype), **how)
+    return jax.lax.dot_general(x, kernel, axes, precision=product_precision(x.dtype), **options)
 
 
 class Head(nn.Module):
-    """Linear D -> V; the product of operands of `dtype`, the logits float32."""
+    """Linear layer from D channels to V logits, with operands of `dtype` and float32 results."""
 
     num_codes: int
     kernel_init: Callable
-    dtype: jnp.dtype
+    dtype: DTypeLike
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: Float[Array, "B n D"]) -> Float32[Array, "B n V"]:
         kernel_init = nn.with_logical_partitioning(self.kernel_init, ("embed", "codes"))
         bias_init = nn.with_logical_partitioning(nn.initializers.zeros_init(), ("codes",))
         kernel = self.param("kernel", kernel_init, (x.shape[-1], self.num_codes))
@@ -124,36 +143,37 @@ class Head(nn.Module):
 
 
 class ARTransformer(nn.Module):
-    """Logits of every token given those before it in the order of prediction, and a label.
+    """Transformer that predicts every token from the label and the tokens before it in prediction order.
 
     Attributes:
       config: the architecture.
       dtype: of the matrix products; norms, embeddings, residual stream and logits are float32.
-      attention: its implementation (see `attend`).
-      remat: what a block keeps for its backward pass (see `transformer/remat.py`).
+      attention: the implementation (see `attend`).
+      remat: rematerialization policy of the blocks (see `transformer/remat.py`).
     """
 
     config: TransformerConfig
-    dtype: jnp.dtype = jnp.float32
+    dtype: DTypeLike = jnp.float32
     attention: str = "auto"
     remat: str = "none"
 
     def setup(self):
         cfg = self.config
-        d, init = cfg.width, nn.with_logical_partitioning(normal(cfg.width), (None, "embed"))
+        d = cfg.width
+        init = nn.with_logical_partitioning(normal_init(d), (None, "embed"))
         self.class_embedding = self.param("class_embedding", init, (cfg.num_classes + 1, d))
         self.start_embedding = self.param("start_embedding", init, (cfg.num_start_tokens, d))
         if cfg.levels is not None:
             self.level_embedding = self.param("level_embedding", init, (len(cfg.scales), d))
         self._setup_positions(init)
-        self.code_embedding = dense(d, (None, "embed"), normal(d), jnp.float32, None)  # as published
+        self.code_embedding = dense(d, (None, "embed"), normal_init(d), jnp.float32, None)  # as published
         if cfg.shared_adaln:
-            self.shared_adaln = dense(6 * d, ("embed", "mlp"), normal(d), self.dtype, None)
-            offset = lambda key, shape: (  # noqa: E731  (std D^-1/2, gates small, the rest halved)
+            self.shared_adaln = dense(6 * d, ("embed", "mlp"), normal_init(d), self.dtype, None)
+            offset_init = lambda key, shape: (  # std D^-1/2, gates small, the rest halved
                 jax.random.normal(key, shape) * d**-0.5 * np.array([cfg.gamma_init] * 2 + [0.5] * 4)[:, None]
             )
-            offset = nn.with_logical_partitioning(offset, ("layers", None, "embed"))
-            self.adaln_offset = self.param("adaln_offset", offset, (cfg.depth, 6, d))
+            offset_init = nn.with_logical_partitioning(offset_init, ("layers", None, "embed"))
+            self.adaln_offset = self.param("adaln_offset", offset_init, (cfg.depth, 6, d))
         else:
             self.adaln = nn.scan(
                 Modulation,
@@ -163,11 +183,11 @@ class ARTransformer(nn.Module):
                 metadata_params={nn.PARTITION_NAME: "layers"},
             )(cfg, self.dtype)
         self.blocks = Blocks(cfg, self.dtype, self.attention, self.remat)
-        self.head_adaln = dense(2 * d, ("embed", "mlp"), normal(d, 0.5), self.dtype, None)
-        self.head = Head(cfg.num_codes, normal(d, 0.02), self.dtype)
+        self.head_adaln = dense(2 * d, ("embed", "mlp"), normal_init(d, 0.5), self.dtype, None)
+        self.head = Head(cfg.num_codes, normal_init(d, 0.02), self.dtype)
 
     def _setup_positions(self, init):
-        """The parameters of positions, float32: tables of width D, or a bias of each bucket and head."""
+        """Create the parameters of positions: tables of width D, or a bias per distance bucket and head."""
         cfg = self.config
         if cfg.absolute == "learned_1d":
             self.position_embedding = self.param("position_embedding", init, (cfg.length, cfg.width))
@@ -175,33 +195,40 @@ class ARTransformer(nn.Module):
             self.row_embedding = self.param("row_embedding", init, (cfg.coords.side, cfg.width))
             self.column_embedding = self.param("column_embedding", init, (cfg.coords.side, cfg.width))
         if cfg.relative == "relative_2d":
-            none = nn.with_logical_partitioning(nn.initializers.zeros_init(), (None, "heads"))
-            self.distance_bias = self.param("distance_bias", none, (positions.BUCKETS, cfg.num_heads))
+            bias_init = nn.with_logical_partitioning(nn.initializers.zeros_init(), (None, "heads"))
+            self.distance_bias = self.param("distance_bias", bias_init, (positions.BUCKETS, cfg.num_heads))
 
-    def __call__(self, labels: jax.Array, inputs: jax.Array, train: bool = False) -> jax.Array:
-        """Teacher-forced logits.
+    def __call__(
+        self, labels: Int[Array, " B"], inputs: Float[Array, "B n C"], train: bool = False
+    ) -> Float32[Array, "B L V"]:
+        """Compute teacher-forced logits.
 
         Args:
-          labels: int32 [B]; num_classes means "no class".
-          inputs: float32 [B, L - num_start_tokens, C], what each position but the first ones is given
-            (`sampling/teacher_forcing.py`).
-          train: drop labels, paths and activations; needs the rng stream "dropout".
-
-        Returns:
-          float32 [B, L, V].
+          labels: classes; num_classes means "no class".
+          inputs: inputs of all positions but the start tokens, n = L - num_start_tokens (see
+            `sampling/teacher_forcing.py`).
+          train: drop labels, and apply dropout and stochastic depth; needs the rng stream "dropout".
         """
         x, condition = self._body(labels, inputs, train)
         return self.logits(x, condition.head)
 
-    def losses(self, labels: jax.Array, inputs: jax.Array, tokens: jax.Array, train: bool = False):
-        """Cross-entropy of every token; no more than `LOGITS_CHUNK` positions' logits live at once.
+    def losses(
+        self,
+        labels: Int[Array, " B"],
+        inputs: Float[Array, "B n C"],
+        tokens: Int[Array, "B L"],
+        train: bool = False,
+    ) -> tuple[Float32[Array, "B L"], Bool[Array, "B L"]]:
+        """Compute the cross-entropy of every token, with logits of at most `LOGITS_CHUNK` positions at once.
 
         Args:
-          labels, inputs, train: as for `__call__`.
-          tokens: int32 [B, L], the true ones, in the order of prediction.
+          labels: see `__call__`.
+          inputs: see `__call__`.
+          tokens: the true tokens, in prediction order.
+          train: see `__call__`.
 
         Returns:
-          Losses float32 [B, L] in nats; bool [B, L], whether no code has a larger logit than the true one.
+          Losses in nats, and whether the true token has the largest logit.
         """
         x, condition = self._body(labels, inputs, train)
         length = tokens.shape[1]
@@ -210,19 +237,20 @@ class ARTransformer(nn.Module):
 
         def loss(module, x, tokens, head):
             logits = module.logits(x, head)
-            # A sum in place of a lookup, and no argmax: of codes split over devices, neither gathers logits.
-            true = jnp.arange(logits.shape[-1]) == tokens[..., None]
-            wanted = jnp.sum(jnp.where(true, logits, 0.0), -1)
-            return jax.nn.logsumexp(logits, -1) - wanted, wanted >= logits.max(-1)
+            # A sum instead of indexing, and no argmax: if codes are sharded, neither gathers the logits.
+            is_true_code = jnp.arange(logits.shape[-1]) == tokens[..., None]
+            true_logits = jnp.sum(jnp.where(is_true_code, logits, 0.0), -1)
+            return jax.nn.logsumexp(logits, -1) - true_logits, true_logits >= logits.max(-1)
 
-        loss, result = nn.remat(loss), []
+        loss = nn.remat(loss)
+        chunk_results = []
         for start in range(0, length, size):
             part = slice(start, start + size)
-            result.append(loss(self, x[:, part], tokens[:, part], condition.head))
-        return tuple(jnp.concatenate(parts, axis=1) for parts in zip(*result, strict=True))
+            chunk_results.append(loss(self, x[:, part], tokens[:, part], condition.head))
+        return tuple(jnp.concatenate(parts, axis=1) for parts in zip(*chunk_results, strict=True))
 
     def _body(self, labels, inputs, train):
-        """The residual stream float32 [B, L, D] after all blocks, and the condition."""
+        """Compute the residual stream float32 [B, L, D] after all blocks, and the condition."""
         cfg = self.config
         if train:
             dropped = jax.random.bernoulli(self.make_rng("dropout"), cfg.class_dropout_prob, labels.shape)
@@ -234,9 +262,10 @@ class ARTransformer(nn.Module):
         x, _ = self.blocks(x, condition.blocks, context, train=train)
         return x, condition
 
-    def condition(self, labels: jax.Array) -> Condition:
-        """Labels int32 [B] -> all adaLN vectors."""
-        cfg, embedded = self.config, constrain(replicate(self.class_embedding)[labels])
+    def condition(self, labels: Int[Array, " B"]) -> Condition:
+        """Compute the class embeddings and all adaLN vectors."""
+        cfg = self.config
+        embedded = constrain(replicate(self.class_embedding)[labels])
         active = nn.silu(embedded)
         if cfg.shared_adaln:
             six = constrain(self.shared_adaln(active).reshape(-1, 6, cfg.width)).astype(jnp.float32)
@@ -247,37 +276,38 @@ class ARTransformer(nn.Module):
         return Condition(embedded, blocks, head)
 
     def empty_cache(self, batch: int) -> KVCache:
-        """A cache for `batch` sequences of L positions."""
+        """Create a cache for `batch` sequences of L positions."""
         cfg = self.config
         return KVCache.zeros(cfg.depth, batch, cfg.length, cfg.num_heads, cfg.head_dim, self.dtype)
 
-    def embed(self, condition: Condition, inputs: jax.Array | None, start: int | jax.Array = 0) -> jax.Array:
-        """Compute the residual stream that enters the blocks, positions added.
+    def embed(
+        self,
+        condition: Condition,
+        inputs: Float[Array, "B inputs C"] | None,
+        start: int | Int[Array, ""] = 0,
+    ) -> Float32[Array, "B n D"]:
+        """Compute the residual stream before the first block, with position embeddings.
 
         Args:
-          condition: of the labels [B].
-          inputs: float32 [B, n, C] of the positions from `start` on, without those whose input is the label
-            alone; None for these alone.
-          start: first position, an int; or an int32 scalar known only at run time, then of one position,
-            whose input is not looked at where it is the first.
-
-        Returns:
-          float32 [B, n, D].
+          condition: of the labels.
+          inputs: of the positions from `start` on, without the start tokens; None for the start tokens only.
+          start: first position.  If it is traced, there is one position, whose input is ignored at start 0.
         """
-        first = condition.class_embedding[:, None] + self.start_embedding
+        start_tokens = condition.class_embedding[:, None] + self.start_embedding
         if inputs is None:
-            x = first
+            x = start_tokens
         elif not isinstance(start, int):
-            x = jnp.where(start == 0, first, self.code_embedding(inputs))
+            x = jnp.where(start == 0, start_tokens, self.code_embedding(inputs))
         elif start == 0:
-            x = jnp.concatenate([first, self.code_embedding(inputs)], axis=1)
+            x = jnp.concatenate([start_tokens, self.code_embedding(inputs)], axis=1)
         else:
             x = self.code_embedding(inputs)
         return self._add_positions(x, start)
 
     def _add_positions(self, x: jax.Array, start: int | jax.Array) -> jax.Array:
         """Add level and absolute position embeddings to x [B, n, D], of the positions from `start` on."""
-        cfg, size = self.config, x.shape[1]
+        cfg = self.config
+        size = x.shape[1]
         tables = cfg.position_tables.at(start, size, cfg.length)
         if tables.levels is not None:
             x = x + replicate(self.level_embedding)[tables.levels]
@@ -293,9 +323,9 @@ class ARTransformer(nn.Module):
         """Compute the positional terms of attention.
 
         Args:
-          tables: of the positions that attend, and the keys that they see.
-          masked: whether to pass their masks; otherwise they see all keys, or, without a cache, as the
-            architecture says.
+          tables: rows of the queries, and columns of the keys.
+          masked: pass the masks of the tables.  Otherwise the mask is that of the architecture, or, with a
+            cache, none.
         """
         bias = None
         if tables.distance_buckets is not None:
@@ -303,7 +333,9 @@ class ARTransformer(nn.Module):
         masks = jnp.asarray(tables.masks) if masked else None
         return AttentionContext(masks=masks, bias=bias, rope_angles=tables.rope_angles)
 
-    def logits(self, x: jax.Array, head_modulation: jax.Array) -> jax.Array:
-        """Compute logits float32 [B, n, V] from x [B, n, D] after the blocks; adaLN vectors [B, 2, D]."""
+    def logits(
+        self, x: Float32[Array, "B n D"], head_modulation: Float32[Array, "B 2 D"]
+    ) -> Float32[Array, "B n V"]:
+        """Compute logits from the residual stream after the blocks and the adaLN vectors of the head."""
         normed = modulate(x, head_modulation[:, 0], head_modulation[:, 1])
         return constrain(self.head(normed), tensor=2)

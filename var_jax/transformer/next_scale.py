@@ -1,28 +1,30 @@
-"""The VAR transformer: predicts each whole token map from all the coarser ones (Tian et al. 2024)."""
+"""VAR transformer: next-scale prediction of token maps from all coarser ones (Tian et al. 2024)."""
 
-import jax
+from jaxtyping import Array, Float, Float32
 
 from var_jax.transformer.block import KVCache
 from var_jax.transformer.model import ARTransformer, Condition
 
 
 class NextScale(ARTransformer):
-    """Next-scale `ARTransformer`, of a `NextScaleConfig`.
+    """Next-scale `ARTransformer`, with a `NextScaleConfig`.
 
-    The input of scale k > 0 is the resized f_hat of the maps before it (`Quantizer.transformer_inputs`).
+    The input of scale k > 0 is the resized f_hat of the coarser maps (`Quantizer.transformer_inputs`).
     """
 
-    def step(self, k: int, inputs: jax.Array | None, condition: Condition, cache: KVCache):
-        """One scale of generation: logits of map k given a cache that holds the maps before it.
+    def step(
+        self, k: int, inputs: Float[Array, "B n C"] | None, condition: Condition, cache: KVCache
+    ) -> tuple[Float32[Array, "B n V"], KVCache]:
+        """Run one step of generation: compute the logits of map k, n = s_k^2.
 
         Args:
-          k: the scale, known at compile time.
-          inputs: float32 [B, s_k^2, C], the resized f_hat; None at k = 0.
-          condition: of the labels [B].
+          k: the scale, static.
+          inputs: the resized f_hat; None at k = 0.
+          condition: of the labels.
           cache: keys and values of the scales before k.
 
         Returns:
-          Logits float32 [B, s_k^2, V] and the cache with scale k in it.
+          Logits, and the cache with scale k in it.
         """
         start, end = self.config.steps[k]
         x = self.embed(condition, inputs, start)

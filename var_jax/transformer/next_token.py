@@ -1,34 +1,35 @@
-"""What VAR is measured against: a transformer that predicts the tokens of one map one after another.
+"""Next-token transformer, the baseline of VAR: it predicts the tokens of one map one by one.
 
 The map is flattened along an order (raster by default, as in VQGAN: Esser et al. 2021).  Blocks, adaLN,
-initialisation and input, a linear of code vectors, are VAR's, so that the prediction scheme is all that
-differs.
+initialization and the linear embedding of code vectors are VAR's, so only the prediction scheme differs.
 """
 
-import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float, Float32, Int
 
 from var_jax.transformer.block import KVCache
 from var_jax.transformer.model import ARTransformer, Condition
 
 
 class NextToken(ARTransformer):
-    """Next-token `ARTransformer`, of a `NextTokenConfig`.
+    """Next-token `ARTransformer`, with a `NextTokenConfig`.
 
-    The input of position i > 0 is the code vector of the token before it in the order.
+    The input of position i > 0 is the code vector of the previous token in the order.
     """
 
-    def step(self, i: jax.Array, inputs: jax.Array, condition: Condition, cache: KVCache):
-        """One token of generation: logits of position i given a cache that holds the positions before it.
+    def step(
+        self, i: Int[Array, ""], inputs: Float[Array, "B 1 C"], condition: Condition, cache: KVCache
+    ) -> tuple[Float32[Array, "B 1 V"], KVCache]:
+        """Run one step of generation: compute the logits of the token at position i.
 
         Args:
-          i: int32 scalar, the position; may be known only when the program runs.
-          inputs: float32 [B, 1, C], the code vector of token i - 1; not looked at where i = 0.
-          condition: of the labels [B].
+          i: position, possibly traced.
+          inputs: code vector of token i - 1; ignored at i = 0.
+          condition: of the labels.
           cache: keys and values of the positions before i.
 
         Returns:
-          Logits float32 [B, 1, V] and the cache with position i in it.
+          Logits, and the cache with position i in it.
         """
         x = self.embed(condition, inputs, i)
         tables = self.config.position_tables.at(i, 1, self.config.length)

@@ -1,4 +1,4 @@
-"""Positions of tokens: orders of prediction, coordinates and embeddings, attention masks."""
+"""Positions of tokens: prediction orders, coordinates, position encodings and attention masks."""
 
 import dataclasses
 import functools
@@ -9,25 +9,26 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Bool, Float32, Int, Int32, Shaped
 
 from var_jax.scales import Scales
 
 
-def order(name: str, side: int, seed: int = 0) -> np.ndarray:
-    """The cells of a side x side map as they follow each other.
+def order(name: str, side: int, seed: int = 0) -> Int32[np.ndarray, " L"]:
+    """Return the cells of a map in prediction order.
 
     Args:
       name: one of `ORDERS`.
-      side: n, of the map.
-      seed: of `random`, from 0 up to 2^32 - 1; the other orders do not depend on it.
+      side: of the map.
+      seed: of the order `random`, 0 to 2^32 - 1; the other orders do not use it.
 
     Returns:
-      int32 [n * n], read-only: the row-major cell that the i-th token of the sequence is.
+      Row-major cell of each token of the sequence, L = side^2; read-only.
 
     Raises:
-      ValueError: on an unknown name, a side below 1, or no such seed.
+      ValueError: on an unknown name, a side below 1, or an invalid seed.
     """
-    if name not in _MAKE:
+    if name not in _ORDER_FUNCTIONS:
         raise ValueError(f"order must be one of {', '.join(ORDERS)}; got {name!r}")
     if side < 1:
         raise ValueError(f"the side of a map must be at least 1, got {side}")
@@ -36,55 +37,54 @@ def order(name: str, side: int, seed: int = 0) -> np.ndarray:
     return _order(name, side, int(seed) if name == "random" else 0)
 
 
-def inverse(order: np.ndarray) -> np.ndarray:
-    """Where in the sequence each cell stands: `inverse(order)[order[i]] == i`.
+def inverse(order: Int[np.ndarray, " L"]) -> Int32[np.ndarray, " L"]:
+    """Invert a permutation: `inverse(order)[order[i]] == i`.
 
     Args:
-      order: int [L], a permutation of 0 .. L - 1.
-
-    Returns:
-      int32 [L].
+      order: a permutation of 0 .. L - 1.
 
     Raises:
-      ValueError: on what is no permutation.
+      ValueError: if `order` is not a permutation.
     """
     order = np.asarray(order)
     if order.ndim != 1 or not np.array_equal(np.sort(order), np.arange(order.size)):
         raise ValueError(f"an order must be a permutation of 0 .. L - 1, got shape {order.shape}")
-    result = np.empty(order.size, np.int32)
-    result[order] = np.arange(order.size, dtype=np.int32)
-    return result
+    positions = np.empty(order.size, np.int32)
+    positions[order] = np.arange(order.size, dtype=np.int32)
+    return positions
 
 
 @functools.lru_cache(maxsize=64)
 def _order(name: str, side: int, seed: int) -> np.ndarray:
-    result = np.asarray(_MAKE[name](side, seed), np.int32).reshape(-1)
-    result.setflags(write=False)  # shared by all who ask
-    return result
+    """Compute an order once; see `order`."""
+    cells = np.asarray(_ORDER_FUNCTIONS[name](side, seed), np.int32).reshape(-1)
+    cells.setflags(write=False)  # the cache shares it between callers
+    return cells
 
 
 def _cells(side: int) -> np.ndarray:
-    """int [n, n]: the number of each cell."""
+    """Return the row-major cells of a map, int [side, side]."""
     return np.arange(side * side).reshape(side, side)
 
 
 def _snake(side: int) -> np.ndarray:
+    """Return the boustrophedon order: every other row is reversed."""
     cells = _cells(side)
     cells[1::2] = cells[1::2, ::-1].copy()
     return cells
 
 
 def _spiral_in(side: int) -> np.ndarray:
-    """Takes the top row off, turns what is left so that its right column is on top, and so on."""
-    left, taken = _cells(side), []
-    while left.size:
-        taken.append(left[0])
-        left = np.rot90(left[1:])
-    return np.concatenate(taken)
+    """Return the clockwise inward spiral: take the top row off, rotate the rest, and repeat."""
+    remaining, parts = _cells(side), []
+    while remaining.size:
+        parts.append(remaining[0])
+        remaining = np.rot90(remaining[1:])
+    return np.concatenate(parts)
 
 
 def _z_curve(side: int) -> np.ndarray:
-    """By the bits of row and column in turn: the curve of the next power of two, less the cells outside."""
+    """Return the Z-order (Morton) curve, of the next power of two without the cells outside the map."""
     row, column = np.divmod(_cells(side), side)
     key = np.zeros_like(row)
     for bit in range(side.bit_length()):
@@ -93,10 +93,10 @@ def _z_curve(side: int) -> np.ndarray:
 
 
 def _hilbert(side: int) -> list[int]:
-    """Hilbert's curve where side is a power of two, else Cerveny's generalisation (gilbert) of it.
+    """Return the Hilbert curve; if side is not a power of two, Cerveny's generalization of it (gilbert).
 
-    On a square of any side each step of the generalisation goes to one of the four neighbours (checked up to
-    128); the diagonal steps that it is known for come on oblong maps.
+    On squares every step of the generalization goes to one of the four neighbors (checked up to side 128);
+    its diagonal steps occur only on other rectangles.
     """
     return [r * side + c for r, c in _gilbert((0, 0), (0, 1), side, (1, 0), side)]
 
@@ -104,14 +104,14 @@ def _hilbert(side: int) -> list[int]:
 def _gilbert(
     start: tuple[int, int], along: tuple[int, int], width: int, across: tuple[int, int], height: int
 ) -> Iterator[tuple[int, int]]:
-    """Cells (row, column) of a curve through a rectangle, from `start` to the other end of its width.
+    """Yield the cells (row, column) of a curve through a rectangle, between the ends of one of its sides.
 
     Args:
-      start: a corner.
-      along: unit step in the direction of the width, away from `start`.
-      width: cells that way.
-      across: unit step in the direction of the height.
-      height: cells that way.
+      start: first cell, a corner.
+      along: unit step from `start` towards the last cell.
+      width: number of cells in this direction.
+      across: unit step in the other direction.
+      height: number of cells in that direction.
     """
 
     def at(i: int, j: int) -> tuple[int, int]:
@@ -121,8 +121,8 @@ def _gilbert(
         yield from (at(i, j) for i in range(height) for j in range(width))
         return
     w, h = width // 2, height // 2
-    if 2 * width > 3 * height:  # too long for three parts: one after another
-        w += w % 2 if width > 2 else 0  # a part of even width can be crossed without a diagonal step
+    if 2 * width > 3 * height:  # a long rectangle: two halves, one after the other
+        w += w % 2 if width > 2 else 0  # a part of even width needs no diagonal step
         yield from _gilbert(start, along, w, across, height)
         yield from _gilbert(at(0, w), along, width - w, across, height)
         return
@@ -134,11 +134,11 @@ def _gilbert(
 
 
 def _random(side: int, seed: int) -> np.ndarray:
-    """By the old generator: a trained model relies on its order, and numpy promises this one for good."""
+    """Return a random permutation; numpy guarantees that the legacy generator used here never changes."""
     return np.random.RandomState(seed).permutation(side * side)
 
 
-_MAKE = {
+_ORDER_FUNCTIONS = {
     "raster": lambda side, seed: _cells(side),
     "column": lambda side, seed: _cells(side).T,
     "snake": lambda side, seed: _snake(side),
@@ -148,11 +148,13 @@ _MAKE = {
     "hilbert": lambda side, seed: _hilbert(side),
     "random": _random,
 }
-ORDERS = tuple(_MAKE)
+ORDERS = tuple(_ORDER_FUNCTIONS)
 
 
-def rows(table: np.ndarray | jax.Array, start: int | jax.Array, size: int, axis: int = 0):
-    """Slice rows start .. start + size of a table; a `start` that is traced gives a dynamic slice."""
+def rows(
+    table: Shaped[np.ndarray | Array, "..."], start: int | Int[Array, ""], size: int, axis: int = 0
+) -> Shaped[np.ndarray | Array, "..."]:
+    """Slice rows start .. start + size of a table; a traced `start` gives a dynamic slice."""
     if isinstance(start, int):
         return table[(slice(None),) * axis + (slice(start, start + size),)]
     return jax.lax.dynamic_slice_in_dim(jnp.asarray(table), start, size, axis)
@@ -160,54 +162,64 @@ def rows(table: np.ndarray | jax.Array, start: int | jax.Array, size: int, axis:
 
 ABSOLUTE = ("learned_1d", "learned_2d", "sinusoidal_2d")
 RELATIVE = ("relative_2d", "rotary_1d", "rotary_2d")
-LONGEST = 10_000  # of the wavelengths of sines and rotations, over 2 pi
-HALF = 8  # buckets of distances 0, 1, ... along an axis; negative ones have HALF - 1 of their own
-EXACT = 4  # distances below this have each a bucket; from there on buckets grow as the logarithm does
-BUCKETS = (2 * HALF - 1) ** 2  # of `relative_2d`
+MAX_WAVELENGTH = 10_000  # of sinusoidal and rotary positions, in units of 2 pi
+HALF_BUCKETS = 8  # distance buckets of 0, 1, ... along an axis; negative distances have HALF_BUCKETS - 1 more
+EXACT_BUCKETS = 4  # smaller distances have a bucket each; buckets of larger ones grow logarithmically
+BUCKETS = (2 * HALF_BUCKETS - 1) ** 2  # distance buckets of `relative_2d`
 
 
 @dataclasses.dataclass(frozen=True)
 class TokenCoords:
-    """Where the positions of a sequence lie.
+    """Coordinates of the positions of a sequence, in cells of the finest map.
+
+    A cell of a coarser map is at its center, so scales align.  For next-token models, a query has the
+    coordinates of the token it predicts, and a key those of the token it holds, the previous one.
 
     Attributes:
-      query: float32 [L, 2], row and column that a query stands at, in cells of the finest map.
-      key: float32 [L, 2], where what a key holds lies.
-      query_index, key_index: float32 [L], the same in one dimension.
+      query: row and column of each query.
+      key: row and column of each key.
+      query_index: one-dimensional coordinate of each query.
+      key_index: one-dimensional coordinate of each key.
       side: of the finest map.
     """
 
-    query: np.ndarray
-    key: np.ndarray
-    query_index: np.ndarray
-    key_index: np.ndarray
+    query: Float32[np.ndarray, "L 2"]
+    key: Float32[np.ndarray, "L 2"]
+    query_index: Float32[np.ndarray, " L"]
+    key_index: Float32[np.ndarray, " L"]
     side: int
 
 
 def scale_coords(scales: Scales) -> TokenCoords:
-    """Of the positions of all token maps, each cell at its middle in the finest map; lines run row by row."""
+    """Compute the coordinates of all token maps; the one-dimensional ones are row-major in the finest map."""
     parts = []
     for side in scales.sides:
-        middle = (np.arange(side) + 0.5) * (scales.side / side) - 0.5
-        parts.append(np.stack(np.meshgrid(middle, middle, indexing="ij"), -1).reshape(-1, 2))
-    cells = np.concatenate(parts).astype(np.float32)
-    line = cells @ np.array([scales.side, 1], np.float32)
-    return TokenCoords(cells, cells, line, line, scales.side)
+        centers = (np.arange(side) + 0.5) * (scales.side / side) - 0.5
+        parts.append(np.stack(np.meshgrid(centers, centers, indexing="ij"), -1).reshape(-1, 2))
+    coords = np.concatenate(parts).astype(np.float32)
+    index = coords @ np.array([scales.side, 1], np.float32)
+    return TokenCoords(coords, coords, index, index, scales.side)
 
 
-def order_coords(cells: np.ndarray, side: int) -> TokenCoords:
-    """Of a next-token sequence: cells int [L], row by row, in the order in which they are predicted."""
+def order_coords(cells: Int[np.ndarray, " L"], side: int) -> TokenCoords:
+    """Compute the coordinates of a next-token sequence; the start token, the first key, is at (-1, -1).
+
+    Args:
+      cells: row-major cells in prediction order.
+      side: of the map.
+    """
     coords = np.stack(np.divmod(cells, side), -1).astype(np.float32)
-    line = np.arange(len(cells), dtype=np.float32)
+    index = np.arange(len(cells), dtype=np.float32)
     key_coords = np.concatenate([np.full((1, 2), -1, np.float32), coords[:-1]])
-    return TokenCoords(coords, key_coords, line, line - 1, side)
+    return TokenCoords(coords, key_coords, index, index - 1, side)
 
 
 def parse(positions: str, width: int, head_dim: int) -> tuple[str | None, str | None]:
-    """The absolute and the relative kind that an option names; None for none.
+    """Parse a `positions` option to its absolute and its relative kind; None for none.
 
     Raises:
-      ValueError: on a kind that there is not, two of a sort, or a width that it cannot have.
+      ValueError: on an unknown kind, two absolute or two relative kinds, or a width that a kind does not
+        support.
     """
     names = [] if positions == "none" else positions.split("+")
     absolute, relative = ([name for name in names if name in kinds] for kinds in (ABSOLUTE, RELATIVE))
@@ -216,70 +228,86 @@ def parse(positions: str, width: int, head_dim: int) -> tuple[str | None, str | 
             f"transformer positions must be none, one of {', '.join(ABSOLUTE)}, one of "
             f"{', '.join(RELATIVE)}, or one of each joined by '+'; got {positions!r}"
         )
-    for name, what, size, factor in (
+    for name, size_name, size, factor in (
         ("sinusoidal_2d", "width", width, 4),
         ("rotary_1d", "the size of a head", head_dim, 2),
         ("rotary_2d", "the size of a head", head_dim, 4),
     ):
         if name in names and size % factor:
-            raise ValueError(f"positions={name} needs {what} to be a multiple of {factor}, got {size}")
+            raise ValueError(f"positions={name} needs {size_name} to be a multiple of {factor}, got {size}")
     return next(iter(absolute), None), next(iter(relative), None)
 
 
-def interpolation(coords: np.ndarray, side: int) -> np.ndarray:
-    """Places float [L] along an axis -> weights float32 [L, side] of the whole cells to both sides."""
+def interpolation(coords: Float32[np.ndarray, " L"], side: int) -> Float32[np.ndarray, "L side"]:
+    """Compute the weights of linear interpolation between cells along an axis."""
     return np.maximum(1 - np.abs(coords[:, None] - np.arange(side)), 0).astype(np.float32)
 
 
 def _angles(coords: np.ndarray, count: int) -> np.ndarray:
-    """Places [L] -> float32 [L, count], at wavelengths from 2 pi to nearly 2 pi LONGEST."""
-    return (coords[:, None] * LONGEST ** (-np.arange(count) / count)).astype(np.float32)
+    """Compute angles float32 [L, count] at wavelengths from 2 pi to nearly 2 pi MAX_WAVELENGTH."""
+    return (coords[:, None] * MAX_WAVELENGTH ** (-np.arange(count) / count)).astype(np.float32)
 
 
-def sinusoids(coords: TokenCoords, width: int) -> np.ndarray:
-    """float32 [L, D]: sines and cosines of the row, then of the column, as large as learned ones at first."""
+def sinusoids(coords: TokenCoords, width: int) -> Float32[np.ndarray, "L D"]:
+    """Compute sinusoidal embeddings of the row and the column, with the scale of learned ones at init."""
     angles = [_angles(coords.query[:, axis], width // 4) for axis in (0, 1)]
     table = np.concatenate([wave(a) for a in angles for wave in (np.sin, np.cos)], axis=1)
     return table * np.float32(math.sqrt(2 / (3 * width)))
 
 
-def rotary_angles(coords: TokenCoords, kind: str, head_dim: int) -> tuple[np.ndarray, np.ndarray]:
-    """Angles float32 [L, H / 2] that queries and keys are turned by; `kind` is rotary_1d or rotary_2d."""
+def rotary_angles(
+    coords: TokenCoords, kind: str, head_dim: int
+) -> tuple[Float32[np.ndarray, "L angles"], Float32[np.ndarray, "L angles"]]:
+    """Compute the H / 2 rotary angles of queries and of keys; `kind` is rotary_1d or rotary_2d."""
     if kind == "rotary_1d":
         return _angles(coords.query_index, head_dim // 2), _angles(coords.key_index, head_dim // 2)
-    both = lambda cells: np.concatenate([_angles(cells[:, axis], head_dim // 4) for axis in (0, 1)], axis=1)  # noqa: E731
+    both = lambda cells: np.concatenate([_angles(cells[:, axis], head_dim // 4) for axis in (0, 1)], axis=1)
     return both(coords.query), both(coords.key)
 
 
-def rotate(x: jax.Array, angles: jax.Array) -> jax.Array:
-    """x [B, n, N, H] with channel i and channel H / 2 + i turned by angles [n, H / 2]; float32."""
+def rotate(
+    x: Shaped[Array, "B n N H"], angles: Float32[np.ndarray | Array, "n angles"]
+) -> Float32[Array, "B n N H"]:
+    """Rotate queries or keys: channels i and H / 2 + i by angle i of their position."""
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     cos, sin = jnp.cos(angles)[:, None], jnp.sin(angles)[:, None]
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
 
 
-def _bucket(distance: np.ndarray, longest: int) -> np.ndarray:
-    """Signed distances -> int32 in 0 .. 2 HALF - 2: to the nearest whole one below EXACT, then ever wider."""
+def _bucket(distance: np.ndarray, max_distance: int) -> np.ndarray:
+    """Map signed distances to buckets, int32 in 0 .. 2 HALF_BUCKETS - 2.
+
+    Distances are rounded to integers; they have a bucket each below EXACT_BUCKETS, then logarithmic ones.
+    """
+    half, exact = HALF_BUCKETS, EXACT_BUCKETS
     size = np.floor(np.abs(distance) + 0.5)
-    wide = np.log(np.maximum(size, EXACT) / EXACT) / np.log(max(longest, EXACT + 1) / EXACT)
-    bucket = np.where(size < EXACT, size, np.minimum(EXACT + (HALF - EXACT) * wide, HALF - 1))
-    return (HALF - 1 + np.sign(distance) * np.floor(bucket)).astype(np.int32)
+    log_ratio = np.log(np.maximum(size, exact) / exact) / np.log(max(max_distance, exact + 1) / exact)
+    bucket = np.where(size < exact, size, np.minimum(exact + (half - exact) * log_ratio, half - 1))
+    return (half - 1 + np.sign(distance) * np.floor(bucket)).astype(np.int32)
 
 
-def buckets(coords: TokenCoords) -> np.ndarray:
-    """int32 [L, L] in 0 .. BUCKETS - 1: of the row and column distance of each query and key together."""
+def buckets(coords: TokenCoords) -> Int32[np.ndarray, "L L"]:
+    """Compute the bucket, 0 .. BUCKETS - 1, of the row and column distance of each query and key."""
     rows, columns = np.moveaxis(_bucket(coords.query[:, None] - coords.key[None], coords.side), -1, 0)
-    return rows * (2 * HALF - 1) + columns
+    return rows * (2 * HALF_BUCKETS - 1) + columns
 
 
 MASKS = ("causal", "row", "column", "axial", "local")
 
 
-def sequence_masks(name: str, coords: TokenCoords, mask_radius: int) -> tuple[np.ndarray, ...]:
-    """The masks of the blocks, in turn: one, or two of `axial`; bool [L, L], True where a query sees a key.
+def sequence_masks(name: str, coords: TokenCoords, mask_radius: int) -> tuple[Bool[np.ndarray, "L L"], ...]:
+    """Build the causal masks that the blocks use in turn, True where a query sees a key; two for `axial`.
+
+    Every query sees the first position and its own.
+
+    Args:
+      name: one of `MASKS`: `causal` shows all earlier tokens; `row` and `column` those at a distance of at
+        most `mask_radius` rows or columns; `axial` alternates between these; `local` is their intersection.
+      coords: of the sequence.
+      mask_radius: in cells.
 
     Raises:
-      ValueError: on a name that is none, or a mask_radius that is no whole number from 0 up.
+      ValueError: on an unknown name, or a mask_radius that is not a non-negative integer.
     """
     if name not in MASKS:
         raise ValueError(f"transformer mask must be one of {', '.join(MASKS)}; got {name!r}")
@@ -297,39 +325,42 @@ def sequence_masks(name: str, coords: TokenCoords, mask_radius: int) -> tuple[np
         "axial": (rows, columns),
         "local": (rows & columns,),
     }
-    return tuple(causal & (always | seen) for seen in near[name])
+    return tuple(causal & (always | mask) for mask in near[name])
 
 
 class PositionTables(NamedTuple):
-    """Constants of the positions of a sequence, a row each; None for what its kinds of positions do not use.
+    """Constant tables of the positions of a sequence; None for those that its kinds of positions do not use.
 
     Attributes:
-      levels: int32 [L], the scale of each position.
-      added: float32 [L, D], added to the residual stream.
-      row_weights, column_weights: float32 [L, side], weights of the learned row and column embeddings.
-      distance_buckets: int32 [L, L], the bucket of each query and key.
-      rope_angles: float32 [L, H / 2] each, of queries and keys.
-      masks: bool [M, L, L], True where a query sees a key; block i has number i modulo M.
+      levels: scale of each position.
+      added: added to the residual stream.
+      row_weights: weights of the learned row embeddings.
+      column_weights: weights of the learned column embeddings.
+      distance_buckets: bucket of each query and key.
+      rope_angles: rotary angles of queries and of keys.
+      masks: M masks, True where a query sees a key; block i uses number i modulo M.
     """
 
-    levels: np.ndarray | jax.Array | None
-    added: np.ndarray | jax.Array | None
-    row_weights: np.ndarray | jax.Array | None
-    column_weights: np.ndarray | jax.Array | None
-    distance_buckets: np.ndarray | jax.Array | None
-    rope_angles: tuple[np.ndarray | jax.Array, np.ndarray | jax.Array] | None
-    masks: np.ndarray | jax.Array
+    levels: Int32[np.ndarray | Array, " n"] | None
+    added: Float32[np.ndarray | Array, "n D"] | None
+    row_weights: Float32[np.ndarray | Array, "n side"] | None
+    column_weights: Float32[np.ndarray | Array, "n side"] | None
+    distance_buckets: Int32[np.ndarray | Array, "n keys"] | None
+    rope_angles: (
+        tuple[Float32[np.ndarray | Array, "n angles"], Float32[np.ndarray | Array, "n angles"]] | None
+    )
+    masks: Bool[np.ndarray | Array, "M n keys"]
 
-    def at(self, start: int | jax.Array, size: int, num_keys: int) -> "PositionTables":
-        """Take the rows start .. start + size, and of tables over pairs the first `num_keys` keys.
+    def at(self, start: int | Int[Array, ""], size: int, num_keys: int) -> "PositionTables":
+        """Slice the rows start .. start + size, and the first `num_keys` columns of tables over keys.
 
         Args:
-          start: an int, or an int32 scalar that is known only when the program runs.
+          start: first position, possibly traced.
           size: number of positions.
           num_keys: number of keys that these positions attend to.
         """
-        take = lambda table: rows(table, start, size)  # noqa: E731
-        optional = lambda table: None if table is None else take(table)  # noqa: E731
+        take = lambda table: rows(table, start, size)
+        optional = lambda table: None if table is None else take(table)
         return PositionTables(
             *map(optional, self[:4]),
             None if self.distance_buckets is None else take(self.distance_buckets)[:, :num_keys],
@@ -341,19 +372,20 @@ class PositionTables(NamedTuple):
 def position_tables(
     positions: str,
     coords: TokenCoords,
-    levels: np.ndarray | None,
-    masks: tuple[np.ndarray, ...],
+    levels: Int32[np.ndarray, " L"] | None,
+    masks: tuple[Bool[np.ndarray, "L L"], ...],
     width: int,
     head_dim: int,
 ) -> PositionTables:
-    """Build the tables of a whole sequence.
+    """Build the position tables of a sequence.
 
     Args:
-      positions: kinds of positions, as `parse` takes them.
-      coords: coordinates of the L positions.
-      levels: int [L], the scale of each position; None without scales.
-      masks: bool [L, L] each.
-      width, head_dim: D and H.
+      positions: kinds of positions (see `parse`).
+      coords: coordinates of the positions.
+      levels: scale of each position; None without level embeddings.
+      masks: masks that the blocks use in turn.
+      width: D.
+      head_dim: H.
     """
     absolute, relative = parse(positions, width, head_dim)
     weights = (None, None)

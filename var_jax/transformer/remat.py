@@ -1,17 +1,17 @@
-"""What a block keeps from the forward to the backward pass: named policies of rematerialisation.
+"""Rematerialization policies of the blocks: the activations saved for the backward pass.
 
-Bytes kept for each token and block with 16-bit matrix products (D width, N heads, L keys), as `jax.vjp`
-shows; the residual stream between the blocks (4 D, float32) is always kept:
+Bytes saved per token and block with 16-bit matrix products (D width, N heads, L keys), as measured with
+`jax.vjp`; the residual stream between the blocks (4 D, float32) is always saved:
 
-| policy | keeps besides | bytes in all | worked out again |
+| policy | also saves | total bytes | recomputes |
 | --- | --- | --- | --- |
 | `none` | everything | 107 D | nothing |
-| `mlp` | qkv, attention, first layer of the MLP | 20 D | norms, gelu, and what is small |
+| `mlp` | qkv, attention, first layer of the MLP | 20 D | norms, GELU, and small activations |
 | `flat_qkv` | qkv (3 D), attention (D) | 12 D | norms, first layer of the MLP |
 | `full` | nothing | 4 D | everything |
 
-With a kernel, the policies that keep the attention keep the log-sum-exp of its rows too, 4 N bytes; without
-one, `none` keeps the scores, 8 N L bytes.
+With an attention kernel, the policies that save the attention also save the log-sum-exp of its rows, 4 N
+bytes; without one, `none` saves the scores, 8 N L bytes.
 """
 
 from collections.abc import Callable
@@ -22,7 +22,7 @@ import jax
 from var_jax.transformer.attention import ATTENTION_OUT
 from var_jax.transformer.config import TransformerConfig
 
-# Policy -> names (`checkpoint_name`) that are kept; from the largest to the smallest.
+# Policy -> names (`checkpoint_name`) of the saved activations; from the largest to the smallest.
 SAVED_NAMES = {
     "none": None,
     "mlp": ("qkv", ATTENTION_OUT, "fc1"),
@@ -30,21 +30,23 @@ SAVED_NAMES = {
     "full": (),
 }
 # Platform -> policies that `auto` tries, fastest first.  Measured on an H200 (d16, batch 64, layers scanned;
-# docs/performance.md): mlp 199 ms, flat_qkv 202, none 229, since it writes and reads all it keeps through
-# stacked buffers; where mlp does not fit, none does not either.  Elsewhere, by what is computed twice.
+# docs/performance.md): mlp 199 ms, flat_qkv 202 ms, and none 229 ms, since it writes and reads everything it
+# saves through stacked buffers; none needs more memory than mlp.  On other platforms, least recomputation
+# first.
 FASTEST_FIRST = {"gpu": ("mlp", "flat_qkv", "full"), "tpu": tuple(SAVED_NAMES), "cpu": tuple(SAVED_NAMES)}
-WITH_SCORES = ("einsum", "grouped")  # attention that has them in memory
-CUDNN_FORWARD = "dot_product_attention_fwd"  # primitive of cuDNN's kernel, which names nothing
+WITH_SCORES = ("einsum", "grouped")  # attention implementations with all scores in memory
+CUDNN_FORWARD = "dot_product_attention_fwd"  # primitive of cuDNN's kernel; its output has no checkpoint name
 
 
 def rematerialized(block: type[nn.Module], policy: str) -> type[nn.Module]:
-    """A block that keeps for its backward pass only what the policy names."""
+    """Wrap a block so that it saves only the activations of the policy for its backward pass."""
     if policy == "none":
         return block
-    return nn.remat(block, policy=_policy(SAVED_NAMES[policy]), prevent_cse=False)
+    return nn.remat(block, policy=_checkpoint_policy(SAVED_NAMES[policy]), prevent_cse=False)
 
 
-def _policy(names: tuple[str, ...]) -> Callable:
+def _checkpoint_policy(names: tuple[str, ...]) -> Callable:
+    """Return a `jax.checkpoint` policy that saves the named activations, and cuDNN's output as attention."""
     named = jax.checkpoint_policies.save_only_these_names(*names)
     if ATTENTION_OUT not in names:
         return named
@@ -52,12 +54,19 @@ def _policy(names: tuple[str, ...]) -> Callable:
 
 
 def saved_activation_bytes(cfg: TransformerConfig, policy: str, itemsize: int, scores: bool) -> int:
-    """Bytes that all blocks keep of one image, by the table above; `scores` where attention is no kernel."""
+    """Estimate the bytes that all blocks save for one image, by the table above.
+
+    Args:
+      cfg: the architecture.
+      policy: its name.
+      itemsize: bytes of a number of the compute dtype.
+      scores: whether attention has all scores in memory (WITH_SCORES).
+    """
     length, heads = cfg.schedule.length, cfg.num_heads
-    named = int({"none": 51.5, "mlp": 8, "flat_qkv": 4, "full": 0}[policy] * itemsize * cfg.width)
+    saved = int({"none": 51.5, "mlp": 8, "flat_qkv": 4, "full": 0}[policy] * itemsize * cfg.width)
     if policy == "none" and scores:
-        named += 8 * heads * length
-    return cfg.depth * length * (4 * cfg.width + 4 * heads + named)
+        saved += 8 * heads * length
+    return cfg.depth * length * (4 * cfg.width + 4 * heads + saved)
 
 
 def choose_remat(
@@ -69,17 +78,19 @@ def choose_remat(
     scores: bool,
     platform: str,
 ) -> str:
-    """Resolve `auto` to the fastest policy on a platform of which `images` fit into `room` bytes.
+    """Resolve `auto` to the fastest policy with which the saved activations fit into memory.
 
     Args:
-      policy: its name or `auto`.
-      images: on one device.
-      room: bytes; where no policy fits, `auto` is `full`.
-      itemsize, scores: see `saved_activation_bytes`.
+      cfg: the architecture.
+      policy: name of the policy, or `auto`.
+      images: number of images on one device.
+      room: bytes for saved activations; if no policy fits, `auto` is `full`.
+      itemsize: see `saved_activation_bytes`.
+      scores: see `saved_activation_bytes`.
       platform: "cpu", "gpu" or "tpu".
 
     Raises:
-      ValueError: on a policy that does not exist.
+      ValueError: on an unknown policy.
     """
     if policy != "auto":
         if policy not in SAVED_NAMES:
