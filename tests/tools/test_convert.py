@@ -199,7 +199,7 @@ def test_a_url_is_no_local_folder():
     for url, message in (
         (
             "s3://bucket/run",
-            "DST=s3://bucket/run: Orbax keeps checkpoints in local folders and under gs:// alone",
+            "DST=s3://bucket/run: Orbax keeps checkpoints in local directories and under gs:// only",
         ),
         ("gs://bucket/vae.pth", "DST=gs://bucket/vae.pth: must be a local path"),
     ):
@@ -236,7 +236,7 @@ def test_a_file_that_could_not_be_finished_is_not_there(tmp_path):
 
     with pytest.raises(OSError, match="No space left"):
         write_safetensors(tmp_path / "x.safetensors", {"a": (3,), "b": (2,)}, tensors(), {})
-    with pytest.raises(ValueError, match="announced but not given: b"):
+    with pytest.raises(ValueError, match="declared but not given: b"):
         write_safetensors(
             tmp_path / "x.safetensors", {"a": (3,), "b": (2,)}, iter([("a", np.zeros(3, np.float32))]), {}
         )
