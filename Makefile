@@ -1,11 +1,12 @@
 # `make demo` sets up and trains the embedded default; `make test` sets up and runs the tests;
-# `make check-gpu` compiles what a GPU runs, on a machine that has none.
+# `make check-gpu` compiles what a GPU runs, on a machine that has none; `make docs` builds the site in build/docs.
 # Each makes a virtual environment and installs what it needs the first time, quietly unless that fails.
 # PYTHON=python3.12 chooses another Python; an environment of a different one is removed and made again.
 
 PYTHON ?= python3
 VENV ?= .venv
 GPU_VENV ?= .venv-gpu
+DOCS_VENV ?= .venv-docs
 TESTS ?= tests
 RUN = JAX_PLATFORMS=$${JAX_PLATFORMS:-cpu} $(VENV)/bin/python
 VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])')
@@ -13,7 +14,7 @@ ifeq ($(VERSION),)
 $(error PYTHON=$(PYTHON) does not run)
 endif
 
-.PHONY: demo test lint check-gpu clean
+.PHONY: demo test lint check-gpu docs clean
 
 demo: $(VENV)/base-$(VERSION)
 	$(RUN) train.py --config=configs/digits.py --workdir=runs/digits
@@ -31,24 +32,32 @@ lint: $(VENV)/test-$(VERSION)
 check-gpu: $(GPU_VENV)/plan-gpu-$(VERSION)
 	$(GPU_VENV)/bin/python -m benchmarks.check_gpu
 
+docs: $(DOCS_VENV)/docs-$(VERSION)
+	NO_MKDOCS_2_WARNING=1 $(DOCS_VENV)/bin/mkdocs build --strict --quiet
+
 $(VENV)/base-$(VERSION): pyproject.toml setup.py
-	@$(call install,$(VENV),.,$@)
+	@$(call install,$(VENV),-e '.',$@)
 
 $(VENV)/test-$(VERSION): pyproject.toml setup.py
-	@$(call install,$(VENV),.[test],$@)
+	@$(call install,$(VENV),-e '.[test]',$@)
 
 $(GPU_VENV)/plan-gpu-$(VERSION): pyproject.toml setup.py
-	@$(call install,$(GPU_VENV),.[plan-gpu],$@)
+	@$(call install,$(GPU_VENV),-e '.[plan-gpu]',$@)
+
+# The extra `docs` alone: mkdocstrings reads the sources, and imports nothing of them.
+DOCS_EXTRA = import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["docs"])
+$(DOCS_VENV)/docs-$(VERSION): pyproject.toml
+	@$(call install,$(DOCS_VENV),$(shell $(PYTHON) -c '$(DOCS_EXTRA)'),$@)
 
 clean:
-	rm -rf $(VENV) $(GPU_VENV)
+	rm -rf $(VENV) $(GPU_VENV) $(DOCS_VENV)
 
-# install(environment, project with extras, stamp): shows pip's log on failure.
+# install(environment, arguments of pip, stamp): shows pip's log on failure.
 define install
 	echo "Installing into $(1) (a few minutes the first time)"; \
 	have=$$($(1)/bin/python -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2> /dev/null); \
 	test "$$have" = "$(VERSION)" || { rm -rf $(1) && $(PYTHON) -m venv $(1); } || exit 1; \
-	$(1)/bin/python -m pip install --disable-pip-version-check --quiet --no-compile -e '$(2)' > $(1)/install.log 2>&1 \
+	$(1)/bin/python -m pip install --disable-pip-version-check --quiet --no-compile $(2) > $(1)/install.log 2>&1 \
 	  || { cat $(1)/install.log; exit 1; }; \
 	touch $(3)
 endef
