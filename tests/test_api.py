@@ -32,6 +32,7 @@ def test_the_public_api_on_a_run(loaded):
     assert (tokenizer.scales, tokenizer.num_codes) == ((1, 2, 4), 16)
     assert (tokenizer.num_tokens, tokenizer.image_size) == (21, 8)
     assert (model.num_classes, model.depth) == (10, 2)
+    assert model.class_names == tuple("0123456789")
     assert (model.scales, model.image_size) == ((1, 2, 4), 8)
     images = np.random.default_rng(0).random((3, 8, 8, 3), dtype=np.float32)
     tokens = tokenizer.encode(images)

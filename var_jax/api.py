@@ -160,19 +160,26 @@ class LoadedVAR:
       scales: sides of the K token maps.
       image_size: H = W, side of the images in pixels.
       options: sampling options of the run's previews; the published options for a published file.
+      class_names: names of the classes, index = label; () for a published file and for older runs.
       tokenizer: tokenizer whose tokens are predicted.
       module: Flax module.
       params: parameters in the compute dtype.
     """
 
     def __init__(
-        self, model: ARTransformer, params: dict, options: SamplingOptions, tokenizer: LoadedTokenizer
+        self,
+        model: ARTransformer,
+        params: dict,
+        options: SamplingOptions,
+        tokenizer: LoadedTokenizer,
+        class_names: tuple[str, ...] = (),
     ):
         self.module, self.options, self.tokenizer = model, options, tokenizer
         # Cast on the host, so that the devices never hold two copies.
         self.params = jax.tree.map(jnp.asarray, in_compute_dtype(params, model.dtype))
         self.num_classes, self.depth = model.config.num_classes, model.config.depth
         self.scales, self.image_size = model.config.scales, tokenizer.image_size
+        self.class_names = class_names
         self._sharding = None
 
     @property
@@ -190,7 +197,8 @@ class LoadedVAR:
         mesh = jax.make_mesh((len(devices),), ("data",), axis_types=(AxisType.Auto,), devices=devices)
         put = partial(device_put_global, sharding=NamedSharding(mesh, PartitionSpec()))
         tokenizer = LoadedTokenizer(self.tokenizer.module, jax.tree.map(put, self.tokenizer.params))
-        model = LoadedVAR(self.module, jax.tree.map(put, self.params), self.options, tokenizer)
+        params = jax.tree.map(put, self.params)
+        model = LoadedVAR(self.module, params, self.options, tokenizer, self.class_names)
         model._sharding = NamedSharding(mesh, PartitionSpec("data"))
         return model
 
@@ -445,4 +453,5 @@ def load_var(
       FileNotFoundError: if there is no such file, or no checkpoint in the run.
       ValueError: naming the tensors that do not fit; on another tokenizer's scales or another dtype.
     """
-    return LoadedVAR(*load.load_transformer(path, tokenizer.module.config, step, dtype), tokenizer)
+    model, params, options, names = load.load_transformer(path, tokenizer.module.config, step, dtype)
+    return LoadedVAR(model, params, options, tokenizer, names)

@@ -115,7 +115,7 @@ def test_a_transformer_is_read_from_what_pytorch_wrote(tiny_tokenizer):
     config = tiny_tokenizer[0].config
     for name in ("trainer", "trainer_legacy"):
         path = DATA / f"{name}.pth"
-        module, params, _ = load_transformer(path, config)
+        module, params, *_ = load_transformer(path, config)
         assert (module.config.depth, module.config.width, module.config.num_classes) == (1, 4, 5)
         np.testing.assert_array_equal(
             params["blocks"]["layers"]["attention"]["qkv"]["kernel"][0].T,
@@ -132,7 +132,7 @@ def test_parameters_stay_on_the_host_until_they_are_cast(goldens, tmp_path, monk
     to_run(goldens / "var.pth", tmp_path, GOLDEN_SCALES)
     for tokenizer_path, path in ((goldens / "vae.pth", goldens / "var.pth"), (tmp_path, tmp_path)):
         tokenizer, params = load_tokenizer(tokenizer_path, GOLDEN_SCALES)
-        model, more, _ = load_transformer(path, tokenizer.config)
+        model, more, *_ = load_transformer(path, tokenizer.config)
         assert {type(leaf) for leaf in jax.tree.leaves((params, more))} == {np.ndarray}
         loaded = var_jax.LoadedTokenizer(tokenizer, params)
         var = var_jax.LoadedVAR(model, more, SamplingOptions(), loaded)

@@ -68,8 +68,8 @@ def _tokenizer_dtypes(name: str) -> dict:
 
 def load_transformer(
     path: str | Path, tokenizer: TokenizerConfig, step: int | str = "latest", dtype: str = "auto"
-) -> tuple[ARTransformer, dict, SamplingOptions]:
-    """Load a transformer, its parameters (float32 arrays on the host) and its default sampling options.
+) -> tuple[ARTransformer, dict, SamplingOptions, tuple[str, ...]]:
+    """Load a transformer, its parameters (float32 arrays on the host), sampling options and class names.
 
     Args:
       path: of a run (its --workdir), of which the next-scale stage is loaded, or else the next-token stage;
@@ -77,6 +77,10 @@ def load_transformer(
       tokenizer: config of the tokenizer whose tokens it predicts.
       step: checkpoint of a run: a step, `latest` or `best`.
       dtype: of the matrix products: float32 or bfloat16; auto is bfloat16 on accelerators, float32 on CPU.
+
+    Returns:
+      The network, its parameters, the options of its run or the published ones, and the names of the classes
+      of its data set; () for a published file and for older runs.
 
     Raises:
       FileNotFoundError: if there is no transformer.
@@ -90,10 +94,11 @@ def load_transformer(
         config = CONFIGS[kind](**record["model"])
         _check_fit(path, config, tokenizer)
         model = TRANSFORMER_CLASSES[kind](config, compute)
-        return model, params, SamplingOptions(**record["stage"]["sampling"])
+        options = SamplingOptions(**record["stage"]["sampling"])
+        return model, params, options, tuple(record.get("class_names", ()))
     config, params = _from_file(path, "next_scale", read_tensors(path, "next_scale"), tokenizer.scales)
     _check_fit(path, config, tokenizer)
-    return NextScale(config, compute), params, SamplingOptions()
+    return NextScale(config, compute), params, SamplingOptions(), ()
 
 
 def _transformer_of(run: Path) -> str:
