@@ -32,7 +32,8 @@ def test_from_a_folder_of_pictures_to_samples(tmp_path):
     assert "left out 4 of 124 files" in output
     train = ["train.py", "--config=configs/shapes.py", f"--workdir={runs}"]
     stage = lambda name: [f"--config.{name}.data.dir={data}", *(f"--config.{name}.train.{x}" for x in TRAIN)]
-    run(*train, "--config.stages=tokenizer", *stage("tokenizer"), *TINY_TOKENIZER)
+    flags = [*stage("tokenizer"), *TINY_TOKENIZER, "--config.tokenizer.train.preview_every=0"]
+    run(*train, "--config.stages=tokenizer", *flags)
     output = run(
         "-m", "var_jax.tools.encode_dataset", f"--workdir={runs}", "--data=shapes", f"--data_dir={data}",
         "--crops=2", "--flip", f"--out={tokens}",
