@@ -14,7 +14,7 @@ ifeq ($(VERSION),)
 $(error PYTHON=$(PYTHON) does not run)
 endif
 
-.PHONY: demo test lint check-gpu docs clean
+.PHONY: demo test lint format check-gpu docs clean
 
 demo: $(VENV)/base-$(VERSION)
 	$(RUN) train.py --config=configs/digits.py --workdir=runs/digits
@@ -28,6 +28,10 @@ lint: $(VENV)/test-$(VERSION)
 	@$(VENV)/bin/ruff check --quiet .
 	@$(VENV)/bin/ruff format --check --quiet .
 	@$(VENV)/bin/mypy --no-error-summary
+
+format: $(VENV)/test-$(VERSION)
+	$(VENV)/bin/ruff check --fix-only --quiet .
+	$(VENV)/bin/ruff format .
 
 check-gpu: $(GPU_VENV)/plan-gpu-$(VERSION)
 	$(GPU_VENV)/bin/python -m benchmarks.check_gpu

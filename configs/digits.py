@@ -59,7 +59,7 @@ def tokenizer() -> ConfigDict:
     stage.train.batch = 64
     stage.train.steps = 1700
     stage.train.epochs = 250
-    stage.train.base_learning_rate = 6e-3
+    stage.train.base_learning_rate = 6e-3  # 1.5e-3 at batch 64
     stage.train.b1 = 0.9
     stage.train.b2 = 0.99
     stage.train.grad_clip_norm = 1.0
@@ -100,7 +100,7 @@ def next_scale() -> ConfigDict:
     # Optimizer
     stage.train.batch = 32
     stage.train.steps = 1150
-    stage.train.base_learning_rate = 1.6e-2
+    stage.train.base_learning_rate = 1.6e-2  # 2e-3 at batch 32
     stage.train.lr_schedule = "cos"
     stage.train.lr_end_fraction = 0.02
     stage.train.ema_decay = 0.995

@@ -58,7 +58,7 @@ def tokenizer() -> ConfigDict:
     stage.train.batch = 32
     stage.train.steps = 1000
     stage.train.epochs = 250
-    stage.train.base_learning_rate = 1e-2
+    stage.train.base_learning_rate = 1e-2  # 1.25e-3 at batch 32
     stage.train.b1 = 0.9
     stage.train.b2 = 0.99
     stage.train.grad_clip_norm = 1.0
@@ -98,7 +98,7 @@ def next_scale() -> ConfigDict:
     # Optimizer
     stage.train.batch = 32
     stage.train.steps = 1200
-    stage.train.base_learning_rate = 8e-3
+    stage.train.base_learning_rate = 8e-3  # 1e-3 at batch 32
     stage.train.lr_schedule = "cos"
     stage.train.lr_end_fraction = 0.02
     stage.train.ema_decay = 0.99

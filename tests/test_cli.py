@@ -88,7 +88,7 @@ def test_config_fields_of_the_last_release_are_accepted_with_a_notice(monkeypatc
     cli.run(lambda argv: None)
     assert cli.sys.argv == ["train.py", "--config.next_scale.train.base_learning_rate=1e-3", *flags[1:]]
     assert (
-        "train.learning_rate is called --config.next_scale.train.base_learning_rate"
+        "train.learning_rate is now called --config.next_scale.train.base_learning_rate"
         in capsys.readouterr().err
     )
 

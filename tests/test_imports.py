@@ -1,10 +1,10 @@
-"""Imports point one way: a room imports rooms of earlier lines, and none of its own line but itself."""
+"""Imports point one way: a layer imports layers of earlier lines, and none of its own line but itself."""
 
 import ast
 
 from tests.helpers.commands import REPOSITORY
 
-ROOMS = """errors
+LAYERS = """errors
 paths dtypes
 scales images sharding
 tokenizer transformer
@@ -16,14 +16,14 @@ interop
 stages api
 cli
 tools"""
-LINE = {room: number for number, rooms in enumerate(ROOMS.splitlines()) for room in rooms.split()}
+RANK = {layer: number for number, layers in enumerate(LAYERS.splitlines()) for layer in layers.split()}
 
 
 def test_imports_point_one_way():
     for path in sorted((REPOSITORY / "var_jax").rglob("*.py")):
-        room = path.relative_to(REPOSITORY / "var_jax").parts[0].removesuffix(".py")
+        layer = path.relative_to(REPOSITORY / "var_jax").parts[0].removesuffix(".py")
         for node in ast.walk(ast.parse(path.read_text())):
-            if not isinstance(node, ast.Import | ast.ImportFrom) or room == "__init__":
+            if not isinstance(node, ast.Import | ast.ImportFrom) or layer == "__init__":
                 continue
             names = [a.name for a in node.names]
             if isinstance(node, ast.ImportFrom):
@@ -31,5 +31,5 @@ def test_imports_point_one_way():
             for name in names:
                 top, other = [*name.split("."), "api"][:2]  # var_jax itself has the API
                 assert top not in ("configs", "benchmarks", "experiments", "tests"), f"{path} imports {name}"
-                if top == "var_jax" and other != room:
-                    assert LINE[other] < LINE[room], f"{path}: {room} imports {name}"
+                if top == "var_jax" and other != layer:
+                    assert RANK[other] < RANK[layer], f"{path}: {layer} imports {name}"

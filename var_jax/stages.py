@@ -194,8 +194,8 @@ def _other_tokenizer(path: str, task: Task) -> list[str]:
         return []
     return [
         f"it was trained on another tokenizer ({trained_on}) than that of this run "
-        f"({task.fingerprint or 'not trained yet'}): unless one is the other trained further, its codes mean "
-        "nothing here, and a start from nothing may be better"
+        f"({task.fingerprint or 'not trained yet'}): unless one was fine-tuned from the other, their codes "
+        "differ, and training from scratch may work better"
     ]
 
 

@@ -18,7 +18,7 @@ Three variants show the effect of the rules of `partial_images.py` on VAR: keep 
 encode the known tokens of all maps at once; and both, also keeping the 1x1 maps of the painted image, which
 is what `LoadedVAR.inpaint` does with that image.
 
-Writes `generality.md` (a table per task), `generality.json` and `generality.png`.
+Writes `inpainting.md` (a table per task), `inpainting.json` and `inpainting.png`.
 """
 
 import json
@@ -153,11 +153,11 @@ def evaluate_run(
     Returns:
       Method -> task -> figures, and method -> task -> uint8 [N, H, W, 3].
     """
-    path = workdir / "generality.json"
+    path = workdir / "inpainting.json"
     request = {"draws": draws, "ways": list(methods)}
     if path.exists() and (cached := json.loads(path.read_text()))["asked"] == request:
         figures = cached["figures"]
-        with np.load(workdir / "generality.npz") as file:
+        with np.load(workdir / "inpainting.npz") as file:
             pictures = {name: {task: file[name + task] for task in figures[name]} for name in figures}
         return figures, pictures
     model = var_jax.load_var(workdir, tokenizer=var_jax.load_tokenizer(stage.tokenizer))
@@ -167,7 +167,7 @@ def evaluate_run(
     results = {name: score(method=method) for name, method in methods.items()}
     figures, pictures = ({name: both[i] for name, both in results.items()} for i in (0, 1))
     flat = {name + task: images for name, tasks in pictures.items() for task, images in tasks.items()}
-    np.savez_compressed(workdir / "generality.npz", **flat)
+    np.savez_compressed(workdir / "inpainting.npz", **flat)
     path.write_text(json.dumps({"asked": request, "figures": figures}))
     return figures, pictures
 
@@ -225,10 +225,10 @@ def main(_):
     out = cli.local_folder("out")
     bases = next_token.prepare_bases(FLAGS.config, out)
     result, pictures = compare_inpainting(bases, systems, seeds, out, FLAGS.steps, FLAGS.draws)
-    (out / "generality.json").write_text(json.dumps(result, indent=1))
-    (out / "generality.md").write_text(report.format_tasks(result) + "\n")
-    report.plot_images(pictures, out / "generality.png")
-    print((out / "generality.md").read_text() + f"\nimages: {out / 'generality.png'}")
+    (out / "inpainting.json").write_text(json.dumps(result, indent=1))
+    (out / "inpainting.md").write_text(report.format_tasks(result) + "\n")
+    report.plot_images(pictures, out / "inpainting.png")
+    print((out / "inpainting.md").read_text() + f"\nimages: {out / 'inpainting.png'}")
 
 
 if __name__ == "__main__":

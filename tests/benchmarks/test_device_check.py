@@ -233,7 +233,7 @@ def test_errors_are_relative_to_the_largest_magnitude_and_nan_holds_no_check():
 
 
 def test_every_attention_is_checked_somewhere():
-    assert set(device_numerics.RUNS_ON) == set(IMPLEMENTATIONS) - {"tokamax"}
+    assert set(device_numerics.RUNS_ON) == set(IMPLEMENTATIONS)
 
 
 def test_a_wrong_kernel_and_a_wrong_policy_are_noticed(monkeypatch):

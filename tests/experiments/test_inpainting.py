@@ -36,7 +36,7 @@ def run_command(run, *flags):
 @pytest.fixture(scope="module")
 def run(digits_dir, tmp_path_factory):
     """Run the command; return its directory, config flag and output."""
-    folder = tmp_path_factory.mktemp("generality")
+    folder = tmp_path_factory.mktemp("inpainting")
     (folder / "config.py").write_text(CONFIG.format(data=str(digits_dir)))
     directory_and_config = folder / "out", f"--config={folder}/config.py"
     process = run_command(directory_and_config, f"--systems={','.join(SYSTEMS)}", "--draws=1")
@@ -149,7 +149,7 @@ def test_psnr_is_of_one_part():
 
 def test_the_command_writes_tables_figures_and_a_picture(run):
     folder, _, printed = run
-    result = json.loads((folder / "generality.json").read_text())
+    result = json.loads((folder / "inpainting.json").read_text())
     table = (folder / "generality.md").read_text()
     assert table in printed and result["images"] == 355 and result["draws"] == 1
     assert list(result["systems"]) == [
@@ -175,7 +175,7 @@ def test_existing_runs_are_used_wherever_they_are(run, tmp_path):
     assert process.returncode == 0, process.stderr[-2000:]
     assert "next_scale: already trained for 4 steps" in process.stdout
     assert not (tmp_path / "moved" / "raster-learned_1d").exists()
-    moved, original = (json.loads((x / "generality.json").read_text()) for x in (tmp_path / "moved", run[0]))
+    moved, original = (json.loads((x / "inpainting.json").read_text()) for x in (tmp_path / "moved", run[0]))
     assert moved["systems"].items() <= original["systems"].items()
 
 

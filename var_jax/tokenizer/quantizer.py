@@ -39,7 +39,10 @@ class Quantized:
 
 
 def _phi_index(k: int, num_scales: int, num_phis: int) -> int:
-    """Return the index of the phi of scale k: the tick nearest to its progress k / (K - 1)."""
+    """Return the index of the phi of scale k: the tick nearest to its progress k / (K - 1).
+
+    The ticks are those of the published code, which spaces four of them otherwise than other numbers.
+    """
     margin = 1 / (3 * num_phis) if num_phis == 4 else 1 / (2 * num_phis)
     ticks = np.linspace(margin, 1 - margin, num_phis)
     return int(np.argmin(np.abs(ticks - k / max(num_scales - 1, 1))))

@@ -50,7 +50,9 @@ def rename_flags(arguments: list[str]) -> tuple[list[str], list[str]]:
             new = RENAMED.get(parts[-2], {}).get(parts[-1])
             if new is not None:
                 present = ".".join([*parts[:-1], new])
-                notices.append(f"{path} is called {present} now; the old name goes with the next release")
+                notices.append(
+                    f"{path} is now called {present}; the old name will be removed in the next release"
+                )
                 path = present
         renamed.append(path + equals + value)
     return renamed, notices

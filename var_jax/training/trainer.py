@@ -7,7 +7,9 @@ import contextlib
 import dataclasses
 import itertools
 import json
+import shlex
 import signal
+import sys
 import threading
 from collections.abc import Iterator
 
@@ -279,9 +281,11 @@ class Trainer:
             f"steps {self.start}..{self.steps}, {devices}{choices}"
         )
         path = self.directory / "config.json"
+        peak = cfg.base_learning_rate * cfg.batch / 256
         if log.active:
-            write_atomic(path, json.dumps(self.record, indent=1).encode())
-        log.say(f"{task.name}: the config of this run is in {path}")
+            summary = {"command": shlex.join(sys.argv), "peak_learning_rate": peak, **self.record}
+            write_atomic(path, json.dumps(summary, indent=1).encode())
+        log.say(f"{task.name}: peak learning rate {peak:.4g}; the whole config is in {path}")
         if self.notice:
             log.say(f"{task.name}: {self.notice}")
         fraction, fsdp = replicated_fraction(self.abstract.params), self.mesh.shape["fsdp"]

@@ -258,6 +258,7 @@ class ARTransformer(nn.Module):
         condition = self.condition(labels)
         x = constrain(self.embed(condition, inputs))
         tables = cfg.position_tables.at(0, cfg.length, cfg.length)
+        # `SelfAttention` takes a single mask from the config: remat would trace an argument.
         context = self.attention_context(tables, masked=len(cfg.masks) > 1)
         x, _ = self.blocks(x, condition.blocks, context, train=train)
         return x, condition
