@@ -31,7 +31,10 @@ from var_jax.sampling.auto_batch_size import largest_batch
 from var_jax.sampling.options import SamplingOptions
 from var_jax.sampling.sample_writer import SampleStore, explain_write_errors
 from var_jax.scales import Scales
+from var_jax.tokenizer.config import TokenizerConfig
 from var_jax.tokenizer.model import fingerprint
+from var_jax.training.config_fields import RENAMED
+from var_jax.transformer.config import TransformerConfig
 
 FLAGS = flags.FLAGS
 cli.define_model_flags()
@@ -100,9 +103,17 @@ def job(model: var_jax.LoadedVAR, labels: np.ndarray, options: SamplingOptions) 
     }
 
 
+def config_checksum(config: TokenizerConfig | TransformerConfig) -> int:
+    """Return a checksum of an architecture, equal to that of the last release: its samples are resumed."""
+    text = repr(config)
+    for old, new in RENAMED["model"].items():
+        text = text.replace(f" {new}=", f" {old}=")
+    return zlib.crc32(text.encode())
+
+
 def _network_id(network: var_jax.LoadedTokenizer | var_jax.LoadedVAR) -> str:
     """Return checksums of weights and architecture, and the compute dtype, of a network."""
-    config = zlib.crc32(repr(network.module.config).encode())
+    config = config_checksum(network.module.config)
     return f"weights {fingerprint(network.params)}, config {config:08x}, {np.dtype(network.module.dtype)}"
 
 

@@ -179,4 +179,4 @@ def main(_):
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    cli.run(main, caches_programs=False)

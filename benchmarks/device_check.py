@@ -35,6 +35,7 @@ import time
 from pathlib import Path
 
 import jax
+from absl import logging
 
 from benchmarks import device_numerics, device_runs
 from benchmarks.device_parts import REPOSITORY, Options, run_parts, to_json_line
@@ -101,6 +102,7 @@ def parse_arguments() -> argparse.Namespace:
 
 def run_stage_here(args: argparse.Namespace) -> None:
     """Run the parts of a stage in this process, and append the record of each to OUT/STAGE.jsonl."""
+    logging.set_verbosity(logging.ERROR)  # Orbax warns about every item that is not read
     cli.keep_compiled_programs()
     if args.stage in HOST_STAGES:
         jax.config.update("jax_platforms", "cpu")

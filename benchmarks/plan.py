@@ -309,4 +309,4 @@ if __name__ == "__main__":
     flags.DEFINE_string("out", None, "JSON file to write")
     flags.DEFINE_string("hlo", None, "Prefix of the files to which the compiled programs are written as text")
     flags.mark_flag_as_required("config")
-    cli.run(main)
+    cli.run(main, caches_programs=False)

@@ -5,12 +5,16 @@ import types
 import numpy as np
 import pytest
 from absl import app
+from ml_collections import ConfigDict
 
+from sample import config_checksum
 from var_jax import cli
 from var_jax.errors import ConfigError
+from var_jax.tokenizer.config import TokenizerConfig
 from var_jax.tools import encode_dataset
-from var_jax.training.config_fields import with_present_names
+from var_jax.training.config_fields import check_names, with_present_names
 from var_jax.training.trainer import Preempted
+from var_jax.transformer.config import NextScaleConfig, NextTokenConfig
 
 
 class Exited(BaseException):
@@ -115,3 +119,23 @@ def test_saved_configs_of_the_last_release_get_present_names():
     assert renamed["stage"]["train"] == {"max_to_keep": 1, "batch": 4}
     assert renamed["stage"]["adversarial"] == {"start_fraction": 0.2, "train": {"grad_clip_norm": 1.0}}
     assert with_present_names(renamed) == renamed
+    both = {"train": {"learning_rate": 1e-9, "base_learning_rate": 6e-3}}
+    assert with_present_names(both) == {"train": {"base_learning_rate": 6e-3}}
+
+
+def test_a_config_file_with_a_field_of_the_last_release_is_refused():
+    stage = ConfigDict({"train": {"base_learning_rate": 6e-3}, "adversarial": {"train": {}}})
+    check_names(stage)
+    stage.adversarial.train.clip = 1.0
+    match = "config.adversarial.train.clip is now called config.adversarial.train.grad_clip_norm"
+    with pytest.raises(ConfigError, match=match):
+        check_names(stage)
+
+
+def test_samples_of_the_last_release_are_recognized():
+    """Their job holds the checksum of the config under its old field names."""
+    config = TokenizerConfig(scales=(1, 2, 4), num_codes=16, code_dim=4)
+    assert config_checksum(config) == 0x5AAB8AA6
+    assert (
+        config_checksum(NextScaleConfig()) == 0xB9EE80EF and config_checksum(NextTokenConfig()) == 0xE66F140A
+    )

@@ -77,8 +77,9 @@ def define_host_flags() -> None:
 
 def run(
     main: Callable[[list[str]], None],
-    num_arguments: int = 0,
+    arguments: tuple[str, ...] = (),
     verbosity: int = logging.ERROR,
+    caches_programs: bool = True,
     renamed: Mapping[str, str] | None = None,
 ) -> None:
     """Parse the flags and run a command; print a `UserError` as one line, other errors with their traceback.
@@ -87,18 +88,20 @@ def run(
 
     Args:
       main: function that takes the program name and the positional arguments.
-      num_arguments: number of positional arguments.
+      arguments: names of the positional arguments, for the message.
       verbosity: log level; Orbax warns about every item that is not read.
+      caches_programs: whether compiled programs are kept; not those compiled ahead of time, which JAX cannot
+        read back.
       renamed: old names of flags of this command to their present names.
     """
 
     def command(argv: list[str]) -> None:
-        if len(argv) != 1 + num_arguments:
-            raise app.UsageError(
-                f"takes {num_arguments or 'no'} positional arguments, got {len(argv) - 1}: {argv[1:]}"
-            )
+        if len(argv) != 1 + len(arguments):
+            expected = " ".join(arguments) or "none"
+            raise app.UsageError(f"positional arguments must be {expected}, got {argv[1:]}")
         logging.set_verbosity(verbosity)
-        keep_compiled_programs()
+        if caches_programs:
+            keep_compiled_programs()
         try:
             main(argv)
         except UserError as error:

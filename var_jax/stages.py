@@ -21,6 +21,7 @@ from var_jax.training.checkpoint import (
     has_checkpoint,
     load_config,
 )
+from var_jax.training.config_fields import check_names
 from var_jax.training.param_init import InitialValue, match_params
 from var_jax.training.profiling import StepRange
 from var_jax.training.task import Task
@@ -216,6 +217,7 @@ def run(config: ConfigDict, workdir: epath.PathLike, profile: StepRange | None =
     ready = []
     pending_tokenizer = None
     for stage in stages_of(config):  # check all stages before the first one trains
+        check_names(stage)
         for field in ("tokenizer", "init_from"):
             if stage.get(field):
                 with config_errors(prefix=f"config.{field}: "):

@@ -93,7 +93,7 @@ def check(monkeypatch, tmp_path, endings: dict, *flags) -> tuple[object, dict]:
         return (ending or {}).get("how")
 
     monkeypatch.setattr(device_check, "run_process", fake_process)
-    (tmp_path / "vae.npz").touch()
+    (tmp_path / "vae.pth").touch()
     arguments = [f"--out={tmp_path}", f"--goldens={tmp_path}", *flags]
     monkeypatch.setattr(sys, "argv", ["device_check", *arguments])
     failure = None

@@ -165,7 +165,8 @@ class CacheManifest:
         manifest = json.loads((directory / DESCRIPTION).read_text())
         try:
             fields = {name: tuple(v) if isinstance(v, list) else v for name, v in manifest["holds"].items()}
-            return cls(CacheSpec(**fields), manifest["command"], manifest["complete"])
+            command = manifest["command"].replace("var_jax.data.tokenize", "var_jax.tools.encode_dataset")
+            return cls(CacheSpec(**fields), command, manifest["complete"])
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{directory / DESCRIPTION} describes no token cache: {error!r}") from error
 

@@ -204,4 +204,4 @@ if __name__ == "__main__":
     flags.DEFINE_enum("stage", None, PUBLISHED_STAGES, "Stage of a run to write; needed if it has both")
     flags.DEFINE_list("scales", None, "Sides of the token maps of a file that is not of 256 or 512 pixels")
     flags.DEFINE_string("step", "latest", "Checkpoint of a run: a step, latest or best")
-    cli.run(main, num_arguments=2)  # SRC and DST
+    cli.run(main, arguments=("SRC", "DST"))

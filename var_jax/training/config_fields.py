@@ -1,5 +1,12 @@
 """Renamed config fields: old names of the last release, for saved runs and for the command line."""
 
+from collections.abc import Mapping
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from var_jax.errors import ConfigError
+
 _TRAIN = {
     "keep": "max_to_keep",
     "clip": "grad_clip_norm",
@@ -25,15 +32,28 @@ RENAMED = {
 
 
 def with_present_names(record: dict) -> dict:
-    """Rename the old fields of a saved config, at any depth."""
+    """Rename the old fields of a saved config, at any depth; of two names, the present one wins."""
 
     def rename(section: dict, names: dict[str, str]) -> dict:
-        return {
-            names.get(name, name): rename(value, RENAMED.get(name, {})) if isinstance(value, dict) else value
-            for name, value in section.items()
-        }
+        renamed = {}
+        for name, value in section.items():
+            if names.get(name) in section:
+                continue
+            if isinstance(value, dict):
+                value = rename(value, RENAMED.get(name, {}))
+            renamed[names.get(name, name)] = value
+        return renamed
 
     return rename(record, {})
+
+
+def check_names(stage: Mapping[str, Any], path: str = "config") -> None:
+    """Raise ConfigError if a config sets a field by its old name, which nothing reads any more."""
+    for name, value in stage.items():
+        if isinstance(value, Mapping | ConfigDict):
+            for old in RENAMED.get(name, {}).keys() & value.keys():
+                raise ConfigError(f"{path}.{name}.{old} is now called {path}.{name}.{RENAMED[name][old]}")
+            check_names(value, f"{path}.{name}")
 
 
 def rename_flags(arguments: list[str]) -> tuple[list[str], list[str]]:
