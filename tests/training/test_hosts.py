@@ -163,12 +163,12 @@ def next_scale_flags(tiny_run, digits_dir, tmp_path_factory) -> tuple[str, ...]:
 
 def test_the_networks_learn_on_two_hosts_as_on_one(start, next_scale_flags, tmp_path):
     """Run train.py on two hosts that see different amounts of memory, each of its own devices only."""
-    alone = ("train.py", "--config.next_scale.train.preview_every=0")
-    commands = {1: alone, 2: ("-m", "tests.helpers.uneven_memory")}
+    commands = {1: ("train.py",), 2: ("-m", "tests.helpers.uneven_memory")}
+    flags = {1: (*next_scale_flags, "--config.next_scale.train.preview_every=0"), 2: next_scale_flags}
     result = [
         host
         for n, command in commands.items()
-        for host in ended(start(n, tmp_path / str(n), *command, *next_scale_flags), within=900)
+        for host in ended(start(n, tmp_path / str(n), *command, *flags[n]), within=900)
     ]
     assert [code for code, _, _ in result] == [0, 0, 0], result[1][2][-2000:] + result[2][2][-2000:]
     assert ["next_scale train" in out for _, out, _ in result] == [True, True, False]
