@@ -1,4 +1,4 @@
-"""Where the golden tensors are: inputs and outputs of the published PyTorch code."""
+"""Locate the golden tensors: inputs and outputs of the published PyTorch code."""
 
 import os
 from pathlib import Path
