@@ -1,6 +1,7 @@
 """XLA_FLAGS of the tests and of their child processes; import this module before JAX."""
 
-QUICK = "--xla_backend_optimization_level=0"  # tests compile more than they compute
+# Tests compile more than they compute. Level 0 takes a third less time, but draws other images on JAX 0.11.
+QUICK = "--xla_backend_optimization_level=1"
 
 
 def fake_devices(count: int) -> str:
