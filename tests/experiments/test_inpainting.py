@@ -150,7 +150,7 @@ def test_psnr_is_of_one_part():
 def test_the_command_writes_tables_figures_and_a_picture(run):
     folder, _, printed = run
     result = json.loads((folder / "inpainting.json").read_text())
-    table = (folder / "generality.md").read_text()
+    table = (folder / "inpainting.md").read_text()
     assert table in printed and result["images"] == 355 and result["draws"] == 1
     assert list(result["systems"]) == [
         "VAR, learned_1d",
@@ -166,7 +166,7 @@ def test_the_command_writes_tables_figures_and_a_picture(run):
     assert result["classifier_right"] > 0.9 and 0.1 < result["chance"] < 0.11
     assert result["systems"]["spiral_out, learned_1d"]["0"]["centre"]["seen"] == 0
     assert table.count("| nothing made |") == 3
-    assert Image.open(folder / "generality.png").width > 300
+    assert Image.open(folder / "inpainting.png").width > 300
 
 
 def test_existing_runs_are_used_wherever_they_are(run, tmp_path):
