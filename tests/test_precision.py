@@ -109,7 +109,7 @@ def test_a_token_cache_and_an_evaluation_encode_at_highest_and_judge_in_float32(
     module = dataclasses.replace(module, dtype=HALF, encoder_dtype=FULL)
     pixels = np.zeros((8, 8, 8, 3), np.uint8)
     encoder = BatchEncoder(module, params, 8)
-    assert_all_highest(encoder._program, encoder._params, pixels)
+    assert_all_highest(encoder._encode, encoder._params, pixels)
     real_jit, eqns = jax.jit, []
 
     def jit(function):
