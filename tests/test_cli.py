@@ -78,6 +78,7 @@ def test_an_error_of_a_user_is_a_line_and_a_bug_is_itself(monkeypatch):
     monkeypatch.setattr(cli.sys, "argv", ["edit"])
     monkeypatch.setattr(cli.app, "run", lambda command: command(cli.sys.argv))
     monkeypatch.setattr(cli, "keep_compiled_programs", lambda: None)
+    monkeypatch.setattr(cli.logging, "set_verbosity", lambda level: None)  # of all tests that follow
     monkeypatch.setattr(cli, "command_name", lambda: "edit")
     with pytest.raises(SystemExit, match="^edit: --mask is too small$"):
         cli.run(fail(ConfigError("--mask is too small")))
