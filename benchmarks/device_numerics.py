@@ -14,6 +14,7 @@ import optax
 import var_jax
 from benchmarks.device_parts import Options, Part, fraction_equal, median_milliseconds, relative_error
 from benchmarks.throughput import init_params, random_tokens
+from var_jax.images import denormalize
 from var_jax.interop.published import next_scale_table, to_published
 from var_jax.scales import SCALES_256
 from var_jax.transformer.attention import attend
@@ -78,7 +79,7 @@ def load_golden_var(folder: Path, name: str, dtype: str) -> var_jax.LoadedVAR:
 def golden_tokenizer(folder: Path, dtype: str) -> dict:
     """Compare the golden images' tokens and reconstructions after every map with the published ones."""
     arrays, tokenizer = golden_arrays(folder, "vae"), load_golden_tokenizer(folder, dtype)
-    tokens = tokenizer.encode(np.clip(arrays["image"] / 2 + 0.5, 0, 1))
+    tokens = tokenizer.encode(np.clip(denormalize(arrays["image"]), 0, 1))
     images = tokenizer.decode_steps(golden_tokens(arrays)) * 2 - 1
     reference = np.stack([arrays[f"reconstruction_{k}"] for k in range(len(GOLDEN_SCALES))], axis=1)
     values = {

@@ -156,7 +156,7 @@ resume() {
       [[ $found != stopped ]] || run
       ;;
     SUSPENDED | FAILED | GONE)
-      say "slice $NAME is $found: making it anew"
+      say "slice $NAME is $found: recreating it"
       [[ $found == GONE ]] || delete
       create
       install

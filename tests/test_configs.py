@@ -1,4 +1,4 @@
-"""Every config has exactly the fields of the schema, so that a misspelled one is found."""
+"""Every config has exactly the fields of the schema: a misspelled field fails."""
 
 import importlib
 

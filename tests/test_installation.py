@@ -28,7 +28,7 @@ def checked(*command, **more) -> str:
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory) -> Path:
-    """Built beside the checkout, so that nothing is left in it, nor anything taken from its old builds."""
+    """Build from links to the checkout: it stays clean, and its old builds are not reused."""
     folder = tmp_path_factory.mktemp("wheel")
     source = folder / "source"
     source.mkdir()

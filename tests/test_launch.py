@@ -189,7 +189,7 @@ def test_watch_restarts_training_recreates_preempted_slices_and_ends_when_done(g
     (gcloud / "next").write_text("finished 0\nfinished 0\n")
     _, stderr = watching.communicate(timeout=30)
     assert watching.returncode == 0 and "training is done" in stderr
-    assert "pod is SUSPENDED: making it anew" in stderr
+    assert "pod is SUSPENDED: recreating it" in stderr
     assert set(recorded_actions(gcloud)[6:]) <= {"run"}
 
 

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
+from var_jax.images import denormalize
 from var_jax.interop import load
 from var_jax.sampling.auto_batch_size import codec_batch
 from var_jax.sampling.cast_params import in_compute_dtype, tokenizer_in_compute_dtype
@@ -83,7 +84,7 @@ class LoadedTokenizer:
         if upto is not None:
             maps = check_integer("upto", upto, 1, len(self.scales))
             tokens = tokens[:, : self.module.config.schedule.ends[maps - 1]]
-        images = self._in_batches(tokenizer_model.decode, tokens, batch) / 2 + 0.5
+        images = denormalize(self._in_batches(tokenizer_model.decode, tokens, batch))
         check_finite(np.isfinite(images).all(axis=(1, 2, 3)))
         return images
 
@@ -95,7 +96,7 @@ class LoadedTokenizer:
           batch: as for `decode`; n maps take no more memory than one.
         """
         tokens = self.check_tokens(tokens, all_maps=False)
-        return self._in_batches(tokenizer_model.decode_steps, tokens, batch) / 2 + 0.5
+        return denormalize(self._in_batches(tokenizer_model.decode_steps, tokens, batch))
 
     def _in_batches(self, function: Callable, rows: np.ndarray, batch: int | None) -> np.ndarray:
         """Apply a jitted function to rows [B, ...], `batch` at once; the last batch is padded."""

@@ -20,7 +20,7 @@ def normalize(images: UInt8[Array, "..."]) -> Float32[Array, "..."]:
     return images.astype(jnp.float32) / 127.5 - 1
 
 
-def denormalize(images: Float[Array, "..."]) -> Float[Array, "..."]:
+def denormalize(images: Float[Array | np.ndarray, "..."]) -> Float[Array | np.ndarray, "..."]:
     """Convert images in [-1, 1] to [0, 1], the range of the public API."""
     return images / 2 + 0.5
 

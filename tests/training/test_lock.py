@@ -63,8 +63,8 @@ def test_a_number_of_a_process_that_another_has_by_now_is_not_taken_for_it(holde
     """Reuse a PID, as containers do."""
     path = tmp_path / lock.LOCK_FILE
     path.write_text(json.dumps(json.loads(path.read_text()) | {"pid": os.getpid()}))
-    with RunLock(as_path(tmp_path)):
-        pass
+    with RunLock(as_path(tmp_path)) as own:
+        own.check()  # the lock is ours now
 
 
 def test_a_silent_holder_on_another_machine_is_taken_over_after_a_while(

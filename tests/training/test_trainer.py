@@ -72,7 +72,7 @@ def wait_for_checkpoint(workdir, step) -> list[int]:
 
 
 class Crash(Exception):
-    """Error that stands for the end of the process."""
+    """Simulated crash of the process."""
 
 
 def crash(*_):

@@ -10,7 +10,7 @@ import numpy as np
 from tqdm import tqdm
 
 from var_jax.evaluation.frechet import Moments, frechet_distance
-from var_jax.images import normalize
+from var_jax.images import denormalize, denormalize_to_uint8, normalize
 from var_jax.tokenizer.codebook_updates import codebook_use, count_codes
 from var_jax.tokenizer.config import TokenizerConfig
 from var_jax.tokenizer.lpips import perceptual_distance
@@ -72,12 +72,12 @@ def evaluate_reconstruction(
         metrics = {
             "l2": l2,
             "psnr": 10 * jnp.log10(4 / jnp.maximum(l2, 1e-10)),  # values span 2
-            "ssim": dm_pix.ssim(real / 2 + 0.5, recon / 2 + 0.5, filter_size=window),
+            "ssim": dm_pix.ssim(denormalize(real), denormalize(recon), filter_size=window),
         }
         if vgg is not None:
             metrics["lpips"] = perceptual_distance(vgg, real, recon)
         counts = count_codes(tokens, config.schedule, config.num_codes, valid)
-        recon_uint8 = ((recon / 2 + 0.5) * 255 + 0.5).astype(jnp.uint8)
+        recon_uint8 = denormalize_to_uint8(recon)
         # rFID is usually measured on 8-bit files, so features are of the rounded reconstructions.
         feature_pair = () if features is None else (features(real), features(normalize(recon_uint8)))
         return metrics, counts, recon_uint8, feature_pair
