@@ -207,10 +207,10 @@ def generate_and_write(
       out: output folder.
     """
     scales = Scales(model.scales)
-    controls = options.controls(scales, tokenizer.num_codes)
-    batch = FLAGS.batch or largest_batch(tokenizer.module, model.module, controls, len(labels))
+    per_scale = options.per_scale(scales, tokenizer.num_codes)
+    batch = FLAGS.batch or largest_batch(tokenizer.module, model.module, per_scale, len(labels))
     chunk = -(-batch // jax.device_count()) * jax.device_count()
-    length = scales.ends[controls.scales - 1]
+    length = scales.ends[per_scale.num_maps - 1]
     shape = (model.image_size, model.image_size, 3)
     is_multihost = jax.process_count() > 1
     is_primary = jax.process_index() == 0
@@ -247,8 +247,8 @@ def generate_and_write(
 
 def main(_):
     out = out_folder()
-    cli.join_hosts()
-    with cli.failing_at_once():
+    cli.initialize_distributed()
+    with cli.abort_on_error():
         model = cli.load()
         labels, options = chosen_labels(model), cli.options(model)
         spec = job(model, labels, options) if jax.process_index() == 0 else {}

@@ -25,9 +25,9 @@ cli.define_host_flags()
 def main(_):
     with config_errors():
         profile = PROFILE.value and parse_steps(PROFILE.value)
-    cli.join_hosts()
+    cli.initialize_distributed()
     tfds.disable_progress_bar()
-    with cli.failing_at_once():
+    with cli.abort_on_error():
         stages.run(CONFIG.value, WORKDIR.value, profile)
 
 

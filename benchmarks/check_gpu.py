@@ -100,8 +100,8 @@ def check_next_scale(topology: str, config: ConfigDict, mesh: Mesh) -> None:
         assert count_custom_calls(pattern, results["step"]) == 1, (
             f"{pattern}: {count_custom_calls(pattern, results['step'])}"
         )
-    controls = task.options.controls(task.config.schedule, task.config.num_codes)
-    for name, (function, inputs) in sampling_program(task, mesh, 2 * mesh.size, controls).items():
+    per_scale = task.options.per_scale(task.config.schedule, task.config.num_codes)
+    for name, (function, inputs) in sampling_program(task, mesh, 2 * mesh.size, per_scale).items():
         result = compile_program(function, *inputs)
         print_program(topology, name, result)
         assert count_custom_calls(FORWARD, result) == 1

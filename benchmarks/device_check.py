@@ -103,7 +103,7 @@ def parse_arguments() -> argparse.Namespace:
 def run_stage_here(args: argparse.Namespace) -> None:
     """Run the parts of a stage in this process, and append the record of each to OUT/STAGE.jsonl."""
     logging.set_verbosity(logging.ERROR)  # Orbax warns about every item that is not read
-    cli.keep_compiled_programs()
+    cli.enable_compilation_cache()
     if args.stage in HOST_STAGES:
         jax.config.update("jax_platforms", "cpu")
     options = Options(

@@ -149,12 +149,12 @@ def task_encoder_flops(task: NextScaleTask) -> float:
 
 def plan_sample(task: NextScaleTask, mesh: Mesh, batch: int) -> tuple[dict, dict]:
     """Compile the generation of a batch, with parameters replicated on all devices; see `plan_train`."""
-    controls = task.options.controls(task.config.schedule, task.config.num_codes)
-    programs = sampling_program(task, mesh, batch, controls)
+    per_scale = task.options.per_scale(task.config.schedule, task.config.num_codes)
+    programs = sampling_program(task, mesh, batch, per_scale)
     results = {name: compile_program(function, *inputs) for name, (function, inputs) in programs.items()}
     tokenizer, params = programs["sampling"][1][:2]
     data_sheet = chip(mesh.devices.flat[0])
-    flops = generation_flops(task.config, controls.num_guided_scales)
+    flops = generation_flops(task.config, per_scale.num_guided_scales)
     compute_s = batch * flops / (mesh.size * data_sheet.flops)
     # Each scale reads all parameters.
     weights_s = gib_per_device(params) * 2**30 * len(task.config.scales) / data_sheet.bandwidth

@@ -11,7 +11,7 @@ from jax.sharding import PartitionSpec as P
 
 from benchmarks.workload import SCHEDULE_STEPS, abstract_tokenizer_params
 from var_jax.sampling.cast_params import in_compute_dtype, tokenizer_in_compute_dtype
-from var_jax.sampling.options import ScaleControls
+from var_jax.sampling.options import PerScaleOptions
 from var_jax.sampling.sampler import Networks, generate, image_keys
 from var_jax.sharding import batch_sharding, on_mesh, replicated
 from var_jax.training.jit_steps import eval_batch_size, jit_eval_step, jit_train_step
@@ -71,7 +71,7 @@ def training_programs(task: Task, mesh: Mesh, from_tokens: bool) -> tuple[Progra
     return programs | {f"preview {name}": program for name, program in previews.items()}, state, frozen
 
 
-def sampling_program(task: TransformerTask, mesh: Mesh, batch: int, controls: ScaleControls) -> Programs:
+def sampling_program(task: TransformerTask, mesh: Mesh, batch: int, per_scale: PerScaleOptions) -> Programs:
     """Build the program of `sample.py`: images sharded over all devices, parameters replicated."""
     params = jax.eval_shape(lambda: nn.meta.unbox(task.init(jax.random.key(0))[0]))
     params = jax.eval_shape(partial(in_compute_dtype, dtype=task.model.dtype), params)
@@ -88,6 +88,6 @@ def sampling_program(task: TransformerTask, mesh: Mesh, batch: int, controls: Sc
 
     def sample(tokenizer_params, params, labels, keys):
         networks = Networks(task.tokenizer, task.model, tokenizer_params, params)
-        return generate(networks, labels, keys, controls)
+        return generate(networks, labels, keys, per_scale)
 
     return {"sampling": (jax.jit(on_mesh(sample, mesh)), inputs)}

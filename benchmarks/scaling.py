@@ -201,7 +201,7 @@ def main(_):
     if bool(FLAGS.config) == bool(FLAGS.merge):
         raise app.UsageError("give either --config to measure, or --merge to combine earlier runs")
     out = cli.local_folder("out")
-    cli.join_hosts()
+    cli.initialize_distributed()
     with config_errors():
         if FLAGS.merge:
             folders = [local_path(folder, "--merge") for folder in FLAGS.merge]
@@ -209,7 +209,7 @@ def main(_):
         else:
             tasks, meshes = parse_request()
     if not FLAGS.merge:
-        with cli.failing_at_once():
+        with cli.abort_on_error():
             run = measure_run(tasks, meshes)
     if jax.process_index() == 0:
         write_results(run, out)

@@ -187,15 +187,15 @@ def measure_sampling(args: argparse.Namespace, tokenizer: Tokenizer, task: NextS
     """Measure sampling with and without the decoder."""
     params = in_compute_dtype(init_params(lambda key: task.init(key)[0]), task.model.dtype)
     options = SamplingOptions(guidance_until=args.guidance_until)
-    controls = options.controls(task.config.schedule, task.config.num_codes)
+    per_scale = options.per_scale(task.config.schedule, task.config.num_codes)
     labels = jnp.arange(args.batch, dtype=jnp.int32) % NUM_CLASSES
     networks = Networks(tokenizer, task.model, init_tokenizer_params(tokenizer), params)
-    inputs = (networks, labels, image_keys(0, jnp.arange(args.batch)), controls)
+    inputs = (networks, labels, image_keys(0, jnp.arange(args.batch)), per_scale)
     result = time_function(jax.jit(lambda *inputs: generate(*inputs)[0]), *inputs, repeats=args.repeats)
     tokens_alone = time_function(jax.jit(lambda *inputs: generate(*inputs)[1]), *inputs, repeats=args.repeats)
     seconds = tokens_alone["seconds"]
     result["without_decoder"] = {"seconds": seconds, "images_per_s": round(args.batch / seconds, 3)}
-    flops = generation_flops(task.config, controls.num_guided_scales) * args.batch
+    flops = generation_flops(task.config, per_scale.num_guided_scales) * args.batch
     return result | {"tflops": flops / seconds / 1e12, "parameters": count_parameters(params)}
 
 

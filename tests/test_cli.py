@@ -12,7 +12,7 @@ from var_jax import cli
 from var_jax.errors import ConfigError
 from var_jax.tokenizer.config import TokenizerConfig
 from var_jax.tools import encode_dataset
-from var_jax.training.config_fields import check_names, with_present_names
+from var_jax.training.config_fields import check_names, rename_fields
 from var_jax.training.trainer import Preempted
 from var_jax.transformer.config import NextScaleConfig, NextTokenConfig
 
@@ -42,7 +42,7 @@ def hosts(request, monkeypatch):
 )
 def test_a_host_that_fails_leaves_at_once_with_its_message(hosts, capsys, error, message):
     expected = type(error) if hosts == 1 else Exited
-    with pytest.raises(expected) as raised, cli.failing_at_once():
+    with pytest.raises(expected) as raised, cli.abort_on_error():
         raise error
     if hosts > 1:
         assert raised.value.args == (1,)
@@ -51,9 +51,9 @@ def test_a_host_that_fails_leaves_at_once_with_its_message(hosts, capsys, error,
 
 @pytest.mark.parametrize("error", [Preempted("toy: stopped at step 3, saved"), SystemExit(), SystemExit(0)])
 def test_what_ends_all_hosts_alike_goes_the_usual_way(hosts, error):
-    with pytest.raises(type(error)), cli.failing_at_once():
+    with pytest.raises(type(error)), cli.abort_on_error():
         raise error
-    with cli.failing_at_once():
+    with cli.abort_on_error():
         pass
 
 
@@ -77,7 +77,7 @@ def test_an_error_of_a_user_is_a_line_and_a_bug_is_itself(monkeypatch):
 
     monkeypatch.setattr(cli.sys, "argv", ["edit"])
     monkeypatch.setattr(cli.app, "run", lambda command: command(cli.sys.argv))
-    monkeypatch.setattr(cli, "keep_compiled_programs", lambda: None)
+    monkeypatch.setattr(cli, "enable_compilation_cache", lambda: None)
     monkeypatch.setattr(cli.logging, "set_verbosity", lambda level: None)  # of all tests that follow
     monkeypatch.setattr(cli, "command_name", lambda: "edit")
     with pytest.raises(SystemExit, match="^edit: --mask is too small$"):
@@ -115,13 +115,13 @@ def test_flags_of_the_last_release_are_accepted_with_a_notice(monkeypatch, capsy
 def test_saved_configs_of_the_last_release_get_present_names():
     saved = {"model": {"label_drop": 0.1, "depth": 2}, "stage": {"train": {"keep": 1, "batch": 4}}}
     saved["stage"]["adversarial"] = {"start": 0.2, "train": {"clip": 1.0}}
-    renamed = with_present_names(saved)
+    renamed = rename_fields(saved)
     assert renamed["model"] == {"class_dropout_prob": 0.1, "depth": 2}
     assert renamed["stage"]["train"] == {"max_to_keep": 1, "batch": 4}
     assert renamed["stage"]["adversarial"] == {"start_fraction": 0.2, "train": {"grad_clip_norm": 1.0}}
-    assert with_present_names(renamed) == renamed
+    assert rename_fields(renamed) == renamed
     both = {"train": {"learning_rate": 1e-9, "base_learning_rate": 6e-3}}
-    assert with_present_names(both) == {"train": {"base_learning_rate": 6e-3}}
+    assert rename_fields(both) == {"train": {"base_learning_rate": 6e-3}}
 
 
 def test_a_config_file_with_a_field_of_the_last_release_is_refused():

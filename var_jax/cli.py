@@ -101,7 +101,7 @@ def run(
             raise app.UsageError(f"positional arguments must be {expected}, got {argv[1:]}")
         logging.set_verbosity(verbosity)
         if caches_programs:
-            keep_compiled_programs()
+            enable_compilation_cache()
         try:
             main(argv)
         except UserError as error:
@@ -127,7 +127,7 @@ def command_name() -> str:
     return parts[-2] if parts[-1] == "run" else parts[-1]
 
 
-def join_hosts() -> None:
+def initialize_distributed() -> None:
     """Initialize `jax.distributed`, before any other call of JAX; silence stdout on all but process 0.
 
     The processes are those of the flags, or those of the TPU pod, or of the SLURM, MPI or Kubernetes job of
@@ -156,7 +156,7 @@ def join_hosts() -> None:
 
 
 @contextlib.contextmanager
-def failing_at_once():
+def abort_on_error():
     """On several hosts, print the error of a process that fails and end it with `os._exit(1)`.
 
     A normal exit would block in JAX's shutdown barrier for minutes while the other hosts wait for this one;
@@ -179,7 +179,7 @@ def failing_at_once():
         os._exit(1)
 
 
-def keep_compiled_programs() -> None:
+def enable_compilation_cache() -> None:
     """Enable JAX's persistent compilation cache in JAX_COMPILATION_CACHE_DIR, or else in ~/.cache/var_jax."""
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         cache = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "var_jax" / "xla"
@@ -234,7 +234,7 @@ def options(model: var_jax.LoadedVAR, **defaults) -> SamplingOptions:
             overrides[name] = _per_scale(name) if name in PER_SCALE else value
     try:
         result = dataclasses.replace(model.options, **{**defaults, **overrides})
-        result.controls(Scales(model.scales), model.tokenizer.num_codes)
+        result.per_scale(Scales(model.scales), model.tokenizer.num_codes)
     except ValueError as error:
         raise app.UsageError(str(error)) from error
     return result

@@ -153,9 +153,9 @@ def compile_sampler(model: ARTransformer) -> Callable[[], jax.Array]:
         TokenizerConfig(scales=cfg.scales, num_codes=CODES, code_dim=CODE_DIM, num_phis=0)
     )
     tokenizer_params = {"quantizer": {"codebook": jnp.asarray(codebook, jnp.float32)}}
-    controls = SamplingOptions(guidance=0.0, top_k=0, top_p=0.0).controls(cfg.schedule, CODES)
+    per_scale = SamplingOptions(guidance=0.0, top_k=0, top_p=0.0).per_scale(cfg.schedule, CODES)
     keys, label = image_keys(0, jnp.arange(1)), jnp.zeros(1, jnp.int32)
-    args = (Networks(tokenizer, model, tokenizer_params, params), label, keys, controls)
+    args = (Networks(tokenizer, model, tokenizer_params, params), label, keys, per_scale)
     compiled = generate.lower(*args).compile()
     return lambda: compiled(*args)[1]
 

@@ -169,7 +169,7 @@ def evaluate_samples(workdir: Path, stage: ConfigDict, judge: SampleJudge, per_c
     images, seconds = generate_samples(workdir, stage, labels)
     log = read_metrics(workdir / stage.task / "metrics.jsonl")
     evaluations = [[line["step"], line["bits_per_pixel"]] for line in log if line["kind"] == "eval"]
-    num_guided = task.options.controls(task.config.schedule, task.config.num_codes).num_guided_scales
+    num_guided = task.options.per_scale(task.config.schedule, task.config.num_codes).num_guided_scales
     if num_guided and isinstance(task, NextTokenTask):  # its only scale is guided, so every token is
         num_guided = len(task.config.steps)
     return {

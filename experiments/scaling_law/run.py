@@ -144,10 +144,10 @@ def main(_):
     except ValueError as error:
         raise app.UsageError(str(error)) from error
     out = cli.local_folder("out")
-    cli.join_hosts()
+    cli.initialize_distributed()
     sizes = [(depth, seed) for seed in seeds for depth in depths]
     workdirs = [out / "runs" / f"d{depth}" / str(seed) for depth, seed in sizes]
-    with cli.failing_at_once():
+    with cli.abort_on_error():
         stage = prepare_stage(FLAGS.config, out, FLAGS.crops)
         for i, ((depth, seed), workdir) in enumerate(zip(sizes, workdirs, strict=True), 1):
             print(f"--- run {i} of {len(sizes)}: depth {depth}, seed {seed}", flush=True)

@@ -36,7 +36,7 @@ def flags(monkeypatch):
         values.per_class = values.draws = 1
         for owner in (module, cli):
             monkeypatch.setattr(owner, "FLAGS", values)
-        monkeypatch.setattr(cli, "join_hosts", lambda: None)
+        monkeypatch.setattr(cli, "initialize_distributed", lambda: None)
         return module
 
     return set_flags

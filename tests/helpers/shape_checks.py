@@ -11,7 +11,7 @@ import pytest
 from jaxtyping import TypeCheckError
 
 from var_jax.sampling import sampler
-from var_jax.sampling.options import ScaleControls
+from var_jax.sampling.options import PerScaleOptions
 from var_jax.scales import Scales
 from var_jax.tokenizer import codebook_updates, dino, discriminator, losses, lpips
 from var_jax.tokenizer import model as tokenizer_model
@@ -174,11 +174,11 @@ def test_samplers_draw_images(tiny_tokenizer, tiny_var):
     for tokenizer, model in ((tiny_tokenizer, tiny_var), (flat, next_token())):
         networks = sampler.Networks(tokenizer[0], model[0], tokenizer[1], model[1])
         num = len(tokenizer[0].config.scales)
-        controls = ScaleControls(
+        per_scale = PerScaleOptions(
             *(jnp.ones(num),) * 3, num, (4,) * num, (True,) * num, (num == 1,) * num, num
         )
         keys = sampler.image_keys(0, jnp.arange(B))
-        images, _ = trace(sampler.generate, networks, LABELS, keys, controls)
+        images, _ = trace(sampler.generate, networks, LABELS, keys, per_scale)
         assert images.shape == IMAGES.shape
 
 

@@ -14,7 +14,7 @@ import jax
 from absl import app, flags
 
 from tests.helpers.toy import Toy, toy_stage
-from var_jax.cli import define_host_flags, failing_at_once, join_hosts
+from var_jax.cli import abort_on_error, define_host_flags, initialize_distributed
 from var_jax.data.loader import train_batches
 from var_jax.data.sources import open_source
 from var_jax.training import hosts, trainer
@@ -56,12 +56,12 @@ def recorded_batches(source, transform, batch, seed, threads, workers, start, ro
 
 
 def main(_):
-    join_hosts()
+    initialize_distributed()
     trainer.Log, trainer.train_batches = SlowLog, recorded_batches
     hosts.FILE_TIMEOUT = FLAGS.file_timeout
     sources = tuple(open_source("digits", split, FLAGS.data_dir) for split in ("train", "test"))
     stage = toy_stage(FLAGS.data_dir, every=5, batch=FLAGS.batch)
-    with failing_at_once():
+    with abort_on_error():
         trainer.train(
             Toy(noisy=True, ballast=FLAGS.ballast), stage, FLAGS.steps, Path(FLAGS.workdir), sources
         )

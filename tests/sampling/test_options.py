@@ -9,39 +9,44 @@ SCALES = Scales((1, 2, 3, 4))
 
 
 def test_one_value_holds_at_every_scale_and_guidance_is_a_ramp():
-    controls = SamplingOptions(guidance=3.0, top_k=7, top_p=0.5).controls(SCALES, num_codes=16)
-    np.testing.assert_allclose(controls.guidance_scale, [0, 1, 2, 3], rtol=1e-6)
-    assert controls.top_k == (7,) * 4 and controls.top_p.tolist() == [0.5] * 4
-    assert controls.temperature.tolist() == [1.0] * 4 and controls.smooth == (False,) * 4
-    assert controls.num_guided_scales == controls.scales == 4 and controls.use_top_p == (True,) * 4
+    per_scale = SamplingOptions(guidance=3.0, top_k=7, top_p=0.5).per_scale(SCALES, num_codes=16)
+    np.testing.assert_allclose(per_scale.guidance_scale, [0, 1, 2, 3], rtol=1e-6)
+    assert per_scale.top_k == (7,) * 4 and per_scale.top_p.tolist() == [0.5] * 4
+    assert per_scale.temperature.tolist() == [1.0] * 4 and per_scale.smooth == (False,) * 4
+    assert per_scale.num_guided_scales == per_scale.num_maps == 4 and per_scale.use_top_p == (True,) * 4
 
 
 def test_lists_are_taken_as_they_are():
     options = SamplingOptions(
         guidance=[2, 0.5, 1, 0], top_k=[0, 4, 16, 2], top_p=[0, 1, 0.9, 0], smooth=[True, False, False, True]
     )
-    controls = options.controls(SCALES, num_codes=16)
-    assert controls.guidance_scale.tolist() == [2, 0.5, 1, 0]
-    assert controls.num_guided_scales == 3  # nothing to guide at the last scale
-    assert controls.top_k == (0, 4, 0, 2)  # all 16 is no filter
-    assert controls.use_top_p == (False, True, True, False) and controls.smooth == (True, False, False, True)
+    per_scale = options.per_scale(SCALES, num_codes=16)
+    assert per_scale.guidance_scale.tolist() == [2, 0.5, 1, 0]
+    assert per_scale.num_guided_scales == 3  # nothing to guide at the last scale
+    assert per_scale.top_k == (0, 4, 0, 2)  # all 16 is no filter
+    assert per_scale.use_top_p == (False, True, True, False) and per_scale.smooth == (
+        True,
+        False,
+        False,
+        True,
+    )
 
 
 def test_guidance_can_be_constant_end_early_or_be_absent():
     constant = SamplingOptions(guidance=2.0, guidance_schedule="constant", guidance_until=3)
-    assert constant.controls(SCALES, 999).guidance_scale.tolist() == [2, 2, 2, 0]
-    assert constant.controls(SCALES, 999).num_guided_scales == 3
-    assert SamplingOptions(guidance=0.0).controls(SCALES, 999).num_guided_scales == 0
-    assert SamplingOptions(guidance_until=0).controls(SCALES, 999).num_guided_scales == 0
-    assert SamplingOptions(guidance_until=7).controls(Scales(SCALES_256), 4096).num_guided_scales == 7
+    assert constant.per_scale(SCALES, 999).guidance_scale.tolist() == [2, 2, 2, 0]
+    assert constant.per_scale(SCALES, 999).num_guided_scales == 3
+    assert SamplingOptions(guidance=0.0).per_scale(SCALES, 999).num_guided_scales == 0
+    assert SamplingOptions(guidance_until=0).per_scale(SCALES, 999).num_guided_scales == 0
+    assert SamplingOptions(guidance_until=7).per_scale(Scales(SCALES_256), 4096).num_guided_scales == 7
 
 
 def test_the_published_top_k_fits_every_codebook_but_no_other_may_be_larger():
-    assert SamplingOptions().controls(SCALES, num_codes=64).top_k == (0,) * 4
+    assert SamplingOptions().per_scale(SCALES, num_codes=64).top_k == (0,) * 4
     with pytest.raises(ValueError, match="top_k must be at most the 64 codes of the codebook.*got 65"):
-        SamplingOptions(top_k=65).controls(SCALES, num_codes=64)
+        SamplingOptions(top_k=65).per_scale(SCALES, num_codes=64)
     with pytest.raises(ValueError, match="got 900"):
-        SamplingOptions(top_k=[900, 1, 1, 1]).controls(SCALES, num_codes=64)
+        SamplingOptions(top_k=[900, 1, 1, 1]).per_scale(SCALES, num_codes=64)
 
 
 def test_numbers_of_numpy_and_jax_are_numbers():
@@ -82,4 +87,4 @@ def test_numbers_of_numpy_and_jax_are_numbers():
 )
 def test_impossible_options_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
-        SamplingOptions(**options).controls(SCALES, num_codes=16)
+        SamplingOptions(**options).per_scale(SCALES, num_codes=16)

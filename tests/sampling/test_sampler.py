@@ -151,9 +151,9 @@ def test_flops_fall_where_guidance_ends(tiny_tokenizer):
     batch = (jnp.zeros(2, jnp.int32), image_keys(0, jnp.arange(2)))
 
     def flops(until):
-        controls = SamplingOptions(guidance_until=until).controls(config.schedule, 64)
-        compiled = generate.lower(networks, *batch, controls).compile()
-        return compiled.cost_analysis()["flops"] / 2, generation_flops(config, controls.num_guided_scales)
+        per_scale = SamplingOptions(guidance_until=until).per_scale(config.schedule, 64)
+        compiled = generate.lower(networks, *batch, per_scale).compile()
+        return compiled.cost_analysis()["flops"] / 2, generation_flops(config, per_scale.num_guided_scales)
 
     (all_guided, expected_all), (ended, expected_ended) = flops(None), flops(2)
     assert expected_ended / expected_all == pytest.approx(0.526, abs=0.001)

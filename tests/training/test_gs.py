@@ -98,7 +98,7 @@ from absl import app, flags
 from tests.helpers import fake_gs
 fake_gs.install()
 from tests.helpers.toy import Toy, toy_stage
-from var_jax.cli import define_host_flags, failing_at_once, join_hosts
+from var_jax.cli import define_host_flags, abort_on_error, initialize_distributed
 from var_jax.data.sources import open_source
 from var_jax.paths import as_path
 from var_jax.training.trainer import train
@@ -107,10 +107,10 @@ for name in ("workdir", "data_dir"):
 define_host_flags()
 
 def main(_):
-    join_hosts()
+    initialize_distributed()
     data = flags.FLAGS.data_dir
     sources = tuple(open_source("digits", split, data) for split in ("train", "test"))
-    with failing_at_once():
+    with abort_on_error():
         train(Toy(), toy_stage(data, every=4), 8, as_path(flags.FLAGS.workdir), sources)
 
 app.run(main)
@@ -212,7 +212,7 @@ def test_a_listing_is_never_an_old_one(run):
 
 
 def test_logs_pictures_and_traces(run):
-    log = Log(run, "toy", 0, 4, 8, 1e6)
+    log = Log(run, "toy", 0, 4, 8, 1e6).open()
     for step in (1, 2, 3):
         log.write(step, "train", {"loss": 1.0 / step}, "")
     log.sync()

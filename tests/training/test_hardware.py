@@ -66,8 +66,8 @@ def test_images_of_a_preview_fit_beside_the_state(depth, gib, devices, images):
     stage = var.get_config(f"d{depth}")
     tokenizer = Tokenizer(TokenizerConfig(scales=stage.scales), "bfloat16")
     config = NextScaleConfig(depth=depth, width=64 * depth, num_heads=depth, scales=stage.scales)
-    controls = SamplingOptions().controls(config.schedule, config.num_codes)
+    per_scale = SamplingOptions().per_scale(config.schedule, config.num_codes)
     mesh = make_mesh(devices=jax.devices()[:devices])
     bytes_of = None if gib is None else gib * GIB
-    args = stage, tokenizer, NextScale(config, "bfloat16"), controls, bytes_of, mesh
+    args = stage, tokenizer, NextScale(config, "bfloat16"), per_scale, bytes_of, mesh
     assert hardware.preview_images(*args) == images

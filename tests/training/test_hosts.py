@@ -232,16 +232,16 @@ def test_hosts_that_do_not_find_each_other_say_what_to_check(monkeypatch):
 
     monkeypatch.setattr(cli.jax.distributed, "initialize", initialize)
     with pytest.raises(SystemExit, match="DEADLINE_EXCEEDED\n  Check that(.|\n)*address far:1 is reachable"):
-        cli.join_hosts()
+        cli.initialize_distributed()
 
 
 JOIN = """
 import jax
 from absl import app
-from var_jax.cli import define_host_flags, join_hosts
+from var_jax.cli import define_host_flags, initialize_distributed
 define_host_flags()
 def main(_):
-    join_hosts()
+    initialize_distributed()
     print(jax.distributed.is_initialized(), jax.process_count())
 app.run(main)
 """

@@ -56,8 +56,8 @@ def test_all_that_a_pod_runs_lowers_for_tpu(make, sizes, with_kernel):
     programs, _, _ = training_programs(task, mesh, from_tokens=False)
     names = {"step", "evaluation", "preview reconstructions"}
     if task.name == "next_scale":
-        controls = task.options.controls(task.config.schedule, task.config.num_codes)
-        programs |= sampling_program(task, mesh, 8, controls)
+        per_scale = task.options.per_scale(task.config.schedule, task.config.num_codes)
+        programs |= sampling_program(task, mesh, 8, per_scale)
         names = {"step", "evaluation", "preview samples", "preview scales", "sampling"}
     assert set(programs) == names
     lowered = {

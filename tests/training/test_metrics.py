@@ -28,7 +28,7 @@ def test_durations():
 
 
 def test_lines_curves_and_going_on(tmp_path, capsys):
-    log = Log(tmp_path, "tokenizer", 0, 100, 8, 1e6)
+    log = Log(tmp_path, "tokenizer", 0, 100, 8, 1e6).open()
     for step in (10, 20):
         log.training(step, {"loss": jnp.array(2.0 / step), "loss_3": jnp.array(1.0)})
         log.flush()
@@ -41,7 +41,7 @@ def test_lines_curves_and_going_on(tmp_path, capsys):
     assert [line["step"] for line in lines] == [10, 20, 20] and lines[0]["loss_3"] == 1.0
     plot_curves(tmp_path, tmp_path / "curves.png", "tokenizer")
     assert (tmp_path / "curves.png").stat().st_size > 1000
-    Log(tmp_path, "tokenizer", 10, 100, 8, 1e6).close()  # goes on from step 10
+    Log(tmp_path, "tokenizer", 10, 100, 8, 1e6).open().close()  # goes on from step 10
     assert [line["step"] for line in read_metrics(tmp_path / "metrics.jsonl")] == [10]
 
 
@@ -81,7 +81,7 @@ builtins.open = io.open = staging_open
 os.fsync = lambda number: publish(*staged[number]) if number in staged else plain_sync(number)
 
 from var_jax.training.metrics import Log
-log = Log(__import__("pathlib").Path(root) / "run", "toy", 0, 100, 8, 1e6)
+log = Log(__import__("pathlib").Path(root) / "run", "toy", 0, 100, 8, 1e6).open()
 for step in (1, 2, 3):
     log.write(step, "train", {"loss": 1.0 / step}, "")
     time.sleep(0.5)
@@ -99,7 +99,7 @@ def test_logs_on_a_staged_mount_survive_a_hard_kill(tmp_path):
 
 
 def test_a_full_disk_neither_ends_nor_blocks_the_log_and_loses_no_line(small_disk, caplog):
-    log = Log(small_disk, "toy", 0, 100, 8, 1e6)
+    log = Log(small_disk, "toy", 0, 100, 8, 1e6).open()
     log.write(1, "train", {"loss": 1.0}, "")
     (small_disk / "filler").write_bytes(bytes(shutil.disk_usage(small_disk).free))
     for step in range(2, 200):
@@ -114,7 +114,7 @@ def test_a_full_disk_neither_ends_nor_blocks_the_log_and_loses_no_line(small_dis
 
 
 def test_what_is_not_finite_is_null_and_read_as_nan(tmp_path):
-    log = Log(tmp_path, "toy", 0, 100, 8, 1e6)
+    log = Log(tmp_path, "toy", 0, 100, 8, 1e6).open()
     log.write(1, "train", {"loss": math.nan, "norm": math.inf}, "")
     log.close()
     path = tmp_path / "metrics.jsonl"
@@ -124,7 +124,7 @@ def test_what_is_not_finite_is_null_and_read_as_nan(tmp_path):
     path.write_text(path.read_text() + '{"step": 2, "kind": "train", "loss": NaN}\n')  # of an older run
     assert all(math.isnan(line["loss"]) for line in read_metrics(path))
     plot_curves(tmp_path, tmp_path / "curves.png", "toy")
-    Log(tmp_path, "toy", 2, 100, 8, 1e6).close()
+    Log(tmp_path, "toy", 2, 100, 8, 1e6).open().close()
     assert "NaN" not in path.read_text() and len(read_metrics(path)) == 2
 
 

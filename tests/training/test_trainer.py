@@ -92,7 +92,7 @@ def test_a_crash_after_a_checkpoint_loses_nothing_and_what_was_owed_is_done_late
     assert lines(tmp_path, "eval") == [(2, 1.0 if where == "pictures" else 5.0)]  # once
     assert (tmp_path / "dot.png").exists() and (tmp_path / "toy" / "previews" / "dot_0000002.png").exists()
     assert load_config(tmp_path / "toy" / "checkpoints", "best")[0] == 2
-    train(Drawing(scores=(), draw=crash), stage_of(digits_dir), 2, tmp_path, sources)  # nothing is owed
+    train(Drawing(scores=(), draw=crash), stage_of(digits_dir), 2, tmp_path, sources)  # nothing is unfinished
 
 
 def test_sigterm_during_an_evaluation_saves_at_once(digits_dir, sources, tmp_path, monkeypatch):
@@ -110,7 +110,7 @@ def test_sigterm_during_an_evaluation_saves_at_once(digits_dir, sources, tmp_pat
     with pytest.raises(Preempted, match="stopped at step 2, saved"):
         train(Drawing(draw=crash), stage, 4, tmp_path, sources)
     assert steps_under(tmp_path) == [2] and len(batches) == 1 and lines(tmp_path, "eval") == []
-    with pytest.raises(Preempted, match="stopped at step 2, saved"):  # in the evaluation that is owed
+    with pytest.raises(Preempted, match="stopped at step 2, saved"):  # in the evaluation that is due
         train(Drawing(draw=crash), stage, 4, tmp_path, sources)
     assert len(batches) == 2 and [step for step, _ in lines(tmp_path, "train")] == [1, 2]
     monkeypatch.setattr(trainer, "eval_batches", original)

@@ -159,9 +159,9 @@ def test_stochastic_depth_drops_whole_branches_and_keeps_the_mean():
         depth=1, width=8, num_heads=1, num_classes=2, num_codes=4, code_dim=4, scales=(1,), drop_path=0.5
     )
     block = Block(config, jnp.float32, train=True)
-    six = jnp.zeros((2000, 6, 8)).at[:, :2].set(1.0)
+    modulation = jnp.zeros((2000, 6, 8)).at[:, :2].set(1.0)
     x = jnp.ones((2000, 1, 8)) * jnp.arange(8.0)
-    inputs = (jnp.array(0), six, jnp.array(0.5))
+    inputs = (jnp.array(0), modulation, jnp.array(0.5))
     variables = block.init(jax.random.key(0), (x, None), inputs)
     variables = {"params": randomized(variables["params"])}
     kept = Block(config, jnp.float32).apply(variables, (x, None), inputs)[0][0] - x

@@ -21,11 +21,11 @@ def residual_bytes(policy: str) -> int:
     """Measure the bytes that all blocks save for one image, without parameters and adaLN vectors."""
     blocks = Blocks(CONFIG, HALF, "einsum", policy)
     x = jnp.zeros((1, CONFIG.schedule.length, CONFIG.width))
-    six = jnp.zeros((CONFIG.depth, 1, 6, CONFIG.width))
-    params = jax.eval_shape(lambda: blocks.init(jax.random.key(0), x, six))
+    modulations = jnp.zeros((CONFIG.depth, 1, 6, CONFIG.width))
+    params = jax.eval_shape(lambda: blocks.init(jax.random.key(0), x, modulations))
 
     def saved(params, x):
-        run = lambda params, x: blocks.apply(params, x, six, train=True)[0]
+        run = lambda params, x: blocks.apply(params, x, modulations, train=True)[0]
         return jax.tree.leaves(jax.vjp(run, params, x)[1])
 
     leaves = jax.eval_shape(saved, params, x)
@@ -70,10 +70,12 @@ def test_auto_on_a_gpu_keeps_what_was_measured_to_be_fastest():
 def test_splash_runs_again_only_where_its_output_is_not_kept(policy):
     """Count kernels in the traced program; `benchmarks.check_gpu` does the same for cuDNN's kernel."""
     cfg = NextScaleConfig(depth=2, width=128, num_heads=2, scales=(1, 5, 9))
-    x, six = jnp.zeros((1, cfg.schedule.length, cfg.width)), jnp.zeros((2, 1, 6, cfg.width))
-    params = jax.eval_shape(lambda: Blocks(cfg, HALF, "einsum", policy).init(jax.random.key(0), x, six))
+    x, modulations = jnp.zeros((1, cfg.schedule.length, cfg.width)), jnp.zeros((2, 1, 6, cfg.width))
+    params = jax.eval_shape(
+        lambda: Blocks(cfg, HALF, "einsum", policy).init(jax.random.key(0), x, modulations)
+    )
     blocks = Blocks(cfg, HALF, "splash", policy)
-    loss = lambda params, x: blocks.apply(params, x, six, train=True)[0].sum()
+    loss = lambda params, x: blocks.apply(params, x, modulations, train=True)[0].sum()
     traced = jax.make_jaxpr(jax.grad(loss))(params, x).jaxpr
     text = str(dce_jaxpr(traced, [True] * len(traced.outvars))[0])  # without dead code
     assert len(re.findall(r"\bname=splash_mha_fwd\w*", text)) == (2 if policy == "full" else 1)

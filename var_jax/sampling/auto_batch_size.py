@@ -5,7 +5,7 @@ import os
 import jax
 import jax.numpy as jnp
 
-from var_jax.sampling.options import ScaleControls
+from var_jax.sampling.options import PerScaleOptions
 from var_jax.tokenizer.model import Tokenizer
 from var_jax.transformer.model import ARTransformer
 
@@ -14,14 +14,14 @@ MEMORY_FRACTION = 0.7  # of the free memory; the rest is a margin, since the est
 CODEC_BYTES = 2**31  # activations of the encoder or the decoder at once; fits a 16 GB chip with a d30
 
 
-def bytes_per_image(tokenizer: Tokenizer, model: ARTransformer, controls: ScaleControls) -> int:
+def bytes_per_image(tokenizer: Tokenizer, model: ARTransformer, per_scale: PerScaleOptions) -> int:
     """Estimate an upper bound of the memory that each image of a generated batch takes.
 
     The larger of two peaks: the cache with the logits of the last map, and the decoder's widest level.
     """
     cfg, itemsize = model.config, jnp.dtype(model.dtype).itemsize
-    sequences = 2 if controls.num_guided_scales else 1
-    positions = cfg.scales[controls.scales - 1] ** 2
+    sequences = 2 if per_scale.num_guided_scales else 1
+    positions = cfg.scales[per_scale.num_maps - 1] ** 2
     cache = 2 * cfg.depth * cfg.schedule.length * cfg.width * itemsize
     # A cache that is written in a loop is held twice, attention scores in float32 and in the compute dtype.
     scores = 2 * cfg.num_heads * positions * cfg.schedule.length * 4
@@ -56,17 +56,17 @@ def free_bytes(device: jax.Device) -> int:
     return free // jax.local_device_count()
 
 
-def largest_batch(tokenizer: Tokenizer, model: ARTransformer, controls: ScaleControls, images: int) -> int:
+def largest_batch(tokenizer: Tokenizer, model: ARTransformer, per_scale: PerScaleOptions, images: int) -> int:
     """Return the number of images to generate at once over all devices, a power of two per device.
 
     Args:
       tokenizer: decodes the images.
       model: generates the tokens.
-      controls: sampling options of every scale.
+      per_scale: sampling options of every scale.
       images: number of images wanted; the batch is at most the next power of two per device.
     """
     free = min(free_bytes(device) for device in jax.local_devices())
-    capacity = int(MEMORY_FRACTION * free) // bytes_per_image(tokenizer, model, controls)
+    capacity = int(MEMORY_FRACTION * free) // bytes_per_image(tokenizer, model, per_scale)
     needed = -(-images // jax.device_count())
     per_device = max(1, min(capacity, MAX_IMAGES_PER_DEVICE, 1 << (needed - 1).bit_length()))
     return (1 << (per_device.bit_length() - 1)) * jax.device_count()

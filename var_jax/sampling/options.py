@@ -43,7 +43,7 @@ MAX_SEED = 2**32 - 1  # JAX seeds keys with 32 bits: larger seeds would repeat t
 
 
 @flax.struct.dataclass
-class ScaleControls:
+class PerScaleOptions:
     """Sampling options of each of K scales; arrays can change without recompilation, the rest is static.
 
     Attributes:
@@ -55,7 +55,7 @@ class ScaleControls:
       top_k: number of likeliest codes kept at each scale; 0 for all codes.
       use_top_p: True at the scales that filter by top-p.
       smooth: True at the scales that mix codes.
-      scales: number of scales to sample, from the first.
+      num_maps: number of maps to sample, from the first.
     """
 
     guidance_scale: Array | np.ndarray
@@ -65,7 +65,7 @@ class ScaleControls:
     top_k: tuple[int, ...] = flax.struct.field(pytree_node=False)
     use_top_p: tuple[bool, ...] = flax.struct.field(pytree_node=False)
     smooth: tuple[bool, ...] = flax.struct.field(pytree_node=False)
-    scales: int = flax.struct.field(pytree_node=False)
+    num_maps: int = flax.struct.field(pytree_node=False)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,11 +115,11 @@ class SamplingOptions:
         _check("smooth must be True or False", self.smooth, lambda s: isinstance(s, (bool, np.bool_)))
         if self.guidance_schedule not in ("ramp", "constant"):
             raise ValueError(f"guidance_schedule must be ramp or constant, got {self.guidance_schedule!r}")
-        for name in ("guidance_until", "upto"):  # `controls` checks their upper bounds
+        for name in ("guidance_until", "upto"):  # `per_scale` checks their upper bounds
             if (value := getattr(self, name)) is not None:
                 check_integer(name, value, 0 if name == "guidance_until" else 1)
 
-    def controls(self, scales: Scales, num_codes: int) -> ScaleControls:
+    def per_scale(self, scales: Scales, num_codes: int) -> PerScaleOptions:
         """Expand these options to every scale of a schedule.
 
         Args:
@@ -143,7 +143,7 @@ class SamplingOptions:
         guidance_scale[until:] = 0
         top_p = np.array(self._per_scale("top_p", scales), np.float32)
         guided = np.flatnonzero(guidance_scale)
-        return ScaleControls(
+        return PerScaleOptions(
             guidance_scale=guidance_scale,
             top_p=top_p,
             temperature=np.array(self._per_scale("temperature", scales), np.float32),
@@ -151,7 +151,7 @@ class SamplingOptions:
             top_k=tuple(0 if k >= num_codes else k for k in top_k),
             use_top_p=tuple(bool(p) for p in top_p > 0),
             smooth=tuple(bool(s) for s in self._per_scale("smooth", scales)),
-            scales=self._scale("upto", 1, len(scales)),
+            num_maps=self._scale("upto", 1, len(scales)),
         )
 
     def _per_scale(self, name: str, scales: Scales) -> tuple:

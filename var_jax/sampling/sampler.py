@@ -19,7 +19,7 @@ from jaxtyping import Array, Bool, Float, Float32, Int, Int32, Key, Shaped
 
 from var_jax.errors import UserError
 from var_jax.images import denormalize
-from var_jax.sampling.options import SamplingOptions, ScaleControls, guide
+from var_jax.sampling.options import PerScaleOptions, SamplingOptions, guide
 from var_jax.sampling.teacher_forcing import teacher_forcing
 from var_jax.tokenizer.model import Tokenizer
 from var_jax.tokenizer.quantizer import Quantizer
@@ -118,7 +118,7 @@ def _sample_map(
     logits: jax.Array,
     keys: jax.Array,
     quantizer: Quantizer,
-    controls: ScaleControls,
+    per_scale: PerScaleOptions,
     known: KnownTokens | None,
     step: int | jax.Array,
 ):
@@ -129,30 +129,30 @@ def _sample_map(
       logits: float32 [B, n, V].
       keys: random keys [B].
       quantizer: quantizer of the tokenizer.
-      controls: sampling options of every scale.
+      per_scale: sampling options of every scale.
       known: tokens and mask of the same n positions.
       step: number of the step of generation, folded into the keys.
 
     Returns:
       Tokens int32 [B, n] and codes [B, n, C].
     """
-    sampled, codes = _sample_codes(k, logits, keys, quantizer, controls, step)
+    sampled, codes = _sample_codes(k, logits, keys, quantizer, per_scale, step)
     if known is None:
         return sampled, codes
     tokens = jnp.where(known.resample, sampled, known.tokens)
     return tokens, jnp.where(known.resample[..., None], codes, quantizer.codes[known.tokens])
 
 
-def _sample_codes(k, logits, keys, quantizer, controls, step):
+def _sample_codes(k, logits, keys, quantizer, per_scale, step):
     """Sample tokens int32 [B, n] and codes [B, n, C] of map k; the arguments are those of `_sample_map`.
 
     An image with non-finite logits gets NaN codes, so that `check_finite` finds it at the end.
     """
-    logits = logits / controls.temperature[k]
+    logits = logits / per_scale.temperature[k]
     finite = jnp.isfinite(logits).all(axis=(1, 2))[:, None, None]
-    logits = filter_logits(logits, controls.top_k[k], controls.top_p[k] if controls.use_top_p[k] else None)
+    logits = filter_logits(logits, per_scale.top_k[k], per_scale.top_p[k] if per_scale.use_top_p[k] else None)
     noise = _gumbel_noise(keys, step, logits.shape[1:])
-    if controls.smooth[k]:
+    if per_scale.smooth[k]:
         codes = smooth_codes(logits, noise, quantizer.codes, quantizer.scales.progress(k))
         token_map = quantizer.nearest(codes)
     else:
@@ -166,7 +166,7 @@ def generate(
     networks: Networks,
     labels: Int[Array | np.ndarray, " B"],
     keys: Key[Array, " B"],
-    controls: ScaleControls,
+    per_scale: PerScaleOptions,
     known: KnownTokens | None = None,
 ) -> tuple[Float[Array, "B H W 3"], Int32[Array, "B n"]]:
     """Generate one image per label.
@@ -175,58 +175,58 @@ def generate(
       networks: tokenizer and transformer.
       labels: class of each image.
       keys: random key of each image (`image_keys`).
-      controls: sampling options of every scale.
+      per_scale: sampling options of every scale.
       known: tokens to keep, from which the later maps are predicted too; None samples all.
 
     Returns:
       Images float32 in [-1, 1], and tokens of the sampled maps.  An image with non-finite logits is NaN.
     """
     config, quantizer = networks.model.config, networks.quantizer
-    if controls.num_guided_scales:  # interleave rows with and without class, so that both are on one device
+    if per_scale.num_guided_scales:  # interleave rows with and without class, so that both are on one device
         labels = jnp.stack([labels, jnp.full_like(labels, config.num_classes)], axis=1).ravel()
     sample = _sample_all_maps if config.predicts_maps else _sample_all_tokens
     apply = partial(networks.model.apply, {"params": networks.params})
-    f_hat, tokens = sample(apply, config, quantizer, labels, keys, controls, known)
+    f_hat, tokens = sample(apply, config, quantizer, labels, keys, per_scale, known)
     params = {"params": networks.tokenizer_params}
     return networks.tokenizer.apply(params, f_hat, method="decode_features"), tokens
 
 
-def _sample_all_maps(apply, config, quantizer, labels, keys, controls, known):
+def _sample_all_maps(apply, config, quantizer, labels, keys, per_scale, known):
     """Sample f_hat [B, h, w, C] and tokens [B, n] map by map, with a next-scale transformer."""
     scales, batch = quantizer.scales, keys.shape[0]
     condition = apply(labels, method="condition")
     cache = apply(labels.shape[0], method="empty_cache")
     f_hat = jnp.zeros((batch, scales.side, scales.side, config.code_dim))
     tokens = []
-    for k in range(controls.scales):
-        is_guided = k < controls.num_guided_scales
-        if k == controls.num_guided_scales > 0:
+    for k in range(per_scale.num_maps):
+        is_guided = k < per_scale.num_guided_scales
+        if k == per_scale.num_guided_scales > 0:
             condition, cache = condition.conditional(), cache.conditional()
         inputs = None if k == 0 else quantizer.next_scale_input(k, f_hat)
         if is_guided and k:
             inputs = jnp.repeat(inputs, 2, axis=0)
         logits, cache = apply(k, inputs, condition, cache, method="step")
-        logits = guide(logits, controls.guidance_scale[k]) if is_guided else logits
+        logits = guide(logits, per_scale.guidance_scale[k]) if is_guided else logits
         positions = slice(scales.starts[k], scales.ends[k])
         known_map = jax.tree.map(lambda x: x[:, positions], known)  # noqa: B023
-        token_map, codes = _sample_map(k, logits, keys, quantizer, controls, known_map, step=k)
+        token_map, codes = _sample_map(k, logits, keys, quantizer, per_scale, known_map, step=k)
         f_hat = f_hat + quantizer.upsample_and_smooth(k, codes)
         tokens.append(token_map)
     return f_hat, jnp.concatenate(tokens, axis=1)
 
 
-def _sample_all_tokens(apply, config, quantizer, labels, keys, controls, known):
+def _sample_all_tokens(apply, config, quantizer, labels, keys, per_scale, known):
     """Sample f_hat [B, h, w, C] and tokens [B, L] token by token, with a next-token transformer."""
     condition = apply(labels, method="condition")
     known = jax.tree.map(config.to_prediction_order, known)
 
     def step(carry, i):
         previous, cache = carry
-        inputs = jnp.repeat(previous, 2, axis=0) if controls.num_guided_scales else previous
+        inputs = jnp.repeat(previous, 2, axis=0) if per_scale.num_guided_scales else previous
         logits, cache = apply(i, inputs, condition, cache, method="step")
-        logits = guide(logits, controls.guidance_scale[0]) if controls.num_guided_scales else logits
+        logits = guide(logits, per_scale.guidance_scale[0]) if per_scale.num_guided_scales else logits
         known_token = jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, i, 1, axis=1), known)
-        token, code = _sample_map(0, logits, keys, quantizer, controls, known_token, step=i)
+        token, code = _sample_map(0, logits, keys, quantizer, per_scale, known_token, step=i)
         return (code, cache), (token[:, 0], code[:, 0])
 
     blank = jnp.zeros((keys.shape[0], 1, config.code_dim))
@@ -301,10 +301,10 @@ def generate_in_chunks(
       NonFiniteImages: naming the first images of a chunk that are not finite.
     """
     config = networks.model.config
-    controls = options.controls(config.schedule, config.num_codes)
+    per_scale = options.per_scale(config.schedule, config.num_codes)
     labels = np.asarray(labels, np.int32)
     if (labels == config.num_classes).all():
-        controls = controls.replace(num_guided_scales=0)  # both halves would be the same
+        per_scale = per_scale.replace(num_guided_scales=0)  # both halves would be the same
     replicated = None
     if sharding is not None:
         replicated = NamedSharding(sharding.mesh, PartitionSpec())
@@ -317,7 +317,7 @@ def generate_in_chunks(
         known_rows = None if known is None else jax.tree.map(lambda x: put(np.asarray(x)[rows]), known)  # noqa: B023
         keys = image_keys(seed, put(indices))
         with contextlib.nullcontext() if sharding is None else jax.set_mesh(sharding.mesh):
-            arrays = generate(networks, put(labels[rows]), keys, controls, known_rows)
+            arrays = generate(networks, put(labels[rows]), keys, per_scale, known_rows)
         arrays = _postprocess(*arrays, postprocess, replicated)
         if pending is not None:
             yield _to_host(*pending)

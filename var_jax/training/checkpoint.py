@@ -36,7 +36,7 @@ from var_jax.training.checkpoint_integrity import (
     verify,
     writing,
 )
-from var_jax.training.config_fields import with_present_names
+from var_jax.training.config_fields import rename_fields
 from var_jax.training.state import TrainState
 
 CHECKPOINT_DIR = "checkpoints"
@@ -216,7 +216,7 @@ class Checkpoints:
         """Return the record of what was trained, with the current names of config fields."""
         with reading(self.directory / str(step)):
             restored = self._manager.restore(step, args=ocp.args.Composite(config=ocp.args.JsonRestore()))
-        return with_present_names(restored["config"])
+        return rename_fields(restored["config"])
 
     def preempted(self, step: int) -> bool:
         """Return whether the machines are about to be preempted; the same on all hosts at a step."""
@@ -327,7 +327,7 @@ def load_config(directory: os.PathLike, step: int | str = "latest") -> tuple[int
 
 def _restore_config(manager: ocp.CheckpointManager, step: int) -> tuple[int, dict]:
     restored = manager.restore(step, args=ocp.args.Composite(config=ocp.args.JsonRestore()))
-    return step, with_present_names(restored["config"])
+    return step, rename_fields(restored["config"])
 
 
 def load_params(directory: os.PathLike, step: int | str = "latest") -> tuple[dict, dict]:
@@ -355,7 +355,7 @@ def _restore_params(manager: ocp.CheckpointManager, step: int) -> tuple[dict, di
     )
     items = {"params": ocp.args.StandardRestore(abstract), "config": ocp.args.JsonRestore()}
     restored = manager.restore(step, args=ocp.args.Composite(**items))
-    return restored["params"], with_present_names(restored["config"])
+    return restored["params"], rename_fields(restored["config"])
 
 
 def check_is_new(directory: os.PathLike) -> None:

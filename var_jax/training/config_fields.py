@@ -31,7 +31,7 @@ RENAMED = {
 }
 
 
-def with_present_names(record: dict) -> dict:
+def rename_fields(record: dict) -> dict:
     """Rename the old fields of a saved config, at any depth; of two names, the present one wins."""
 
     def rename(section: dict, names: dict[str, str]) -> dict:

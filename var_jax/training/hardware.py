@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 
 from var_jax.errors import ConfigError, config_errors
 from var_jax.sampling.auto_batch_size import bytes_per_image
-from var_jax.sampling.options import ScaleControls
+from var_jax.sampling.options import PerScaleOptions
 from var_jax.sharding import TENSOR
 from var_jax.tokenizer.model import Tokenizer
 from var_jax.transformer.config import TransformerConfig
@@ -125,7 +125,7 @@ def preview_images(
     stage: ConfigDict,
     tokenizer: Tokenizer,
     model: ARTransformer,
-    controls: ScaleControls,
+    per_scale: PerScaleOptions,
     memory: float | None,
     mesh: Mesh,
 ) -> int:
@@ -135,7 +135,7 @@ def preview_images(
       stage: config of the stage.
       tokenizer: decodes the images.
       model: predicts the tokens.
-      controls: sampling options.
+      per_scale: sampling options.
       memory: bytes of a device, as `smallest_memory` returns it; None gives one image.
       mesh: mesh of the run.
 
@@ -143,7 +143,7 @@ def preview_images(
       A number from 1 to MAX_PREVIEW_IMAGES.
     """
     room = USABLE_MEMORY_FRACTION * (memory or 0.0) - state_bytes(stage, model.config, mesh)
-    fits = int(room / 2 // bytes_per_image(tokenizer, model, controls))
+    fits = int(room / 2 // bytes_per_image(tokenizer, model, per_scale))
     return max(1, min(fits, MAX_PREVIEW_IMAGES))
 
 

@@ -171,13 +171,14 @@ class Log:
     """Log of one stage: printed lines, metrics.jsonl and TensorBoard; process 0 only.
 
     Metrics of a training step are passed as device arrays and fetched by `flush`, after the next step has
-    been dispatched, so that the device never waits for the log.
+    been dispatched, so that the device never waits for the log.  As a context it opens its files on entry; if
+    training fails, it only writes what was logged, as far as possible, on exit.
     """
 
     def __init__(
         self, directory: os.PathLike, stage: str, start: int, steps: int, batch: int, flops_per_image: float
     ):
-        """Open the log after step `start`, dropping later lines of an interrupted run.
+        """Set up the log; `open` opens its files.
 
         Args:
           directory: directory of the stage.
@@ -187,27 +188,49 @@ class Log:
           batch: images per step.
           flops_per_image: matrix FLOPs of a training step per image.
         """
-        directory = as_path(directory)
-        self.directory = directory
+        self.directory = as_path(directory)
         self.stage = stage
+        self.start = start
         self.steps = steps
         self.batch = batch
         self.flops_per_image = flops_per_image
         self.active = jax.process_index() == 0
         self._pending_metrics = None
         self.restart_clock(start)
+
+    def open(self) -> "Log":
+        """Open the files after step `start`, dropping later lines of an interrupted run; return the log."""
+        self.restart_clock(self.start)
         if not self.active:
-            return
-        kept = [line for line in read_metrics(directory / "metrics.jsonl") if line["step"] <= start]
-        self._lines = AppendFile(directory / "metrics.jsonl", b"".join(map(_json_line, kept)))
+            return self
+        path = self.directory / "metrics.jsonl"
+        kept = [line for line in read_metrics(path) if line["step"] <= self.start]
+        self._lines = AppendFile(path, b"".join(map(_json_line, kept)))
         files = _EventFiles()
         self._board = tensorboardX.SummaryWriter(
-            files.path(directory / "tensorboard"), purge_step=start + 1, filename_suffix=f".{start}"
+            files.path(self.directory / "tensorboard"),
+            purge_step=self.start + 1,
+            filename_suffix=f".{self.start}",
         )
         self._events = files.file
         self._writable = True
-        terminal = sys.stderr.isatty()
-        self._bar = tqdm(total=steps, initial=start, desc=stage, disable=not terminal, smoothing=0.1)
+        self._bar = tqdm(
+            total=self.steps,
+            initial=self.start,
+            desc=self.stage,
+            disable=not sys.stderr.isatty(),
+            smoothing=0.1,
+        )
+        return self
+
+    def __enter__(self) -> "Log":
+        return self.open()
+
+    def __exit__(self, error_type, *_) -> None:
+        if error_type is None:
+            self.close()
+        else:
+            self.sync()
 
     def restart_clock(self, step: int) -> None:
         """Start measuring rates from this step."""

@@ -113,7 +113,7 @@ def is_due(every: int, step: int, steps: int) -> bool:
 
 
 @dataclasses.dataclass(frozen=True)
-class OwedWork:
+class UnfinishedWork:
     """Work that was due at the last checkpoint of a stopped run, and not finished.
 
     Attributes:
@@ -132,7 +132,7 @@ class OwedWork:
         return self.evaluation or self.pictures or bool(np.isfinite(self.score))
 
 
-def owed_work(
+def unfinished_work(
     checkpoints: Checkpoints,
     directory: epath.Path,
     step: int,
@@ -140,7 +140,7 @@ def owed_work(
     cfg: ConfigDict,
     best_metric: str,
     has_previews: bool,
-) -> OwedWork:
+) -> UnfinishedWork:
     """Find the unfinished work at the checkpoint to resume from; the same result on all processes.
 
     Args:
@@ -152,13 +152,13 @@ def owed_work(
       best_metric: metric that scores a checkpoint.
       has_previews: whether the task draws previews.
     """
-    owed = np.array([0, np.nan, 0], np.float32)
+    unfinished = np.array([0, np.nan, 0], np.float32)
     if step and jax.process_index() == 0:
         lines = read_metrics(directory / "metrics.jsonl")
         evaluations = [line for line in lines if (line["step"], line["kind"]) == (step, "eval")]
         if is_due(cfg.eval_every, step, steps) and checkpoints.score(step) is None:
-            owed[:2] = (0, evaluations[-1][best_metric]) if evaluations else (1, np.nan)
+            unfinished[:2] = (0, evaluations[-1][best_metric]) if evaluations else (1, np.nan)
         if has_previews and is_due(cfg.preview_every, step, steps):
-            owed[2] = not list((directory / "previews").glob(f"*_{step:07d}.png"))
-    evaluation, score, pictures = from_primary(owed)
-    return OwedWork(bool(evaluation), float(score), bool(pictures))
+            unfinished[2] = not list((directory / "previews").glob(f"*_{step:07d}.png"))
+    evaluation, score, pictures = from_primary(unfinished)
+    return UnfinishedWork(bool(evaluation), float(score), bool(pictures))

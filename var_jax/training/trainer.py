@@ -43,7 +43,7 @@ from var_jax.training.nan_guard import LossMonitor, TrainingDiverged, is_finite
 from var_jax.training.param_init import InitialValue
 from var_jax.training.preview import draw_or_warn, example_images, save_previews
 from var_jax.training.profiling import Profile, StepRange
-from var_jax.training.resume import OwedWork, check_resume_compatible, is_due, owed_work
+from var_jax.training.resume import UnfinishedWork, check_resume_compatible, is_due, unfinished_work
 from var_jax.training.state import TrainState, count_parameters, create_state
 from var_jax.training.task import Task
 
@@ -117,7 +117,7 @@ class Trainer:
 
     Attributes:
       start: step of the checkpoint to resume from; 0 without one.
-      owed: evaluation and previews that a stopped run did not finish at that checkpoint.
+      unfinished: evaluation and previews that a stopped run did not finish at that checkpoint.
     """
 
     def __init__(
@@ -174,12 +174,12 @@ class Trainer:
         self.resumes = latest is not None
         self.start = latest or 0
         self.notice = ""
-        self.owed = OwedWork()
+        self.unfinished = UnfinishedWork()
         if self.resumes:
             saved = self.checkpoints.config(self.start)
             defaults = task.model_defaults()
             self.notice = check_resume_compatible(saved, self.record, self.directory, defaults)
-            self.owed = owed_work(
+            self.unfinished = unfinished_work(
                 self.checkpoints,
                 self.directory,
                 self.start,
@@ -188,6 +188,11 @@ class Trainer:
                 task.best_metric,
                 has_previews=bool(self.previews),
             )
+
+        # Log, monitor of the losses, and the event that SIGTERM sets.
+        self.log = Log(self.directory, task.name, self.start, steps, cfg.batch, task.flops_per_image())
+        self.monitor = LossMonitor(self.log, cfg.log_every, cfg.get("max_skipped", 20), self._batch_records)
+        self.stop = threading.Event()
 
     def _describe_run(self) -> dict:
         """Return the record of model, config and data that is saved with every checkpoint."""
@@ -208,22 +213,22 @@ class Trainer:
     def run(self, init_values: dict[str, InitialValue] | None = None) -> None:
         """Train to the last step; arguments and errors as for `train`."""
         name = self.task.name
-        if self.start >= self.steps and not self.owed.any:
+        if self.start >= self.steps and not self.unfinished.any:
             print(f"{name}: already trained for {self.start} steps under {self.directory}", flush=True)
             self.checkpoints.close()
             return
         batches = self.training_batches()
         state = self.restore_or_init(init_values)
-        self.open_log()
         with (
-            _closing(self.log),
+            self.log,
             Profile(self.profile, self.directory) as trace,
             _finishing_pending_save(self.checkpoints),
-            _SigtermEvent() as self.stop,
+            _sigterm_sets(self.stop),
         ):
+            self.print_summary()
             step = self.start
-            self.do_owed_work(state)
-            stopping = self.owed.any and self.stop.is_set()  # before any step: the checkpoint exists
+            self.finish_work(state)
+            stopping = self.unfinished.any and self.stop.is_set()  # before any step: the checkpoint exists
             while step < self.steps and not stopping:
                 step += 1
                 with trace.step(step, before=state):
@@ -269,10 +274,9 @@ class Trainer:
         check_checkpoint_space(self.directory, self.abstract)
         return self.make_state(init_values)
 
-    def open_log(self) -> None:
-        """Open the log and the loss monitor, write config.json and print the summary of the run."""
-        task, cfg = self.task, self.cfg
-        log = Log(self.directory, task.name, self.start, self.steps, cfg.batch, task.flops_per_image())
+    def print_summary(self) -> None:
+        """Write config.json, and print the summary of the run and its warnings."""
+        task, cfg, log = self.task, self.cfg, self.log
         num_params = count_parameters(self.abstract.params)
         devices = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
         choices = "".join(f", {name} {value}" for name, value in self.choices.items())
@@ -295,20 +299,18 @@ class Trainer:
                 f"train.mesh.fsdp={fsdp} does not divide their axes; set train.mesh.fsdp to a divisor of "
                 "the width, and train.mesh.data to the rest"
             )
-        self.log = log
-        self.monitor = LossMonitor(log, cfg.log_every, cfg.get("max_skipped", 20), self._batch_records)
 
     def _batch_records(self, step: int) -> np.ndarray:
         """Return the indices of the data set's records in the batch of a step."""
         return batch_indices(len(self.source), self.cfg.batch, self.stage.seed, step - 1)
 
-    def do_owed_work(self, state: TrainState) -> None:
+    def finish_work(self, state: TrainState) -> None:
         """Evaluate and draw at the checkpoint to resume from, if the stopped run did not."""
-        if self.owed.evaluation:
+        if self.unfinished.evaluation:
             self.evaluate(self.start, state)
-        elif np.isfinite(self.owed.score):
-            self.checkpoints.set_score(self.start, self.owed.score)
-        if self.owed.pictures and not self.stop.is_set():
+        elif np.isfinite(self.unfinished.score):
+            self.checkpoints.set_score(self.start, self.unfinished.score)
+        if self.unfinished.pictures and not self.stop.is_set():
             self.preview(self.start, state)
 
     def log_step(self, step: int, metrics: dict[str, jax.Array]) -> None:
@@ -383,17 +385,6 @@ class Trainer:
 
 
 @contextlib.contextmanager
-def _closing(log: Log):
-    """Close the log on exit; if training fails, only write what was logged, as far as possible."""
-    try:
-        yield
-    except BaseException:
-        log.sync()
-        raise
-    log.close()
-
-
-@contextlib.contextmanager
 def _finishing_pending_save(checkpoints: Checkpoints):
     """Finish the save in progress if training fails; append the last checkpoint to TrainingDiverged."""
     try:
@@ -413,19 +404,17 @@ def _finishing_pending_save(checkpoints: Checkpoints):
         raise
 
 
-class _SigtermEvent:
-    """Context that turns SIGTERM into an event, in the main thread of a single-process run.
+@contextlib.contextmanager
+def _sigterm_sets(event: threading.Event):
+    """Set an event on SIGTERM, in the main thread of a single-process run.
 
     Several processes must stop at the same step; there, `Checkpoints.preempted` uses JAX's own handler.
     """
-
-    def __enter__(self) -> threading.Event:
-        event = threading.Event()
-        self.previous = None
-        if jax.process_count() == 1 and threading.current_thread() is threading.main_thread():
-            self.previous = signal.signal(signal.SIGTERM, lambda *_: event.set())
-        return event
-
-    def __exit__(self, *_) -> None:
-        if self.previous is not None:
-            signal.signal(signal.SIGTERM, self.previous)
+    if jax.process_count() > 1 or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    previous = signal.signal(signal.SIGTERM, lambda *_: event.set())
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)

@@ -127,7 +127,7 @@ class TransformerTask(Task):
             self.fingerprint = fingerprint(tokenizer_params)
         with config_errors(prefix="config.sampling: "):
             self.options = SamplingOptions(**stage.sampling)
-            self.options.controls(self.config.schedule, self.config.num_codes)
+            self.options.per_scale(self.config.schedule, self.config.num_codes)
 
     def init(self, key, loaded=()):
         inputs = jnp.zeros((1, self.config.length - self.config.num_start_tokens, self.config.code_dim))
@@ -222,15 +222,15 @@ class TransformerTask(Task):
         return np.repeat(classes, PREVIEW_COLUMNS)
 
     def preview_programs(self, mesh, params, frozen):
-        controls = self.options.controls(self.config.schedule, self.config.num_codes)
+        per_scale = self.options.per_scale(self.config.schedule, self.config.num_codes)
         memory = smallest_memory(mesh)
-        images_per_device = preview_images(self.stage, self.tokenizer, self.model, controls, memory, mesh)
+        images_per_device = preview_images(self.stage, self.tokenizer, self.model, per_scale, memory, mesh)
         num_samples = len(self.preview_labels)
 
         def samples(params, frozen, labels, key_data):
             keys = jax.random.wrap_key_data(key_data)
             networks = Networks(self.tokenizer, self.model, frozen["tokenizer"], params)
-            images, tokens = generate(networks, labels, keys, controls)
+            images, tokens = generate(networks, labels, keys, per_scale)
             return denormalize_to_uint8(images), tokens
 
         def scales(params, frozen, tokens):
@@ -243,7 +243,7 @@ class TransformerTask(Task):
         programs = {"samples": (preview_program(samples, mesh), (params, frozen, labels, keys))}
         if len(self.config.scales) > 1:
             size = chunk_size(num_samples // PREVIEW_COLUMNS, images_per_device, mesh)
-            length = self.config.schedule.ends[controls.scales - 1]
+            length = self.config.schedule.ends[per_scale.num_maps - 1]
             tokens = row_shapes(size, (length,), jnp.int32, mesh)
             programs["scales"] = (preview_program(scales, mesh), (params, frozen, tokens))
         return programs

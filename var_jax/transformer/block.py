@@ -157,8 +157,8 @@ class Modulation(nn.Module):
         """Compute adaLN vectors from SiLU(class embedding); return it too, as the carry of the scan."""
         cfg = self.config
         init = adaln_init(cfg.width, cfg.gamma_init)
-        six = dense(6 * cfg.width, ("embed", "mlp"), init, self.dtype, "adaln")(condition)
-        return condition, constrain(six.reshape(-1, 6, cfg.width)).astype(jnp.float32)
+        vectors = dense(6 * cfg.width, ("embed", "mlp"), init, self.dtype, "adaln")(condition)
+        return condition, constrain(vectors.reshape(-1, 6, cfg.width)).astype(jnp.float32)
 
 
 class SelfAttention(nn.Module):
@@ -281,8 +281,8 @@ class Block(nn.Module):
           context: positional terms of attention.
         """
         x, cache = carry
-        layer, six, drop_rate = scanned
-        gamma1, gamma2, scale1, scale2, shift1, shift2 = jnp.moveaxis(six, 1, 0)
+        layer, modulation, drop_rate = scanned
+        gamma1, gamma2, scale1, scale2, shift1, shift2 = jnp.moveaxis(modulation, 1, 0)
         h = modulate(x, scale1, shift1).astype(self.dtype)
         attention = SelfAttention(self.config, self.dtype, self.attention, self.start, name="attention")
         h, cache = attention(h, layer, cache, context)

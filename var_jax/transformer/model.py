@@ -209,7 +209,7 @@ class ARTransformer(nn.Module):
             `sampling/teacher_forcing.py`).
           train: drop labels, and apply dropout and stochastic depth; needs the rng stream "dropout".
         """
-        x, condition = self._body(labels, inputs, train)
+        x, condition = self._apply_blocks(labels, inputs, train)
         return self.logits(x, condition.head)
 
     def losses(
@@ -230,7 +230,7 @@ class ARTransformer(nn.Module):
         Returns:
           Losses in nats, and whether the true token has the largest logit.
         """
-        x, condition = self._body(labels, inputs, train)
+        x, condition = self._apply_blocks(labels, inputs, train)
         length = tokens.shape[1]
         chunks = -(-length // LOGITS_CHUNK)
         size = -(-length // chunks)
@@ -249,7 +249,7 @@ class ARTransformer(nn.Module):
             chunk_results.append(loss(self, x[:, part], tokens[:, part], condition.head))
         return tuple(jnp.concatenate(parts, axis=1) for parts in zip(*chunk_results, strict=True))
 
-    def _body(self, labels, inputs, train):
+    def _apply_blocks(self, labels, inputs, train):
         """Compute the residual stream float32 [B, L, D] after all blocks, and the condition."""
         cfg = self.config
         if train:
@@ -269,8 +269,8 @@ class ARTransformer(nn.Module):
         embedded = constrain(replicate(self.class_embedding)[labels])
         active = nn.silu(embedded)
         if cfg.shared_adaln:
-            six = constrain(self.shared_adaln(active).reshape(-1, 6, cfg.width)).astype(jnp.float32)
-            blocks = self.adaln_offset[:, None] + six
+            vectors = constrain(self.shared_adaln(active).reshape(-1, 6, cfg.width)).astype(jnp.float32)
+            blocks = self.adaln_offset[:, None] + vectors
         else:
             _, blocks = self.adaln(active, None)
         head = constrain(self.head_adaln(active).reshape(-1, 2, cfg.width)).astype(jnp.float32)
