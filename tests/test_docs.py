@@ -34,14 +34,22 @@ def imported_files(path: str) -> set[str]:
 
 
 @pytest.mark.parametrize("title", ["file -> loss", "label -> image"])
-def test_modules_of_the_map_are_imported_by_earlier_ones(title):
+def test_the_map_follows_the_imports_and_comes_back_to_a_module_at_most_twice(title):
     modules = journey(title)
     assert 5 <= len(modules) <= 14 and len(set(modules)) == len(modules)
-    imported = set()
+    imported, path, returns = set(), [], dict.fromkeys(modules, 0)
     for i, module in enumerate(modules):
         assert (REPOSITORY / module).is_file(), module
         assert i == 0 or module in imported, f"no module before {module} in {title!r} imports it"
+        # The reader comes from the last module on the path that imports it; a method of the networks, which
+        # are chosen earlier, is called by the module that was read last.
+        importers = [i for i, earlier in enumerate(path) if module in imported_files(earlier)]
+        if importers and importers[-1] < len(path) - 1:
+            path = path[: importers[-1] + 1]
+            returns[path[-1]] += 1
+        path.append(module)
         imported |= imported_files(module)
+    assert max(returns.values()) <= 2, returns
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(REPOSITORY)))

@@ -28,7 +28,7 @@ from var_jax.tokenizer.model import Tokenizer
 from var_jax.tokenizer.quantizer import Quantizer
 from var_jax.tokenizer.resize import area_matrix, area_resize
 from var_jax.transformer.config import TransformerConfig
-from var_jax.transformer.positions import inverse
+from var_jax.transformer.positions import inverse_permutation
 
 GENERATE_BATCH = 256  # images
 
@@ -87,7 +87,7 @@ def share_of_known_seen(config: TransformerConfig, resample: np.ndarray) -> floa
     last = resample & (scales.levels == len(scales) - 1)
     step = scales.levels  # VAR predicts a map at once
     if not config.predicts_maps:
-        step = inverse(config.cells)
+        step = inverse_permutation(config.cells)
     return float((step[last][:, None] > step[~resample]).mean())
 
 

@@ -8,7 +8,7 @@ from matplotlib.collections import LineCollection
 from matplotlib.figure import Figure
 
 from benchmarks.tables import markdown_table
-from var_jax.transformer.positions import ORDERS, order
+from var_jax.transformer.positions import ORDERS, prediction_order
 
 # Orders that are mirror images or reverses of each other have the same curves; dashes keep both visible.
 ORDER_STYLES = {
@@ -66,7 +66,7 @@ def plot_orders(side: int, distances: dict, path: Path) -> None:
     figure = Figure(figsize=(14, 8), layout="constrained")
     axes = figure.subplots(2, 4)
     for axis, name in zip(axes.flat, ORDERS, strict=True):
-        row, column = np.divmod(order(name, side), side)
+        row, column = np.divmod(prediction_order(name, side), side)
         points = np.stack([column, row], axis=1)
         lines = LineCollection(np.stack([points[:-1], points[1:]], axis=1), cmap="plasma", capstyle="round")
         lines.set_array(np.arange(len(points) - 1))

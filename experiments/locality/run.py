@@ -40,7 +40,7 @@ from var_jax.data.sources import Source, open_source
 from var_jax.data.transforms import ToPixels
 from var_jax.errors import config_errors
 from var_jax.tokenizer.quantizer import Quantizer
-from var_jax.transformer.positions import ORDERS, order
+from var_jax.transformer.positions import ORDERS, prediction_order
 
 FLAGS = flags.FLAGS
 MAX_GROUPS = 16  # of codes
@@ -52,7 +52,7 @@ def distances_by_order(side: int) -> dict[str, dict[str, np.ndarray]]:
     """Compute the sequence distance of neighbors: order -> horizontal, vertical and both, int32 [pairs]."""
     result = {}
     for name in ORDERS:
-        horizontal, vertical = (a.ravel() for a in neighbor_distances(order(name, side), side))
+        horizontal, vertical = (a.ravel() for a in neighbor_distances(prediction_order(name, side), side))
         both = np.concatenate([horizontal, vertical])
         result[name] = {"horizontal": horizontal, "vertical": vertical, "both": both}
     return result
@@ -106,7 +106,7 @@ def measure_information(tokenizer: var_jax.LoadedTokenizer, tokens: np.ndarray) 
         "groups": len(np.unique(groups[tokens])),
         "entropy": float(position_entropy(groups[tokens]).mean()),
         "image": mean_by_image_distance(bits, side).tolist(),
-        "lag": {name: mean_by_lag(bits, order(name, side)).tolist() for name in ORDERS},
+        "lag": {name: mean_by_lag(bits, prediction_order(name, side)).tolist() for name in ORDERS},
     }
 
 

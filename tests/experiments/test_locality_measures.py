@@ -9,21 +9,21 @@ from experiments.locality.measures import (
     mutual_information,
     neighbor_distances,
 )
-from var_jax.transformer.positions import ORDERS, order
+from var_jax.transformer.positions import ORDERS, prediction_order
 
 
 def test_distances_of_simple_orders():
     for name, expected in (("raster", (1, 7)), ("column", (7, 1))):
-        horizontal, vertical = neighbor_distances(order(name, 7), 7)
+        horizontal, vertical = neighbor_distances(prediction_order(name, 7), 7)
         assert horizontal.shape == (7, 6) and vertical.shape == (6, 7)
         assert (horizontal == expected[0]).all() and (vertical == expected[1]).all()
-    horizontal, vertical = neighbor_distances(order("snake", 3), 3)
+    horizontal, vertical = neighbor_distances(prediction_order("snake", 3), 3)
     assert (horizontal == 1).all() and vertical.tolist() == [[5, 3, 1], [1, 3, 5]]
-    horizontal, vertical = neighbor_distances(order("hilbert", 2), 2)
+    horizontal, vertical = neighbor_distances(prediction_order("hilbert", 2), 2)
     assert horizontal.tolist() == [[1], [1]] or vertical.tolist() == [[1, 1]]
     assert sorted([*horizontal.ravel(), *vertical.ravel()]) == [1, 1, 1, 3]
     with pytest.raises(ValueError, match=r"side 3 has 9 cells, got shape \(16,\)"):
-        neighbor_distances(order("raster", 4), 3)
+        neighbor_distances(prediction_order("raster", 4), 3)
 
 
 def test_independent_tokens_share_nothing_unlike_the_plug_in_estimate():
@@ -80,7 +80,7 @@ def test_means_over_pairs_by_distance_and_by_lag(name):
     row, column = np.divmod(np.arange(16), 4)
     distance = abs(row[:, None] - row) + abs(column[:, None] - column)
     np.testing.assert_allclose(mean_by_image_distance(distance, 4), np.arange(1, 7))
-    cells = order(name, 4)
+    cells = prediction_order(name, 4)
     result = mean_by_lag(distance, cells)
     for lag in range(1, 16):
         assert result[lag - 1] == pytest.approx(

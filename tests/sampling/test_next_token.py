@@ -15,7 +15,7 @@ from var_jax.tokenizer.model import Tokenizer
 from var_jax.tokenizer.quantizer import Quantizer
 from var_jax.transformer.config import NextTokenConfig
 from var_jax.transformer.next_token import NextToken
-from var_jax.transformer.positions import ORDERS, order
+from var_jax.transformer.positions import ORDERS, prediction_order
 
 
 @pytest.fixture(scope="module")
@@ -104,7 +104,7 @@ def test_known_tokens_stay_and_the_tokens_before_them_do_not_see_them(flat_token
 @pytest.mark.parametrize("name", ORDERS)
 def test_a_token_moves_no_logit_before_it_in_the_order(flat_tokenizer, name):
     """Check each order from tokens to logits, both row by row."""
-    model, cells = next_token(name), order(name, 4)
+    model, cells = next_token(name), prediction_order(name, 4)
     networks = Networks(flat_tokenizer[0], model[0], flat_tokenizer[1], model[1])
     tokens = np.random.default_rng(0).integers(0, 16, (1, 16)).astype(np.int32)
     logits = teacher_forced_logits(networks, np.array([2]), tokens)

@@ -24,12 +24,8 @@ def test_lists_are_taken_as_they_are():
     assert per_scale.guidance_scale.tolist() == [2, 0.5, 1, 0]
     assert per_scale.num_guided_scales == 3  # nothing to guide at the last scale
     assert per_scale.top_k == (0, 4, 0, 2)  # all 16 is no filter
-    assert per_scale.use_top_p == (False, True, True, False) and per_scale.smooth == (
-        True,
-        False,
-        False,
-        True,
-    )
+    assert per_scale.use_top_p == (False, True, True, False)
+    assert per_scale.smooth == (True, False, False, True)
 
 
 def test_guidance_can_be_constant_end_early_or_be_absent():
@@ -65,6 +61,10 @@ def test_numbers_of_numpy_and_jax_are_numbers():
         ({"guidance": float("nan")}, "guidance must be a finite number"),
         ({"temperature": 0.0}, "temperature must be above 0"),
         ({"guidance_schedule": "cosine"}, "must be ramp or constant, got 'cosine'"),
+        (
+            {"guidance": [1, 2, 3, 4], "guidance_schedule": "constant"},
+            r"guidance_schedule=constant needs a single guidance strength, got one per scale: \(1, 2, 3, 4\)",
+        ),
         ({"guidance": [1, 2]}, r"guidance must be one value or one for each of the 4 scales \(1, 2, 3, 4\)"),
         ({"guidance_until": 5}, r"guidance_until must be a whole number in 0 .. 4, got 5"),
         ({"upto": 0}, r"upto must be a whole number of at least 1, got 0"),

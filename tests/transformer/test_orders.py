@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from var_jax.transformer.positions import ORDERS, inverse, order
+from var_jax.transformer.positions import ORDERS, inverse_permutation, prediction_order
 
 SIDES = (1, 2, 3, 4, 5, 8, 16)
 # Position in the sequence of each cell of a 4 x 4 map, drawn by hand.
@@ -18,17 +18,17 @@ BY_HAND = {
 
 def steps(name: str, side: int) -> np.ndarray:
     """Compute the Manhattan distance in the image from each token to the next."""
-    row, column = np.divmod(order(name, side), side)
+    row, column = np.divmod(prediction_order(name, side), side)
     return abs(np.diff(row)) + abs(np.diff(column))
 
 
 @pytest.mark.parametrize("side", SIDES)
 @pytest.mark.parametrize("name", ORDERS)
 def test_every_order_goes_to_every_cell_once_and_can_be_undone(name, side):
-    result = order(name, side)
+    result = prediction_order(name, side)
     assert result.shape == (side * side,) and result.dtype == np.int32
     assert sorted(result.tolist()) == list(range(side * side))
-    back = inverse(result)
+    back = inverse_permutation(result)
     assert back.dtype == np.int32
     np.testing.assert_array_equal(back[result], np.arange(side * side))
     np.testing.assert_array_equal(result[back], np.arange(side * side))
@@ -36,7 +36,7 @@ def test_every_order_goes_to_every_cell_once_and_can_be_undone(name, side):
 
 @pytest.mark.parametrize("name", BY_HAND)
 def test_orders_of_a_small_map_are_those_drawn_by_hand(name):
-    np.testing.assert_array_equal(inverse(order(name, 4)).reshape(4, 4), BY_HAND[name])
+    np.testing.assert_array_equal(inverse_permutation(prediction_order(name, 4)).reshape(4, 4), BY_HAND[name])
     assert set(BY_HAND) == {*ORDERS} - {"random"}
 
 
@@ -48,37 +48,38 @@ def test_the_next_token_is_a_neighbour_in_the_image(name):
 
 @pytest.mark.parametrize("name", ["z_curve", "hilbert"])
 def test_each_quarter_and_its_quarters_are_filled_before_the_next(name):
-    position = inverse(order(name, 16)).reshape(16, 16)
+    position = inverse_permutation(prediction_order(name, 16)).reshape(16, 16)
     for size in (2, 4, 8):
         blocks = position.reshape(16 // size, size, 16 // size, size).swapaxes(1, 2).reshape(-1, size * size)
         assert (np.ptp(blocks, axis=1) == size * size - 1).all()
 
 
 def test_of_no_power_of_two_the_z_curve_leaves_out_the_cells_outside():
-    row, column = np.divmod(order("z_curve", 8), 8)
+    row, column = np.divmod(prediction_order("z_curve", 8), 8)
     inside = (row < 5) & (column < 5)
-    np.testing.assert_array_equal(order("z_curve", 5), row[inside] * 5 + column[inside])
+    np.testing.assert_array_equal(prediction_order("z_curve", 5), row[inside] * 5 + column[inside])
 
 
 def test_random_depends_on_the_seed_alone():
-    np.testing.assert_array_equal(order("random", 8, seed=3), order("random", 8, seed=3))
-    assert (order("random", 8, seed=3) != order("random", 8, seed=4)).any()
+    cells = prediction_order("random", 8, seed=3)
+    np.testing.assert_array_equal(cells, prediction_order("random", 8, seed=3))
+    assert (cells != prediction_order("random", 8, seed=4)).any()
     # Trained models depend on this permutation, so it must never change.
-    assert order("random", 3, seed=0).tolist() == [7, 2, 1, 4, 8, 6, 3, 0, 5]
-    np.testing.assert_array_equal(order("hilbert", 8, seed=3), order("hilbert", 8))
+    assert prediction_order("random", 3, seed=0).tolist() == [7, 2, 1, 4, 8, 6, 3, 0, 5]
+    np.testing.assert_array_equal(prediction_order("hilbert", 8, seed=3), prediction_order("hilbert", 8))
 
 
 def test_orders_are_shared_and_cannot_be_written_to():
-    assert order("raster", 8) is order("raster", 8)
+    assert prediction_order("raster", 8) is prediction_order("raster", 8)
     with pytest.raises(ValueError, match="read-only"):
-        order("raster", 8)[0] = 1
+        prediction_order("raster", 8)[0] = 1
 
 
 def test_nonsense_is_an_error_that_says_so():
     with pytest.raises(ValueError, match=f"one of {', '.join(ORDERS)}; got 'zigzag'"):
-        order("zigzag", 4)
+        prediction_order("zigzag", 4)
     with pytest.raises(ValueError, match="side of a map must be at least 1, got 0"):
-        order("raster", 0)
+        prediction_order("raster", 0)
     for wrong in ([0, 0, 1], [1, 2, 3], [[0, 1], [2, 3]]):
         with pytest.raises(ValueError, match="must be a permutation"):
-            inverse(np.array(wrong))
+            inverse_permutation(np.array(wrong))

@@ -10,9 +10,9 @@ from var_jax.transformer.attention import attend, choose_attention, einsum
 from var_jax.transformer.config import NextTokenConfig
 from var_jax.transformer.positions import (
     TokenCoords,
-    buckets,
-    order,
+    distance_buckets,
     order_coords,
+    prediction_order,
     rotary_angles,
     scale_coords,
 )
@@ -28,7 +28,9 @@ def shifted(coords: TokenCoords, rows: float, columns: float, line: float) -> To
 @pytest.mark.parametrize("kind", ["rotary_1d", "rotary_2d"])
 @pytest.mark.parametrize("where", ["scales", "order"])
 def test_rotary_scores_depend_on_distances_alone(kind, where):
-    coords = scale_coords(Scales((1, 2, 4))) if where == "scales" else order_coords(order("hilbert", 4), 4)
+    coords = scale_coords(Scales((1, 2, 4)))
+    if where == "order":
+        coords = order_coords(prediction_order("hilbert", 4), 4)
     q, k = (jax.random.normal(jax.random.key(i), (2, len(coords.query), 3, 8)) for i in (0, 1))
 
     def scores(coords):
@@ -47,7 +49,7 @@ def test_rotary_scores_depend_on_distances_alone(kind, where):
 
 
 def test_rotary_2d_turns_half_by_the_row_and_half_by_the_column():
-    coords = order_coords(order("raster", 4), 4)
+    coords = order_coords(prediction_order("raster", 4), 4)
     angles, _ = rotary_angles(coords, "rotary_2d", 8)
     by_row, by_column = angles.reshape(4, 4, 2, 2).swapaxes(0, 2)[0], angles.reshape(4, 4, 2, 2)[0, :, 1]
     np.testing.assert_array_equal(by_row[0], by_row[3])  # the same in every column
@@ -55,9 +57,9 @@ def test_rotary_2d_turns_half_by_the_row_and_half_by_the_column():
 
 
 def test_relative_positions_depend_on_distances_alone():
-    coords = order_coords(order("spiral_in", 8), 8)
-    result = buckets(coords)
-    np.testing.assert_array_equal(buckets(shifted(coords, 3, 5, 7)), result)
+    coords = order_coords(prediction_order("spiral_in", 8), 8)
+    result = distance_buckets(coords)
+    np.testing.assert_array_equal(distance_buckets(shifted(coords, 3, 5, 7)), result)
     rows, columns = np.moveaxis(coords.query[:, None] - coords.key[None], -1, 0)
     assert len(np.unique(result)) > 100
     for row, column in ((0, 0), (1, -2), (-3, 3)):  # small distances have a bucket each
@@ -66,7 +68,7 @@ def test_relative_positions_depend_on_distances_alone():
         np.testing.assert_array_equal(result == bucket, same)
     assert result.min() >= 0 and result.max() < positions.BUCKETS
     scales = scale_coords(Scales((1, 2, 3, 4)))  # distances are not integers
-    np.testing.assert_array_equal(buckets(shifted(scales, 3, 5, 7)), buckets(scales))
+    np.testing.assert_array_equal(distance_buckets(shifted(scales, 3, 5, 7)), distance_buckets(scales))
 
 
 def test_scales_line_up():
@@ -80,7 +82,7 @@ def test_scales_line_up():
 
 
 def test_a_query_stands_at_its_cell_and_a_key_at_the_one_before():
-    cells = order("column", 3)
+    cells = prediction_order("column", 3)
     coords = order_coords(cells, 3)
     np.testing.assert_array_equal(coords.query[:4], [[0, 0], [1, 0], [2, 0], [0, 1]])
     np.testing.assert_array_equal(coords.key[:4], [[-1, -1], [0, 0], [1, 0], [2, 0]])
@@ -88,7 +90,7 @@ def test_a_query_stands_at_its_cell_and_a_key_at_the_one_before():
 
 
 def test_sinusoids_are_as_large_as_learned_positions_and_tell_all_cells():
-    table = positions.sinusoids(order_coords(order("raster", 8), 8), 64)
+    table = positions.sinusoids(order_coords(prediction_order("raster", 8), 8), 64)
     assert np.sqrt((table**2).mean()) == pytest.approx((1 / (3 * 64)) ** 0.5, rel=1e-3)
     distances = np.linalg.norm(table[:, None] - table[None], axis=-1) + np.eye(64)
     assert distances.min() > 0.01

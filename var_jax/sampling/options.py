@@ -115,6 +115,11 @@ class SamplingOptions:
         _check("smooth must be True or False", self.smooth, lambda s: isinstance(s, (bool, np.bool_)))
         if self.guidance_schedule not in ("ramp", "constant"):
             raise ValueError(f"guidance_schedule must be ramp or constant, got {self.guidance_schedule!r}")
+        if self.guidance_schedule != "ramp" and isinstance(self.guidance, tuple):
+            raise ValueError(
+                f"guidance_schedule={self.guidance_schedule} needs a single guidance strength, "
+                f"got one per scale: {self.guidance}"
+            )
         for name in ("guidance_until", "upto"):  # `per_scale` checks their upper bounds
             if (value := getattr(self, name)) is not None:
                 check_integer(name, value, 0 if name == "guidance_until" else 1)

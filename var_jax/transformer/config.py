@@ -12,11 +12,11 @@ from var_jax.scales import SCALES_256, Scales
 from var_jax.transformer.positions import (
     PositionTables,
     TokenCoords,
-    inverse,
-    order,
+    inverse_permutation,
     order_coords,
-    parse,
+    parse_positions,
     position_tables,
+    prediction_order,
     scale_coords,
     sequence_masks,
 )
@@ -76,7 +76,7 @@ class TransformerConfig(abc.ABC):
         for name in ("class_dropout_prob", "drop_path", "dropout"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"transformer {name} must be in [0, 1), got {getattr(self, name)}")
-        parse(self.positions, self.width, self.head_dim)
+        parse_positions(self.positions, self.width, self.head_dim)
 
     @functools.cached_property
     def schedule(self) -> Scales:
@@ -138,12 +138,12 @@ class TransformerConfig(abc.ABC):
     @property
     def relative(self) -> str | None:
         """Kind of relative or rotary positions; None without."""
-        return parse(self.positions, self.width, self.head_dim)[1]
+        return parse_positions(self.positions, self.width, self.head_dim)[1]
 
     @property
     def absolute(self) -> str | None:
         """Kind of absolute positions; None without."""
-        return parse(self.positions, self.width, self.head_dim)[0]
+        return parse_positions(self.positions, self.width, self.head_dim)[0]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -220,12 +220,12 @@ class NextTokenConfig(TransformerConfig):
 
     def to_raster_order(self, predicted: Shaped[Array, "B L *dims"]) -> Shaped[Array, "B L *dims"]:
         """Reorder positions from prediction order to raster order."""
-        return predicted[:, inverse(self.cells)]
+        return predicted[:, inverse_permutation(self.cells)]
 
     @functools.cached_property
     def cells(self) -> Int32[np.ndarray, " L"]:
         """Row-major cell of the map of each token in prediction order."""
-        return order(self.order, self.scales[0], self.order_seed)
+        return prediction_order(self.order, self.scales[0], self.order_seed)
 
     @property
     def steps(self) -> list[tuple[int, int]]:

@@ -313,7 +313,7 @@ class ARTransformer(nn.Module):
         if tables.levels is not None:
             x = x + replicate(self.level_embedding)[tables.levels]
         if cfg.absolute == "learned_1d":
-            return x + positions.rows(self.position_embedding, start, size)
+            return x + positions.slice_rows(self.position_embedding, start, size)
         if cfg.absolute == "learned_2d":
             product = partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
             x = x + product(tables.row_weights, self.row_embedding)

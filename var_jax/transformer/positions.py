@@ -14,7 +14,7 @@ from jaxtyping import Array, Bool, Float32, Int, Int32, Shaped
 from var_jax.scales import Scales
 
 
-def order(name: str, side: int, seed: int = 0) -> Int32[np.ndarray, " L"]:
+def prediction_order(name: str, side: int, seed: int = 0) -> Int32[np.ndarray, " L"]:
     """Return the cells of a map in prediction order.
 
     Args:
@@ -37,8 +37,8 @@ def order(name: str, side: int, seed: int = 0) -> Int32[np.ndarray, " L"]:
     return _order(name, side, int(seed) if name == "random" else 0)
 
 
-def inverse(order: Int[np.ndarray, " L"]) -> Int32[np.ndarray, " L"]:
-    """Invert a permutation: `inverse(order)[order[i]] == i`.
+def inverse_permutation(order: Int[np.ndarray, " L"]) -> Int32[np.ndarray, " L"]:
+    """Invert a permutation: `inverse_permutation(order)[order[i]] == i`.
 
     Args:
       order: a permutation of 0 .. L - 1.
@@ -56,7 +56,7 @@ def inverse(order: Int[np.ndarray, " L"]) -> Int32[np.ndarray, " L"]:
 
 @functools.lru_cache(maxsize=64)
 def _order(name: str, side: int, seed: int) -> np.ndarray:
-    """Compute an order once; see `order`."""
+    """Compute an order once; see `prediction_order`."""
     cells = np.asarray(_ORDER_FUNCTIONS[name](side, seed), np.int32).reshape(-1)
     cells.setflags(write=False)  # the cache shares it between callers
     return cells
@@ -151,7 +151,7 @@ _ORDER_FUNCTIONS = {
 ORDERS = tuple(_ORDER_FUNCTIONS)
 
 
-def rows(
+def slice_rows(
     table: Shaped[np.ndarray | Array, "..."], start: int | Int[Array, ""], size: int, axis: int = 0
 ) -> Shaped[np.ndarray | Array, "..."]:
     """Slice rows start .. start + size of a table; a traced `start` gives a dynamic slice."""
@@ -214,7 +214,7 @@ def order_coords(cells: Int[np.ndarray, " L"], side: int) -> TokenCoords:
     return TokenCoords(coords, key_coords, index, index - 1, side)
 
 
-def parse(positions: str, width: int, head_dim: int) -> tuple[str | None, str | None]:
+def parse_positions(positions: str, width: int, head_dim: int) -> tuple[str | None, str | None]:
     """Parse a `positions` option to its absolute and its relative kind; None for none.
 
     Raises:
@@ -286,7 +286,7 @@ def _bucket(distance: np.ndarray, max_distance: int) -> np.ndarray:
     return (half - 1 + np.sign(distance) * np.floor(bucket)).astype(np.int32)
 
 
-def buckets(coords: TokenCoords) -> Int32[np.ndarray, "L L"]:
+def distance_buckets(coords: TokenCoords) -> Int32[np.ndarray, "L L"]:
     """Compute the bucket, 0 .. BUCKETS - 1, of the row and column distance of each query and key."""
     rows, columns = np.moveaxis(_bucket(coords.query[:, None] - coords.key[None], coords.side), -1, 0)
     return rows * (2 * HALF_BUCKETS - 1) + columns
@@ -361,7 +361,7 @@ class PositionTables(NamedTuple):
         """
 
         def take(table):
-            return None if table is None else rows(table, start, size)
+            return None if table is None else slice_rows(table, start, size)
 
         return PositionTables(
             levels=take(self.levels),
@@ -372,7 +372,7 @@ class PositionTables(NamedTuple):
             if self.distance_buckets is None
             else take(self.distance_buckets)[:, :num_keys],
             rope_angles=None if self.rope_angles is None else tuple(map(take, self.rope_angles)),
-            masks=rows(self.masks, start, size, axis=1)[..., :num_keys],
+            masks=slice_rows(self.masks, start, size, axis=1)[..., :num_keys],
         )
 
 
@@ -387,14 +387,14 @@ def position_tables(
     """Build the position tables of a sequence.
 
     Args:
-      positions: kinds of positions (see `parse`).
+      positions: kinds of positions (see `parse_positions`).
       coords: coordinates of the positions.
       levels: scale of each position; None without level embeddings.
       masks: masks that the blocks use in turn.
       width: D.
       head_dim: H.
     """
-    absolute, relative = parse(positions, width, head_dim)
+    absolute, relative = parse_positions(positions, width, head_dim)
     weights = (None, None)
     if absolute == "learned_2d":
         weights = tuple(interpolation(axis, coords.side) for axis in coords.query.T)
@@ -402,7 +402,7 @@ def position_tables(
         levels,
         sinusoids(coords, width) if absolute == "sinusoidal_2d" else None,
         *weights,
-        buckets(coords) if relative == "relative_2d" else None,
+        distance_buckets(coords) if relative == "relative_2d" else None,
         rotary_angles(coords, relative, head_dim) if relative in ("rotary_1d", "rotary_2d") else None,
         np.stack(masks),
     )
