@@ -132,7 +132,7 @@ def check_attention_kernels(topology: str, mesh: Mesh) -> None:
     mask = Scales(SCALES_256).mask
     shape = (2 * mesh.size, len(mask), 4, 64)
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-        spec = activation_spec(shape, tensor=2) or jax.sharding.PartitionSpec()
+        spec = activation_spec(shape, tensor_axis=2) or jax.sharding.PartitionSpec()
     qkv = (jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=NamedSharding(mesh, spec)),) * 3
     for name in IMPLEMENTATIONS:
         if name in NOT_FOR_GPUS:

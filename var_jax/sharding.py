@@ -14,7 +14,7 @@ from var_jax.errors import ConfigError
 TENSOR = "tensor"  # mesh axis over which heads, hidden channels of the MLP, and codes are sharded
 
 
-def activation_spec(shape: tuple[int, ...], tensor: int | None = None) -> P | None:
+def activation_spec(shape: tuple[int, ...], tensor_axis: int | None = None) -> P | None:
     """Return the PartitionSpec of an activation on the current mesh; None without a mesh.
 
     The leading axis is sharded over all mesh axes but TENSOR.  An axis whose size is not divisible by that of
@@ -22,7 +22,7 @@ def activation_spec(shape: tuple[int, ...], tensor: int | None = None) -> P | No
 
     Args:
       shape: of the activation.
-      tensor: axis to shard over TENSOR; None for none.
+      tensor_axis: axis to shard over TENSOR; None for none.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
@@ -30,14 +30,14 @@ def activation_spec(shape: tuple[int, ...], tensor: int | None = None) -> P | No
     spec = [None] * len(shape)
     if shape[0] % (mesh.size // mesh.shape.get(TENSOR, 1)) == 0:
         spec[0] = tuple(name for name in mesh.axis_names if name != TENSOR)
-    if tensor is not None and TENSOR in mesh.axis_names and shape[tensor] % mesh.shape[TENSOR] == 0:
-        spec[tensor] = TENSOR
+    if tensor_axis is not None and TENSOR in mesh.axis_names and shape[tensor_axis] % mesh.shape[TENSOR] == 0:
+        spec[tensor_axis] = TENSOR
     return P(*spec)
 
 
-def constrain(x: jax.Array, tensor: int | None = None) -> jax.Array:
+def constrain(x: jax.Array, tensor_axis: int | None = None) -> jax.Array:
     """Constrain an activation to the sharding of `activation_spec`; return it unchanged without a mesh."""
-    spec = activation_spec(x.shape, tensor)
+    spec = activation_spec(x.shape, tensor_axis)
     return x if spec is None else jax.lax.with_sharding_constraint(x, spec)
 
 
@@ -52,9 +52,9 @@ def tensor_shards() -> int:
     return dict(jax.sharding.get_abstract_mesh().shape).get(TENSOR, 1)
 
 
-def shard_map_batch(kernel: Callable, *arrays: jax.Array, tensor: int) -> jax.Array:
+def shard_map_batch(kernel: Callable, *arrays: jax.Array, tensor_axis: int) -> jax.Array:
     """Run a kernel that XLA cannot partition on each device's shard of arrays sharded as by `constrain`."""
-    spec = activation_spec(arrays[0].shape, tensor)
+    spec = activation_spec(arrays[0].shape, tensor_axis)
     if spec is None:
         return kernel(*arrays)
     return jax.shard_map(kernel, in_specs=(spec,) * len(arrays), out_specs=spec, check_vma=False)(*arrays)

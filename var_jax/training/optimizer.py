@@ -84,12 +84,21 @@ def weight_decay(start: float, end: float, steps: int) -> Schedule:
     return schedule
 
 
+def peak_learning_rate(train: ConfigDict) -> float:
+    """Scale the base learning rate of a `train` section, which is for 256 images, to its batch."""
+    return train.base_learning_rate * train.batch / 256
+
+
 def schedules(train: ConfigDict, steps: int) -> tuple[Schedule, Schedule]:
     """Make the schedules of learning rate and weight decay of a stage's `train` section."""
-    peak = train.base_learning_rate * train.batch / 256
     warmup = round(train.warmup_fraction * steps)
     rate = learning_rate(
-        train.lr_schedule, peak, steps, warmup, train.lr_start_fraction, train.lr_end_fraction
+        train.lr_schedule,
+        peak_learning_rate(train),
+        steps,
+        warmup,
+        train.lr_start_fraction,
+        train.lr_end_fraction,
     )
     return rate, weight_decay(train.weight_decay, train.weight_decay_end, steps)
 

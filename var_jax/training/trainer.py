@@ -40,6 +40,7 @@ from var_jax.training.jit_steps import eval_batch_size, jit_eval_step, jit_train
 from var_jax.training.lock import RunLock
 from var_jax.training.metrics import Log
 from var_jax.training.nan_guard import LossMonitor, TrainingDiverged, is_finite
+from var_jax.training.optimizer import peak_learning_rate
 from var_jax.training.param_init import InitialValue
 from var_jax.training.preview import draw_or_warn, example_images, save_previews
 from var_jax.training.profiling import Profile, StepRange
@@ -225,7 +226,7 @@ class Trainer:
             _finishing_pending_save(self.checkpoints),
             _sigterm_sets(self.stop),
         ):
-            self.print_summary()
+            self.print_summary(self.write_config())
             step = self.start
             self.finish_work(state)
             stopping = self.unfinished.any and self.stop.is_set()  # before any step: the checkpoint exists
@@ -274,8 +275,17 @@ class Trainer:
         check_checkpoint_space(self.directory, self.abstract)
         return self.make_state(init_values)
 
-    def print_summary(self) -> None:
-        """Write config.json, and print the summary of the run and its warnings."""
+    def write_config(self) -> epath.Path:
+        """Write the whole config of the run, with its command, to config.json; return its path."""
+        path = self.directory / "config.json"
+        if self.log.active:
+            peak = peak_learning_rate(self.cfg)
+            content = {"command": shlex.join(sys.argv), "peak_learning_rate": peak, **self.record}
+            write_atomic(path, json.dumps(content, indent=1).encode())
+        return path
+
+    def print_summary(self, config_path: epath.Path) -> None:
+        """Print the summary of the run and its warnings."""
         task, cfg, log = self.task, self.cfg, self.log
         num_params = count_parameters(self.abstract.params)
         devices = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
@@ -284,12 +294,10 @@ class Trainer:
             f"{task.name}: {num_params:,} parameters, {self.source.num_images} images, batch {cfg.batch}, "
             f"steps {self.start}..{self.steps}, {devices}{choices}"
         )
-        path = self.directory / "config.json"
-        peak = cfg.base_learning_rate * cfg.batch / 256
-        if log.active:
-            summary = {"command": shlex.join(sys.argv), "peak_learning_rate": peak, **self.record}
-            write_atomic(path, json.dumps(summary, indent=1).encode())
-        log.say(f"{task.name}: peak learning rate {peak:.4g}; the whole config is in {path}")
+        log.say(
+            f"{task.name}: peak learning rate {peak_learning_rate(cfg):.4g}; "
+            f"the whole config is in {config_path}"
+        )
         if self.notice:
             log.say(f"{task.name}: {self.notice}")
         fraction, fsdp = replicated_fraction(self.abstract.params), self.mesh.shape["fsdp"]

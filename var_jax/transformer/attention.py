@@ -66,7 +66,7 @@ def splash(
         out = jax.vmap(attention)(heads(q, lengths[0]), heads(k, lengths[1]), heads(v, lengths[1]))
         return out[:, :, : q.shape[1]].swapaxes(1, 2)
 
-    return shard_map_batch(local, (q * scale).astype(q.dtype), k, v, tensor=2)
+    return shard_map_batch(local, (q * scale).astype(q.dtype), k, v, tensor_axis=2)
 
 
 def _splash_kernel(mask: np.ndarray, heads: int, interpret: bool):
@@ -251,7 +251,9 @@ def cudnn(
         )
         return out[:, : q.shape[1]]
 
-    return shard_map_batch(local, q, k, v, tensor=2)  # XLA would not shard the key lengths with the images
+    return shard_map_batch(
+        local, q, k, v, tensor_axis=2
+    )  # XLA would not shard the key lengths with the images
 
 
 def key_ends(mask: Bool[np.ndarray, "Lq Lk"]) -> Int[np.ndarray, " Lq"]:

@@ -191,7 +191,7 @@ class SelfAttention(nn.Module):
         cfg = self.config
         b, n, d = x.shape
         q, k, v = self._qkv(x)
-        scale = 0.25 / math.sqrt(cfg.head_dim)
+        scale = 0.25 / math.sqrt(cfg.head_dim)  # as published, here and for the initial temperature
         if cfg.normalized_attention:
             init = nn.with_logical_partitioning(nn.initializers.constant(math.log(4)), (None,))
             q, k = normalize_qk(q, k, self.param("log_temperature", init, (cfg.num_heads,)))
@@ -206,7 +206,7 @@ class SelfAttention(nn.Module):
             mask = None
         if context.masks is not None:
             mask = context.masks[layer % len(context.masks)]
-        q, k, v = (constrain(x, tensor=2) for x in (q, k, v))
+        q, k, v = (constrain(x, tensor_axis=2) for x in (q, k, v))
         y = attend(q, k, v, scale, mask, self.attention, context.bias).reshape(b, n, d)
         out_init = normal_init(d, 1 / math.sqrt(2 * cfg.depth))
         return dense(d, ("heads", "embed"), out_init, self.dtype, "proj")(y), cache
@@ -227,7 +227,7 @@ class SelfAttention(nn.Module):
             return jax.lax.dot_general(x, interleave(kernel), *args, **kwargs)
 
         layer = dense(3 * d, ("embed", "heads"), normal_init(d), self.dtype, "qkv", False, dot_general)
-        qkv = constrain(layer(x) + interleave(bias)[0], tensor=2)
+        qkv = constrain(layer(x) + interleave(bias)[0], tensor_axis=2)
         qkv = checkpoint_name(qkv, "qkv").reshape(b, n, shards, 3, -1, cfg.head_dim)
         return [qkv[:, :, :, i].reshape(b, n, cfg.num_heads, cfg.head_dim) for i in range(3)]
 
@@ -242,7 +242,7 @@ class MLP(nn.Module):
     def __call__(self, x: Float[Array, "B n D"]) -> Float[Array, "B n D"]:
         d = self.config.width
         h = dense(4 * d, ("embed", "mlp"), normal_init(d), self.dtype, "fc1")(x)
-        h = nn.gelu(checkpoint_name(constrain(h, tensor=2), "fc1"), approximate=True)
+        h = nn.gelu(checkpoint_name(constrain(h, tensor_axis=2), "fc1"), approximate=True)
         out_init = normal_init(d, 1 / math.sqrt(2 * self.config.depth))
         return dense(d, ("mlp", "embed"), out_init, self.dtype, "fc2")(h)
 

@@ -339,4 +339,4 @@ class ARTransformer(nn.Module):
     ) -> Float32[Array, "B n V"]:
         """Compute logits from the residual stream after the blocks and the adaLN vectors of the head."""
         normed = modulate(x, head_modulation[:, 0], head_modulation[:, 1])
-        return constrain(self.head(normed), tensor=2)
+        return constrain(self.head(normed), tensor_axis=2)
