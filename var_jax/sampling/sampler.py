@@ -44,14 +44,18 @@ def filter_logits(
     k = min(top_k, num_codes) or num_codes
     if k == num_codes and top_p is None:
         return logits
-    largest, _ = jax.lax.top_k(logits, k)  # in descending order
+    # XLA may compute the logits twice, for `top_k` and for the comparison below, and round them differently:
+    # then none may reach the threshold, so the largest is kept by its index.
+    logits = jax.lax.optimization_barrier(logits)
+    largest, indices = jax.lax.top_k(logits, k)  # in descending order
     if top_p is None:
         threshold = largest[..., -1:]
     else:
         tail = jnp.cumsum(jax.nn.softmax(largest, axis=-1)[..., ::-1], axis=-1)[..., ::-1]
         keep = (tail > 1 - top_p).at[..., 0].set(True)
         threshold = jnp.min(jnp.where(keep, largest, jnp.inf), axis=-1, keepdims=True)
-    return jnp.where(logits < threshold, -jnp.inf, logits)
+    is_largest = jnp.arange(num_codes) == indices[..., :1]
+    return jnp.where((logits >= threshold) | is_largest, logits, -jnp.inf)
 
 
 @flax.struct.dataclass
