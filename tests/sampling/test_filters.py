@@ -25,3 +25,6 @@ def test_bounds():
     assert kept(2, 0.0) == [True, True, False, False]
     assert kept(0, 0.9) == [True, True, True, False]
     assert jax.jit(filter_logits, static_argnums=1)(logits, 0, 0.9).tolist()[3] == -jnp.inf
+    tied = jnp.log(jnp.array([0.4, 0.25, 0.25, 0.1]))  # kept or dropped together
+    for k, p in ((2, 0.0), (0, 0.6), (2, 0.7)):
+        assert np.isfinite(filter_logits(tied, k, p or None)).tolist() == [True, True, True, False]

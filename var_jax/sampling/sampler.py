@@ -44,18 +44,18 @@ def filter_logits(
     k = min(top_k, num_codes) or num_codes
     if k == num_codes and top_p is None:
         return logits
-    # XLA may compute the logits twice, for `top_k` and for the comparison below, and round them differently:
-    # then none may reach the threshold, so the largest is kept by its index.
-    logits = jax.lax.optimization_barrier(logits)
-    largest, indices = jax.lax.top_k(logits, k)  # in descending order
-    if top_p is None:
-        threshold = largest[..., -1:]
-    else:
-        tail = jnp.cumsum(jax.nn.softmax(largest, axis=-1)[..., ::-1], axis=-1)[..., ::-1]
-        keep = (tail > 1 - top_p).at[..., 0].set(True)
-        threshold = jnp.min(jnp.where(keep, largest, jnp.inf), axis=-1, keepdims=True)
-    is_largest = jnp.arange(num_codes) == indices[..., :1]
-    return jnp.where((logits >= threshold) | is_largest, logits, -jnp.inf)
+    largest, _ = jax.lax.top_k(logits, min(k + 1, num_codes))  # in descending order
+    keep = jnp.arange(largest.shape[-1]) < k
+    if top_p is not None:
+        tail = jnp.cumsum(jax.nn.softmax(largest[..., :k], axis=-1)[..., ::-1], axis=-1)[..., ::-1]
+        keep &= jnp.pad(tail > 1 - top_p, [(0, 0)] * (tail.ndim - 1) + [(0, largest.shape[-1] - k)])
+    smallest = jnp.min(jnp.where(keep, largest, jnp.inf).at[..., 0].set(largest[..., 0]), -1, keepdims=True)
+    below = jnp.max(jnp.where(largest < smallest, largest, -jnp.inf), -1, keepdims=True)
+    # XLA may compute the logits again for the comparison, and round them differently, so the threshold is
+    # between two logits rather than one of them, unless the k-th is equal to the next.
+    unknown = smallest if k < num_codes else -jnp.inf
+    threshold = jnp.where(below > -jnp.inf, (smallest + below) / 2, unknown)
+    return jnp.where(logits < threshold, -jnp.inf, logits)
 
 
 @flax.struct.dataclass
