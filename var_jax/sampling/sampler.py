@@ -14,48 +14,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
-from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Float32, Int, Int32, Key, Shaped
 
 from var_jax.errors import UserError
 from var_jax.images import denormalize
+from var_jax.sampling.filter_logits import filter_logits
 from var_jax.sampling.options import PerScaleOptions, SamplingOptions, guide
 from var_jax.sampling.teacher_forcing import teacher_forcing
 from var_jax.tokenizer.model import Tokenizer
 from var_jax.tokenizer.quantizer import Quantizer
 from var_jax.transformer.model import ARTransformer
-
-
-def filter_logits(
-    logits: Float[Array, "*B V"], top_k: int, top_p: Float[ArrayLike, ""] | None
-) -> Float[Array, "*B V"]:
-    """Set the logits of unlikely codes to -inf: all but the top_k largest, then the tail beyond top_p.
-
-    From the smallest logit up, codes are dropped while their cumulative probability, after top-k, is at most
-    1 - top_p; the largest is never dropped.  Only the sorted top-k values are searched for the top-p
-    threshold, so that the whole vocabulary is not sorted.
-
-    Args:
-      logits: float32.
-      top_k: static; 0, or V and more, keeps all codes.
-      top_p: in (0, 1]; None keeps all codes.
-    """
-    num_codes = logits.shape[-1]
-    k = min(top_k, num_codes) or num_codes
-    if k == num_codes and top_p is None:
-        return logits
-    largest, _ = jax.lax.top_k(logits, min(k + 1, num_codes))  # in descending order
-    keep = jnp.arange(largest.shape[-1]) < k
-    if top_p is not None:
-        tail = jnp.cumsum(jax.nn.softmax(largest[..., :k], axis=-1)[..., ::-1], axis=-1)[..., ::-1]
-        keep &= jnp.pad(tail > 1 - top_p, [(0, 0)] * (tail.ndim - 1) + [(0, largest.shape[-1] - k)])
-    smallest = jnp.min(jnp.where(keep, largest, jnp.inf).at[..., 0].set(largest[..., 0]), -1, keepdims=True)
-    below = jnp.max(jnp.where(largest < smallest, largest, -jnp.inf), -1, keepdims=True)
-    # XLA may compute the logits again for the comparison, and round them differently, so the threshold is
-    # between two logits rather than one of them, unless the k-th is equal to the next.
-    unknown = smallest if k < num_codes else -jnp.inf
-    threshold = jnp.where(below > -jnp.inf, (smallest + below) / 2, unknown)
-    return jnp.where(logits < threshold, -jnp.inf, logits)
 
 
 @flax.struct.dataclass
@@ -205,7 +173,7 @@ def _sample_all_maps(apply, config, quantizer, labels, keys, per_scale, known):
     for k in range(per_scale.num_maps):
         is_guided = k < per_scale.num_guided_scales
         if k == per_scale.num_guided_scales > 0:
-            condition, cache = condition.conditional(), cache.conditional()
+            condition, cache = condition.conditional(), jax.tree.map(lambda x: x[:, ::2], cache)
         inputs = None if k == 0 else quantizer.next_scale_input(k, f_hat)
         if is_guided and k:
             inputs = jnp.repeat(inputs, 2, axis=0)

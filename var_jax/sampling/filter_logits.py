@@ -1,0 +1,107 @@
+"""Top-k and top-p filtering of logits, on accelerators without sorting them."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import ArrayLike
+from jaxtyping import Array, Float, UInt32
+
+BITS_PER_PASS = 3  # of a threshold, found by one pass over the logits that tests 2^3 - 1 candidates
+
+
+def filter_logits(
+    logits: Float[Array, "*B V"], top_k: int, top_p: Float[ArrayLike, ""] | None
+) -> Float[Array, "*B V"]:
+    """Set the logits of unlikely codes to -inf: all but the top_k largest, then the tail beyond top_p.
+
+    From the smallest logit up, codes are dropped while their cumulative probability, after top-k, is at most
+    1 - top_p; the largest is never dropped.  Codes with equal logits are kept or dropped together.
+
+    Args:
+      logits: float32.
+      top_k: static; 0, or V and more, keeps all codes.
+      top_p: in (0, 1]; None keeps all codes.
+    """
+    k = min(top_k, logits.shape[-1]) or logits.shape[-1]
+    if k == logits.shape[-1] and top_p is None:
+        return logits
+    # Sorting is slow on accelerators, and testing many thresholds is on a CPU.
+    threshold = jax.lax.platform_dependent(
+        jax.lax.optimization_barrier(logits),  # else XLA repeats what comes before in every pass
+        cpu=partial(threshold_by_sorting, k=k, top_p=top_p),
+        default=partial(threshold_by_bisection, k=k, top_p=top_p),
+    )
+    return jnp.where(logits < threshold, -jnp.inf, logits)
+
+
+def threshold_by_sorting(
+    logits: Float[Array, "*B V"], k: int, top_p: Float[ArrayLike, ""] | None
+) -> Float[Array, "*B 1"]:
+    """Find a threshold between the smallest logit to keep and the next one, in descending order.
+
+    XLA may compute the logits again for the comparison, and round them differently, so the threshold is
+    between two logits rather than one of them, unless the k-th is equal to the next.
+    """
+    num_codes = logits.shape[-1]
+    largest, _ = jax.lax.top_k(logits, min(k + 1, num_codes))
+    keep = jnp.arange(largest.shape[-1]) < k
+    if top_p is not None:
+        tail = jnp.cumsum(jax.nn.softmax(largest[..., :k], axis=-1)[..., ::-1], axis=-1)[..., ::-1]
+        keep &= jnp.pad(tail > 1 - top_p, [(0, 0)] * (tail.ndim - 1) + [(0, largest.shape[-1] - k)])
+    smallest = jnp.min(jnp.where(keep, largest, jnp.inf).at[..., 0].set(largest[..., 0]), -1, keepdims=True)
+    below = jnp.max(jnp.where(largest < smallest, largest, -jnp.inf), -1, keepdims=True)
+    unknown = smallest if k < num_codes else -jnp.inf
+    return jnp.where(below > -jnp.inf, (smallest + below) / 2, unknown)
+
+
+def threshold_by_bisection(
+    logits: Float[Array, "*B V"], k: int, top_p: Float[ArrayLike, ""] | None
+) -> Float[Array, "*B 1"]:
+    """Find such a threshold bit by bit, by sums over all logits below candidates for it.
+
+    Probabilities are summed in another order than by `threshold_by_sorting`, so another code may be the last
+    to keep where the tail is within rounding of 1 - top_p.
+    """
+    bits = _ordered_bits(logits)
+    # The k-th largest is the largest x with at most V - k logits below it.
+    smallest = _largest_with_sum_below(bits, jnp.ones_like(bits, jnp.int32), logits.shape[-1] - k)
+    if top_p is not None:
+        weights = jnp.exp(logits - logits.max(-1, keepdims=True))
+        # Of the logits equal to the k-th, only as many count as make up k.
+        num_above, num_equal = (
+            jnp.sum(mask, -1, keepdims=True) for mask in (bits > smallest, bits == smallest)
+        )
+        weights = jnp.where(bits == smallest, weights * (k - num_above) / num_equal, weights)
+        weights = jax.lax.optimization_barrier(jnp.where(bits < smallest, 0.0, weights))
+        # Weights are in the order of the logits, and the bits of positive numbers in that of the numbers.
+        bits = jax.lax.bitcast_convert_type(weights, jnp.uint32)
+        limit = (1 - top_p) * weights.sum(-1, keepdims=True)
+        smallest = _largest_with_sum_below(bits, weights, limit)
+        smallest = jnp.minimum(smallest, bits.max(-1, keepdims=True))
+    kept = jnp.min(jnp.where(bits >= smallest, logits, jnp.inf), -1, keepdims=True)
+    dropped = jnp.max(jnp.where(bits < smallest, logits, -jnp.inf), -1, keepdims=True)
+    return (kept + dropped) / 2
+
+
+def _largest_with_sum_below(
+    bits: UInt32[Array, "*B V"], weights: Array, limit: ArrayLike
+) -> UInt32[Array, "*B 1"]:
+    """Find the largest x for which the sum of the weights of all entries below x is at most `limit`."""
+    x = jnp.zeros((*bits.shape[:-1], 1), jnp.uint32)
+    for shift in reversed(range(0, 32, BITS_PER_PASS)):
+        steps = np.arange(1, min(2**BITS_PER_PASS, 2 ** (32 - shift)), dtype=np.uint32)
+        is_below = bits[..., :, None] < x[..., None] + (steps << shift)
+        sums = jnp.sum(jnp.where(is_below, weights[..., None], 0), axis=-2)
+        holds = jnp.sum(sums <= limit, axis=-1, keepdims=True)  # the sums do not fall with the candidates
+        x = x + (holds.astype(jnp.uint32) << shift)
+    return x
+
+
+def _ordered_bits(x: Float[Array, "*B V"]) -> UInt32[Array, "*B V"]:
+    """Map float32 to uint32 such that the order of numbers is kept."""
+    x = jnp.where(x == 0, 0.0, x.astype(jnp.float32))  # -0.0 is 0.0
+    bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
+    sign = jnp.uint32(1 << 31)
+    return jnp.where(bits >= sign, ~bits, bits | sign)
