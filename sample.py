@@ -96,8 +96,8 @@ def job(model: var_jax.LoadedVAR, labels: np.ndarray, options: SamplingOptions) 
     """
     return {
         "labels": f"{len(labels)} labels {zlib.crc32(labels.tobytes()):08x}",
-        "tokenizer": _network_id(model.tokenizer),
-        "transformer": _network_id(model),
+        "tokenizer": _network_id(model.tokenizer, model.tokenizer.params),
+        "transformer": _network_id(model, model.checkpoint_params),
         "seed": FLAGS.seed,
         **dataclasses.asdict(options),
     }
@@ -111,10 +111,10 @@ def config_checksum(config: TokenizerConfig | TransformerConfig) -> int:
     return zlib.crc32(text.encode())
 
 
-def _network_id(network: var_jax.LoadedTokenizer | var_jax.LoadedVAR) -> str:
+def _network_id(network: var_jax.LoadedTokenizer | var_jax.LoadedVAR, params: dict) -> str:
     """Return checksums of weights and architecture, and the compute dtype, of a network."""
     config = config_checksum(network.module.config)
-    return f"weights {fingerprint(network.params)}, config {config:08x}, {np.dtype(network.module.dtype)}"
+    return f"weights {fingerprint(params)}, config {config:08x}, {np.dtype(network.module.dtype)}"
 
 
 def images_to_show(count: int) -> tuple[np.ndarray, np.ndarray, int]:

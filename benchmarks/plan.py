@@ -132,7 +132,9 @@ def suggest_mesh(task: NextScaleTask, step: Step, mesh: Mesh) -> str:
 
     def remat_on(sizes: dict[str, int]) -> str:
         resized = make_mesh(**sizes, devices=mesh.devices.flatten())
-        return remat_that_fits(stage, task.config, resized, task.model.attention, task.model.dtype)
+        return remat_that_fits(
+            stage, task.config, resized, task.model.attention, task.model.dtype, task.model.scan_layers
+        )
 
     sizes, remat = best_mesh(
         task.config, step, data_sheet, USABLE_MEMORY_FRACTION * data_sheet.memory / 2, remat_on

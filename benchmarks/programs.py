@@ -75,6 +75,7 @@ def sampling_program(task: TransformerTask, mesh: Mesh, batch: int, per_scale: P
     """Build the program of `sample.py`: images sharded over all devices, parameters replicated."""
     params = jax.eval_shape(lambda: nn.meta.unbox(task.init(jax.random.key(0))[0]))
     params = jax.eval_shape(partial(in_compute_dtype, dtype=task.model.dtype), params)
+    params = jax.eval_shape(task.model.own_layout, params)
     tokenizer = nn.meta.unbox(abstract_tokenizer_params(task.tokenizer))
     tokenizer = jax.eval_shape(partial(tokenizer_in_compute_dtype, tokenizer=task.tokenizer), tokenizer)
     sharding = NamedSharding(mesh, P(mesh.axis_names))

@@ -3,6 +3,7 @@
     python -m benchmarks.throughput sample --depth 16 --batch 8
     python -m benchmarks.throughput train --depth 16 --batch 8 --against ../shared/peer/torch_var.py
     python -m benchmarks.throughput train --depth 16 --batch 8 --with_encoder
+    python -m benchmarks.throughput sample --depth 30 --latency
     python -m benchmarks.throughput tokenizer --batch 8
     python -m benchmarks.throughput input --batch=64
 
@@ -10,8 +11,9 @@ Prints one JSON line.  Weights are random, since speed does not depend on them. 
 PyTorch yardstick of the same shape (it needs the extra `torch`), and adds its line and the ratio.  The
 yardstick has neither encoder nor decoder, so the ratio compares sampling without the decoder, and training
 from tokens.  `--with_encoder` adds a training step from images and its relative time, which a token cache
-saves on the device.  `tokenizer` is a training step of the tokenizer, with LPIPS and discriminator.  `input`
-measures the host's data loading; see input_rate.py.
+saves on the device.  `--latency` draws one image, and adds the bound of reading the weights: their bytes,
+read once for each map, by the memory bandwidth of the data sheet.  `tokenizer` is a training step of the
+tokenizer, with LPIPS and discriminator.  `input` measures the host's data loading; see input_rate.py.
 `--tiny` runs networks of a few channels on 8x8 images, to try the command.
 """
 
@@ -43,7 +45,7 @@ from var_jax.tokenizer import model as tokenizer_model
 from var_jax.tokenizer.config import TokenizerConfig
 from var_jax.tokenizer.lpips import CHANNELS, LAYERS
 from var_jax.tokenizer.model import Tokenizer
-from var_jax.training.hardware import peak_flops
+from var_jax.training.hardware import chip, peak_flops
 from var_jax.training.state import TrainState, count_parameters, create_state
 from var_jax.training.task import compute_dtype, program_flops
 from var_jax.training.tokenizer_task import TokenizerTask
@@ -68,7 +70,13 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--guidance_until", type=int, help="sample: no guidance from this scale on")
     parser.add_argument("--attention", default="auto", help="train: one of transformer/attention.py")
     parser.add_argument("--remat", default="auto", help="train: policy of transformer/remat.py")
+    parser.add_argument(
+        "--scan_layers",
+        default="auto",
+        help="true or false; auto: train scans unless on a GPU, sample on a TPU",
+    )
     parser.add_argument("--with_encoder", action="store_true", help="train: also time a step from images")
+    parser.add_argument("--latency", action="store_true", help="sample: one image, and its lower bound")
     parser.add_argument("--against", help="path of the PyTorch yardstick")
     parser.add_argument("--compile", action="store_true", help="run the yardstick under torch.compile")
     parser.add_argument("--tiny", action="store_true", help="tiny networks on 8x8 images, to try the command")
@@ -167,7 +175,10 @@ def make_networks(args: argparse.Namespace) -> tuple[Tokenizer, NextScaleTask]:
     stage = ConfigDict(var.get_config("d16" if args.size == 256 else "d36"))
     stage.model.update(depth=args.depth, width=64 * args.depth, num_heads=args.depth)
     stage.train.update(batch=args.batch, dtype=dtype.name)
-    stage.transformer.update(attention=args.attention, remat=args.remat)
+    scan_layers = args.scan_layers
+    if scan_layers == "auto" and args.what == "sample":  # as `load_var` has it
+        scan_layers = "true" if jax.default_backend() == "tpu" else "false"
+    stage.transformer.update(attention=args.attention, remat=args.remat, scan_layers=scan_layers)
     return tokenizer, NextScaleTask(stage, 1000, tokenizer, {}, NUM_CLASSES)
 
 
@@ -186,6 +197,7 @@ def init_tokenizer_params(tokenizer: Tokenizer) -> dict:
 def measure_sampling(args: argparse.Namespace, tokenizer: Tokenizer, task: NextScaleTask) -> dict:
     """Measure sampling with and without the decoder."""
     params = in_compute_dtype(init_params(lambda key: task.init(key)[0]), task.model.dtype)
+    params = jax.jit(task.model.own_layout)(params)
     options = SamplingOptions(guidance_until=args.guidance_until)
     per_scale = options.per_scale(task.config.schedule, task.config.num_codes)
     labels = jnp.arange(args.batch, dtype=jnp.int32) % NUM_CLASSES
@@ -196,7 +208,24 @@ def measure_sampling(args: argparse.Namespace, tokenizer: Tokenizer, task: NextS
     seconds = tokens_alone["seconds"]
     result["without_decoder"] = {"seconds": seconds, "images_per_s": round(args.batch / seconds, 3)}
     flops = generation_flops(task.config, per_scale.num_guided_scales) * args.batch
+    if args.latency:
+        result["latency"] = weight_reading_bound(params, len(task.config.steps), seconds)
     return result | {"tflops": flops / seconds / 1e12, "parameters": count_parameters(params)}
+
+
+def weight_reading_bound(params: dict, steps: int, seconds: float) -> dict:
+    """Compare the time of one image without the decoder with that of reading the blocks and the head.
+
+    Returns:
+      `ms`, `read_gb`; and, if the bandwidth of the device is known, `bound_ms` and `share_of_bound`.
+    """
+    read = [value for name, value in params.items() if name in ("blocks", "head")]
+    gigabytes = steps * sum(leaf.nbytes for leaf in jax.tree.leaves(read)) / 1e9
+    result = {"ms": round(1e3 * seconds, 2), "read_gb": round(gigabytes, 3)}
+    if sheet := chip(jax.devices()[0]):
+        bound = gigabytes * 1e9 / sheet.bandwidth
+        result |= {"bound_ms": round(1e3 * bound, 2), "share_of_bound": round(bound / seconds, 3)}
+    return result
 
 
 def initial_state(task: NextScaleTask) -> TrainState:
@@ -300,6 +329,10 @@ def main():
     args = parse_arguments()
     if args.against and args.what not in ("sample", "train"):
         sys.exit("--against: goes with sample and train")
+    if args.latency:
+        if args.what != "sample":
+            sys.exit(f"--latency: goes with sample, not with {args.what}")
+        args.batch = 1
     if args.with_encoder and args.what != "train":
         sys.exit(f"--with_encoder: goes with train, not with {args.what}")
     yardstick = measure_yardstick(args) if args.against else None

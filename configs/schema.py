@@ -142,6 +142,7 @@ def transformer_stage() -> ConfigDict:
             transformer=dict(  # how it is computed
                 attention="auto",  # einsum, grouped, cudnn or splash: var_jax/transformer/attention.py
                 remat="auto",  # none, mlp, flat_qkv or full: var_jax/transformer/remat.py
+                scan_layers="auto",  # true or false; auto: unrolled on a GPU
                 # Encoder precision in a step from images (docs/precision.md): high is TF32 on a GPU and three
                 # bfloat16 passes on a TPU; highest is float32; default is one pass on a TPU.
                 encoder_precision="high",

@@ -227,7 +227,7 @@ def test_eight_devices_share_a_batch(loaded):
 
 def test_parameters_are_stored_in_the_dtype_of_their_use(loaded):
     params = in_compute_dtype(loaded[1].params, jnp.bfloat16)
-    layers = params["blocks"]["layers"]["attention"]
+    layers = params["blocks"]["layers_0"]["attention"]
     assert layers["qkv"]["kernel"].dtype == layers["q_bias"].dtype == jnp.bfloat16
     assert params["position_embedding"].dtype == layers["log_temperature"].dtype == jnp.float32
     tokenizer = in_compute_dtype(loaded[0].params, jnp.bfloat16)

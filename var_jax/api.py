@@ -28,6 +28,7 @@ from var_jax.sampling.sampler import (
     teacher_forced_logits,
 )
 from var_jax.tokenizer import model as tokenizer_model
+from var_jax.transformer.layer_params import stack_layers
 from var_jax.transformer.model import ARTransformer
 
 # Sampling options of the published editing demonstration, without its `more_smooth` (smooth=True here): mixed
@@ -164,7 +165,7 @@ class LoadedVAR:
       class_names: names of the classes, index = label; () for a published file and for older runs.
       tokenizer: tokenizer whose tokens are predicted.
       module: Flax module.
-      params: parameters in the compute dtype.
+      params: parameters in the compute dtype and the layout of `module` (see `transformer/layer_params.py`).
     """
 
     def __init__(
@@ -182,6 +183,11 @@ class LoadedVAR:
         self.scales, self.image_size = model.config.scales, tokenizer.image_size
         self.class_names = class_names
         self._sharding = None
+
+    @property
+    def checkpoint_params(self) -> dict:
+        """Return the parameters in the layout of checkpoints; copied to the host if the layers are apart."""
+        return self.params if self.module.scan_layers else stack_layers(self.params)
 
     @property
     def networks(self) -> Networks:

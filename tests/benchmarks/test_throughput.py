@@ -8,6 +8,7 @@ import pytest
 from benchmarks import input_rate, throughput
 from var_jax.tokenizer.config import TokenizerConfig
 from var_jax.tokenizer.model import Tokenizer
+from var_jax.training.hardware import Chip
 
 YARDSTICK = """
 import json, os, sys
@@ -74,6 +75,23 @@ def test_the_ratio_leaves_out_the_decoder_which_the_yardstick_lacks(monkeypatch,
     assert result["against"]["arguments"][:3] == ["sample", "--depth=1", "--batch=2"]
     assert "--dtype=float32" in result["against"]["arguments"] and result["against"]["tf32"] == "0"
     assert result["ratio"] == pytest.approx(result["without_decoder"]["images_per_s"] / 2, rel=1e-2)
+
+
+def test_latency_is_of_one_image_beside_the_bound_of_reading_its_weights(monkeypatch, capsys):
+    monkeypatch.setattr(throughput, "chip", lambda device: Chip(1e12, 1e9, 1e9, 1e9))
+    result = line(monkeypatch, capsys, "sample", "--latency")
+    latency = result["latency"]
+    assert result["batch"] == 1 and latency["ms"] == pytest.approx(
+        1e3 * result["without_decoder"]["seconds"], abs=0.01
+    )
+    # One block of width 64 (12 D^2 weights and 13 D biases and temperatures) and the head of 16 codes, read
+    # for each of three maps.
+    num_weights = 12 * 64**2 + 2 * 64 + 64 + 4 * 64 + 64 + 1 + 64 * 16 + 16
+    assert latency["read_gb"] == pytest.approx(3 * 4 * num_weights / 1e9, abs=6e-4)
+    assert latency["bound_ms"] == pytest.approx(3 * 4 * num_weights / 1e6, abs=0.01)
+    assert latency["share_of_bound"] == pytest.approx(latency["bound_ms"] / latency["ms"], rel=0.1)
+    with pytest.raises(SystemExit, match="--latency: goes with sample, not with train"):
+        line(monkeypatch, capsys, "train", "--latency")
 
 
 def test_a_yardstick_that_fails_is_shown(monkeypatch, capsys, tmp_path):

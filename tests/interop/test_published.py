@@ -38,7 +38,7 @@ def test_transformer_round_trip_is_the_identity(name, goldens, golden_tokenizer)
     model = var_jax.load_var(goldens / f"{name}.pth", tokenizer=golden_tokenizer)
     config = model.module.config
     assert (config.depth, config.num_heads, config.num_classes) == (3, 3, 10)
-    tensors = to_published(model.params, next_scale_table(config), next_scale_constants(config))
+    tensors = to_published(model.checkpoint_params, next_scale_table(config), next_scale_constants(config))
     assert_identical(tensors, read_tensors(goldens / f"{name}.pth", "next_scale"))
 
 

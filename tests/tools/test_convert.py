@@ -118,7 +118,7 @@ def test_a_transformer_is_read_from_what_pytorch_wrote(tiny_tokenizer):
         module, params, *_ = load_transformer(path, config)
         assert (module.config.depth, module.config.width, module.config.num_classes) == (1, 4, 5)
         np.testing.assert_array_equal(
-            params["blocks"]["layers"]["attention"]["qkv"]["kernel"][0].T,
+            params["blocks"]["layers_0"]["attention"]["qkv"]["kernel"].T,
             read_tensors(path, "next_scale")["blocks.0.attn.mat_qkv.weight"],
         )
         with pytest.raises(ValueError, match=f"{name}.pth: no published tokenizer: it has no tensor encoder"):

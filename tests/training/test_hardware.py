@@ -43,7 +43,7 @@ def choose(monkeypatch, known, **transformer) -> str:
     stage = var.get_config("d16")
     stage.train.batch = 48 * 8
     stage.transformer.update(transformer)
-    return hardware.remat_that_fits(stage, NextScaleConfig(depth=16), make_mesh(), "splash", "bfloat16")
+    return hardware.remat_that_fits(stage, NextScaleConfig(depth=16), make_mesh(), "splash", "bfloat16", True)
 
 
 def test_the_smallest_of_the_devices_decides(monkeypatch):

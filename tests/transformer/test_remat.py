@@ -24,11 +24,11 @@ def residual_bytes(policy: str) -> int:
     modulations = jnp.zeros((CONFIG.depth, 1, 6, CONFIG.width))
     params = jax.eval_shape(lambda: blocks.init(jax.random.key(0), x, modulations))
 
-    def saved(params, x):
-        run = lambda params, x: blocks.apply(params, x, modulations, train=True)[0]
-        return jax.tree.leaves(jax.vjp(run, params, x)[1])
+    def saved(*inputs):
+        run = lambda *inputs: blocks.apply(*inputs, train=True)[0]
+        return jax.tree.leaves(jax.vjp(run, *inputs)[1])
 
-    leaves = jax.eval_shape(saved, params, x)
+    leaves = jax.eval_shape(saved, params, x, modulations)
     by_position = [
         leaf for leaf in leaves if CONFIG.schedule.length in leaf.shape and leaf.ndim > 2
     ]  # no mask
@@ -42,28 +42,28 @@ def test_policies_keep_what_the_table_says(policy):
 
 
 def test_without_a_policy_nearly_everything_is_kept():
-    assert 0.8 < residual_bytes("none") / saved_activation_bytes(CONFIG, "none", 2, True) < 1.2
+    assert 0.6 < residual_bytes("none") / saved_activation_bytes(CONFIG, "none", 2, True) < 1
 
 
 def test_auto_takes_the_fastest_that_fits():
     sizes = {policy: saved_activation_bytes(CONFIG, policy, 2, False) for policy in SAVED_NAMES}
     assert list(sizes.values()) == sorted(sizes.values(), reverse=True)
     for policy, size in sizes.items():
-        assert choose_remat(CONFIG, "auto", 3, 3 * size, 2, False, "tpu") == policy
-    assert choose_remat(CONFIG, "auto", 3, 0, 2, False, "tpu") == "full"
-    assert choose_remat(CONFIG, "mlp", 3, 0, 2, False, "tpu") == "mlp"
+        assert choose_remat(CONFIG, "auto", 3, 3 * size, 2, False, "tpu", True) == policy
+    assert choose_remat(CONFIG, "auto", 3, 0, 2, False, "tpu", True) == "full"
+    assert choose_remat(CONFIG, "mlp", 3, 0, 2, False, "tpu", True) == "mlp"
     with pytest.raises(ValueError, match="one of auto, none, mlp, flat_qkv, full; got 'some'"):
-        choose_remat(CONFIG, "some", 3, 0, 2, False, "tpu")
+        choose_remat(CONFIG, "some", 3, 0, 2, False, "tpu", True)
 
 
 def test_auto_on_a_gpu_keeps_what_was_measured_to_be_fastest():
     """On an H200 `none` was slower than every policy that keeps less."""
     size = lambda policy: 3 * saved_activation_bytes(CONFIG, policy, 2, False)
-    resolve = lambda room: choose_remat(CONFIG, "auto", 3, room, 2, False, "gpu")
+    resolve = lambda room: choose_remat(CONFIG, "auto", 3, room, 2, False, "gpu", True)
     assert resolve(2 * size("none")) == "mlp"
     assert resolve(size("mlp") - 1) == "flat_qkv"
     assert resolve(size("flat_qkv") - 1) == "full"
-    assert choose_remat(CONFIG, "none", 3, 0, 2, False, "gpu") == "none"
+    assert choose_remat(CONFIG, "none", 3, 0, 2, False, "gpu", True) == "none"
 
 
 @pytest.mark.parametrize("policy", ["none", "mlp", "flat_qkv", "full"])
@@ -98,6 +98,6 @@ def test_auto_goes_by_the_chips_memory(monkeypatch, gib, sizes, train, policy):
     stage.train.batch = 48 * 8
     stage.train.update(train)
     cfg = NextScaleConfig(depth=16)
-    assert hardware.remat_that_fits(stage, cfg, make_mesh(**sizes), "splash", HALF) == policy
+    assert hardware.remat_that_fits(stage, cfg, make_mesh(**sizes), "splash", HALF, True) == policy
     stage.transformer.remat = "mlp"
-    assert hardware.remat_that_fits(stage, cfg, make_mesh(**sizes), "splash", HALF) == "mlp"
+    assert hardware.remat_that_fits(stage, cfg, make_mesh(**sizes), "splash", HALF, True) == "mlp"

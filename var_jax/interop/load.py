@@ -79,8 +79,8 @@ def load_transformer(
       dtype: of the matrix products: float32 or bfloat16; auto is bfloat16 on accelerators, float32 on CPU.
 
     Returns:
-      The network, its parameters, the options of its run or the published ones, and the names of the classes
-      of its data set; () for a published file and for older runs.
+      The network, its parameters in its own layout, the options of its run or the published ones, and the
+      names of the classes of its data set; () for a published file and for older runs.
 
     Raises:
       FileNotFoundError: if there is no transformer.
@@ -88,17 +88,19 @@ def load_transformer(
     """
     path = as_path(path)
     compute = compute_dtype(dtype)
+    scan_layers = jax.default_backend() == "tpu"  # elsewhere a step reads the weights of each layer in place
     if not _is_weights(path):
         kind = _transformer_of(path)
         params, record = load_params(path / kind / CHECKPOINT_DIR, step)
         config = CONFIGS[kind](**record["model"])
         _check_fit(path, config, tokenizer)
-        model = TRANSFORMER_CLASSES[kind](config, compute)
+        model = TRANSFORMER_CLASSES[kind](config, compute, scan_layers=scan_layers)
         options = SamplingOptions(**record["stage"]["sampling"])
-        return model, params, options, tuple(record.get("class_names", ()))
+        return model, model.own_layout(params), options, tuple(record.get("class_names", ()))
     config, params = _from_file(path, "next_scale", read_tensors(path, "next_scale"), tokenizer.scales)
     _check_fit(path, config, tokenizer)
-    return NextScale(config, compute), params, SamplingOptions(), ()
+    model = NextScale(config, compute, scan_layers=scan_layers)
+    return model, model.own_layout(params), SamplingOptions(), ()
 
 
 def _transformer_of(run: Path) -> str:

@@ -18,7 +18,7 @@ from var_jax.tokenizer.model import Tokenizer
 from var_jax.transformer.config import TransformerConfig
 from var_jax.transformer.flops import matrix_parameters
 from var_jax.transformer.model import LOGITS_CHUNK, ARTransformer
-from var_jax.transformer.remat import WITH_SCORES, choose_remat, saved_activation_bytes
+from var_jax.transformer.remat import WITH_SCORES, choose_remat, recomputed_block_bytes
 
 USABLE_MEMORY_FRACTION = 0.9  # of a device; the compiler and the allocator need the rest
 MAX_PREVIEW_IMAGES = 8  # that a device generates at once
@@ -147,7 +147,9 @@ def preview_images(
     return max(1, min(fits, MAX_PREVIEW_IMAGES))
 
 
-def remat_that_fits(stage: ConfigDict, cfg: TransformerConfig, mesh: Mesh, attention: str, dtype) -> str:
+def remat_that_fits(
+    stage: ConfigDict, cfg: TransformerConfig, mesh: Mesh, attention: str, dtype, scan_layers: bool
+) -> str:
     """Resolve `config.transformer.remat`; `auto` is the fastest policy whose activations fit into memory.
 
     The estimate is an upper bound; `benchmarks.plan` asks the compiler.
@@ -158,6 +160,7 @@ def remat_that_fits(stage: ConfigDict, cfg: TransformerConfig, mesh: Mesh, atten
       mesh: mesh of the run.
       attention: attention implementation.
       dtype: of the activations.
+      scan_layers: whether the layers are scanned.
 
     Raises:
       ConfigError: if the policy does not exist, or is `auto` and the memory is unknown.
@@ -173,9 +176,9 @@ def remat_that_fits(stage: ConfigDict, cfg: TransformerConfig, mesh: Mesh, atten
     tensor = mesh.shape.get(TENSOR, 1)
     images = stage.train.batch / stage.train.grad_accum_steps / (mesh.size / tensor)
     logits = 3 * 4 * min(LOGITS_CHUNK, cfg.schedule.length) * cfg.num_codes / tensor
-    # The activations of one block, which the backward pass recomputes.
-    block = saved_activation_bytes(cfg, "none", itemsize, scores) / cfg.depth / tensor
+    block = recomputed_block_bytes(cfg, itemsize, scores) / tensor
     room = USABLE_MEMORY_FRACTION * memory - state_bytes(stage, cfg, mesh) - images * (logits + block)
     platform = mesh.devices.flat[0].platform
     with config_errors():
-        return choose_remat(cfg, stage.transformer.remat, images / tensor, room, itemsize, scores, platform)
+        policy = stage.transformer.remat
+        return choose_remat(cfg, policy, images / tensor, room, itemsize, scores, platform, scan_layers)

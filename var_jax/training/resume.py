@@ -36,6 +36,7 @@ IGNORED_FIELDS = (
     "stage.train.dtype",  # the dtype that it resolves to is compared
     "stage.transformer.attention",
     "stage.transformer.remat",
+    "stage.transformer.scan_layers",
     "stage.data.dir",
     "stage.data.tokens",
     "stage.data.threads",

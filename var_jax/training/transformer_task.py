@@ -32,7 +32,7 @@ from var_jax.training.task import StepOutput, Task, compute_dtype, model_config
 from var_jax.transformer.attention import choose_attention
 from var_jax.transformer.config import NextScaleConfig, NextTokenConfig, TransformerConfig
 from var_jax.transformer.flops import training_flops
-from var_jax.transformer.model import ARTransformer
+from var_jax.transformer.model import ARTransformer, choose_scan
 from var_jax.transformer.next_scale import NextScale
 from var_jax.transformer.next_token import NextToken
 
@@ -118,8 +118,9 @@ class TransformerTask(Task):
                 self.config.masks,
                 has_bias,
             )
-        remat = remat_that_fits(stage, self.config, mesh, attention, dtype)
-        self.model = self.network(self.config, dtype, attention, remat)
+            scan_layers = choose_scan(stage.transformer.get("scan_layers", "auto"), platform)
+        remat = remat_that_fits(stage, self.config, mesh, attention, dtype, scan_layers)
+        self.model = self.network(self.config, dtype, attention, remat, scan_layers)
         self.optimizer = make_optimizer(stage.train, steps)
         self.image_size = tokenizer.config.image_size
         self.frozen = {"tokenizer": tokenizer_params}
@@ -131,7 +132,8 @@ class TransformerTask(Task):
 
     def init(self, key, loaded=()):
         inputs = jnp.zeros((1, self.config.length - self.config.num_start_tokens, self.config.code_dim))
-        return self.model.init(key, jnp.zeros(1, jnp.int32), inputs)["params"], {}
+        model = self.model.clone(scan_layers=True)  # the state has the layout of checkpoints
+        return model.init(key, jnp.zeros(1, jnp.int32), inputs)["params"], {}
 
     def _tokens(self, tokenizer, frozen, batch):
         """Return target tokens [B, L], cached or encoded from images, and the teacher-forcing inputs."""
@@ -163,8 +165,9 @@ class TransformerTask(Task):
         """
 
         def loss_fn(params, part, key):
+            variables = {"params": self.model.own_layout(params)}
             losses, is_correct = self.model.apply(
-                {"params": params}, **part, train=True, rngs={"dropout": key}, method="losses"
+                variables, **part, train=True, rngs={"dropout": key}, method="losses"
             )
             metrics = {}
             last_start = self.config.schedule.starts[-1]
@@ -191,9 +194,8 @@ class TransformerTask(Task):
 
     def eval_step(self, params, frozen, batch):
         tokens, inputs = self._tokens(self.tokenizer, frozen, batch)
-        losses, is_correct = self.model.apply(
-            {"params": params}, batch["label"], inputs, tokens, method="losses"
-        )
+        variables = {"params": self.model.own_layout(params)}
+        losses, is_correct = self.model.apply(variables, batch["label"], inputs, tokens, method="losses")
         sum_images = lambda x: jnp.sum(x * batch["valid"][:, None], axis=0)
         return {
             "images": batch["valid"].sum(),
@@ -229,6 +231,7 @@ class TransformerTask(Task):
 
         def samples(params, frozen, labels, key_data):
             keys = jax.random.wrap_key_data(key_data)
+            params = self.model.own_layout(params)
             networks = Networks(self.tokenizer, self.model, frozen["tokenizer"], params)
             images, tokens = generate(networks, labels, keys, per_scale)
             return denormalize_to_uint8(images), tokens
@@ -259,7 +262,12 @@ class TransformerTask(Task):
         return previews
 
     def choices(self):
-        return {"dtype": self.model.dtype.name, "attention": self.model.attention, "remat": self.model.remat}
+        return {
+            "dtype": self.model.dtype.name,
+            "attention": self.model.attention,
+            "remat": self.model.remat,
+            "layers": "scanned" if self.model.scan_layers else "unrolled",
+        }
 
     def flops_per_image(self):
         return training_flops(self.config)

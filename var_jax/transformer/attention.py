@@ -30,6 +30,7 @@ from jaxtyping import Array, Bool, Float, Float32, Int
 
 from var_jax.dtypes import product_precision
 from var_jax.sharding import shard_map_batch
+from var_jax.transformer.elementwise import normalize_heads
 
 LANES = 128  # lengths are padded to a multiple of this
 BLOCKS = (512, 384, 256, 128)  # block sizes, of which the largest that divides a padded length is used
@@ -91,6 +92,7 @@ def _splash_kernel(mask: np.ndarray, heads: int, interpret: bool):
 
 IMPLEMENTATIONS = ("einsum", "grouped", "cudnn", "splash")
 CUDNN_HEAD_MULTIPLE, CUDNN_HEAD_MAX = 8, 128  # limits on the head size; cuDNN accepts 256 from Hopper on
+MIN_CUDNN_QUERIES = 4  # in generation; the first map has one token, which sees itself alone
 MIN_KERNEL_ROWS = 64  # smallest number of queries for which a kernel, or a separate group, pays off
 MAX_LOG_TEMPERATURE = math.log(100)
 
@@ -179,6 +181,7 @@ def attend(
     mask: Bool[np.ndarray | Array, "Lq Lk"] | None,
     name: str = "auto",
     bias: Float32[Array, "N Lq Lk"] | None = None,
+    num_keys: int | None = None,
 ) -> Float[Array, "B Lq N H"]:
     """Compute multi-head attention with the softmax in float32.
 
@@ -189,7 +192,8 @@ def attend(
       scale: factor on the dot products.
       mask: True where a query sees a key; None for no mask.  A traced mask is always computed by `einsum`.
       name: of the implementation; `auto` chooses one for the current platform.
-      bias: added to the scores; supported by `einsum` and `grouped`.
+      bias: added to the scores, [N, Lq, num_keys]; supported by `einsum` and `grouped`.
+      num_keys: in generation, the number of keys that exist, the first ones; None for all.
 
     Raises:
       ValueError: if the implementation does not support this mask or this platform.
@@ -199,6 +203,10 @@ def attend(
         static_masks = () if mask is None or traced else (mask,)
         platform = jax.default_backend()
         name = choose_attention(name, platform, q.dtype, q.shape[-1], static_masks, bias is not None)
+    if name == "cudnn" and num_keys is not None and q.shape[1] >= MIN_CUDNN_QUERIES:
+        return cudnn(q, k, v, scale, None, num_keys)
+    if num_keys is not None:
+        k, v = k[:, :num_keys], v[:, :num_keys]
     if name == "einsum" or traced or (mask is None and q.shape[1] < MIN_KERNEL_ROWS):
         return einsum(q, k, v, scale, mask, bias)
     if name == "splash":
@@ -236,14 +244,21 @@ def cudnn(
     v: Float[Array, "B Lk N H"],
     scale: float,
     mask: None,
+    num_keys: int | None = None,
 ) -> Float[Array, "B Lq N H"]:
     """Compute attention with cuDNN's kernel, without a mask, with which it is slow; see `attend`.
 
-    JAX refuses to differentiate the kernel at odd lengths, so these are padded by one.
+    JAX refuses to differentiate the kernel at odd lengths, so in training these are padded by one.  In
+    generation the kernel reads the first `num_keys` keys of a cache in place.
     """
     assert mask is None
 
     def local(q, k, v):
+        if num_keys is not None:
+            lengths = jnp.full(k.shape[0], num_keys, jnp.int32)
+            return jax.nn.dot_product_attention(
+                q, k, v, scale=scale, key_value_seq_lengths=lengths, implementation="cudnn"
+            )
         even = lambda x: jnp.pad(x, ((0, 0), (0, x.shape[1] % 2), (0, 0), (0, 0)))
         key_lengths = jnp.full(k.shape[0], k.shape[1], jnp.int32) if k.shape[1] % 2 else None
         out = jax.nn.dot_product_attention(
@@ -333,6 +348,5 @@ def normalize_qk(
     q: Float[Array, "B n N H"], k: Float[Array, "B n N H"], log_temperature: Float[Array, " N"]
 ) -> tuple[Float32[Array, "B n N H"], Float32[Array, "B n N H"]]:
     """Normalize queries and keys to length 1, and multiply queries by exp(min(log_temperature, ln 100))."""
-    unit = lambda x: x * jax.lax.rsqrt(jnp.maximum(jnp.sum(x**2, -1, keepdims=True), 1e-24))
     temperature = jnp.exp(jnp.minimum(log_temperature, MAX_LOG_TEMPERATURE))
-    return unit(q.astype(jnp.float32)) * temperature[:, None], unit(k.astype(jnp.float32))
+    return normalize_heads(q, temperature), normalize_heads(k, jnp.ones_like(temperature))

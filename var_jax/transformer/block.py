@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from functools import partial
 
 import flax.linen as nn
 import flax.struct
@@ -9,13 +10,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
-from jax.typing import DTypeLike
-from jaxtyping import Array, Bool, Float, Float32, Int
+from jax.typing import ArrayLike, DTypeLike
+from jaxtyping import Array, Bool, Float, Float32, Int, Key
 
 from var_jax.dtypes import product_precision
 from var_jax.sharding import constrain, tensor_shards
 from var_jax.transformer.attention import attend, normalize_qk
 from var_jax.transformer.config import TransformerConfig
+from var_jax.transformer.elementwise import add_gated, gelu, modulate
 from var_jax.transformer.positions import rotate
 
 Angles = Float32[Array | np.ndarray, "n angles"]  # rotary angles of n positions, half as many as channels H
@@ -23,7 +25,7 @@ Angles = Float32[Array | np.ndarray, "n angles"]  # rotary angles of n positions
 
 @flax.struct.dataclass
 class KVCache:
-    """Keys and values of all positions, and of all layers.
+    """Keys and values of all positions: of all layers if they are scanned, else of one.
 
     Attributes:
       k: keys.
@@ -41,29 +43,32 @@ class KVCache:
         shape = (layers, batch, length, heads, head_dim)
         return cls(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
 
-    def conditional(self) -> "KVCache":
-        """Return the cache of the conditional sequences, the even ones of the guided batch."""
-        return KVCache(self.k[:, ::2], self.v[:, ::2])
-
     def extend(
         self,
-        layer: Int[Array, ""],
+        layer: int | Int[Array, ""],
         start: int | Int[Array, ""],
         k: Float[Array, "B n N H"],
         v: Float[Array, "B n N H"],
     ) -> tuple["KVCache", Float[Array, "B keys N H"], Float[Array, "B keys N H"]]:
         """Write keys and values of one layer at the positions start .. start + n.
 
+        Args:
+          layer: number of the layer in this cache.
+          start: first position.
+          k: keys.
+          v: values.
+
         Returns:
-          The new cache, and the keys and values of this layer: of the first start + n positions, or of all
-          positions if `start` is traced.
+          The new cache, and the keys and values of this layer: of all positions; of several layers and with a
+          static `start`, of the first start + n only, so that no more is copied out of the stack.
         """
         index = (layer, 0, start, 0, 0)
         cache = KVCache(
             jax.lax.dynamic_update_slice(self.k, k[None].astype(self.k.dtype), index),
             jax.lax.dynamic_update_slice(self.v, v[None].astype(self.v.dtype), index),
         )
-        stop = start + k.shape[1] if isinstance(start, int) else self.k.shape[2]
+        several = len(self.k) > 1
+        stop = start + k.shape[1] if several and isinstance(start, int) else self.k.shape[2]
         size = (1, k.shape[0], stop, *k.shape[2:])
         prefix = lambda x: jax.lax.dynamic_slice(x, (layer, 0, 0, 0, 0), size)[0]
         return cache, prefix(cache.k), prefix(cache.v)
@@ -78,20 +83,6 @@ def adaln_init(width: int, gamma_init: float) -> Callable:
     """Return the initializer of an adaLN kernel [D, 6 D]: gates gamma small, scales and shifts halved."""
     factors = np.repeat([gamma_init, gamma_init, 0.5, 0.5, 0.5, 0.5], width)
     return lambda key, shape, dtype=jnp.float32: normal_init(width)(key, shape, dtype) * factors.astype(dtype)
-
-
-def layer_norm(x: Float[Array, "*dims D"]) -> Float32[Array, "*dims D"]:
-    """Apply layer normalization without parameters, in float32."""
-    x = x.astype(jnp.float32)
-    x = x - x.mean(-1, keepdims=True)
-    return x * jax.lax.rsqrt((x**2).mean(-1, keepdims=True) + 1e-6)
-
-
-def modulate(
-    x: Float[Array, "B n D"], scale: Float[Array, "B D"], shift: Float[Array, "B D"]
-) -> Float32[Array, "B n D"]:
-    """Apply adaptive layer normalization (adaLN): LN(x) (1 + scale) + shift."""
-    return layer_norm(x) * (1 + scale[:, None]) + shift[:, None]
 
 
 def dense(
@@ -173,7 +164,7 @@ class SelfAttention(nn.Module):
     def __call__(
         self,
         x: Float[Array, "B n D"],
-        layer: Int[Array, ""],
+        layer: int | Int[Array, ""],
         cache: KVCache | None,
         context: AttentionContext,
     ) -> tuple[Float[Array, "B n D"], KVCache | None]:
@@ -199,15 +190,16 @@ class SelfAttention(nn.Module):
         if context.rope_angles is not None:
             q, k = rotate(q, context.rope_angles[0]), rotate(k, context.rope_angles[1])
         q, k = q.astype(self.dtype), k.astype(self.dtype)
-        mask = cfg.masks[0]  # as an argument it would be traced by rematerialization
+        mask, num_keys = cfg.masks[0], None  # as an argument the mask would be traced by rematerialization
         if cache is not None:
             start = self.start if context.cache_index is None else context.cache_index
-            cache, k, v = cache.extend(layer, start, k, v)
+            cache, k, v = cache.extend(layer if len(cache.k) > 1 else 0, start, k, v)
+            num_keys = start + n if isinstance(start, int) else None
             mask = None
         if context.masks is not None:
             mask = context.masks[layer % len(context.masks)]
         q, k, v = (constrain(x, tensor_axis=2) for x in (q, k, v))
-        y = attend(q, k, v, scale, mask, self.attention, context.bias).reshape(b, n, d)
+        y = attend(q, k, v, scale, mask, self.attention, context.bias, num_keys).reshape(b, n, d)
         out_init = normal_init(d, 1 / math.sqrt(2 * cfg.depth))
         return dense(d, ("heads", "embed"), out_init, self.dtype, "proj")(y), cache
 
@@ -242,7 +234,7 @@ class MLP(nn.Module):
     def __call__(self, x: Float[Array, "B n D"]) -> Float[Array, "B n D"]:
         d = self.config.width
         h = dense(4 * d, ("embed", "mlp"), normal_init(d), self.dtype, "fc1")(x)
-        h = nn.gelu(checkpoint_name(constrain(h, tensor_axis=2), "fc1"), approximate=True)
+        h = gelu(checkpoint_name(constrain(h, tensor_axis=2), "fc1"))
         out_init = normal_init(d, 1 / math.sqrt(2 * self.config.depth))
         return dense(d, ("mlp", "embed"), out_init, self.dtype, "fc2")(h)
 
@@ -257,43 +249,48 @@ class Block(nn.Module):
       dtype: of the matrix products.
       attention: the implementation (see `attend`).
       start: first position of x in the cache, unless the context has a `cache_index`; generation only.
-      train: apply dropout and stochastic depth.
     """
 
     config: TransformerConfig
     dtype: DTypeLike
     attention: str = "auto"
     start: int = 0
-    train: bool = False
 
     @nn.compact
     def __call__(
         self,
         carry: tuple[Float32[Array, "B n D"], KVCache | None],
-        scanned: tuple[Int[Array, ""], Float32[Array, "B 6 D"], Float[Array, ""]],
+        scanned: tuple[int | Int[Array, ""], Float32[Array, "B 6 D"], ArrayLike, Key[Array, ""] | None],
         context: AttentionContext = AttentionContext(),  # noqa: B008  (immutable)
     ) -> tuple[tuple[Float32[Array, "B n D"], KVCache | None], None]:
         """Apply the block as the body of a scan over layers.
 
         Args:
           carry: residual stream and cache.
-          scanned: number, adaLN vectors and drop rate of the layer.
+          scanned: number, adaLN vectors, drop rate and random key of the layer; the key is None without
+            dropout and stochastic depth.
           context: positional terms of attention.
         """
         x, cache = carry
-        layer, modulation, drop_rate = scanned
+        layer, modulation, drop_rate, key = scanned
+        drop = partial(self._drop, drop_rate, key)
         gamma1, gamma2, scale1, scale2, shift1, shift2 = jnp.moveaxis(modulation, 1, 0)
-        h = modulate(x, scale1, shift1).astype(self.dtype)
+        h = modulate(x, scale1, shift1, self.dtype)
         attention = SelfAttention(self.config, self.dtype, self.attention, self.start, name="attention")
         h, cache = attention(h, layer, cache, context)
-        x = x + gamma1[:, None] * self._drop(h, drop_rate)
-        h = MLP(self.config, self.dtype, name="mlp")(modulate(x, scale2, shift2).astype(self.dtype))
-        return (constrain(x + gamma2[:, None] * self._drop(h, drop_rate)), cache), None
+        x = add_gated(x, gamma1, drop(0, h))
+        h = MLP(self.config, self.dtype, name="mlp")(modulate(x, scale2, shift2, self.dtype))
+        return (constrain(add_gated(x, gamma2, drop(1, h))), cache), None
 
-    def _drop(self, y: jax.Array, drop_rate: jax.Array) -> jax.Array:
-        """Apply dropout, then stochastic depth: drop the branch of an image with probability `drop_rate`."""
-        y = nn.Dropout(self.config.dropout)(y.astype(jnp.float32), deterministic=not self.train)
-        if self.train and self.config.drop_path:
-            keep = jax.random.bernoulli(self.make_rng("dropout"), 1 - drop_rate, (y.shape[0], 1, 1))
-            y = y * keep / (1 - drop_rate)
+    def _drop(self, rate: ArrayLike, key: jax.Array | None, branch: int, y: jax.Array) -> jax.Array:
+        """Apply dropout, then stochastic depth: drop the branch of an image with probability `rate`."""
+        y = checkpoint_name(y, "branch")
+        if key is None:
+            return y
+        y = y.astype(jnp.float32)
+        dropout_key, depth_key = jax.random.split(jax.random.fold_in(key, branch))
+        y = nn.Dropout(self.config.dropout, deterministic=False)(y, rng=dropout_key)
+        if self.config.drop_path:
+            keep = jax.random.bernoulli(depth_key, 1 - rate, (y.shape[0], 1, 1))
+            y = y * keep / (1 - rate)
         return y

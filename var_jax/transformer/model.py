@@ -23,11 +23,14 @@ from var_jax.transformer.block import (
     KVCache,
     Modulation,
     dense,
-    modulate,
     normal_init,
 )
 from var_jax.transformer.config import TransformerConfig
+from var_jax.transformer.elementwise import modulate
+from var_jax.transformer.layer_params import unstack_layers
 from var_jax.transformer.remat import rematerialized
+
+Cache = KVCache | tuple[KVCache, ...]  # of all layers, if they are scanned, or one for each
 
 LOGITS_CHUNK = 1024  # maximum number of positions whose logits exist at once in training: all at 256px
 
@@ -52,12 +55,21 @@ class Condition:
 
 
 class Blocks(nn.Module):
-    """Stack of all blocks, scanned over a leading axis of their parameters."""
+    """All blocks: scanned over a leading axis of their parameters, or unrolled.
+
+    Attributes:
+      config: the architecture.
+      dtype: of the matrix products.
+      attention: the implementation (see `attend`).
+      remat: rematerialization policy (see `transformer/remat.py`).
+      scan_layers: see `ARTransformer`.
+    """
 
     config: TransformerConfig
     dtype: DTypeLike
     attention: str
     remat: str
+    scan_layers: bool = True
 
     @nn.compact
     def __call__(
@@ -65,10 +77,10 @@ class Blocks(nn.Module):
         x: Float32[Array, "B n D"],
         modulations: Float32[Array, "layers B 6 D"],
         context: AttentionContext = AttentionContext(),  # noqa: B008  (immutable)
-        cache: KVCache | None = None,
+        cache: Cache | None = None,
         start: int = 0,
         train: bool = False,
-    ) -> tuple[Float32[Array, "B n D"], KVCache | None]:
+    ) -> tuple[Float32[Array, "B n D"], Cache | None]:
         """Apply all blocks.
 
         Args:
@@ -83,17 +95,28 @@ class Blocks(nn.Module):
           The residual stream and the cache.
         """
         cfg = self.config
-        stack = nn.scan(
-            rematerialized(Block, self.remat if train else "none"),
-            variable_axes={"params": 0},
-            split_rngs={"params": True, "dropout": True},
-            in_axes=(0, nn.broadcast),
-            length=cfg.depth,
-            metadata_params={nn.PARTITION_NAME: "layers"},
-        )(cfg, self.dtype, self.attention, start, train, name="layers")
-        rates = jnp.linspace(0.0, cfg.drop_path, cfg.depth)
-        (x, cache), _ = stack((x, cache), (jnp.arange(cfg.depth), modulations, rates), context)
-        return x, cache
+        block = rematerialized(Block, self.remat if train else "none", self.scan_layers)
+        fields = (cfg, self.dtype, self.attention, start)
+        rates = np.linspace(0.0, cfg.drop_path, cfg.depth, dtype=np.float32)
+        keys = None
+        if train and (cfg.dropout or cfg.drop_path):
+            keys = jax.random.split(self.make_rng("dropout"), cfg.depth)
+        if self.scan_layers:
+            stack = nn.scan(
+                block,
+                variable_axes={"params": 0},
+                split_rngs={"params": True},
+                in_axes=(0, nn.broadcast),
+                length=cfg.depth,
+                metadata_params={nn.PARTITION_NAME: "layers"},
+            )(*fields, name="layers")
+            (x, cache), _ = stack((x, cache), (jnp.arange(cfg.depth), modulations, rates, keys), context)
+            return x, cache
+        caches = [None] * cfg.depth if cache is None else list(cache)
+        for i in range(cfg.depth):
+            scanned = (i, modulations[i], rates[i], None if keys is None else keys[i])
+            (x, caches[i]), _ = block(*fields, name=f"layers_{i}")((x, caches[i]), scanned, context)
+        return x, None if cache is None else tuple(caches)
 
 
 @jax.custom_vjp
@@ -142,6 +165,22 @@ class Head(nn.Module):
         return _project(x.astype(self.dtype), kernel.astype(self.dtype)) + bias
 
 
+def choose_scan(scan_layers: str, platform: str) -> bool:
+    """Resolve `config.transformer.scan_layers` for training: `auto` scans the layers, except on a GPU.
+
+    A scan compiles one block instead of all, and gathers the weights of one at a time (FSDP), but it copies
+    each layer's weights and saved activations from and to stacks.  On a CPU it was faster all the same
+    (docs/performance.md), and XLA's CPU compiler recomputes nothing for remat outside a scan.
+
+    Raises:
+      ValueError: if it is not `auto`, `true` or `false`.
+    """
+    choices = {"auto": platform != "gpu", "true": True, "false": False}
+    if scan_layers not in choices:
+        raise ValueError(f"transformer.scan_layers must be auto, true or false; got {scan_layers!r}")
+    return choices[scan_layers]
+
+
 class ARTransformer(nn.Module):
     """Transformer that predicts every token from the label and the tokens before it in prediction order.
 
@@ -150,12 +189,15 @@ class ARTransformer(nn.Module):
       dtype: of the matrix products; norms, embeddings, residual stream and logits are float32.
       attention: the implementation (see `attend`).
       remat: rematerialization policy of the blocks (see `transformer/remat.py`).
+      scan_layers: scan the blocks, whose parameters then have a leading axis of layers, as in checkpoints.
+        Otherwise they are unrolled, and each has parameters of its own (see `layer_params.py`).
     """
 
     config: TransformerConfig
     dtype: DTypeLike = jnp.float32
     attention: str = "auto"
     remat: str = "none"
+    scan_layers: bool = True
 
     def setup(self):
         cfg = self.config
@@ -174,6 +216,8 @@ class ARTransformer(nn.Module):
             )
             offset_init = nn.with_logical_partitioning(offset_init, ("layers", None, "embed"))
             self.adaln_offset = self.param("adaln_offset", offset_init, (cfg.depth, 6, d))
+        elif not self.scan_layers:
+            self.adaln = [Modulation(cfg, self.dtype) for _ in range(cfg.depth)]
         else:
             self.adaln = nn.scan(
                 Modulation,
@@ -182,7 +226,7 @@ class ARTransformer(nn.Module):
                 length=cfg.depth,
                 metadata_params={nn.PARTITION_NAME: "layers"},
             )(cfg, self.dtype)
-        self.blocks = Blocks(cfg, self.dtype, self.attention, self.remat)
+        self.blocks = Blocks(cfg, self.dtype, self.attention, self.remat, self.scan_layers)
         self.head_adaln = dense(2 * d, ("embed", "mlp"), normal_init(d, 0.5), self.dtype, None)
         self.head = Head(cfg.num_codes, normal_init(d, 0.02), self.dtype)
 
@@ -263,6 +307,10 @@ class ARTransformer(nn.Module):
         x, _ = self.blocks(x, condition.blocks, context, train=train)
         return x, condition
 
+    def own_layout(self, params: dict) -> dict:
+        """Convert parameters from the layout of checkpoints to that of this model."""
+        return params if self.scan_layers else unstack_layers(params)
+
     def condition(self, labels: Int[Array, " B"]) -> Condition:
         """Compute the class embeddings and all adaLN vectors."""
         cfg = self.config
@@ -271,15 +319,19 @@ class ARTransformer(nn.Module):
         if cfg.shared_adaln:
             vectors = constrain(self.shared_adaln(active).reshape(-1, 6, cfg.width)).astype(jnp.float32)
             blocks = self.adaln_offset[:, None] + vectors
-        else:
+        elif self.scan_layers:
             _, blocks = self.adaln(active, None)
+        else:
+            blocks = jnp.stack([adaln(active, None)[1] for adaln in self.adaln])
         head = constrain(self.head_adaln(active).reshape(-1, 2, cfg.width)).astype(jnp.float32)
         return Condition(embedded, blocks, head)
 
-    def empty_cache(self, batch: int) -> KVCache:
+    def empty_cache(self, batch: int) -> Cache:
         """Create a cache for `batch` sequences of L positions."""
         cfg = self.config
-        return KVCache.zeros(cfg.depth, batch, cfg.length, cfg.num_heads, cfg.head_dim, self.dtype)
+        layers = cfg.depth if self.scan_layers else 1
+        cache = KVCache.zeros(layers, batch, cfg.length, cfg.num_heads, cfg.head_dim, self.dtype)
+        return cache if self.scan_layers else (cache,) * cfg.depth
 
     def embed(
         self,
@@ -338,5 +390,5 @@ class ARTransformer(nn.Module):
         self, x: Float32[Array, "B n D"], head_modulation: Float32[Array, "B 2 D"]
     ) -> Float32[Array, "B n V"]:
         """Compute logits from the residual stream after the blocks and the adaLN vectors of the head."""
-        normed = modulate(x, head_modulation[:, 0], head_modulation[:, 1])
+        normed = modulate(x, head_modulation[:, 0], head_modulation[:, 1], self.dtype)
         return constrain(self.head(normed), tensor_axis=2)

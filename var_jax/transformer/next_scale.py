@@ -2,8 +2,7 @@
 
 from jaxtyping import Array, Float, Float32
 
-from var_jax.transformer.block import KVCache
-from var_jax.transformer.model import ARTransformer, Condition
+from var_jax.transformer.model import ARTransformer, Cache, Condition
 
 
 class NextScale(ARTransformer):
@@ -13,8 +12,8 @@ class NextScale(ARTransformer):
     """
 
     def step(
-        self, k: int, inputs: Float[Array, "B n C"] | None, condition: Condition, cache: KVCache
-    ) -> tuple[Float32[Array, "B n V"], KVCache]:
+        self, k: int, inputs: Float[Array, "B n C"] | None, condition: Condition, cache: Cache
+    ) -> tuple[Float32[Array, "B n V"], Cache]:
         """Run one step of generation: compute the logits of map k, n = s_k^2.
 
         Args:

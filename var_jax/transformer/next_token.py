@@ -7,8 +7,7 @@ initialization and the linear embedding of code vectors are VAR's, so only the p
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32, Int
 
-from var_jax.transformer.block import KVCache
-from var_jax.transformer.model import ARTransformer, Condition
+from var_jax.transformer.model import ARTransformer, Cache, Condition
 
 
 class NextToken(ARTransformer):
@@ -18,8 +17,8 @@ class NextToken(ARTransformer):
     """
 
     def step(
-        self, i: Int[Array, ""], inputs: Float[Array, "B 1 C"], condition: Condition, cache: KVCache
-    ) -> tuple[Float32[Array, "B 1 V"], KVCache]:
+        self, i: Int[Array, ""], inputs: Float[Array, "B 1 C"], condition: Condition, cache: Cache
+    ) -> tuple[Float32[Array, "B 1 V"], Cache]:
         """Run one step of generation: compute the logits of the token at position i.
 
         Args:
