@@ -157,7 +157,7 @@ def next_token_stage() -> ConfigDict:
     """Return the fields of the stage `next_token`: those of `next_scale`, and the order of prediction."""
     stage = transformer_stage()
     stage.task = "next_token"
-    stage.model.order = "raster"  # order of prediction: var_jax/transformer/positions.py
+    stage.model.order = "raster"  # order of prediction: var_jax/transformer/orders.py
     stage.model.order_seed = 0  # of the order `random`
     stage.model.mask = "causal"  # or row, column, axial, local
     stage.model.mask_radius = 1  # in cells; for every mask but causal

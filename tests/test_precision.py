@@ -23,7 +23,7 @@ from var_jax.stages import build_task
 from var_jax.tokenizer.discriminator import PatchDiscriminator
 from var_jax.tokenizer.lpips import CHANNELS, LAYERS, perceptual_distance
 from var_jax.training.transformer_task import NextScaleTask
-from var_jax.transformer.model import Head
+from var_jax.transformer.head import Head
 
 HALF, FULL = jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float32)
 

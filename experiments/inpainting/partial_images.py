@@ -28,7 +28,7 @@ from var_jax.tokenizer.model import Tokenizer
 from var_jax.tokenizer.quantizer import Quantizer
 from var_jax.tokenizer.resize import area_matrix, area_resize
 from var_jax.transformer.config import TransformerConfig
-from var_jax.transformer.positions import inverse_permutation
+from var_jax.transformer.orders import inverse_permutation
 
 GENERATE_BATCH = 256  # images
 

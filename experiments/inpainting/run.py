@@ -35,7 +35,7 @@ from experiments.next_token import run as next_token
 from var_jax import cli, stages
 from var_jax.evaluation.classifier import Classifier
 from var_jax.images import to_uint8
-from var_jax.transformer.positions import ORDERS
+from var_jax.transformer.orders import ORDERS
 
 FLAGS = flags.FLAGS
 VAR = "VAR, learned_1d"

@@ -3,7 +3,7 @@
 import numpy as np
 from sklearn.cluster import KMeans
 
-from var_jax.transformer.positions import inverse_permutation
+from var_jax.transformer.orders import inverse_permutation
 
 NUM_SHUFFLES = 4  # over which the bias of mutual information is averaged
 MAX_HISTOGRAM_CELLS = 2**24  # of the joint histograms computed at once: 64 MiB
@@ -13,7 +13,7 @@ def neighbor_distances(order: np.ndarray, side: int) -> tuple[np.ndarray, np.nda
     """Compute the sequence distance of cells that touch in the image.
 
     Args:
-      order: int [n * n], from `var_jax.transformer.positions.prediction_order`.
+      order: int [n * n], from `var_jax.transformer.orders.prediction_order`.
       side: n, of the map.
 
     Returns:

@@ -8,7 +8,7 @@ from matplotlib.collections import LineCollection
 from matplotlib.figure import Figure
 
 from benchmarks.tables import markdown_table
-from var_jax.transformer.positions import ORDERS, prediction_order
+from var_jax.transformer.orders import ORDERS, prediction_order
 
 # Orders that are mirror images or reverses of each other have the same curves; dashes keep both visible.
 ORDER_STYLES = {

@@ -40,7 +40,7 @@ from var_jax.data.sources import Source, open_source
 from var_jax.data.transforms import ToPixels
 from var_jax.errors import config_errors
 from var_jax.tokenizer.quantizer import Quantizer
-from var_jax.transformer.positions import ORDERS, prediction_order
+from var_jax.transformer.orders import ORDERS, prediction_order
 
 FLAGS = flags.FLAGS
 MAX_GROUPS = 16  # of codes

@@ -40,7 +40,7 @@ from var_jax.training.metrics import read_metrics
 from var_jax.training.state import count_parameters
 from var_jax.training.transformer_task import NextTokenTask, TransformerTask
 from var_jax.transformer.flops import generation_flops
-from var_jax.transformer.positions import ORDERS
+from var_jax.transformer.orders import ORDERS
 
 FLAGS = flags.FLAGS
 TOKENIZER_FOLDERS = {"next_scale": "maps", "next_token": "map"}  # stage -> directory of its tokenizer

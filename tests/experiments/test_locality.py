@@ -18,7 +18,7 @@ from tests.helpers.commands import command
 from var_jax.data.decoding import decode_image
 from var_jax.data.loader import batch_indices
 from var_jax.data.sources import open_source
-from var_jax.transformer.positions import ORDERS
+from var_jax.transformer.orders import ORDERS
 
 MODULE = ("-m", "experiments.locality.run")
 

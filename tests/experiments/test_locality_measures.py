@@ -9,7 +9,7 @@ from experiments.locality.measures import (
     mutual_information,
     neighbor_distances,
 )
-from var_jax.transformer.positions import ORDERS, prediction_order
+from var_jax.transformer.orders import ORDERS, prediction_order
 
 
 def test_distances_of_simple_orders():

@@ -22,7 +22,8 @@ from var_jax.transformer import attention
 from var_jax.transformer.config import NextTokenConfig
 from var_jax.transformer.next_scale import NextScale
 from var_jax.transformer.next_token import NextToken
-from var_jax.transformer.positions import ABSOLUTE, MASKS, ORDERS, RELATIVE
+from var_jax.transformer.orders import ORDERS
+from var_jax.transformer.positions import ABSOLUTE, MASKS, RELATIVE
 
 B, L, V, C, SIDE = 3, 21, 16, 4, 8
 KEY = jax.random.key(0)

@@ -15,7 +15,7 @@ from var_jax.tokenizer.model import Tokenizer
 from var_jax.tokenizer.quantizer import Quantizer
 from var_jax.transformer.config import NextTokenConfig
 from var_jax.transformer.next_token import NextToken
-from var_jax.transformer.positions import ORDERS, prediction_order
+from var_jax.transformer.orders import ORDERS, prediction_order
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,8 @@ from var_jax.transformer.config import NextScaleConfig, NextTokenConfig
 from var_jax.transformer.flops import generation_flops, training_flops
 from var_jax.transformer.next_scale import NextScale
 from var_jax.transformer.next_token import NextToken
-from var_jax.transformer.positions import ABSOLUTE, MASKS, ORDERS, RELATIVE
+from var_jax.transformer.orders import ORDERS
+from var_jax.transformer.positions import ABSOLUTE, MASKS, RELATIVE
 
 SIDE, LENGTH = 4, 16
 POSITIONS = ("none", *ABSOLUTE, *RELATIVE, "learned_1d+relative_2d")

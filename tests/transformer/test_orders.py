@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from var_jax.transformer.positions import ORDERS, inverse_permutation, prediction_order
+from var_jax.transformer.orders import ORDERS, inverse_permutation, prediction_order
 
 SIDES = (1, 2, 3, 4, 5, 8, 16)
 # Position in the sequence of each cell of a 4 x 4 map, drawn by hand.

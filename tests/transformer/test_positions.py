@@ -8,11 +8,11 @@ from var_jax.scales import Scales
 from var_jax.transformer import positions
 from var_jax.transformer.attention import attend, choose_attention, einsum
 from var_jax.transformer.config import NextTokenConfig
+from var_jax.transformer.orders import prediction_order
 from var_jax.transformer.positions import (
     TokenCoords,
     distance_buckets,
     order_coords,
-    prediction_order,
     rotary_angles,
     scale_coords,
 )

@@ -9,14 +9,13 @@ import numpy as np
 from jaxtyping import Array, Bool, Int32, Shaped
 
 from var_jax.scales import SCALES_256, Scales
+from var_jax.transformer.orders import inverse_permutation, prediction_order
 from var_jax.transformer.positions import (
     PositionTables,
     TokenCoords,
-    inverse_permutation,
     order_coords,
     parse_positions,
     position_tables,
-    prediction_order,
     scale_coords,
     sequence_masks,
 )
@@ -186,7 +185,7 @@ class NextTokenConfig(TransformerConfig):
     """Architecture of a transformer that predicts the tokens of one map one by one.
 
     Attributes:
-      order: order of prediction of the cells of the map (see `transformer/positions.py`).
+      order: order of prediction of the cells of the map (see `transformer/orders.py`).
       order_seed: seed of the order `random`.
       mask: attention mask on the earlier tokens (see `transformer/positions.py`).
       mask_radius: radius of the masks row, column, axial and local, in cells.

@@ -3,7 +3,6 @@
 The initialization is the published one (Tian et al. 2024).
 """
 
-from collections.abc import Callable
 from functools import partial
 
 import flax.linen as nn
@@ -14,7 +13,6 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Float32, Int
 
-from var_jax.dtypes import product_precision
 from var_jax.sharding import constrain, replicate
 from var_jax.transformer import positions
 from var_jax.transformer.block import (
@@ -27,6 +25,7 @@ from var_jax.transformer.block import (
 )
 from var_jax.transformer.config import TransformerConfig
 from var_jax.transformer.elementwise import modulate
+from var_jax.transformer.head import Head
 from var_jax.transformer.layer_params import unstack_layers
 from var_jax.transformer.remat import rematerialized
 
@@ -117,52 +116,6 @@ class Blocks(nn.Module):
             scanned = (i, modulations[i], rates[i], None if keys is None else keys[i])
             (x, caches[i]), _ = block(*fields, name=f"layers_{i}")((x, caches[i]), scanned, context)
         return x, None if cache is None else tuple(caches)
-
-
-@jax.custom_vjp
-def _project(x: jax.Array, kernel: jax.Array) -> jax.Array:
-    """Multiply x [B, n, D] by a kernel [D, V], accumulating and returning float32.
-
-    In the backward pass the gradient of the logits is rounded to the dtype of x and kernel, since a product
-    of float32 and bfloat16 would run in float32.
-    """
-    return _product(x, kernel, preferred_element_type=jnp.float32)
-
-
-def _project_forward(x, kernel):
-    return _project(x, kernel), (x, kernel)
-
-
-def _project_backward(factors, gradient):
-    x, kernel = factors
-    gradient = gradient.astype(x.dtype)
-    (x_gradient,) = jax.linear_transpose(lambda x: _product(x, kernel), x)(gradient)
-    (kernel_gradient,) = jax.linear_transpose(lambda kernel: _product(x, kernel), kernel)(gradient)
-    return x_gradient, kernel_gradient
-
-
-_project.defvjp(_project_forward, _project_backward)
-
-
-def _product(x, kernel, **options):
-    axes = (((x.ndim - 1,), (0,)), ((), ()))
-    return jax.lax.dot_general(x, kernel, axes, precision=product_precision(x.dtype), **options)
-
-
-class Head(nn.Module):
-    """Linear layer from D channels to V logits, with operands of `dtype` and float32 results."""
-
-    num_codes: int
-    kernel_init: Callable
-    dtype: DTypeLike
-
-    @nn.compact
-    def __call__(self, x: Float[Array, "B n D"]) -> Float32[Array, "B n V"]:
-        kernel_init = nn.with_logical_partitioning(self.kernel_init, ("embed", "codes"))
-        bias_init = nn.with_logical_partitioning(nn.initializers.zeros_init(), ("codes",))
-        kernel = self.param("kernel", kernel_init, (x.shape[-1], self.num_codes))
-        bias = self.param("bias", bias_init, (self.num_codes,))
-        return _project(x.astype(self.dtype), kernel.astype(self.dtype)) + bias
 
 
 def choose_scan(scan_layers: str, platform: str) -> bool:
