@@ -133,7 +133,8 @@ def golden_gradients(model: var_jax.LoadedVAR, inputs, labels, tokens) -> tuple[
         return jax.value_and_grad(loss)(params)
 
     loss, grads = loss_and_gradients(model.params)
-    return loss, to_published(jax.tree.map(np.asarray, grads), next_scale_table(config))
+    grads = model.module.checkpoint_layout(jax.tree.map(np.asarray, grads))
+    return loss, to_published(grads, next_scale_table(config))
 
 
 # --- attention ------------------------------------------------------------------------------------

@@ -28,7 +28,6 @@ from var_jax.sampling.sampler import (
     teacher_forced_logits,
 )
 from var_jax.tokenizer import model as tokenizer_model
-from var_jax.transformer.layer_params import stack_layers
 from var_jax.transformer.model import ARTransformer
 
 # Sampling options of the published editing demonstration, without its `more_smooth` (smooth=True here): mixed
@@ -187,7 +186,7 @@ class LoadedVAR:
     @property
     def checkpoint_params(self) -> dict:
         """Return the parameters in the layout of checkpoints; copied to the host if the layers are apart."""
-        return self.params if self.module.scan_layers else stack_layers(self.params)
+        return self.module.checkpoint_layout(self.params)
 
     @property
     def networks(self) -> Networks:

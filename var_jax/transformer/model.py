@@ -26,7 +26,7 @@ from var_jax.transformer.block import (
 from var_jax.transformer.config import TransformerConfig
 from var_jax.transformer.elementwise import modulate
 from var_jax.transformer.head import Head
-from var_jax.transformer.layer_params import unstack_layers
+from var_jax.transformer.layer_params import stack_layers, unstack_layers
 from var_jax.transformer.remat import rematerialized
 
 Cache = KVCache | tuple[KVCache, ...]  # of all layers, if they are scanned, or one for each
@@ -263,6 +263,10 @@ class ARTransformer(nn.Module):
     def own_layout(self, params: dict) -> dict:
         """Convert parameters from the layout of checkpoints to that of this model."""
         return params if self.scan_layers else unstack_layers(params)
+
+    def checkpoint_layout(self, params: dict) -> dict:
+        """Invert `own_layout`; parameters of unrolled layers are copied to the host."""
+        return params if self.scan_layers else stack_layers(params)
 
     def condition(self, labels: Int[Array, " B"]) -> Condition:
         """Compute the class embeddings and all adaLN vectors."""
