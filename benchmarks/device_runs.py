@@ -297,7 +297,15 @@ def trace_step(options: Options) -> dict:
     """Trace one training step of d16 at batch 64, from tokens, and tabulate its kernels."""
     depth, batch = (1, 2) if options.tiny else (16, MAX_BATCH)
     args = argparse.Namespace(
-        depth=depth, batch=batch, size=256, dtype="auto", attention="auto", remat="auto", tiny=options.tiny
+        what="train",
+        depth=depth,
+        batch=batch,
+        size=256,
+        dtype="auto",
+        attention="auto",
+        remat="auto",
+        scan_layers="auto",
+        tiny=options.tiny,
     )
     _, task = throughput.make_networks(args)
     state, batch_inputs = throughput.initial_state(task), throughput.random_tokens(task.config, batch)
