@@ -52,6 +52,7 @@ from var_jax.training.tokenizer_task import TokenizerTask
 from var_jax.training.transformer_task import NextScaleTask
 from var_jax.transformer.config import NextScaleConfig
 from var_jax.transformer.flops import generation_flops, training_flops
+from var_jax.transformer.model import choose_scan
 
 TINY_TOKENIZER = dict(
     scales=(1, 2, 4), num_codes=16, code_dim=4, ch=8, ch_mult=(1, 1), num_blocks=1, norm_groups=4
@@ -175,10 +176,8 @@ def make_networks(args: argparse.Namespace) -> tuple[Tokenizer, NextScaleTask]:
     stage = ConfigDict(var.get_config("d16" if args.size == 256 else "d36"))
     stage.model.update(depth=args.depth, width=64 * args.depth, num_heads=args.depth)
     stage.train.update(batch=args.batch, dtype=dtype.name)
-    scan_layers = args.scan_layers
-    if scan_layers == "auto" and args.what == "sample":  # as `load_var` has it
-        scan_layers = "true" if jax.default_backend() == "tpu" else "false"
-    stage.transformer.update(attention=args.attention, remat=args.remat, scan_layers=scan_layers)
+    scanned = choose_scan(args.scan_layers, jax.default_backend(), sampling=args.what == "sample")
+    stage.transformer.update(attention=args.attention, remat=args.remat, scan_layers=str(scanned).lower())
     return tokenizer, NextScaleTask(stage, 1000, tokenizer, {}, NUM_CLASSES)
 
 

@@ -1,6 +1,6 @@
 """XLA_FLAGS of the tests and of their child processes; import this module before JAX."""
 
-# Tests compile more than they compute; at level 1 they take a quarter more time.
+# Tests compile more than they compute.
 QUICK = "--xla_backend_optimization_level=0"
 
 

@@ -134,8 +134,10 @@ def test_a_step_reads_the_weights_of_unrolled_layers_in_place(tiny_tokenizer):
     assert copies(scan_layers=True)
 
 
-def test_training_unrolls_layers_on_a_gpu():
-    assert [choose_scan("auto", platform) for platform in ("cpu", "gpu", "tpu")] == [True, False, True]
+def test_layers_are_unrolled_on_a_gpu_and_to_sample_on_a_cpu():
+    platforms = ("cpu", "gpu", "tpu")
+    assert [choose_scan("auto", platform) for platform in platforms] == [True, False, True]
+    assert [choose_scan("auto", platform, sampling=True) for platform in platforms] == [False, False, True]
     assert [choose_scan(choice, "gpu") for choice in ("true", "false")] == [True, False]
     with pytest.raises(ValueError, match="scan_layers must be auto, true or false; got 'yes'"):
         choose_scan("yes", "cpu")

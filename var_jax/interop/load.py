@@ -17,7 +17,7 @@ from var_jax.tokenizer.model import Tokenizer
 from var_jax.training.checkpoint import CHECKPOINT_DIR, SavedArrays, load_config, load_params
 from var_jax.training.task import compute_dtype
 from var_jax.transformer.config import NextScaleConfig, NextTokenConfig, TransformerConfig
-from var_jax.transformer.model import ARTransformer
+from var_jax.transformer.model import ARTransformer, choose_scan
 from var_jax.transformer.next_scale import NextScale
 from var_jax.transformer.next_token import NextToken
 
@@ -88,7 +88,7 @@ def load_transformer(
     """
     path = as_path(path)
     compute = compute_dtype(dtype)
-    scan_layers = jax.default_backend() == "tpu"  # elsewhere a step reads the weights of each layer in place
+    scan_layers = choose_scan("auto", jax.default_backend(), sampling=True)
     if not _is_weights(path):
         kind = _transformer_of(path)
         params, record = load_params(path / kind / CHECKPOINT_DIR, step)

@@ -109,17 +109,13 @@ gelu.defvjp(lambda x: (gelu(x), x), _gelu_backward)
 @jax.custom_vjp
 def normalize_heads(x: Float[Array, "B n N H"], length: Float32[Array, " N"]) -> Float32[Array, "B n N H"]:
     """Scale the vector of each head to a length, in float32."""
-    h = x.astype(jnp.float32)
-    return h * (_inverse_length(h) * length[:, None])
-
-
-def _inverse_length(h):
-    return jax.lax.rsqrt(jnp.maximum(jnp.sum(h**2, -1, keepdims=True), 1e-24))
+    return _normalize_heads_forward(x, length)[0]
 
 
 def _normalize_heads_forward(x, length):
-    inverse = _inverse_length(x.astype(jnp.float32))
-    return x.astype(jnp.float32) * (inverse * length[:, None]), (x, inverse, length)
+    h = x.astype(jnp.float32)
+    inverse = jax.lax.rsqrt(jnp.maximum(jnp.sum(h**2, -1, keepdims=True), 1e-24))
+    return h * (inverse * length[:, None]), (x, inverse, length)
 
 
 def _normalize_heads_backward(saved, gradient):

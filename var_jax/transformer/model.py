@@ -118,17 +118,21 @@ class Blocks(nn.Module):
         return x, None if cache is None else tuple(caches)
 
 
-def choose_scan(scan_layers: str, platform: str) -> bool:
-    """Resolve `config.transformer.scan_layers` for training: `auto` scans the layers, except on a GPU.
+def choose_scan(scan_layers: str, platform: str, sampling: bool = False) -> bool:
+    """Resolve `config.transformer.scan_layers`: `auto` scans on a TPU, and on a CPU in training.
 
     A scan compiles one block instead of all, and gathers the weights of one at a time (FSDP), but it copies
-    each layer's weights and saved activations from and to stacks.  On a CPU it was faster all the same
-    (docs/performance.md), and XLA's CPU compiler recomputes nothing for remat outside a scan.
+    each layer's weights and saved activations from and to stacks.  On a CPU a training step was faster with
+    it all the same (docs/performance.md), and XLA recomputes nothing there for remat outside a scan.
 
     Raises:
       ValueError: if it is not `auto`, `true` or `false`.
     """
-    choices = {"auto": platform != "gpu", "true": True, "false": False}
+    choices = {
+        "auto": platform == "tpu" or (platform == "cpu" and not sampling),
+        "true": True,
+        "false": False,
+    }
     if scan_layers not in choices:
         raise ValueError(f"transformer.scan_layers must be auto, true or false; got {scan_layers!r}")
     return choices[scan_layers]

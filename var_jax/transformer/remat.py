@@ -10,7 +10,7 @@ Bytes saved per token and block with 16-bit matrix products (D width, N heads, L
 | `flat_qkv` | qkv (3 D), attention (D) | 12 D | norms, first layer of the MLP |
 | `full` | nothing | 4 D | everything |
 
-For `none` it is the TPU compiler's count, with heads of 64 channels padded to 128; `jax.vjp` counts 48 D.
+For `none` it is the TPU compiler's count, with heads of 64 channels padded to 128; `jax.vjp` counts 44 D.
 With an attention kernel, the policies that save the attention also save the log-sum-exp of its rows, 4 N
 bytes; without one, `none` saves the scores, 8 N L bytes.
 """
