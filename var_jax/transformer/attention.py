@@ -266,9 +266,8 @@ def cudnn(
         )
         return out[:, : q.shape[1]]
 
-    return shard_map_batch(
-        local, q, k, v, tensor_axis=2
-    )  # XLA would not shard the key lengths with the images
+    # XLA would not shard the key lengths with the images.
+    return shard_map_batch(local, q, k, v, tensor_axis=2)
 
 
 def key_ends(mask: Bool[np.ndarray, "Lq Lk"]) -> Int[np.ndarray, " Lq"]:

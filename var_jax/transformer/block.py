@@ -190,7 +190,8 @@ class SelfAttention(nn.Module):
         if context.rope_angles is not None:
             q, k = rotate(q, context.rope_angles[0]), rotate(k, context.rope_angles[1])
         q, k = q.astype(self.dtype), k.astype(self.dtype)
-        mask, num_keys = cfg.masks[0], None  # as an argument the mask would be traced by rematerialization
+        mask = cfg.masks[0]  # as an argument it would be traced by rematerialization
+        num_keys = None
         if cache is not None:
             start = self.start if context.cache_index is None else context.cache_index
             cache, k, v = cache.extend(layer if len(cache.k) > 1 else 0, start, k, v)
