@@ -26,8 +26,14 @@ GOLDEN_SCALES = (1, 2, 3, 4)
 GOLDEN_VARS = ("var", "var_shared_adaln", "var_plain_attention")
 PLATFORMS = ("cpu", "gpu", "tpu")
 # Attention implementation -> platforms that it runs on.
-RUNS_ON = {"einsum": PLATFORMS, "grouped": PLATFORMS, "cudnn": ("gpu",), "splash": ("tpu",)}
-HALF_PRECISION_ONLY = ("cudnn",)
+RUNS_ON = {
+    "einsum": PLATFORMS,
+    "grouped": PLATFORMS,
+    "cudnn": ("gpu",),
+    "triton": ("gpu",),
+    "splash": ("tpu",),
+}
+HALF_PRECISION_ONLY = ("cudnn", "triton")
 # Errors are relative to the largest magnitude of the reference.
 GOLDEN_TOLERANCE = {"output": 1e-4, "gradient": 1e-3}  # of float32 models; see goldens/README.md
 TOLERANCE = {"float32": 1e-4, "bfloat16": 4e-2}  # of a kernel, forward and backward

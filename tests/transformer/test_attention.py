@@ -9,6 +9,7 @@ from tests.helpers.arrays import close
 from var_jax.scales import SCALES_256, SCALES_512, Scales
 from var_jax.sharding import make_mesh, on_mesh
 from var_jax.transformer.attention import attend, choose_attention, einsum, groups, key_ends, splash
+from var_jax.transformer.prefix_attention import prefix_attention
 
 # 84 positions, and 129, just more than a block of splash.
 ODD = {"odd": (1, 3, 5, 7), "odder": (2, 5, 10)}
@@ -52,6 +53,26 @@ def test_splash_equals_einsum(size):
     )
 
 
+@pytest.mark.parametrize(
+    "mask", [*(MASKS[size] for size in ("odd", "odder", "256")), np.tri(130, dtype=bool)]
+)
+def test_triton_equals_einsum(mask):
+    """The fourth mask is that of raster-scan prediction."""
+    kernel = partial(prefix_attention, ends=key_ends(mask), name="", interpret=True)
+    same(*(partial(f, scale=0.3) for f in (kernel, partial(einsum, mask=mask))), *inputs(len(mask)))
+
+
+def test_triton_rounds_to_bfloat16_as_einsum_does():
+    """The errors to float32 are those of einsum in bfloat16, and less than twice as large."""
+    mask, arrays = MASKS["odd"], inputs(84)
+    kernel = partial(prefix_attention, scale=0.3, ends=key_ends(mask), name="", interpret=True)
+    exact, half = (
+        einsum(*(x.astype(dtype) for x in arrays), 0.3, mask) for dtype in (jnp.float32, jnp.bfloat16)
+    )
+    error = lambda y: float(jnp.linalg.norm((y - exact).ravel()))
+    assert error(kernel(*(x.astype(jnp.bfloat16) for x in arrays))) < 2 * error(half)
+
+
 def test_splash_of_new_positions_to_a_cache_equals_einsum():
     q, k, v = inputs(100, keys=255)
     close(splash(q, k, v, 0.3, None, interpret=True), einsum(q, k, v, 0.3, None), 2e-6)
@@ -92,11 +113,11 @@ def cudnn_calls(monkeypatch) -> list[tuple]:
     return calls
 
 
-def test_cudnn_sees_groups_of_even_lengths_without_a_mask_and_equals_einsum(cudnn_calls):
+def test_cudnn_sees_groups_of_even_lengths_and_equals_einsum(cudnn_calls):
     mask = MASKS["256"]
     same(*(lambda q, k, v, n=n: attend(q, k, v, 0.3, mask, n) for n in ("cudnn", "einsum")), *inputs(680))
     lengths = [(q[1], k[1]) for q, k in cudnn_calls]
-    assert lengths == [(64, 156), (100, 256), (170, 424), (256, 680)]
+    assert lengths == [(92, 92), (64, 156), (100, 256), (170, 424), (256, 680)]
 
 
 @pytest.mark.parametrize("size", ["256", "512"])
@@ -109,8 +130,8 @@ def test_cudnn_is_asked_for_the_part_of_each_device(cudnn_calls, size, sizes):
     jax.jit(jax.grad(loss, argnums=(0, 1, 2))).trace(*half)
     images, heads = (8, 2) if mesh.size == 1 else (2, 1)  # sharded over data and fsdp; over tensor
     assert all((q[0], q[2:]) == (images, (heads, 64)) for q, _ in cudnn_calls)
-    large = [stop - start for start, stop in groups(key_ends(mask))[1:]]
-    assert [q[1] for q, _ in cudnn_calls] == [n + n % 2 for n in large]
+    sizes = [stop - start for start, stop in groups(key_ends(mask))]
+    assert [q[1] for q, _ in cudnn_calls] == [n + n % 2 for n in sizes]
 
 
 @pytest.mark.parametrize("mask", [MASKS["odd"], None])
@@ -136,15 +157,18 @@ def test_auto_on_a_gpu_leaves_heads_that_cudnn_refuses_to_grouped(head_dim):
     assert choose_attention("auto", "gpu", jnp.bfloat16, head_dim) == "grouped"
     with pytest.raises(ValueError, match=f"multiple of 8 channels, at most 128, got {head_dim}"):
         choose_attention("cudnn", "gpu", jnp.bfloat16, head_dim)
+    with pytest.raises(ValueError, match="triton needs heads of 16, 32, 64, 128 channels, got 24"):
+        choose_attention("triton", "gpu", jnp.bfloat16, 24)
     assert choose_attention("auto", "gpu", jnp.bfloat16, 8 * (head_dim // 16)) == "cudnn"
 
 
 @pytest.mark.parametrize(
     ("name", "platform", "says"),
     [
-        ("flash", "tpu", "one of auto, einsum, grouped, cudnn, splash; got 'flash'"),
+        ("flash", "tpu", "one of auto, einsum, grouped, cudnn, triton, splash; got 'flash'"),
         ("splash", "gpu", "splash runs on TPU in bfloat16 .*, got bfloat16 on gpu"),
         ("cudnn", "tpu", "cudnn runs on an NVIDIA GPU in bfloat16, got bfloat16 on tpu"),
+        ("triton", "cpu", "triton runs on an NVIDIA GPU in bfloat16, got bfloat16 on cpu"),
     ],
 )
 def test_what_cannot_run_is_refused(name, platform, says):

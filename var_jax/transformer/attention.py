@@ -4,16 +4,18 @@
 | --- | --- | --- |
 | `einsum` | all scores in memory, masked | the reference; CPU |
 | `grouped` | each group of queries attends to a prefix of the keys, so large maps need no mask | all |
-| `cudnn` | as `grouped`, with cuDNN's fused kernel for the groups without a mask | NVIDIA GPUs, bfloat16 |
+| `cudnn` | as `grouped`, with cuDNN's fused kernel for large groups | NVIDIA GPUs, bfloat16 |
+| `triton` | Pallas kernel for all groups at once (`prefix_attention.py`) | NVIDIA GPUs, bfloat16 |
 | `splash` | Pallas kernel that skips masked blocks | TPU, bfloat16 |
 
 With 16-bit dtypes, `auto` is `splash` on TPU and, if the head size allows it, `cudnn` on GPU; otherwise it
-is `grouped` on both.  On CPU it is `einsum`.
+is `grouped` on both.  On CPU it is `einsum`.  `auto` is never `triton`, which has not run on a card yet.
 """
 
 import itertools
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -31,6 +33,7 @@ from jaxtyping import Array, Bool, Float, Float32, Int
 from var_jax.dtypes import product_precision
 from var_jax.sharding import shard_map_batch
 from var_jax.transformer.elementwise import normalize_heads
+from var_jax.transformer.prefix_attention import prefix_attention
 
 LANES = 128  # lengths are padded to a multiple of this
 BLOCKS = (512, 384, 256, 128)  # block sizes, of which the largest that divides a padded length is used
@@ -90,8 +93,9 @@ def _splash_kernel(mask: np.ndarray, heads: int, interpret: bool):
     )
 
 
-IMPLEMENTATIONS = ("einsum", "grouped", "cudnn", "splash")
+IMPLEMENTATIONS = ("einsum", "grouped", "cudnn", "triton", "splash")
 CUDNN_HEAD_MULTIPLE, CUDNN_HEAD_MAX = 8, 128  # limits on the head size; cuDNN accepts 256 from Hopper on
+TRITON_HEADS = (16, 32, 64, 128)
 MIN_CUDNN_QUERIES = 4  # in generation; the first map has one token, which sees itself alone
 MIN_KERNEL_ROWS = 64  # smallest number of queries for which a kernel, or a separate group, pays off
 MAX_LOG_TEMPERATURE = math.log(100)
@@ -134,15 +138,20 @@ def choose_attention(
             "transformer.attention=splash runs on TPU in bfloat16 (it would round float32 to it), got "
             f"{jnp.dtype(dtype).name} on {platform}; try auto or grouped"
         )
-    if name == "cudnn" and (platform != "gpu" or not half):
+    if name in ("cudnn", "triton") and (platform != "gpu" or not half):
         raise ValueError(
-            "transformer.attention=cudnn runs on an NVIDIA GPU in bfloat16, got "
+            f"transformer.attention={name} runs on an NVIDIA GPU in bfloat16, got "
             f"{jnp.dtype(dtype).name} on {platform}; try auto or grouped"
         )
     if name == "cudnn" and not fits_cudnn:
         raise ValueError(
             f"transformer.attention=cudnn needs heads of a multiple of {CUDNN_HEAD_MULTIPLE} channels, "
             f"at most {CUDNN_HEAD_MAX}, got {head_dim} (model.width / model.num_heads); try auto or grouped"
+        )
+    if name == "triton" and head_dim not in TRITON_HEADS:
+        raise ValueError(
+            f"transformer.attention=triton needs heads of {', '.join(map(str, TRITON_HEADS))} channels, got "
+            f"{head_dim} (model.width / model.num_heads); try auto or grouped"
         )
     if name not in supported:
         raise ValueError(
@@ -160,6 +169,8 @@ def _supported(masks: Sequence[np.ndarray], bias: bool) -> list[str]:
         supported.append("grouped")
     if len(masks) < 2 and not bias:
         supported.append("splash")
+        if prefixes:
+            supported.append("triton")
         if prefixes and all(
             any(_needs_no_mask(mask, group) for group in groups(mask.sum(1))) for mask in masks
         ):
@@ -203,6 +214,11 @@ def attend(
         static_masks = () if mask is None or traced else (mask,)
         platform = jax.default_backend()
         name = choose_attention(name, platform, q.dtype, q.shape[-1], static_masks, bias is not None)
+    if name == "triton":
+        if mask is not None and not traced:
+            kernel = partial(prefix_attention, scale=scale, ends=key_ends(mask), name=ATTENTION_OUT)
+            return shard_map_batch(kernel, q, k, v, tensor_axis=2)
+        name = "cudnn"  # in generation
     if name == "cudnn" and num_keys is not None and q.shape[1] >= MIN_CUDNN_QUERIES:
         return cudnn(q, k, v, scale, None, num_keys)
     if num_keys is not None:
@@ -243,28 +259,29 @@ def cudnn(
     k: Float[Array, "B Lk N H"],
     v: Float[Array, "B Lk N H"],
     scale: float,
-    mask: None,
+    mask: Bool[np.ndarray, "Lq Lk"] | None,
     num_keys: int | None = None,
 ) -> Float[Array, "B Lq N H"]:
-    """Compute attention with cuDNN's kernel, without a mask, with which it is slow; see `attend`.
+    """Compute attention with cuDNN's kernel; see `attend`.  A mask slows it, except for few positions.
 
     JAX refuses to differentiate the kernel at odd lengths, so in training these are padded by one.  In
     generation the kernel reads the first `num_keys` keys of a cache in place.
     """
-    assert mask is None
+    attention = partial(jax.nn.dot_product_attention, scale=scale, implementation="cudnn")
 
     def local(q, k, v):
         if num_keys is not None:
-            lengths = jnp.full(k.shape[0], num_keys, jnp.int32)
-            return jax.nn.dot_product_attention(
-                q, k, v, scale=scale, key_value_seq_lengths=lengths, implementation="cudnn"
-            )
+            return attention(q, k, v, key_value_seq_lengths=jnp.full(k.shape[0], num_keys, jnp.int32))
         even = lambda x: jnp.pad(x, ((0, 0), (0, x.shape[1] % 2), (0, 0), (0, 0)))
-        key_lengths = jnp.full(k.shape[0], k.shape[1], jnp.int32) if k.shape[1] % 2 else None
-        out = jax.nn.dot_product_attention(
-            even(q), even(k), even(v), scale=scale, key_value_seq_lengths=key_lengths, implementation="cudnn"
-        )
-        return out[:, : q.shape[1]]
+        options = {}
+        if mask is not None:
+            # The padded query sees the first key, so that its softmax is finite.
+            seen = np.pad(mask, [(0, size % 2) for size in mask.shape])
+            seen[mask.shape[0] :, 0] = True
+            options["mask"] = seen[None, None]
+        elif k.shape[1] % 2:
+            options["key_value_seq_lengths"] = jnp.full(k.shape[0], k.shape[1], jnp.int32)
+        return attention(even(q), even(k), even(v), **options)[:, : q.shape[1]]
 
     # XLA would not shard the key lengths with the images.
     return shard_map_batch(local, q, k, v, tensor_axis=2)
@@ -315,7 +332,7 @@ def grouped(
     v: Float[Array, "B Lk N H"],
     scale: float,
     mask: Bool[np.ndarray, "Lq Lk"] | None,
-    unmasked_fn: Callable,
+    large_fn: Callable,
     bias: Float32[Array, "N Lq Lk"] | None = None,
 ) -> Float[Array, "B Lq N H"]:
     """Compute attention group by group, each over the prefix of the keys that it sees; see `attend`.
@@ -326,20 +343,26 @@ def grouped(
       v: values.
       scale: factor on the dot products.
       mask: shows each query a prefix of the keys; None for no mask.
-      unmasked_fn: attention of large groups whose queries all see the same keys.
+      large_fn: attention of groups of at least MIN_KERNEL_ROWS queries.
       bias: added to the scores.
 
     Raises:
       ValueError: if a query sees keys that are not a prefix.
     """
     ends = np.full(q.shape[1], k.shape[1]) if mask is None else key_ends(mask)
+    cuts = [(start, stop, int(ends[start:stop].max())) for start, stop in groups(ends)]
+    # The gradient of a split is a concatenation, in place of a sum of arrays padded to all keys.
+    segments = sorted({end for _, _, end in cuts} | {k.shape[1]})
+    keys, values = (jax.lax.split(x, np.diff(segments, prepend=0).tolist(), axis=1) for x in (k, v))
+    queries = jax.lax.split(q, [stop - start for start, stop, _ in cuts], axis=1)
     parts = []
-    for start, stop in groups(ends):
-        end = int(ends[start:stop].max())
+    for part, (start, stop, end) in zip(queries, cuts, strict=True):
+        seen = segments.index(end) + 1
+        k_prefix, v_prefix = (jnp.concatenate(x[:seen], axis=1) for x in (keys, values))
         group_mask = None if (ends[start:stop] == end).all() else np.arange(end) < ends[start:stop, None]
-        attention = unmasked_fn if group_mask is None and stop - start >= MIN_KERNEL_ROWS else einsum
+        attention = large_fn if stop - start >= MIN_KERNEL_ROWS else einsum
         group_bias = {} if bias is None else {"bias": bias[:, start:stop, :end]}
-        parts.append(attention(q[:, start:stop], k[:, :end], v[:, :end], scale, group_mask, **group_bias))
+        parts.append(attention(part, k_prefix, v_prefix, scale, group_mask, **group_bias))
     return jnp.concatenate(parts, axis=1)
 
 

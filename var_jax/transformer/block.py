@@ -181,7 +181,7 @@ class SelfAttention(nn.Module):
         """
         cfg = self.config
         b, n, d = x.shape
-        q, k, v = self._qkv(x)
+        q, k, v = self._qkv(x, joint=cache is not None)
         scale = 0.25 / math.sqrt(cfg.head_dim)  # as published, here and for the initial temperature
         if cfg.normalized_attention:
             init = nn.with_logical_partitioning(nn.initializers.constant(math.log(4)), (None,))
@@ -204,25 +204,44 @@ class SelfAttention(nn.Module):
         out_init = normal_init(d, 1 / math.sqrt(2 * cfg.depth))
         return dense(d, ("heads", "embed"), out_init, self.dtype, "proj")(y), cache
 
-    def _qkv(self, x: jax.Array) -> list[jax.Array]:
-        """Project x [B, n, D] to queries, keys and values [B, n, N, H], heads sharded over `tensor`."""
+    def _qkv(self, x: jax.Array, joint: bool) -> list[jax.Array]:
+        """Project x [B, n, D] to queries, keys and values [B, n, N, H], heads sharded over `tensor`.
+
+        Args:
+          x: modulated residual stream.
+          joint: in one product, which reads few positions' weights in one go; with three, for many positions,
+            their gradients need not be joined.
+        """
         cfg = self.config
         b, n, d = x.shape
         init = nn.with_logical_partitioning(nn.initializers.zeros_init(), ("heads",))
-        q_bias = self.param("q_bias", init, (d,))
-        v_bias = self.param("v_bias", init, (d,))
-        bias = jnp.concatenate([q_bias, jnp.zeros_like(q_bias), v_bias]).astype(self.dtype)
-        # Interleaved by shard, each device has q, k and v of its own heads, and no activation moves.
-        shards = tensor_shards() if cfg.num_heads % tensor_shards() == 0 else 1
-        interleave = lambda w: jnp.moveaxis(w.reshape(-1, 3, shards, d // shards), 1, 2).reshape(-1, 3 * d)
+        q_bias = self.param("q_bias", init, (d,)).astype(self.dtype)
+        v_bias = self.param("v_bias", init, (d,)).astype(self.dtype)
+        kernel = _Kernel((d, 3 * d), ("embed", "heads"), normal_init(d), name="qkv")().astype(self.dtype)
+        x, precision = x.astype(self.dtype), product_precision(self.dtype)
+        project = lambda kernel: constrain(jnp.dot(x, kernel, precision=precision), tensor_axis=2)
+        if joint:
+            # Interleaved by shard, each device has q, k and v of its own heads, and no activation moves.
+            shards = tensor_shards() if cfg.num_heads % tensor_shards() == 0 else 1
+            interleaved = jnp.moveaxis(kernel.reshape(d, 3, shards, d // shards), 1, 2).reshape(d, 3 * d)
+            qkv = project(interleaved).reshape(b, n, shards, 3, -1)
+            q, k, v = (qkv[:, :, :, i].reshape(b, n, d) for i in range(3))
+        else:
+            q, k, v = (project(kernel[:, i * d : (i + 1) * d]) for i in range(3))
+        heads = lambda x: checkpoint_name(x, "qkv").reshape(b, n, cfg.num_heads, cfg.head_dim)
+        return [heads(q + q_bias), heads(k), heads(v + v_bias)]
 
-        def dot_general(x, kernel, *args, **kwargs):
-            return jax.lax.dot_general(x, interleave(kernel), *args, **kwargs)
 
-        layer = dense(3 * d, ("embed", "heads"), normal_init(d), self.dtype, "qkv", False, dot_general)
-        qkv = constrain(layer(x) + interleave(bias)[0], tensor_axis=2)
-        qkv = checkpoint_name(qkv, "qkv").reshape(b, n, shards, 3, -1, cfg.head_dim)
-        return [qkv[:, :, :, i].reshape(b, n, cfg.num_heads, cfg.head_dim) for i in range(3)]
+class _Kernel(nn.Module):
+    """Matrix of a linear layer, as the parameter `kernel`."""
+
+    shape: tuple[int, int]
+    axes: tuple[str | None, str]
+    init: Callable
+
+    @nn.compact
+    def __call__(self) -> Float[Array, "inputs outputs"]:
+        return self.param("kernel", nn.with_logical_partitioning(self.init, self.axes), self.shape)
 
 
 class MLP(nn.Module):
