@@ -9,13 +9,20 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Shaped
 
 from var_jax.tokenizer.config import TokenizerConfig
+from var_jax.tokenizer.convolution import conv_general_dilated
 
 conv_init = nn.with_logical_partitioning(
     nn.initializers.lecun_normal(), ("conv_height", "conv_width", "conv_in", "conv_out")
 )
 bias_init = nn.with_logical_partitioning(nn.initializers.zeros_init(), ("conv_out",))
 
-Conv3x3 = partial(nn.Conv, kernel_size=(3, 3), kernel_init=conv_init, bias_init=bias_init)
+Conv3x3 = partial(
+    nn.Conv,
+    kernel_size=(3, 3),
+    kernel_init=conv_init,
+    bias_init=bias_init,
+    conv_general_dilated=conv_general_dilated,
+)
 Conv1x1 = partial(nn.Conv, kernel_size=(1, 1), kernel_init=conv_init, bias_init=bias_init)
 # Every convolution needs an explicit precision; the default depends on the platform (`product_precision`).
 Norm = partial(nn.GroupNorm, epsilon=1e-6)  # statistics are float32 for every dtype
