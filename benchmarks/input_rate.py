@@ -2,10 +2,12 @@
 
     python -m benchmarks.throughput input --batch=64 --threads=4
     python -m benchmarks.throughput input --data=imagenet2012 --data_dir=DIR --threads=1 --workers=8
+    python -m benchmarks.throughput input --tokens --batch=512
 
 Uses the loader and the transform of training; the machine should be otherwise idle.  Without --data it
 writes a data set of JPEG photographs of ImageNet's usual size: noise whose spectrum falls off like that of
-natural images (Field 1987).  Training from stored tokens decodes no images.
+natural images (Field 1987).  With --tokens it reads a token cache instead, of random tokens, while a sleep
+stands for the training step of an H200 node.
 """
 
 import argparse
@@ -24,12 +26,16 @@ import jax.numpy as jnp
 import numpy as np
 import tensorflow_datasets as tfds
 from absl import flags
+from etils import epath
 from PIL import Image
 
+from var_jax.data import transforms
 from var_jax.data.decoding import decode_image
 from var_jax.data.image_folder import ImageFile, make_builder
 from var_jax.data.loader import train_batches
 from var_jax.data.sources import Source, open_source
+from var_jax.data.token_cache import CacheManifest, CacheSpec, TokenSource, open_token_cache
+from var_jax.data.token_writer import write_records
 from var_jax.data.transforms import ToPixels, resize_short_side
 from var_jax.tokenizer import model as tokenizer_model
 from var_jax.tokenizer.model import Tokenizer
@@ -45,6 +51,7 @@ ASSUMED_MFU = 0.45  # model FLOPs utilization of both encoder and transformer
 PHOTOGRAPH = (500, 375)  # width and height: the most common size in ImageNet
 QUALITY = 90  # JPEG quality that gives files of about 110 kB, the average in ImageNet
 TIMED_IMAGES = 100  # by time_stages
+CACHED_IMAGES = 20_000  # of a token cache
 
 
 def add_input_arguments(parser: argparse.ArgumentParser) -> None:
@@ -55,6 +62,8 @@ def add_input_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--images", type=int, default=512, help="input: number of generated images")
     parser.add_argument("--threads", type=int, default=16, help="input: decoding threads, in each worker")
     parser.add_argument("--workers", type=int, default=0, help="input: decoding processes; 0: none")
+    parser.add_argument("--tokens", action="store_true", help="input: read a token cache instead of images")
+    parser.add_argument("--step_ms", type=float, default=150.0, help="input: with --tokens, time of a step")
 
 
 def make_photograph(rng: np.random.Generator) -> bytes:
@@ -96,6 +105,63 @@ def measure_loader(source: Source, transform: ToPixels, args: argparse.Namespace
     for _ in range(count):
         next(batches)
     return count * args.batch / (time.perf_counter() - start)
+
+
+def make_tokens(folder: Path, config: NextScaleConfig) -> TokenSource:
+    """Write a token cache of random tokens, and open its training split."""
+    spec = CacheSpec(
+        data="tokens",
+        train_split="train",
+        eval_split="test",
+        train_images=CACHED_IMAGES,
+        eval_images=1,
+        class_names=tuple(map(str, range(config.num_classes))),
+        tokenizer="random",
+        scales=config.scales,
+        num_codes=config.num_codes,
+        dtype="float32",
+        crops=1,
+        resize=RESIZE,
+        flip=True,
+        shift=0,
+        seed=0,
+        shard=CACHED_IMAGES // 4,
+        transform=transforms.VERSION,
+    )
+    rng = np.random.default_rng(0)
+    for split in ("train", "eval"):
+        for path, indices in spec.shards(epath.Path(folder), split).items():
+            records = np.zeros(len(indices), spec.layout)
+            records["tokens"] = rng.integers(config.num_codes, size=records["tokens"].shape)
+            write_records(path, records)
+    CacheManifest(spec, command="", complete=True).write(epath.Path(folder))
+    return open_token_cache(folder)[0]
+
+
+def measure_tokens(args: argparse.Namespace, config: NextScaleConfig) -> dict:
+    """Measure how long a training step of `args.step_ms` waits for its batch of tokens.
+
+    Returns:
+      A dict for one line of JSON, among it `wait_ms`: the median over the steps, and `longest_wait_ms`.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        batches = train_batches(make_tokens(Path(folder), config), None, args.batch, 0, args.threads)
+        next(batches)
+        waits = []
+        for _ in range(max(args.repeats, 20)):
+            time.sleep(args.step_ms / 1e3)
+            start = time.perf_counter()
+            next(batches)
+            waits.append(1e3 * (time.perf_counter() - start))
+    return {
+        "what": "input",
+        "data": "tokens",
+        "batch": args.batch,
+        "step_ms": args.step_ms,
+        "images_per_s_wanted": round(1e3 * args.batch / args.step_ms),
+        "wait_ms": round(float(np.median(waits)), 3),
+        "longest_wait_ms": round(max(waits), 3),
+    }
 
 
 def time_stages(source: Source, transform: ToPixels) -> dict[str, float]:

@@ -32,7 +32,7 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from benchmarks.input_rate import add_input_arguments, measure_input, open_data
+from benchmarks.input_rate import add_input_arguments, measure_input, measure_tokens, open_data
 from benchmarks.workload import NUM_CLASSES
 from configs import tokenizer as tokenizer_config
 from configs import var
@@ -336,6 +336,8 @@ def main():
         sys.exit(f"--with_encoder: goes with train, not with {args.what}")
     yardstick = measure_yardstick(args) if args.against else None
     tokenizer, task = make_networks(args)
+    if args.what == "input" and args.tokens:
+        return print(json.dumps(measure_tokens(args, task.config)))
     if args.what == "input":
         try:
             source = open_data(args)

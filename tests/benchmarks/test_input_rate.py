@@ -48,6 +48,13 @@ def test_a_prepared_data_set_is_measured(monkeypatch, capsys, digits_dir):
         line(monkeypatch, capsys, "--data=digits", f"--data_dir={digits_dir}", "--split=test", "--batch=400")
 
 
+def test_a_token_cache_is_read_while_steps_run(monkeypatch, capsys):
+    monkeypatch.setattr(input_rate, "CACHED_IMAGES", 40)
+    result = line(monkeypatch, capsys, "--tokens", "--step_ms=5", "--batch=8")
+    assert (result["data"], result["batch"], result["images_per_s_wanted"]) == ("tokens", 8, 1600)
+    assert 0 < result["wait_ms"] <= result["longest_wait_ms"]
+
+
 def test_the_encoder_counts_as_many_operations_as_its_kernels_make(tiny_tokenizer):
     tokenizer, params = tiny_tokenizer
     weights = sum(leaf.size for leaf in jax.tree.leaves(params["encoder"]) if leaf.ndim > 1)
