@@ -8,6 +8,7 @@ from absl import app
 from ml_collections import ConfigDict
 
 from sample import config_checksum
+from tests.helpers.xla_flags import fake_devices
 from var_jax import cli
 from var_jax.errors import ConfigError
 from var_jax.tokenizer.config import TokenizerConfig
@@ -84,6 +85,18 @@ def test_an_error_of_a_user_is_a_line_and_a_bug_is_itself(monkeypatch):
         cli.run(fail(ConfigError("--mask is too small")))
     with pytest.raises(ValueError, match="broadcast"):
         cli.run(fail(ValueError("cannot broadcast")))
+
+
+@pytest.mark.parametrize(("devices", "cached"), [(1, True), (8, False)])
+def test_programs_of_several_fake_devices_are_not_cached(devices, cached, monkeypatch, tmp_path):
+    settings = {}
+    monkeypatch.setattr(cli.jax.config, "update", settings.__setitem__)
+    monkeypatch.setenv("XLA_FLAGS", fake_devices(devices))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR")
+    cli.enable_compilation_cache()
+    in_cache = {"jax_compilation_cache_dir": str(tmp_path / "var_jax" / "xla")}
+    assert settings == (in_cache if cached else {"jax_enable_compilation_cache": False})
 
 
 def test_config_fields_of_the_last_release_are_accepted_with_a_notice(monkeypatch, capsys):

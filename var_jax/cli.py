@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import os
+import re
 import sys
 import traceback
 from collections.abc import Callable, Mapping
@@ -180,8 +181,15 @@ def abort_on_error():
 
 
 def enable_compilation_cache() -> None:
-    """Enable JAX's persistent compilation cache in JAX_COMPILATION_CACHE_DIR, or else in ~/.cache/var_jax."""
-    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    """Enable JAX's persistent compilation cache in JAX_COMPILATION_CACHE_DIR, or else in ~/.cache/var_jax.
+
+    Not where XLA_FLAGS ask for several CPU devices: XLA does not store the order of a CPU program's
+    collectives, so a program that is read from the cache may hang.
+    """
+    devices = re.search(r"--xla_force_host_platform_device_count=(\d+)", os.environ.get("XLA_FLAGS", ""))
+    if devices and int(devices[1]) > 1:
+        jax.config.update("jax_enable_compilation_cache", False)
+    elif "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         cache = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "var_jax" / "xla"
         jax.config.update("jax_compilation_cache_dir", str(cache))
 
