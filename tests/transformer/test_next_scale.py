@@ -10,6 +10,8 @@ import pytest
 
 from tests.helpers.arrays import all_tokens, close, randomized
 from var_jax.interop.published import next_scale_table, to_published
+from var_jax.sharding import make_mesh, on_mesh
+from var_jax.transformer import block
 from var_jax.transformer import model as model_module
 from var_jax.transformer.block import Block
 from var_jax.transformer.config import NextScaleConfig
@@ -168,3 +170,22 @@ def test_stochastic_depth_drops_whole_branches_and_keeps_the_mean():
 def test_impossible_architectures_are_refused(fields, message):
     with pytest.raises(ValueError, match=message):
         NextScaleConfig(**fields)
+
+
+@pytest.mark.parametrize("tensor", [1, 2])
+def test_three_products_for_queries_keys_and_values_equal_one(tiny_var, monkeypatch, tensor):
+    """GPUs compute three."""
+    module, params = tiny_var
+    labels, inputs = jnp.array([0, 3]), jax.random.normal(jax.random.key(0), (2, 20, 4))
+    mesh = make_mesh(data=1, fsdp=1, tensor=tensor, devices=jax.devices()[:tensor])
+
+    def step():
+        loss = on_mesh(lambda params: module.apply({"params": params}, labels, inputs).std(), mesh)
+        lowered = jax.jit(jax.value_and_grad(loss)).lower(params)
+        return lowered.compile()(params), lowered.as_text().count("stablehlo.dot_general")
+
+    one, products = step()
+    monkeypatch.setattr(block, "GPU_KERNELS", ("auto",))
+    three, more_products = step()
+    assert more_products > products
+    jax.tree.map(lambda got, want: close(got, want, 1e-6), three, one)

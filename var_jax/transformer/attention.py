@@ -94,6 +94,7 @@ def _splash_kernel(mask: np.ndarray, heads: int, interpret: bool):
 
 
 IMPLEMENTATIONS = ("einsum", "grouped", "cudnn", "triton", "splash")
+GPU_KERNELS = ("cudnn", "triton")
 CUDNN_HEAD_MULTIPLE, CUDNN_HEAD_MAX = 8, 128  # limits on the head size; cuDNN accepts 256 from Hopper on
 TRITON_HEADS = (16, 32, 64, 128)
 MIN_CUDNN_QUERIES = 4  # in generation; the first map has one token, which sees itself alone
@@ -138,7 +139,7 @@ def choose_attention(
             "transformer.attention=splash runs on TPU in bfloat16 (it would round float32 to it), got "
             f"{jnp.dtype(dtype).name} on {platform}; try auto or grouped"
         )
-    if name in ("cudnn", "triton") and (platform != "gpu" or not half):
+    if name in GPU_KERNELS and (platform != "gpu" or not half):
         raise ValueError(
             f"transformer.attention={name} runs on an NVIDIA GPU in bfloat16, got "
             f"{jnp.dtype(dtype).name} on {platform}; try auto or grouped"

@@ -15,7 +15,7 @@ from jaxtyping import Array, Bool, Float, Float32, Int, Key
 
 from var_jax.dtypes import product_precision
 from var_jax.sharding import constrain, tensor_shards
-from var_jax.transformer.attention import attend, normalize_qk
+from var_jax.transformer.attention import GPU_KERNELS, attend, normalize_qk
 from var_jax.transformer.config import TransformerConfig
 from var_jax.transformer.elementwise import add_gated, gelu, modulate
 from var_jax.transformer.positions import rotate
@@ -181,7 +181,7 @@ class SelfAttention(nn.Module):
         """
         cfg = self.config
         b, n, d = x.shape
-        q, k, v = self._qkv(x, joint=cache is not None)
+        q, k, v = self._qkv(x, joint=cache is not None or self.attention not in GPU_KERNELS)
         scale = 0.25 / math.sqrt(cfg.head_dim)  # as published, here and for the initial temperature
         if cfg.normalized_attention:
             init = nn.with_logical_partitioning(nn.initializers.constant(math.log(4)), (None,))
@@ -209,8 +209,7 @@ class SelfAttention(nn.Module):
 
         Args:
           x: modulated residual stream.
-          joint: in one product, which reads few positions' weights in one go; with three, for many positions,
-            their gradients need not be joined.
+          joint: in one product; else in three: XLA for GPUs would join their gradients at 1.5 TB/s.
         """
         cfg = self.config
         b, n, d = x.shape
