@@ -21,12 +21,18 @@ def arrays(goldens):
 
 
 @pytest.fixture(scope="module")
-def weights(goldens) -> dict[str, np.ndarray]:
-    """State dict of the goldens, which stand in for the released weights."""
+def inception_rule(goldens):
+    """Module that generates the weights and features of the goldens."""
     spec = importlib.util.spec_from_file_location("inception_weights", goldens / "inception_weights.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    return module.weights()
+    return module
+
+
+@pytest.fixture(scope="module")
+def weights(inception_rule) -> dict[str, np.ndarray]:
+    """State dict that stands in for the released weights."""
+    return inception_rule.weights()
 
 
 @pytest.fixture(scope="module")
