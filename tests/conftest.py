@@ -2,20 +2,16 @@
 
 import os
 
-from tests.helpers.xla_flags import cache_single_device_programs_only, fake_devices
+from tests.helpers.xla_flags import fake_devices
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 # The compilation cache is shared by all tests and the processes that they start.
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", os.path.join(os.getcwd(), ".pytest_cache", "xla"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
-# On few cores, collectives of fake devices hang unless all devices run them in the same order.
-os.environ["XLA_FLAGS"] = " ".join(
-    (
-        os.environ.get("XLA_FLAGS", ""),
-        fake_devices(8),
-        "--xla_cpu_scheduler_type=CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED",
-    )
-)
+os.environ["XLA_FLAGS"] = " ".join((os.environ.get("XLA_FLAGS", ""), fake_devices(8)))
+# Fake devices run independent collectives in different orders, and each blocks a thread: with one per core,
+# which is XLA's default, all would wait for each other.
+os.environ["PJRT_NPROC"] = "64"
 
 import dataclasses
 import fcntl
@@ -63,9 +59,6 @@ def pytest_collection_modifyitems(items):
     """Move slow files to the front, so that pytest-xdist workers finish together (--no-loadscope-reorder)."""
     rank = {REPOSITORY / "tests" / name: i for i, name in enumerate(SLOW)}
     items.sort(key=lambda item: rank.get(item.path, len(rank)))
-
-
-cache_single_device_programs_only()
 
 
 @pytest.fixture(scope="session")

@@ -1,5 +1,6 @@
 """Flags and error handling that the commands share."""
 
+import os
 import types
 
 import numpy as np
@@ -87,16 +88,12 @@ def test_an_error_of_a_user_is_a_line_and_a_bug_is_itself(monkeypatch):
         cli.run(fail(ValueError("cannot broadcast")))
 
 
-@pytest.mark.parametrize(("devices", "cached"), [(1, True), (8, False)])
-def test_programs_of_several_fake_devices_are_not_cached(devices, cached, monkeypatch, tmp_path):
-    settings = {}
-    monkeypatch.setattr(cli.jax.config, "update", settings.__setitem__)
+@pytest.mark.parametrize(("devices", "threads"), [(1, None), (100, "800")])
+def test_fake_devices_get_several_threads_each(devices, threads, monkeypatch):
     monkeypatch.setenv("XLA_FLAGS", fake_devices(devices))
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR")
-    cli.enable_compilation_cache()
-    in_cache = {"jax_compilation_cache_dir": str(tmp_path / "var_jax" / "xla")}
-    assert settings == (in_cache if cached else {"jax_enable_compilation_cache": False})
+    monkeypatch.delenv("PJRT_NPROC")
+    cli.provide_threads()
+    assert os.environ.get("PJRT_NPROC") == threads
 
 
 def test_config_fields_of_the_last_release_are_accepted_with_a_notice(monkeypatch, capsys):

@@ -82,6 +82,7 @@ def run(
     verbosity: int = logging.ERROR,
     caches_programs: bool = True,
     renamed: Mapping[str, str] | None = None,
+    commands: tuple[str, ...] = (),
 ) -> None:
     """Parse the flags and run a command; print a `UserError` as one line, other errors with their traceback.
 
@@ -94,13 +95,19 @@ def run(
       caches_programs: whether compiled programs are kept; not those compiled ahead of time, which JAX cannot
         read back.
       renamed: old names of flags of this command to their present names.
+      commands: names of which one may be given as the positional argument.
     """
 
     def command(argv: list[str]) -> None:
-        if len(argv) != 1 + len(arguments):
+        if commands and (len(argv) > 2 or (argv[1:] and argv[1] not in commands)):
+            raise app.UsageError(
+                f"the command must be one of {', '.join(commands)}, got {' '.join(argv[1:])}"
+            )
+        if not commands and len(argv) != 1 + len(arguments):
             expected = " ".join(arguments) or "none"
             raise app.UsageError(f"positional arguments must be {expected}, got {argv[1:]}")
         logging.set_verbosity(verbosity)
+        provide_threads()
         if caches_programs:
             enable_compilation_cache()
         try:
@@ -181,17 +188,21 @@ def abort_on_error():
 
 
 def enable_compilation_cache() -> None:
-    """Enable JAX's persistent compilation cache in JAX_COMPILATION_CACHE_DIR, or else in ~/.cache/var_jax.
+    """Enable JAX's persistent compilation cache in JAX_COMPILATION_CACHE_DIR, or else in ~/.cache/var_jax."""
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        cache = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "var_jax" / "xla"
+        jax.config.update("jax_compilation_cache_dir", str(cache))
 
-    Not where XLA_FLAGS ask for several CPU devices: XLA does not store the order of a CPU program's
-    collectives, so a program that is read from the cache may hang.
+
+def provide_threads() -> None:
+    """Give fake CPU devices more threads than there are cores, before JAX starts.
+
+    They run independent collectives in different orders, and each blocks a thread; with one thread per core,
+    which is XLA's default, all may wait for each other.
     """
     devices = re.search(r"--xla_force_host_platform_device_count=(\d+)", os.environ.get("XLA_FLAGS", ""))
     if devices and int(devices[1]) > 1:
-        jax.config.update("jax_enable_compilation_cache", False)
-    elif "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-        cache = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "var_jax" / "xla"
-        jax.config.update("jax_compilation_cache_dir", str(cache))
+        os.environ.setdefault("PJRT_NPROC", str(max(8 * int(devices[1]), os.cpu_count() or 1)))
 
 
 def tokenizer_source() -> tuple[str, tuple[int, ...] | None]:
