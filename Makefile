@@ -19,6 +19,7 @@ endif
 demo: $(VENV)/base-$(VERSION)
 	$(RUN) train.py --config=configs/digits.py --workdir=runs/digits
 	$(RUN) sample.py --workdir=runs/digits --num_per_class=100
+	$(RUN) evaluate.py samples --samples=runs/digits/samples.npz --data=digits
 	@echo "Look at runs/digits: samples.png, scales.png, reconstructions.png, curves_*.png"
 
 test: $(VENV)/test-$(VERSION) lint

@@ -34,6 +34,10 @@ class Classifier:
         weights, bias = self._network.coefs_[0], self._network.intercepts_[0]
         return np.maximum(_flatten(images) @ weights + bias, 0)
 
+    def log_probs(self, images: np.ndarray) -> np.ndarray:
+        """Compute the logarithms of the probabilities of classes, of images uint8 [N, H, W, 3]."""
+        return self._network.predict_log_proba(_flatten(images))
+
     def frechet(self, a: np.ndarray, b: np.ndarray) -> float:
         """Compute the Frechet distance of two sets of images uint8 [n, H, W, 3] in these features."""
         moments_a, moments_b = Moments(), Moments()

@@ -18,9 +18,9 @@ def kernel_distance(
       samples: features of the samples.
       references: features of the reference images.
       subsets: number of subsets; each draws without replacement.
-      subset_size: images of each side in a subset; at most as many as both sides have.
+      subset_size: images of each side in a subset; at most half of the smaller side are taken.
     """
-    size = min(subset_size, len(samples), len(references))
+    size = min(subset_size, len(samples) // 2, len(references) // 2)
     rng = np.random.RandomState(SEED)
     values = []
     for _ in range(subsets):

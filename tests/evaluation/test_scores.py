@@ -1,0 +1,144 @@
+"""Test scores of good and broken samples, reference files, and the command."""
+
+import json
+
+import numpy as np
+import pytest
+import safetensors.numpy
+from PIL import Image
+from scipy.ndimage import gaussian_filter
+
+from tests.evaluation.test_inception import arrays, inception_rule, weights  # noqa: F401  (fixtures)
+from tests.helpers.arrays import close
+from tests.helpers.commands import command
+from var_jax.data.loader import eval_batches
+from var_jax.data.sources import open_source
+from var_jax.data.transforms import ToPixels
+from var_jax.errors import ConfigError
+from var_jax.evaluation.classifier import Classifier
+from var_jax.evaluation.extractors import classifier_extractor, extract_features, inception_extractor
+from var_jax.evaluation.scores import Reference, read_images, read_reference, reference_of_data, score
+from var_jax.interop.inception_weights import load_inception
+
+
+@pytest.fixture(scope="module")
+def digits(digits_dir):
+    """Return images and labels of both splits."""
+
+    def split(name):
+        batches = list(
+            eval_batches(open_source("digits", name, digits_dir), ToPixels(name, 8, 1.0, False), 64)
+        )
+        join = lambda key: np.concatenate([batch[key][batch["valid"] > 0] for batch in batches])
+        return join("image"), join("label")
+
+    return {name: split(name) for name in ("train", "test")}
+
+
+@pytest.fixture(scope="module")
+def extractor(digits):
+    return classifier_extractor(Classifier(*digits["train"]))
+
+
+@pytest.fixture(scope="module")
+def reference(digits, extractor) -> Reference:
+    images = digits["train"][0]
+    batches = [{"image": part, "valid": np.ones(len(part))} for part in np.array_split(images, 5)]
+    return reference_of_data(batches, len(images), extractor)
+
+
+def test_broken_samples_get_worse_scores_of_the_right_kind(digits, extractor, reference):
+    images, labels = digits["test"]
+    rng = np.random.default_rng(0)
+
+    def scores(images, labels=labels):
+        return score(extract_features(extractor, images, 64, "samples"), reference, labels)
+
+    real = scores(images)
+    assert real["precision"] > 0.85 and real["recall"] > 0.85 and 0.35 < real["authenticity"] < 0.65
+    assert real["accuracy"] > 0.9 and real["num_samples"] == 355 and real["num_reference"] == 1442
+    assert "sfid" not in real
+    shuffled = scores(images, rng.permutation(labels))
+    assert shuffled["accuracy"] < 0.2 and shuffled | {"accuracy": real["accuracy"]} == real
+    dropped = scores(images[labels != 4], labels[labels != 4])
+    assert dropped["fid"] > 3 * real["fid"] and dropped["recall"] < real["recall"] - 0.04
+    assert dropped["precision"] > real["precision"] - 0.02 and dropped["accuracy"] > 0.9
+    copies = scores(*(x[::4] for x in digits["train"]))
+    assert copies["authenticity"] == 0 and copies["precision"] == 1
+    assert copies["fid"] < 1.5 * real["fid"]  # which does not notice
+    blurred = scores(gaussian_filter(images, (0, 1.5, 1.5, 0)))
+    assert blurred["fid"] > 10 * real["fid"] and blurred["precision"] < 0.5 * real["precision"]
+    assert blurred["kid"] > real["kid"] and blurred["inception_score"] < real["inception_score"]
+
+
+def test_a_reference_file_has_the_layout_of_adm(reference, extractor, tmp_path):
+    reference.save(tmp_path / "digits.npz")
+    with np.load(tmp_path / "digits.npz") as file:
+        assert set(file.files) == {"arr_0", "mu", "sigma"} and file["arr_0"].dtype == np.uint8
+    again = read_reference(tmp_path / "digits.npz", extractor, 100)
+    np.testing.assert_array_equal(again.features.vectors, reference.features.vectors)
+    np.testing.assert_array_equal(again.pool.covariance, reference.pool.covariance)
+    np.savez(tmp_path / "few.npz", arr_0=reference.images[:50], mu=reference.pool.mean, sigma=np.eye(64))
+    few = read_reference(
+        tmp_path / "few.npz", extractor, 100
+    )  # statistics are of more images than the file has
+    np.testing.assert_array_equal(few.pool.mean, reference.pool.mean)
+    assert few.features.vectors.shape == (50, 64)
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        (
+            dict(arr_0=np.zeros((2, 8, 8, 3), np.float32)),
+            r"must be images uint8 .*, got float32 \[2, 8, 8, 3\]",
+        ),
+        (dict(mu=np.zeros(3)), "arr_0 must be images"),
+        (dict(arr_0=np.zeros((4, 8, 8, 3), np.uint8), mu=np.zeros(64)), "both mu and sigma, or neither"),
+        (
+            dict(arr_0=np.zeros((4, 8, 8, 3), np.uint8), mu=np.zeros(4), sigma=np.eye(5)),
+            r"must be \[D\] and \[D, D\], got \[4\] and \[5, 5\]",
+        ),
+        (
+            dict(arr_0=np.zeros((4, 8, 8, 3), np.uint8), mu=np.zeros(7), sigma=np.eye(7)),
+            "mu is of 7 features, and the network has 64",
+        ),
+        (dict(arr_0=np.array([{}])), "is not an .npz file of images"),
+    ],
+)
+def test_a_wrong_reference_file_is_named(content, says, extractor, tmp_path):
+    np.savez(tmp_path / "wrong.npz", **content)
+    with pytest.raises(ConfigError, match=rf"wrong.npz.*{says}"):
+        read_reference(tmp_path / "wrong.npz", extractor, 4)
+
+
+def test_a_missing_or_damaged_file_is_named(tmp_path):
+    with pytest.raises(ConfigError, match=r"no such file: .*none.npz"):
+        read_images(tmp_path / "none.npz")
+    (tmp_path / "torn.npz").write_bytes(b"PK\x03\x04 and no more")
+    with pytest.raises(ConfigError, match=r"torn.npz is not an .npz file of images"):
+        read_images(tmp_path / "torn.npz")
+
+
+def test_eight_devices_compute_the_published_features(arrays, weights, tmp_path):  # noqa: F811
+    """Of three images, a number that the devices do not divide."""
+    safetensors.numpy.save_file(weights, tmp_path / "weights.safetensors")
+    extract = inception_extractor(load_inception(tmp_path / "weights.safetensors"))
+    features = extract(np.repeat(arrays["image_0"][None], 3, 0))
+    assert features.pool.shape == (3, 2048) and features.spatial.shape == (3, 2023)
+    for got, name in ((features.pool, "pool"), (features.spatial, "spatial")):
+        close(got, np.repeat(arrays[name][:1], 3, 0), 1e-4)
+
+
+def test_the_command_scores_samples_and_names_what_is_missing(digits, digits_dir, tmp_path):
+    images, labels = digits["test"]
+    np.savez(tmp_path / "samples.npz", arr_0=images, arr_1=labels)
+    flags = (f"--samples={tmp_path}/samples.npz", f"--data_dir={digits_dir}")
+    done = command("evaluate.py", "samples", *flags)
+    assert done.returncode == 0, done.stderr[-2000:]
+    scores = json.loads((tmp_path / "scores.json").read_text())
+    assert scores["num_samples"] == 355 and scores["accuracy"] > 0.9 and scores["real_halves"]["fid"] > 0
+    assert "| samples.npz | " in done.stdout and "classifier of digits" in done.stdout
+    assert Image.open(tmp_path / "nearest.png").size == (6 * 50 + 2, 10 * 50 + 2)
+    done = command("evaluate.py", "samples", flags[0], "--reference=x.npz")
+    assert done.returncode != 0 and "--reference needs --inception=FILE" in done.stderr + done.stdout
