@@ -1,8 +1,10 @@
-"""Score samples (FID and its kin), make references for it, or evaluate a tokenizer's reconstructions.
+"""Score samples (FID and its kin), a model or a grid of its sampling options; or evaluate a tokenizer.
 
     python evaluate.py samples --samples=runs/digits/samples.npz --data=digits
     python evaluate.py samples --samples=fid/samples.npz --reference=VIRTUAL_imagenet256_labeled.npz \\
         --inception=pt_inception-2015-12-05-6726825d.pth --out=fid
+    python evaluate.py generate-and-score --workdir=runs/digits --data=digits --num_per_class=100 --out=scores
+    python evaluate.py sweep --workdir=runs/digits --data=digits --guidance=0,0.5,1,2 --out=sweep
     python evaluate.py statistics --data=mine --size=256 --inception=FILE --out=references
     python evaluate.py reconstruction --workdir=runs/digits --data=digits
     python evaluate.py reconstruction --tokenizer=vae_ch160v4096z32.pth --data=imagenet2012 \\
@@ -13,7 +15,9 @@ Without --inception, samples are scored in the features of a small classifier th
 Which number is which: docs/evaluation.md.
 """
 
+import dataclasses
 import hashlib
+import itertools
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,6 +25,8 @@ from pathlib import Path
 import jax
 import numpy as np
 from absl import app, flags
+from jax.experimental import multihost_utils
+from tqdm import tqdm
 
 import var_jax
 from var_jax import cli
@@ -31,16 +37,19 @@ from var_jax.errors import ConfigError, config_errors
 from var_jax.evaluation.classifier import Classifier
 from var_jax.evaluation.extractors import (
     Extractor,
+    FeatureSet,
     classifier_extractor,
     extract_features,
     inception_extractor,
 )
+from var_jax.evaluation.feature_chunks import NUM_SHOWN, FeatureChunks
 from var_jax.evaluation.inception import Inception, resize_tf1
 from var_jax.evaluation.reconstruction import evaluate_reconstruction
 from var_jax.evaluation.scores import (
     Reference,
     format_scores,
     nearest_references,
+    plot_scores,
     read_images,
     read_labels,
     read_reference,
@@ -48,98 +57,84 @@ from var_jax.evaluation.scores import (
     score,
     score_halves,
 )
-from var_jax.images import denormalize, image_grid, save_png
+from var_jax.images import denormalize, denormalize_to_uint8, image_grid, save_png
 from var_jax.interop.inception_weights import load_inception
 from var_jax.interop.lpips_weights import load_perceptual
 from var_jax.paths import as_path
+from var_jax.sampling.auto_batch_size import largest_batch
+from var_jax.sampling.options import SamplingOptions
+from var_jax.scales import Scales
 
 FLAGS = flags.FLAGS
-MAX_CLASSIFIER_PIXELS = 10**8  # of all images that a small classifier is trained on
-COMMANDS = ("reconstruction", "samples", "statistics")
-cli.define_tokenizer_flags()
+cli.define_model_flags()
+cli.define_sampling_flags()
 cli.define_host_flags()
-flags.DEFINE_string("step", "latest", "reconstruction: checkpoint of the run, a step, `latest` or `best`")
+flags.DEFINE_integer("num_per_class", 50, "generate-and-score, sweep: samples of each class", lower_bound=1)
+flags.DEFINE_string("samples", None, "samples: file written by sample.py")
+flags.DEFINE_string("reference", None, "Reference file of samples, instead of --data")
+flags.DEFINE_string("inception", None, "Weights of Inception-v3 as of 2015-12-05")
+flags.DEFINE_bool("adm_float16", False, "Precision and recall in float16, as ADM's evaluator")
+flags.DEFINE_bool("at_infinity", False, "Extrapolate FID to infinitely many samples")
 flags.DEFINE_string("data", "digits", "Name of a prepared data set")
 flags.DEFINE_string("data_dir", "data", "Directory of the prepared data sets")
-flags.DEFINE_string("split", None, "Split; by default `test`, and `train` as a reference")
+flags.DEFINE_string("split", None, "Split; by default `test` for reconstruction, else `train`")
 flags.DEFINE_float("resize", 1.0, "Short side before the center crop, over the image size", lower_bound=1)
 flags.DEFINE_integer("size", None, "statistics: side of the images", lower_bound=1)
-flags.DEFINE_string("samples", None, "samples: file written by sample.py")
-flags.DEFINE_string("reference", None, "samples: reference file, instead of --data")
-flags.DEFINE_string("inception", None, "Weights of Inception-v3 as of 2015-12-05")
-flags.DEFINE_bool("adm_float16", False, "samples: precision and recall in float16, as ADM's evaluator")
-flags.DEFINE_bool("at_infinity", False, "samples: extrapolate FID to infinitely many samples")
+flags.DEFINE_string("step", "latest", "reconstruction: checkpoint of the run, a step, `latest` or `best`")
 flags.DEFINE_list("perceptual_weights", None, "reconstruction: weight files of VGG-16 and LPIPS, for LPIPS")
 flags.DEFINE_integer("batch", 64, "Images per batch", lower_bound=1)
-flags.DEFINE_string("out", None, "Output directory; by default --workdir, or else the current directory")
+
+GRID = ("guidance", "top_k", "top_p", "temperature")  # options of which `sweep` takes lists
+MAX_CHUNK = 1000  # samples that a kill loses, at most
+MAX_CLASSIFIER_PIXELS = 10**8  # of all images that a small classifier is trained on
+REAL = "half of the reference images against the rest"
 
 
-def main(argv: list[str]) -> None:
-    command = argv[1] if len(argv) > 1 else "reconstruction"
-    with config_errors():
-        {"samples": score_samples, "statistics": make_reference, "reconstruction": reconstruction}[command]()
+@dataclasses.dataclass(frozen=True)
+class Scorer:
+    """Network and reference by which the flags score samples.
+
+    Attributes:
+      name: of the network, with its checksum.
+      extractor: the network.
+      reference: what samples are compared with.
+    """
+
+    name: str
+    extractor: Extractor
+    reference: Reference
+
+    def scores(self, features: FeatureSet, labels: np.ndarray | None) -> dict[str, float]:
+        """Score samples by their features; with labels, those of a classifier by its accuracy, too."""
+        labels = None if FLAGS.inception else labels
+        return score(features, self.reference, labels, FLAGS.adm_float16, FLAGS.at_infinity)
+
+    def write(self, out, scores: dict, images: np.ndarray, vectors: np.ndarray, **more) -> None:
+        """Write scores.json, and nearest.png of some samples and their vectors."""
+        out.mkdir(parents=True, exist_ok=True)
+        if images.shape[1:] == self.reference.images.shape[1:]:
+            save_png(nearest_references(images, vectors, self.reference), out / "nearest.png")
+        content = scores | {"inception": self.name, "real_halves": score_halves(self.reference), **more}
+        (out / "scores.json").write_text(json.dumps(content, indent=1))
+
+    def table(self, rows: dict[str, dict[str, float]]) -> str:
+        """Format scores as a table, beside those of real images."""
+        return f"in features of {self.name}:\n" + format_scores(rows | {REAL: score_halves(self.reference)})
 
 
-def score_samples() -> None:
-    """Print and write the scores of a file of samples, and draw its nearest reference images."""
-    if FLAGS.samples is None:
-        raise app.UsageError("evaluate.py samples: give --samples=FILE, as sample.py writes it")
-    if FLAGS.reference is not None and FLAGS.inception is None:
-        raise app.UsageError(
-            "--reference needs --inception=FILE; without it, samples are scored by a classifier of --data"
-        )
-    cli.initialize_distributed()
-    images, labels = read_images(FLAGS.samples), read_labels(FLAGS.samples)
-    extractor, reference = extractor_and_reference(images.shape[1])
-    features = extract_features(extractor, images, FLAGS.batch, "samples")
-    if jax.process_index() > 0:
-        return
-    labels = labels if FLAGS.inception is None else None
-    scores = score(features, reference, labels, FLAGS.adm_float16, FLAGS.at_infinity)
-    halves = score_halves(reference)
-    network = as_path(FLAGS.inception).name if FLAGS.inception else f"classifier of {FLAGS.data}"
-    out = as_path(FLAGS.out or Path(FLAGS.samples).parent)
-    out.mkdir(parents=True, exist_ok=True)
-    checksum = file_checksum(FLAGS.inception) if FLAGS.inception else network
-    content = scores | {"inception": checksum, "real_halves": halves}
-    (out / "scores.json").write_text(json.dumps(content, indent=1))
-    print(f"in features of {network}:")
-    print(
-        format_scores({Path(FLAGS.samples).name: scores, "half of the references against the rest": halves})
-    )
-    if reference.images.shape[1:] == images.shape[1:]:
-        path = save_png(nearest_references(images, features.vectors, reference), out / "nearest.png")
-        print(f"{path}: samples, each before the reference images that are nearest; {out / 'scores.json'}")
-
-
-def make_reference() -> None:
-    """Write the reference of a data set."""
-    if FLAGS.inception is None or FLAGS.size is None:
-        raise app.UsageError("evaluate.py statistics: give --inception=FILE and --size=SIDE")
-    source = open_source(FLAGS.data, FLAGS.split or "train", FLAGS.data_dir)
-    reference = reference_of_data(
-        batches_of(source, FLAGS.size),
-        source.num_records,
-        inception_extractor(load_inception(FLAGS.inception)),
-    )
-    out = as_path(FLAGS.out or ".")
-    out.mkdir(parents=True, exist_ok=True)
-    path = out / f"{source.name.replace('/', '_')}_{FLAGS.size}.npz"
-    reference.save(path)
-    print(f"{path}: {len(reference.images)} images, and the statistics of all {source.num_records}")
-
-
-def extractor_and_reference(side: int) -> tuple[Extractor, Reference]:
-    """Return the network that the flags name, and the reference in its features, for images of a side."""
-    if FLAGS.reference:
-        extractor = inception_extractor(load_inception(FLAGS.inception))
-        return extractor, read_reference(FLAGS.reference, extractor, FLAGS.batch)
-    source = open_source(FLAGS.data, FLAGS.split or "train", FLAGS.data_dir)
+def make_scorer(side: int) -> Scorer:
+    """Load the network and the reference that the flags name, for images of a side."""
     if FLAGS.inception:
+        with open(FLAGS.inception, "rb") as file:
+            checksum = hashlib.file_digest(file, "sha256").hexdigest()
+        name = f"{Path(FLAGS.inception).name}, sha256 {checksum[:16]}"
         extractor = inception_extractor(load_inception(FLAGS.inception))
-    else:
-        extractor = classifier_extractor(fit_classifier(source, side))
-    return extractor, reference_of_data(batches_of(source, side), source.num_records, extractor)
+        if FLAGS.reference:
+            return Scorer(name, extractor, read_reference(FLAGS.reference, extractor, FLAGS.batch))
+    source = open_source(FLAGS.data, FLAGS.split or "train", FLAGS.data_dir)
+    if not FLAGS.inception:
+        name, extractor = f"a classifier of {source.name}", classifier_extractor(fit_classifier(source, side))
+    return Scorer(name, extractor, reference_of_data(batches_of(source, side), source.num_records, extractor))
 
 
 def fit_classifier(source: Source, side: int) -> Classifier:
@@ -163,24 +158,141 @@ def batches_of(source: Source, side: int) -> Iterator[dict]:
     return eval_batches(source, ToPixels(source.name, side, FLAGS.resize, False), FLAGS.batch)
 
 
-def file_checksum(path: str) -> str:
-    """Return the SHA-256 of a file."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def score_samples() -> None:
+    """Score a file of samples."""
+    images, labels = read_images(FLAGS.samples), read_labels(FLAGS.samples)
+    scorer = make_scorer(images.shape[1])
+    features = extract_features(scorer.extractor, images, FLAGS.batch, "samples")
+    if jax.process_index() > 0:
+        return
+    scores, out = scorer.scores(features, labels), as_path(FLAGS.out or Path(FLAGS.samples).parent)
+    shown = np.linspace(0, len(images) - 1, min(len(images), NUM_SHOWN)).astype(int)
+    scorer.write(out, scores, images[shown], features.vectors[shown])
+    print(f"{scorer.table({Path(FLAGS.samples).name: scores})}\n{out}: scores.json, nearest.png")
+
+
+def score_model() -> None:
+    """Draw samples of a model and score them; of the samples, their features alone are kept."""
+    model = cli.load()
+    scorer, out = make_scorer(model.image_size), as_path(FLAGS.out or FLAGS.workdir or ".")
+    scores = draw_and_score(model, model.replicate(), cli.options(model), scorer, out)
+    if jax.process_index() == 0:
+        print(f"{scorer.table({'samples': scores})}\n{out}: scores.json, nearest.png")
+
+
+def sweep() -> None:
+    """Draw and score samples for every combination of the values that the flags of GRID list.
+
+    Raises:
+      UsageError: if no flag has a list.
+    """
+    grids = {name: cli.numbers(name, int if name == "top_k" else float) for name in GRID if FLAGS[name].value}
+    if all(len(values) < 2 for values in grids.values()):
+        raise app.UsageError(f"evaluate.py sweep: give a list of values to one of --{', --'.join(GRID)}")
+    model = cli.load()
+    scorer, out = make_scorer(model.image_size), as_path(FLAGS.out or FLAGS.workdir or ".")
+    replicated, rows = model.replicate(), {}
+    for values in itertools.product(*grids.values()):
+        chosen = dict(zip(grids, values, strict=True))
+        name = ", ".join(f"{option} {value:g}" for option, value in chosen.items())
+        if jax.process_index() == 0:
+            print(f"--- {name}", flush=True)
+        options = dataclasses.replace(model.options, **chosen)
+        folder = out / name.replace(", ", "-").replace(" ", "_")
+        rows[name] = draw_and_score(model, replicated, options, scorer, folder)
+    if jax.process_index() == 0:
+        table = scorer.table(rows)
+        (out / "sweep.md").write_text(table + "\n")
+        (out / "sweep.json").write_text(json.dumps(rows, indent=1))
+        plot_scores(rows, out / "sweep.png")
+        print(f"{table}\n{out}: sweep.md, sweep.json, sweep.png (FID and IS, precision and recall)")
+
+
+def draw_and_score(
+    model: var_jax.LoadedVAR,
+    replicated: var_jax.LoadedVAR,
+    options: SamplingOptions,
+    scorer: Scorer,
+    out,
+) -> dict[str, float]:
+    """Draw --num_per_class samples of each class and score them; a killed call goes on.
+
+    Args:
+      model: on one device.
+      replicated: the same on all devices.
+      options: sampling options.
+      scorer: network and reference.
+      out: folder of the scores.
+
+    Returns:
+      The scores; {} on other hosts than the first.
+    """
+    labels = np.tile(np.arange(model.num_classes), FLAGS.num_per_class)
+    per_scale = options.per_scale(Scales(model.scales), model.tokenizer.num_codes)
+    chunk = FLAGS.batch if FLAGS["batch"].present else MAX_CHUNK
+    chunk = min(chunk, largest_batch(model.tokenizer.module, model.module, per_scale, len(labels)))
+    start, is_primary = 0, jax.process_index() == 0
+    if is_primary:
+        reference = FLAGS.reference or f"{FLAGS.data}/{FLAGS.split or 'train'}"
+        job = cli.job(model, labels, options) | {"network": scorer.name, "reference": reference}
+        job = json.loads(json.dumps(job))
+        saved = json.loads((out / "scores.json").read_text()) if (out / "scores.json").exists() else {}
+        if saved.get("job") == job:
+            return {name: saved[name] for name in saved if isinstance(saved[name], int | float)}
+        chunks = FeatureChunks(out / "features.partial", job, len(labels), chunk)
+        start, chunk = chunks.done(), chunks.chunk
+    if jax.process_count() > 1:
+        start, chunk = (int(n) for n in multihost_utils.broadcast_one_to_all(np.array([start, chunk])))
+    batches = replicated.generate_batches(
+        labels, FLAGS.seed, chunk, options, start=start, postprocess=denormalize_to_uint8
+    )
+    progress = tqdm(total=len(labels), initial=start, unit="image", desc="samples", disable=not is_primary)
+    with progress:
+        for images, _ in batches:
+            features = scorer.extractor(images)
+            if is_primary:
+                chunks.append(images, features)
+            progress.update(len(images))
+    if not is_primary:
+        return {}
+    features, images, vectors = chunks.load()
+    scores = scorer.scores(features, labels)
+    scorer.write(out, scores, images, vectors, job=job)
+    chunks.remove()
+    return scores
+
+
+def make_reference() -> None:
+    """Write the reference of a data set.
+
+    Raises:
+      UsageError: if a flag is missing.
+    """
+    if FLAGS.inception is None or FLAGS.size is None:
+        raise app.UsageError("evaluate.py statistics: give --inception=FILE and --size=SIDE")
+    source = open_source(FLAGS.data, FLAGS.split or "train", FLAGS.data_dir)
+    extractor = inception_extractor(load_inception(FLAGS.inception))
+    reference = reference_of_data(batches_of(source, FLAGS.size), source.num_records, extractor)
+    out = as_path(FLAGS.out or ".")
+    out.mkdir(parents=True, exist_ok=True)
+    path = out / f"{source.name.replace('/', '_')}_{FLAGS.size}.npz"
+    reference.save(path)
+    print(f"{path}: {len(reference.images)} images, and the statistics of all {source.num_records}")
 
 
 def reconstruction() -> None:
     """Print and write the metrics of a tokenizer, and draw its worst and its best reconstructions."""
     path, scales = cli.tokenizer_source()
-    out = as_path(FLAGS.out or FLAGS.workdir or ".")
-    tokenizer = var_jax.load_tokenizer(path, scales=scales, step=FLAGS.step, dtype=FLAGS.dtype)
-    vgg = load_perceptual(FLAGS.perceptual_weights) if FLAGS.perceptual_weights else None
-    inception = load_inception(FLAGS.inception) if FLAGS.inception else None
+    with config_errors():
+        out = as_path(FLAGS.out or FLAGS.workdir or ".")
+        tokenizer = var_jax.load_tokenizer(path, scales=scales, step=FLAGS.step, dtype=FLAGS.dtype)
+        vgg = load_perceptual(FLAGS.perceptual_weights) if FLAGS.perceptual_weights else None
+        inception = load_inception(FLAGS.inception) if FLAGS.inception else None
+        source = open_source(FLAGS.data, FLAGS.split or "test", FLAGS.data_dir)
 
     def inception_pool(images: jax.Array) -> jax.Array:
         return Inception().apply(inception, resize_tf1(255 * denormalize(images))).pool
 
-    source = open_source(FLAGS.data, FLAGS.split or "test", FLAGS.data_dir)
     metrics, worst, best = evaluate_reconstruction(
         tokenizer.module,
         tokenizer.params,
@@ -206,5 +318,29 @@ def reconstruction() -> None:
     )
 
 
+COMMANDS = {
+    "reconstruction": reconstruction,
+    "samples": score_samples,
+    "generate-and-score": score_model,
+    "sweep": sweep,
+    "statistics": make_reference,
+}
+
+
+def main(argv: list[str]) -> None:
+    run = COMMANDS[argv[1] if len(argv) > 1 else "reconstruction"]
+    if run in (reconstruction, make_reference):
+        return run()
+    if run is score_samples and FLAGS.samples is None:
+        raise app.UsageError("evaluate.py samples: give --samples=FILE, as sample.py writes it")
+    if FLAGS.reference is not None and FLAGS.inception is None:
+        raise app.UsageError(
+            "--reference needs --inception=FILE; without it, samples are scored by a classifier of --data"
+        )
+    cli.initialize_distributed()
+    with cli.abort_on_error(), config_errors():
+        run()
+
+
 if __name__ == "__main__":
-    cli.run(main, commands=COMMANDS)
+    cli.run(main, commands=tuple(COMMANDS))

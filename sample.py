@@ -12,7 +12,6 @@ strips again, and with --pngs the single PNGs.
 
 import dataclasses
 import sys
-import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -31,10 +30,6 @@ from var_jax.sampling.auto_batch_size import largest_batch
 from var_jax.sampling.options import SamplingOptions
 from var_jax.sampling.sample_writer import SampleStore, explain_write_errors
 from var_jax.scales import Scales
-from var_jax.tokenizer.config import TokenizerConfig
-from var_jax.tokenizer.model import fingerprint
-from var_jax.training.config_fields import RENAMED
-from var_jax.transformer.config import TransformerConfig
 
 FLAGS = flags.FLAGS
 cli.define_model_flags()
@@ -84,37 +79,6 @@ def chosen_labels(model: var_jax.LoadedVAR) -> np.ndarray:
     if FLAGS.classes is not None:
         classes = cli.labels(model, "classes")
     return np.tile(classes, FLAGS.num_per_class)
-
-
-def job(model: var_jax.LoadedVAR, labels: np.ndarray, options: SamplingOptions) -> dict:
-    """Return everything that decides the images; only the same job can be resumed.
-
-    Args:
-      model: on one device; all parameters, those of its tokenizer too, enter the fingerprints.
-      labels: int [N].
-      options: sampling options.
-    """
-    return {
-        "labels": f"{len(labels)} labels {zlib.crc32(labels.tobytes()):08x}",
-        "tokenizer": _network_id(model.tokenizer, model.tokenizer.params),
-        "transformer": _network_id(model, model.checkpoint_params),
-        "seed": FLAGS.seed,
-        **dataclasses.asdict(options),
-    }
-
-
-def config_checksum(config: TokenizerConfig | TransformerConfig) -> int:
-    """Return a checksum of an architecture, equal to that of the last release: its samples are resumed."""
-    text = repr(config)
-    for old, new in RENAMED["model"].items():
-        text = text.replace(f" {new}=", f" {old}=")
-    return zlib.crc32(text.encode())
-
-
-def _network_id(network: var_jax.LoadedTokenizer | var_jax.LoadedVAR, params: dict) -> str:
-    """Return checksums of weights and architecture, and the compute dtype, of a network."""
-    config = config_checksum(network.module.config)
-    return f"weights {fingerprint(params)}, config {config:08x}, {np.dtype(network.module.dtype)}"
 
 
 def images_to_show(count: int) -> tuple[np.ndarray, np.ndarray, int]:
@@ -201,7 +165,7 @@ def generate_and_write(
     Args:
       model: on all devices.
       tokenizer: on this host's first device alone, for the pictures.
-      spec: the job (`job`), on process 0.
+      spec: the job (`cli.job`), on process 0.
       labels: int [N].
       options: sampling options.
       out: output folder.
@@ -251,7 +215,7 @@ def main(_):
     with cli.abort_on_error():
         model = cli.load()
         labels, options = chosen_labels(model), cli.options(model)
-        spec = job(model, labels, options) if jax.process_index() == 0 else {}
+        spec = cli.job(model, labels, options) if jax.process_index() == 0 else {}
         tokenizer, model = model.tokenizer, model.replicate()  # frees the transformer's copy on one device
         generate_and_write(model, tokenizer, spec, labels, options, out)
 

@@ -15,6 +15,7 @@ os.environ["PJRT_NPROC"] = "64"
 
 import dataclasses
 import fcntl
+import gc
 import subprocess
 from pathlib import Path
 
@@ -59,6 +60,12 @@ def pytest_collection_modifyitems(items):
     """Move slow files to the front, so that pytest-xdist workers finish together (--no-loadscope-reorder)."""
     rank = {REPOSITORY / "tests" / name: i for i, name in enumerate(SLOW)}
     items.sort(key=lambda item: rank.get(item.path, len(rank)))
+
+
+def pytest_collection_finish():
+    """Collect garbage less often: tracing makes many objects, few of them garbage."""
+    gc.freeze()
+    gc.set_threshold(200_000, 20, 100)
 
 
 @pytest.fixture(scope="session")

@@ -8,7 +8,6 @@ import pytest
 from absl import app
 from ml_collections import ConfigDict
 
-from sample import config_checksum
 from tests.helpers.xla_flags import fake_devices
 from var_jax import cli
 from var_jax.errors import ConfigError
@@ -146,7 +145,8 @@ def test_a_config_file_with_a_field_of_the_last_release_is_refused():
 def test_samples_of_the_last_release_are_recognized():
     """Their job holds the checksum of the config under its old field names."""
     config = TokenizerConfig(scales=(1, 2, 4), num_codes=16, code_dim=4)
-    assert config_checksum(config) == 0x5AAB8AA6
+    assert cli.config_checksum(config) == 0x5AAB8AA6
     assert (
-        config_checksum(NextScaleConfig()) == 0xB9EE80EF and config_checksum(NextTokenConfig()) == 0xE66F140A
+        cli.config_checksum(NextScaleConfig()) == 0xB9EE80EF
+        and cli.config_checksum(NextTokenConfig()) == 0xE66F140A
     )

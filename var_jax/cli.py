@@ -6,6 +6,7 @@ import os
 import re
 import sys
 import traceback
+import zlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -20,7 +21,10 @@ from var_jax.interop.tensor_files import SUFFIXES
 from var_jax.paths import local_path
 from var_jax.sampling.options import MAX_SEED, SamplingOptions
 from var_jax.scales import Scales
-from var_jax.training.config_fields import rename_flags
+from var_jax.tokenizer.config import TokenizerConfig
+from var_jax.tokenizer.model import fingerprint
+from var_jax.training.config_fields import RENAMED, rename_flags
+from var_jax.transformer.config import TransformerConfig
 
 FLAGS = flags.FLAGS
 NO_CLUSTER = "coordinator_address should be defined"  # start of JAX's error outside of any known cluster
@@ -257,6 +261,37 @@ def options(model: var_jax.LoadedVAR, **defaults) -> SamplingOptions:
     except ValueError as error:
         raise app.UsageError(str(error)) from error
     return result
+
+
+def job(model: var_jax.LoadedVAR, labels: np.ndarray, options: SamplingOptions) -> dict:
+    """Return everything that decides the images; only the same job can be resumed.
+
+    Args:
+      model: on one device; all parameters, those of its tokenizer too, enter the fingerprints.
+      labels: int [N].
+      options: sampling options.
+    """
+    return {
+        "labels": f"{len(labels)} labels {zlib.crc32(labels.tobytes()):08x}",
+        "tokenizer": _network_id(model.tokenizer, model.tokenizer.params),
+        "transformer": _network_id(model, model.checkpoint_params),
+        "seed": FLAGS.seed,
+        **dataclasses.asdict(options),
+    }
+
+
+def config_checksum(config: TokenizerConfig | TransformerConfig) -> int:
+    """Return a checksum of an architecture, equal to that of the last release: its samples are resumed."""
+    text = repr(config)
+    for old, new in RENAMED["model"].items():
+        text = text.replace(f" {new}=", f" {old}=")
+    return zlib.crc32(text.encode())
+
+
+def _network_id(network: var_jax.LoadedTokenizer | var_jax.LoadedVAR, params: dict) -> str:
+    """Return checksums of weights and architecture, and the compute dtype, of a network."""
+    config = config_checksum(network.module.config)
+    return f"weights {fingerprint(params)}, config {config:08x}, {np.dtype(network.module.dtype)}"
 
 
 def _per_scale(name: str):

@@ -142,3 +142,59 @@ def test_the_command_scores_samples_and_names_what_is_missing(digits, digits_dir
     assert Image.open(tmp_path / "nearest.png").size == (6 * 50 + 2, 10 * 50 + 2)
     done = command("evaluate.py", "samples", flags[0], "--reference=x.npz")
     assert done.returncode != 0 and "--reference needs --inception=FILE" in done.stderr + done.stdout
+
+
+# Draws and scores in one process: unbroken, interrupted three times, and a grid.
+BROKEN = """
+import evaluate
+from absl import app
+
+class Killed(BaseException):
+    pass
+
+extract = evaluate.classifier_extractor
+kills = [91 + 3, 91 + 2, 91 + 3]  # numbers of the extractor's calls, of which 91 are for the reference
+
+def failing(classifier):
+    network, calls = extract(classifier), []
+    def extractor(images):
+        calls.append(len(images))
+        if kills and len(calls) == kills[0]:
+            kills.pop(0)
+            raise Killed
+        return network(images)
+    return extractor
+
+def main(_):
+    out = evaluate.FLAGS.out
+    evaluate.main(["", "generate-and-score"])
+    evaluate.cli.initialize_distributed = lambda: None  # once in a process
+    evaluate.classifier_extractor = failing
+    evaluate.FLAGS.out = out + "/broken"
+    while kills:
+        try:
+            evaluate.main(["", "generate-and-score"])
+        except Killed:
+            print("killed")
+    evaluate.main(["", "generate-and-score"])
+    evaluate.FLAGS.out, evaluate.FLAGS.guidance, evaluate.FLAGS.top_k = out + "/sweep", ["0", "2"], ["4", "0"]
+    evaluate.main(["", "sweep"])
+
+app.run(main)
+"""
+
+
+def test_scores_of_a_model_that_was_killed_are_those_of_an_unbroken_call(tiny_run, digits_dir, tmp_path):
+    flags = (f"--workdir={tiny_run}", f"--data_dir={digits_dir}", f"--out={tmp_path}")
+    done = command("-c", BROKEN, *flags, "--num_per_class=12", "--batch=16")
+    assert done.returncode == 0, done.stderr[-3000:]
+    scores = json.loads((tmp_path / "scores.json").read_text())
+    assert scores["num_samples"] == 120 and scores["num_reference"] == 1442 and 0 <= scores["accuracy"] <= 1
+    assert done.stdout.count("killed") == 3
+    assert json.loads((tmp_path / "broken" / "scores.json").read_text()) == scores
+    assert not list(tmp_path.rglob("features.partial"))
+    rows = json.loads((tmp_path / "sweep" / "sweep.json").read_text())
+    assert list(rows) == [f"guidance {guidance}, top_k {k}" for guidance in (0, 2) for k in (4, 0)]
+    assert len({row["fid"] for row in rows.values()}) > 1  # the model is hardly trained
+    for name in ("nearest.png", "sweep/sweep.png", "sweep/guidance_0-top_k_4/nearest.png"):
+        assert Image.open(tmp_path / name).width > 300

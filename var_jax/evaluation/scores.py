@@ -11,6 +11,8 @@ from pathlib import Path
 
 import numpy as np
 from jaxtyping import Float, Int, UInt8
+from matplotlib.figure import Figure
+from PIL import Image
 from tqdm import tqdm
 
 from var_jax.errors import ConfigError
@@ -23,7 +25,7 @@ from var_jax.images import image_grid
 
 REFERENCE_IMAGES = 10_000  # kept of a data set, as in ADM's files
 STATISTICS = (("mu", "sigma"), ("mu_s", "sigma_s"))
-NUM_SHOWN, NUM_NEAREST = 10, 5
+NUM_NEAREST = 5  # reference images shown with a sample
 
 
 @dataclasses.dataclass(frozen=True)
@@ -220,12 +222,27 @@ def format_scores(rows: dict[str, dict[str, float]]) -> str:
 
 
 def nearest_references(
-    images: UInt8[np.ndarray, "N h w 3"], vectors: Float[np.ndarray, "N D"], reference: Reference
-):
-    """Draw some samples, each followed by the reference images that are nearest in the network's features."""
-    chosen = np.linspace(0, len(images) - 1, min(len(images), NUM_SHOWN)).astype(int)
+    images: UInt8[np.ndarray, "n h w 3"], vectors: Float[np.ndarray, "n D"], reference: Reference
+) -> Image.Image:
+    """Draw samples, each followed by the reference images that are nearest in the network's features."""
     rows = []
-    for i in chosen:
-        distances = ((reference.features.vectors - vectors[i]) ** 2).sum(1)
-        rows += [images[i], *reference.images[np.argsort(distances, kind="stable")[:NUM_NEAREST]]]
+    for image, vector in zip(images, vectors, strict=True):
+        distances = ((reference.features.vectors - vector) ** 2).sum(1)
+        rows += [image, *reference.images[np.argsort(distances, kind="stable")[:NUM_NEAREST]]]
     return image_grid(np.stack(rows), columns=1 + min(NUM_NEAREST, len(reference.images)))
+
+
+def plot_scores(rows: dict[str, dict[str, float]], path: Path) -> None:
+    """Plot FID against Inception Score, and precision against recall, of several sets of samples."""
+    figure = Figure(figsize=(11, 5), layout="constrained")
+    pairs = (
+        (("inception_score", "Inception Score"), ("fid", "FID")),
+        (("recall", "recall"), ("precision", "precision")),
+    )
+    for axes, (x, y) in zip(figure.subplots(1, 2), pairs, strict=True):
+        points = [(row[x[0]], row[y[0]]) for row in rows.values()]
+        axes.plot(*zip(*points, strict=True), "o-", linewidth=0.5)
+        for name, point in zip(rows, points, strict=True):
+            axes.annotate(name, point, xytext=(4, 4), textcoords="offset points", fontsize=7)
+        axes.set(xlabel=x[1], ylabel=y[1])
+    figure.savefig(path, dpi=120)

@@ -71,7 +71,7 @@ class SampleStore:
                 self._folder.mkdir(parents=True)
                 _write_file(job_path, json.dumps(self._job).encode())
             else:
-                _check_same_job(saved, self._job, self._folder)
+                check_same_job(saved, self._job, self._folder)
         bytes_per_image = int(np.prod(image_shape)) + 4 * length
         needed = (2 * count - self.done()) * bytes_per_image
         if (free := shutil.disk_usage(out).free) < needed:
@@ -176,9 +176,9 @@ class SampleStore:
             return self.path
         images, tokens = self.images(), self.tokens()
         with explain_write_errors(self.path.parent):
-            with _atomic_write(self._tokens_path) as file:
+            with atomic_write(self._tokens_path) as file:
                 _write_array(file, tokens)
-            with _atomic_write(self.path) as file, zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
+            with atomic_write(self.path) as file, zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
                 archive.comment = json.dumps({"job": self._job, "tokens": _checksum(tokens)}).encode()
                 for name, array in (("arr_0", images), ("arr_1", labels.astype(np.int64))):
                     # ZipInfo has a fixed date, so that the same samples give the same file.
@@ -233,7 +233,7 @@ def _checksum(array: np.ndarray) -> str:
 
 
 @contextlib.contextmanager
-def _atomic_write(path: Path):
+def atomic_write(path: Path):
     """Open a file for writing that gets its name when it is complete and, like its name, synced to disk."""
     partial = path.with_name(path.name + ".partial")
     try:
@@ -251,7 +251,7 @@ def _atomic_write(path: Path):
 
 
 def _write_file(path: Path, content: bytes) -> None:
-    with _atomic_write(path) as file:
+    with atomic_write(path) as file:
         file.write(content)
 
 
@@ -260,7 +260,8 @@ def _sync(file) -> None:
     os.fsync(file.fileno())
 
 
-def _check_same_job(saved: dict, job: dict, folder: Path) -> None:
+def check_same_job(saved: dict, job: dict, folder: Path) -> None:
+    """Raise OtherSamples, naming the differences, unless both jobs are the same."""
     differences = [
         f"{name}: {saved.get(name)} there, {job.get(name)} now"
         for name in sorted(set(saved) | set(job))
