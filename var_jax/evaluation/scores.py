@@ -233,16 +233,31 @@ def nearest_references(
 
 
 def plot_scores(rows: dict[str, dict[str, float]], path: Path) -> None:
-    """Plot FID against Inception Score, and precision against recall, of several sets of samples."""
+    """Plot FID against Inception Score, and precision against recall, of a grid of options.
+
+    Args:
+      rows: names `option value, option value, ...` to scores; a line joins rows of different first options.
+      path: of the picture.
+    """
+    lines: dict[str, list[tuple[str, dict[str, float]]]] = {}
+    for name, row in rows.items():
+        first, _, others = name.partition(", ")
+        lines.setdefault(others, []).append((first, row))
     figure = Figure(figsize=(11, 5), layout="constrained")
     pairs = (
         (("inception_score", "Inception Score"), ("fid", "FID")),
         (("recall", "recall"), ("precision", "precision")),
     )
     for axes, (x, y) in zip(figure.subplots(1, 2), pairs, strict=True):
-        points = [(row[x[0]], row[y[0]]) for row in rows.values()]
-        axes.plot(*zip(*points, strict=True), "o-", linewidth=0.5)
-        for name, point in zip(rows, points, strict=True):
-            axes.annotate(name, point, xytext=(4, 4), textcoords="offset points", fontsize=7)
+        for others, points in lines.items():
+            axes.plot(
+                [row[x[0]] for _, row in points], [row[y[0]] for _, row in points], "o-", label=others or None
+            )
+            for first, row in points:
+                position = (row[x[0]], row[y[0]])
+                axes.annotate(first, position, xytext=(4, 4), textcoords="offset points", fontsize=7)
         axes.set(xlabel=x[1], ylabel=y[1])
+        axes.margins(0.15)
+        if len(lines) > 1:
+            axes.legend()
     figure.savefig(path, dpi=120)
