@@ -16,6 +16,7 @@ Which number is which: docs/evaluation.md.
 """
 
 import dataclasses
+import functools
 import hashlib
 import itertools
 import json
@@ -92,12 +93,12 @@ REAL = "half of the reference images against the rest"
 
 @dataclasses.dataclass(frozen=True)
 class Scorer:
-    """Network and reference by which the flags score samples.
+    """Network and reference by which samples are scored, as the flags say.
 
     Attributes:
       name: of the network, with its checksum.
       extractor: the network.
-      reference: what samples are compared with.
+      reference: the reference images.
     """
 
     name: str
@@ -109,17 +110,22 @@ class Scorer:
         labels = None if FLAGS.inception else labels
         return score(features, self.reference, labels, FLAGS.adm_float16, FLAGS.at_infinity)
 
+    @functools.cached_property
+    def real(self) -> dict[str, float]:
+        """Scores of one half of the reference images against the other."""
+        return score_halves(self.reference)
+
     def write(self, out, scores: dict, images: np.ndarray, vectors: np.ndarray, **more) -> None:
         """Write scores.json, and nearest.png of some samples and their vectors."""
         out.mkdir(parents=True, exist_ok=True)
         if images.shape[1:] == self.reference.images.shape[1:]:
             save_png(nearest_references(images, vectors, self.reference), out / "nearest.png")
-        content = scores | {"inception": self.name, "real_halves": score_halves(self.reference), **more}
+        content = scores | {"inception": self.name, "real_halves": self.real, **more}
         (out / "scores.json").write_text(json.dumps(content, indent=1))
 
     def table(self, rows: dict[str, dict[str, float]]) -> str:
-        """Format scores as a table, beside those of real images."""
-        return f"in features of {self.name}:\n" + format_scores(rows | {REAL: score_halves(self.reference)})
+        """Format scores as a table, with those of real images."""
+        return f"in features of {self.name}:\n" + format_scores(rows | {REAL: self.real})
 
 
 def make_scorer(side: int) -> Scorer:
@@ -128,7 +134,7 @@ def make_scorer(side: int) -> Scorer:
         with open(FLAGS.inception, "rb") as file:
             checksum = hashlib.file_digest(file, "sha256").hexdigest()
         name = f"{Path(FLAGS.inception).name}, sha256 {checksum[:16]}"
-        extractor = inception_extractor(load_inception(FLAGS.inception))
+        extractor = inception_extractor(load_inception(FLAGS.inception), FLAGS.batch)
         if FLAGS.reference:
             return Scorer(name, extractor, read_reference(FLAGS.reference, extractor, FLAGS.batch))
     source = open_source(FLAGS.data, FLAGS.split or "train", FLAGS.data_dir)
@@ -160,7 +166,8 @@ def batches_of(source: Source, side: int) -> Iterator[dict]:
 
 def score_samples() -> None:
     """Score a file of samples."""
-    images, labels = read_images(FLAGS.samples), read_labels(FLAGS.samples)
+    images = read_images(FLAGS.samples)
+    labels = read_labels(FLAGS.samples, len(images))
     scorer = make_scorer(images.shape[1])
     features = extract_features(scorer.extractor, images, FLAGS.batch, "samples")
     if jax.process_index() > 0:
@@ -231,16 +238,19 @@ def draw_and_score(
     per_scale = options.per_scale(Scales(model.scales), model.tokenizer.num_codes)
     chunk = FLAGS.batch if FLAGS["batch"].present else MAX_CHUNK
     chunk = min(chunk, largest_batch(model.tokenizer.module, model.module, per_scale, len(labels)))
-    start, is_primary = 0, jax.process_index() == 0
+    start, is_primary, saved = 0, jax.process_index() == 0, {}
     if is_primary:
         reference = FLAGS.reference or f"{FLAGS.data}/{FLAGS.split or 'train'}"
         job = cli.job(model, labels, options) | {"network": scorer.name, "reference": reference}
         job = json.loads(json.dumps(job))
-        saved = json.loads((out / "scores.json").read_text()) if (out / "scores.json").exists() else {}
-        if saved.get("job") == job:
-            return {name: saved[name] for name in saved if isinstance(saved[name], int | float)}
-        chunks = FeatureChunks(out / "features.partial", job, len(labels), chunk)
-        start, chunk = chunks.done(), chunks.chunk
+        if (out / "scores.json").exists():
+            saved = json.loads((out / "scores.json").read_text())
+        is_done = saved.get("job") == job
+        if is_done:
+            start = len(labels)
+        else:
+            chunks = FeatureChunks(out / "features.partial", job, len(labels), chunk)
+            start, chunk = chunks.done(), chunks.chunk
     if jax.process_count() > 1:
         start, chunk = (int(n) for n in multihost_utils.broadcast_one_to_all(np.array([start, chunk])))
     batches = replicated.generate_batches(
@@ -255,6 +265,8 @@ def draw_and_score(
             progress.update(len(images))
     if not is_primary:
         return {}
+    if is_done:
+        return {name: value for name, value in saved.items() if isinstance(value, int | float)}
     features, images, vectors = chunks.load()
     scores = scorer.scores(features, labels)
     scorer.write(out, scores, images, vectors, job=job)
@@ -271,7 +283,7 @@ def make_reference() -> None:
     if FLAGS.inception is None or FLAGS.size is None:
         raise app.UsageError("evaluate.py statistics: give --inception=FILE and --size=SIDE")
     source = open_source(FLAGS.data, FLAGS.split or "train", FLAGS.data_dir)
-    extractor = inception_extractor(load_inception(FLAGS.inception))
+    extractor = inception_extractor(load_inception(FLAGS.inception), FLAGS.batch)
     reference = reference_of_data(batches_of(source, FLAGS.size), source.num_records, extractor)
     out = as_path(FLAGS.out or ".")
     out.mkdir(parents=True, exist_ok=True)

@@ -115,11 +115,11 @@ def check_next_scale(topology: str, config: ConfigDict, mesh: Mesh) -> None:
 def moved_weights(width: int, result: CompiledProgram) -> list[str]:
     """List the results of copies, slices and transposes that have the shape of a layer's weight."""
     kernels = {(width, n * width) for n in (1, 3, 4)} | {(4 * width, width)}
-    found = re.findall(
+    results = re.findall(
         r"= (\w+\[([\d,]+)\])\S* (?:copy|dynamic-slice|slice|transpose)\(", result.program.as_text()
     )
     shape = lambda sizes: tuple(int(n) for n in sizes.split(",") if n != "1")
-    return [array for array, sizes in found if shape(sizes) in kernels | {k[::-1] for k in kernels}]
+    return [array for array, sizes in results if shape(sizes) in kernels | {k[::-1] for k in kernels}]
 
 
 def check_tokens(evaluation: CompiledProgram) -> None:

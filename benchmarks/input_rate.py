@@ -6,8 +6,8 @@
 
 Uses the loader and the transform of training; the machine should be otherwise idle.  Without --data it
 writes a data set of JPEG photographs of ImageNet's usual size: noise whose spectrum falls off like that of
-natural images (Field 1987).  With --tokens it reads a token cache instead, of random tokens, while a sleep
-stands for the training step of an H200 node.
+natural images (Field 1987).  With --tokens it reads a token cache instead, of random tokens, with a
+sleep in place of the training step of an H200 node.
 """
 
 import argparse

@@ -31,7 +31,7 @@ def inception_rule(goldens):
 
 @pytest.fixture(scope="module")
 def weights(inception_rule) -> dict[str, np.ndarray]:
-    """State dict that stands in for the released weights."""
+    """State dict in place of the released weights."""
     return inception_rule.weights()
 
 

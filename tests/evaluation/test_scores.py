@@ -112,6 +112,15 @@ def test_a_wrong_reference_file_is_named(content, says, extractor, tmp_path):
         read_reference(tmp_path / "wrong.npz", extractor, 4)
 
 
+@pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
+def test_images_are_read_in_any_layout_and_mapped_where_they_are_plain(save, tmp_path):
+    images = np.random.default_rng(0).integers(0, 256, (5, 8, 6, 3), np.uint8)
+    save(tmp_path / "images.npz", arr_0=np.asfortranarray(images))
+    loaded = read_images(tmp_path / "images.npz")
+    np.testing.assert_array_equal(loaded, images)
+    assert isinstance(loaded, np.memmap) == (save is np.savez)
+
+
 def test_a_missing_or_damaged_file_is_named(tmp_path):
     with pytest.raises(ConfigError, match=r"no such file: .*none.npz"):
         read_images(tmp_path / "none.npz")
@@ -121,9 +130,9 @@ def test_a_missing_or_damaged_file_is_named(tmp_path):
 
 
 def test_eight_devices_compute_the_published_features(arrays, weights, tmp_path):  # noqa: F811
-    """Of three images, a number that the devices do not divide."""
+    """Extract features of three images in a batch that eight devices share."""
     safetensors.numpy.save_file(weights, tmp_path / "weights.safetensors")
-    extract = inception_extractor(load_inception(tmp_path / "weights.safetensors"))
+    extract = inception_extractor(load_inception(tmp_path / "weights.safetensors"), 2)
     features = extract(np.repeat(arrays["image_0"][None], 3, 0))
     assert features.pool.shape == (3, 2048) and features.spatial.shape == (3, 2023)
     for got, name in ((features.pool, "pool"), (features.spatial, "spatial")):

@@ -48,7 +48,8 @@ def train_batches(
         the items are tokens.
       batch: global batch size, over all processes.
       seed: of the order and the crops.
-      threads: number of threads that read and decode ahead, in this process or in each worker.
+      threads: number of threads that read and decode images ahead, in this process or in each worker; tokens
+        need TOKEN_THREADS.
       workers: number of worker processes; 0 reads in this process.  Workers need parsed absl flags.
       start: step of the first batch, from 0.
       rows: rows of the global batch that this process loads, int [b]; all by default.

@@ -15,13 +15,14 @@ from var_jax.sharding import batch_sharding, make_mesh, replicated
 Extractor = Callable[[UInt8[np.ndarray, "n h w 3"]], Features]
 
 
-def inception_extractor(variables: dict) -> Extractor:
+def inception_extractor(variables: dict, batch: int) -> Extractor:
     """Return a function of images uint8 [n, h, w, 3] that computes the features of Inception-v3 in numpy.
 
     The images are divided over all devices of all hosts; each host passes all images and gets all features.
 
     Args:
       variables: of the network (`interop.inception_weights.load_inception`).
+      batch: images at once, rounded up to a multiple of the devices; the last batch is padded.
     """
     mesh = make_mesh(data=-1, fsdp=1)
     sharding = batch_sharding(mesh)
@@ -31,10 +32,16 @@ def inception_extractor(variables: dict) -> Extractor:
         out_shardings=replicated(mesh),
     )
 
-    def extract(images: np.ndarray) -> Features:
-        padded = np.pad(images, ((0, -len(images) % mesh.size), (0, 0), (0, 0), (0, 0)))
+    batch += -batch % mesh.size
+
+    def extract_batch(images: np.ndarray) -> Features:
+        padded = np.pad(images, ((0, batch - len(images)), (0, 0), (0, 0), (0, 0)))
         shards = jax.make_array_from_callback(padded.shape, sharding, padded.__getitem__)
         return jax.tree.map(lambda x: np.asarray(x)[: len(images)], network(variables, shards))
+
+    def extract(images: np.ndarray) -> Features:
+        parts = [extract_batch(images[i : i + batch]) for i in range(0, len(images), batch)]
+        return jax.tree.map(lambda *x: np.concatenate(x), *parts)
 
     return extract
 

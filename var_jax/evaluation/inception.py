@@ -22,7 +22,7 @@ NUM_CLASSES = 1008
 
 @flax.struct.dataclass
 class Features:
-    """What the metrics need of images.
+    """Features of images that the metrics need.
 
     Attributes:
       pool: features of whole images.
@@ -44,9 +44,11 @@ def resize_tf1(images: Shaped[Array, "B h w 3"]) -> Float32[Array, "B 299 299 3"
     (top, bottom, down), (left, right, across) = (_neighbours(n) for n in images.shape[1:3])
     upper, lower = jnp.take(x, top, 1), jnp.take(x, bottom, 1)
     across, down = across[:, None], down[:, None, None]
-    blend = lambda rows: (lambda a, b: a + (b - a) * across)(
-        jnp.take(rows, left, 2), jnp.take(rows, right, 2)
-    )
+
+    def blend(rows):
+        a, b = jnp.take(rows, left, 2), jnp.take(rows, right, 2)
+        return a + (b - a) * across
+
     upper, lower = blend(upper), blend(lower)
     return upper + (lower - upper) * down
 

@@ -22,6 +22,7 @@ from var_jax.evaluation.inception_score import inception_score
 from var_jax.evaluation.kid import kernel_distance
 from var_jax.evaluation.precision_recall import authenticity, precision_and_recall
 from var_jax.images import image_grid
+from var_jax.sampling.sample_writer import memmap_member
 
 REFERENCE_IMAGES = 10_000  # kept of a data set, as in ADM's files
 STATISTICS = (("mu", "sigma"), ("mu_s", "sigma_s"))
@@ -30,7 +31,7 @@ NUM_NEAREST = 5  # reference images shown with a sample
 
 @dataclasses.dataclass(frozen=True)
 class Reference:
-    """What samples are compared with.
+    """Reference images of samples, and their statistics.
 
     Attributes:
       images: some of the reference images.
@@ -62,19 +63,22 @@ def read_images(path: str | Path) -> UInt8[np.ndarray, "N h w 3"]:
     return _read_arrays(path)["arr_0"]
 
 
-def read_labels(path: str | Path) -> Int[np.ndarray, " N"] | None:
-    """Read `arr_1` of a file of samples; None if there is none, or not one integer for each image."""
+def read_labels(path: str | Path, count: int) -> Int[np.ndarray, " N"] | None:
+    """Read `arr_1` of a file of samples; None if there is none, or not one integer for each of its images."""
     with np.load(path, allow_pickle=False) as file:
         labels = file["arr_1"] if "arr_1" in file.files else np.zeros(0)
-        count = len(file["arr_0"])
     return labels if labels.shape == (count,) and np.issubdtype(labels.dtype, np.integer) else None
 
 
 def _read_arrays(path: str | Path) -> dict[str, np.ndarray]:
-    """Read the arrays of a file of samples or references, and check them."""
+    """Read the arrays of a file of samples or references, and check them; memory-map images if possible."""
     try:
         with np.load(path, allow_pickle=False) as file:
-            arrays = {name: file[name] for name in file.files if name in ("arr_0", *sum(STATISTICS, ()))}
+            arrays = {name: file[name] for name in sum(STATISTICS, ()) if name in file.files}
+            member = file.zip.NameToInfo.get("arr_0.npy")
+            if member is not None:
+                is_plain = member.compress_type == zipfile.ZIP_STORED
+                arrays["arr_0"] = memmap_member(Path(path), member.filename) if is_plain else file["arr_0"]
     except FileNotFoundError as error:
         raise ConfigError(f"no such file: {path}") from error
     except (OSError, ValueError, AttributeError, zipfile.BadZipFile) as error:
@@ -225,9 +229,9 @@ def nearest_references(
     images: UInt8[np.ndarray, "n h w 3"], vectors: Float[np.ndarray, "n D"], reference: Reference
 ) -> Image.Image:
     """Draw samples, each followed by the reference images that are nearest in the network's features."""
-    rows = []
+    rows, references = [], reference.features.vectors
     for image, vector in zip(images, vectors, strict=True):
-        distances = ((reference.features.vectors - vector) ** 2).sum(1)
+        distances = ((references - vector) ** 2).sum(1)
         rows += [image, *reference.images[np.argsort(distances, kind="stable")[:NUM_NEAREST]]]
     return image_grid(np.stack(rows), columns=1 + min(NUM_NEAREST, len(reference.images)))
 

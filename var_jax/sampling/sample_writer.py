@@ -143,7 +143,7 @@ class SampleStore:
     def images(self) -> UInt8[np.ndarray, "N H W 3"]:
         """Return all images, memory-mapped."""
         if self.finished:
-            return _memmap_member(self.path, "arr_0.npy")
+            return memmap_member(self.path, "arr_0.npy")
         return np.memmap(self._files()[0][0], np.uint8, "r", shape=(self._count, *self._image_shape))
 
     def tokens(self) -> Int32[np.ndarray, "N L"]:
@@ -199,17 +199,25 @@ def _read_origin(path: Path) -> dict:
     return origin if isinstance(origin, dict) else {}
 
 
-def _memmap_member(path: Path, name: str) -> np.ndarray:
-    """Memory-map an array of an uncompressed .npz file."""
+def memmap_member(path: Path, name: str) -> np.ndarray:
+    """Memory-map an array of an uncompressed .npz file.
+
+    Raises:
+      ValueError: if it holds Python objects, or is of a format that NumPy writes for structured arrays only.
+    """
     with zipfile.ZipFile(path) as archive:
         offset = archive.getinfo(name).header_offset
     with open(path, "rb") as file:
         # The local header: at 26 the lengths of the name and of the extra field, at 30 both of these.
         file.seek(offset + 26)
         file.seek(offset + 30 + sum(int.from_bytes(file.read(2), "little") for _ in range(2)))
-        np.lib.format.read_magic(file)
-        shape, _, dtype = np.lib.format.read_array_header_1_0(file)
-        return np.memmap(path, dtype, "r", file.tell(), shape)
+        version = np.lib.format.read_magic(file)
+        if version != (1, 0):
+            raise ValueError(f"{name} has version {version} of the .npy format, expected (1, 0)")
+        shape, is_fortran, dtype = np.lib.format.read_array_header_1_0(file)
+        if dtype.hasobject:
+            raise ValueError(f"{name} holds Python objects")
+        return np.memmap(path, dtype, "r", file.tell(), shape, "F" if is_fortran else "C")
 
 
 def _write_array(file, array: np.ndarray) -> None:
