@@ -34,13 +34,13 @@ from var_jax import cli
 from var_jax.data.loader import eval_batches
 from var_jax.data.sources import Source, open_source
 from var_jax.data.transforms import ToPixels
-from var_jax.errors import ConfigError, config_errors
-from var_jax.evaluation.classifier import Classifier
+from var_jax.errors import config_errors
 from var_jax.evaluation.extractors import (
     Extractor,
     FeatureSet,
     classifier_extractor,
     extract_features,
+    fit_classifier,
     inception_extractor,
 )
 from var_jax.evaluation.feature_chunks import NUM_SHOWN, FeatureChunks
@@ -87,7 +87,6 @@ flags.DEFINE_integer("batch", 64, "Images per batch", lower_bound=1)
 
 GRID = ("guidance", "top_k", "top_p", "temperature")  # options of which `sweep` takes lists
 MAX_CHUNK = 1000  # samples that a kill loses, at most
-MAX_CLASSIFIER_PIXELS = 10**8  # of all images that a small classifier is trained on
 REAL = "half of the reference images against the rest"
 
 
@@ -139,24 +138,10 @@ def make_scorer(side: int) -> Scorer:
             return Scorer(name, extractor, read_reference(FLAGS.reference, extractor, FLAGS.batch))
     source = open_source(FLAGS.data, FLAGS.split or "train", FLAGS.data_dir)
     if not FLAGS.inception:
-        name, extractor = f"a classifier of {source.name}", classifier_extractor(fit_classifier(source, side))
+        name = f"a classifier of {source.name}"
+        classifier = fit_classifier(batches_of(source, side), source.num_records, side)
+        extractor = classifier_extractor(classifier)
     return Scorer(name, extractor, reference_of_data(batches_of(source, side), source.num_records, extractor))
-
-
-def fit_classifier(source: Source, side: int) -> Classifier:
-    """Train a classifier on the images of a data set.
-
-    Raises:
-      ConfigError: if they are too many or too large for one that sees pixels.
-    """
-    if source.num_records * side**2 > MAX_CLASSIFIER_PIXELS:
-        raise ConfigError(
-            f"{source.num_records} images of {side} pixels are too many for a classifier; give --inception"
-        )
-    batches = [
-        {name: x[batch["valid"] > 0] for name, x in batch.items()} for batch in batches_of(source, side)
-    ]
-    return Classifier(*(np.concatenate([batch[name] for batch in batches]) for name in ("image", "label")))
 
 
 def batches_of(source: Source, side: int) -> Iterator[dict]:

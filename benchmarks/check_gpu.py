@@ -38,6 +38,7 @@ TOPOLOGY = flags.DEFINE_list(
     "topology", ["h100:1x1", "h100:1x8"], "GPUs as HOSTSxGPUS, e.g. h100:1x8; see benchmarks.plan"
 )
 NOT_FOR_GPUS = ("splash",)
+QUICK = "--xla_gpu_autotune_level=0"  # compiles no candidates of kernels, which only a GPU can compare
 PALLAS = r"__gpu\$xla\.gpu\.triton"
 SPAWN = multiprocessing.get_context("spawn")
 FORWARD, BACKWARD = r"__cudnn\$fmha(?:ScaleBias)?Softmax\b", r"__cudnn\$fmha(?:ScaleBias)?SoftmaxBackward\b"
@@ -185,6 +186,7 @@ def check_stage(stage: str, topology: str) -> None:
 
 
 def main(_):
+    os.environ.setdefault("XLA_FLAGS", QUICK)
     start = time.perf_counter()
     parts = zip(*itertools.product(("tokenizer", "next_scale"), TOPOLOGY.value), strict=True)
     with concurrent.futures.ProcessPoolExecutor(os.cpu_count(), SPAWN) as pool:

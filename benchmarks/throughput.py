@@ -36,6 +36,7 @@ from benchmarks.input_rate import add_input_arguments, measure_input, measure_to
 from benchmarks.workload import NUM_CLASSES
 from configs import tokenizer as tokenizer_config
 from configs import var
+from var_jax import cli
 from var_jax.sampling.cast_params import in_compute_dtype, tokenizer_in_compute_dtype
 from var_jax.sampling.options import SamplingOptions
 from var_jax.sampling.sampler import Networks, generate, image_keys
@@ -325,6 +326,7 @@ def measure_tokenizer(args: argparse.Namespace, tokenizer: Tokenizer, task: Next
 
 
 def main():
+    cli.keep_freed_memory()
     args = parse_arguments()
     if args.against and args.what not in ("sample", "train"):
         sys.exit("--against: goes with sample and train")

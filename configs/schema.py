@@ -148,7 +148,14 @@ def transformer_stage() -> ConfigDict:
                 encoder_precision="high",
             ),
             sampling=dict(guidance=1.5, top_k=900, top_p=0.96, smooth=False),  # of the previews
-            train=_train(),
+            train=_train()
+            | dict(
+                fid_every=0,  # steps between FIDs of samples; 0: none
+                fid_samples=2000,  # drawn as the previews; FID is larger for fewer samples
+                fid_inception="",  # weights of Inception-v3; empty: a small classifier of the data
+                fid_reference="",  # file of `evaluate.py statistics`; empty: the training images
+                best_by="loss",  # held-out `loss`, or `fid`: metric that selects the best checkpoint
+            ),
         )
     )
 

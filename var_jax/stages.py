@@ -7,8 +7,13 @@ from ml_collections import ConfigDict
 
 from var_jax.data.sources import Source, open_source
 from var_jax.data.token_cache import open_token_cache
+from var_jax.data.transforms import ToPixels
 from var_jax.errors import ConfigError, config_errors
+from var_jax.evaluation.extractors import check_classifier_size
+from var_jax.evaluation.inception import POOL_SIZE
+from var_jax.evaluation.scores import read_statistics
 from var_jax.interop.dino_weights import load_dino
+from var_jax.interop.inception_weights import load_inception
 from var_jax.interop.load import load_tokenizer, read_network, with_path
 from var_jax.interop.lpips_weights import load_perceptual
 from var_jax.paths import as_path
@@ -24,6 +29,7 @@ from var_jax.training.checkpoint import (
 from var_jax.training.config_fields import check_names
 from var_jax.training.param_init import InitialValue, match_params
 from var_jax.training.profiling import StepRange
+from var_jax.training.sample_scores import SampleScorer
 from var_jax.training.task import Task
 from var_jax.training.tokenizer_task import TokenizerTask
 from var_jax.training.trainer import check_training, train
@@ -164,6 +170,43 @@ def load_perceptual_networks(stage: ConfigDict) -> dict:
     return networks
 
 
+def sample_scorer(stage: ConfigDict, source: Source, image_size: int) -> SampleScorer | None:
+    """Return what scores a transformer's samples every config.train.fid_every steps; None without scores.
+
+    Args:
+      stage: config of the stage.
+      source: training data.
+      image_size: side of the samples.
+
+    Raises:
+      ConfigError: if a file is missing or does not fit, or there are no images, or too large ones.
+    """
+    cfg, data = stage.train, stage.data
+    if not cfg.get("fid_every"):
+        return None
+    if data.tokens and not cfg.fid_reference:
+        raise ConfigError(
+            "config.train.fid_every with config.data.tokens needs reference images: "
+            "config.train.fid_reference, a file of `evaluate.py statistics`"
+        )
+    if cfg.fid_reference and not cfg.fid_inception:
+        raise ConfigError("config.train.fid_reference needs config.train.fid_inception")
+    inception = statistics = transform = None
+    if cfg.fid_inception:
+        with config_errors(prefix="config.train.fid_inception: "):
+            inception = load_inception(cfg.fid_inception)
+    else:
+        with config_errors(prefix="config.train.fid_every: "):
+            check_classifier_size(source.num_records, image_size)
+    if cfg.fid_reference:
+        with config_errors(prefix="config.train.fid_reference: "):
+            statistics = read_statistics(cfg.fid_reference, POOL_SIZE)
+    else:
+        with config_errors(prefix="config."):
+            transform = ToPixels(source.name, image_size, data.resize, False)
+    return SampleScorer(inception=inception, statistics=statistics, source=source, transform=transform)
+
+
 def initial_params(stage: ConfigDict, task: Task, workdir: epath.Path) -> dict[str, InitialValue]:
     """Load the initial parameters of a stage from `init_from`, by path; none if it resumes from a checkpoint.
 
@@ -228,8 +271,9 @@ def run(config: ConfigDict, workdir: epath.PathLike, profile: StepRange | None =
         if profile:
             profile.check(task.name, steps)
         pending_tokenizer = task.model if stage.task == "tokenizer" else None
-        ready.append((task, stage, steps, sources, initial_params(stage, task, workdir)))
-    for task, stage, steps, sources, initial in ready:
+        scorer = sample_scorer(stage, sources[0], task.image_size)
+        ready.append((task, stage, steps, sources, initial_params(stage, task, workdir), scorer))
+    for task, stage, steps, sources, initial, scorer in ready:
         if isinstance(task, TransformerTask) and not task.frozen["tokenizer"]:  # trained by now
             task, _ = build_task(stage, workdir, sources[0])
-        train(task, stage, steps, workdir, sources, initial, profile)
+        train(task, stage, steps, workdir, sources, initial, profile, scorer)

@@ -1,6 +1,8 @@
 """Test scores of good and broken samples, reference files, and the command."""
 
 import json
+import subprocess
+import time
 
 import numpy as np
 import pytest
@@ -10,7 +12,8 @@ from scipy.ndimage import gaussian_filter
 
 from tests.evaluation.test_inception import arrays, inception_rule, weights  # noqa: F401  (fixtures)
 from tests.helpers.arrays import close
-from tests.helpers.commands import command
+from tests.helpers.commands import command, python
+from tests.helpers.hosts import ended, start
 from var_jax.data.loader import eval_batches
 from var_jax.data.sources import open_source
 from var_jax.data.transforms import ToPixels
@@ -139,6 +142,40 @@ def test_eight_devices_compute_the_published_features(arrays, weights, tmp_path)
         close(got, np.repeat(arrays[name][:1], 3, 0), 1e-4)
 
 
+# Saves the features of the images that a flag names, on each process.
+EXTRACT = """
+import numpy as np
+from absl import app, flags
+from var_jax import cli
+from var_jax.evaluation.extractors import inception_extractor
+from var_jax.interop.inception_weights import load_inception
+
+flags.DEFINE_string("workdir", None, "Folder.")
+cli.define_host_flags()
+
+def main(_):
+    cli.initialize_distributed()
+    folder = flags.FLAGS.workdir
+    extract = inception_extractor(load_inception(folder + "/weights.safetensors"), 2)
+    features = extract(np.load(folder + "/images.npy"))
+    np.savez(f"{folder}/{flags.FLAGS.process_id}.npz", **vars(features))
+
+app.run(main)
+"""
+
+
+def test_two_processes_compute_the_published_features(arrays, weights, tmp_path):  # noqa: F811
+    safetensors.numpy.save_file(weights, tmp_path / "weights.safetensors")
+    np.save(tmp_path / "images.npy", np.repeat(arrays["image_0"][None], 3, 0))
+    result = ended(start(2, tmp_path, "-c", EXTRACT), within=300)
+    assert [code for code, _, _ in result] == [0, 0], result[0][2][-3000:] + result[1][2][-3000:]
+    first, second = (np.load(tmp_path / f"{i}.npz") for i in range(2))
+    for name in ("pool", "spatial", "log_probs"):
+        np.testing.assert_array_equal(first[name], second[name])
+    for name in ("pool", "spatial"):
+        close(first[name], np.repeat(arrays[name][:1], 3, 0), 1e-4)
+
+
 def test_the_command_scores_samples_and_names_what_is_missing(digits, digits_dir, tmp_path):
     images, labels = digits["test"]
     np.savez(tmp_path / "samples.npz", arr_0=images, arr_1=labels)
@@ -153,57 +190,78 @@ def test_the_command_scores_samples_and_names_what_is_missing(digits, digits_dir
     assert done.returncode != 0 and "--reference needs --inception=FILE" in done.stderr + done.stdout
 
 
-# Draws and scores in one process: unbroken, interrupted three times, and a grid.
-BROKEN = """
+# Draws and scores twice in one process: the run's options, and a grid.
+SWEEP = """
 import evaluate
 from absl import app
 
-class Killed(BaseException):
-    pass
-
-extract = evaluate.classifier_extractor
-kills = [91 + 3, 91 + 2, 91 + 3]  # numbers of the extractor's calls, of which 91 are for the reference
-
-def failing(classifier):
-    network, calls = extract(classifier), []
-    def extractor(images):
-        calls.append(len(images))
-        if kills and len(calls) == kills[0]:
-            kills.pop(0)
-            raise Killed
-        return network(images)
-    return extractor
-
 def main(_):
-    out = evaluate.FLAGS.out
     evaluate.main(["", "generate-and-score"])
     evaluate.cli.initialize_distributed = lambda: None  # once in a process
-    evaluate.classifier_extractor = failing
-    evaluate.FLAGS.out = out + "/broken"
-    while kills:
-        try:
-            evaluate.main(["", "generate-and-score"])
-        except Killed:
-            print("killed")
-    evaluate.main(["", "generate-and-score"])
-    evaluate.FLAGS.out, evaluate.FLAGS.guidance, evaluate.FLAGS.top_k = out + "/sweep", ["0", "2"], ["4", "0"]
+    evaluate.FLAGS.out += "/sweep"
+    evaluate.FLAGS.num_per_class, evaluate.FLAGS.guidance, evaluate.FLAGS.top_k = 10, ["0", "2"], ["4", "0"]
     evaluate.main(["", "sweep"])
 
 app.run(main)
 """
 
 
-def test_scores_of_a_model_that_was_killed_are_those_of_an_unbroken_call(tiny_run, digits_dir, tmp_path):
-    flags = (f"--workdir={tiny_run}", f"--data_dir={digits_dir}", f"--out={tmp_path}")
-    done = command("-c", BROKEN, *flags, "--num_per_class=12", "--batch=16")
+@pytest.fixture(scope="module")
+def model_flags(tiny_run, digits_dir) -> tuple[str, ...]:
+    return (f"--data_dir={digits_dir}", "--num_per_class=100", "--batch=16")
+
+
+@pytest.fixture(scope="module")
+def unbroken(tiny_run, model_flags, tmp_path_factory):
+    """Return the folder of the scores of a model, and of a sweep."""
+    folder = tmp_path_factory.mktemp("scores")
+    done = command("-c", SWEEP, f"--workdir={tiny_run}", f"--out={folder}", *model_flags)
     assert done.returncode == 0, done.stderr[-3000:]
-    scores = json.loads((tmp_path / "scores.json").read_text())
-    assert scores["num_samples"] == 120 and scores["num_reference"] == 1442 and 0 <= scores["accuracy"] <= 1
-    assert done.stdout.count("killed") == 3
-    assert json.loads((tmp_path / "broken" / "scores.json").read_text()) == scores
-    assert not list(tmp_path.rglob("features.partial"))
-    rows = json.loads((tmp_path / "sweep" / "sweep.json").read_text())
+    return folder
+
+
+def test_a_sweep_scores_a_grid_and_draws_it(unbroken):
+    rows = json.loads((unbroken / "sweep" / "sweep.json").read_text())
     assert list(rows) == [f"guidance {guidance}, top_k {k}" for guidance in (0, 2) for k in (4, 0)]
     assert len({row["fid"] for row in rows.values()}) > 1  # the model is hardly trained
     for name in ("nearest.png", "sweep/sweep.png", "sweep/guidance_0-top_k_4/nearest.png"):
-        assert Image.open(tmp_path / name).width > 300
+        assert Image.open(unbroken / name).width > 300
+
+
+def scores_in(folder) -> dict[str, float]:
+    scores = json.loads((folder / "scores.json").read_text())
+    assert scores["num_samples"] == 1000 and scores["num_reference"] == 1442 and 0 <= scores["accuracy"] <= 1
+    return {name: value for name, value in scores.items() if isinstance(value, int | float)}
+
+
+def test_killed_three_times_it_gives_the_scores_of_an_unbroken_call(
+    tiny_run, model_flags, unbroken, tmp_path
+):
+    run = python(
+        "evaluate.py", "generate-and-score", f"--workdir={tiny_run}", f"--out={tmp_path}", *model_flags
+    )
+    for _ in range(3):
+        chunks = lambda: len(list((tmp_path / "features.partial").glob("*.npz")))
+        before = chunks()
+        process = subprocess.Popen(**run, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        deadline = time.monotonic() + 120
+        while chunks() == before and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.002)
+        process.kill()
+        process.wait()
+        assert before < chunks() < 63 and not (tmp_path / "scores.json").exists()
+    done = subprocess.run(**run, capture_output=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert scores_in(tmp_path) == scores_in(unbroken)
+    assert not (tmp_path / "features.partial").exists()
+
+
+def test_two_processes_give_the_scores_of_one(tiny_run, model_flags, unbroken, tmp_path):
+    flags = ("evaluate.py", "generate-and-score", f"--out={tmp_path}", *model_flags)
+    result = ended(start(2, tiny_run, *flags), within=300)
+    assert [code for code, _, _ in result] == [0, 0], result[0][2][-3000:] + result[1][2][-3000:]
+    assert "| samples |" in result[0][1] and "| samples |" not in result[1][1]
+    one, two = scores_in(unbroken), scores_in(tmp_path)
+    assert one.keys() == two.keys()
+    for name, value in one.items():  # of images that differ by 1/255 in a few of 192,000 values
+        np.testing.assert_allclose(two[name], value, rtol=1e-5, atol=1e-5, err_msg=name)

@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 
 from tests.helpers.commands import REPOSITORY
+from tests.helpers.hosts import ended, start
 from tests.helpers.tiny import tiny_config
-from tests.helpers.xla_flags import fake_devices
 from var_jax import cli
 from var_jax.data.loader import batch_indices
 from var_jax.data.sources import open_source
@@ -25,56 +25,14 @@ from var_jax.training.metrics import read_metrics
 
 STEPS, BATCH = 40, 40  # more than an epoch of 1442 images
 TOY = ("-m", "tests.helpers.toy_run", f"--steps={STEPS}", f"--batch={BATCH}")
-TIMEOUT = "--host_timeout=10"
 CLOSE = 1e-5  # sums over devices in another order
 
 
 @pytest.fixture(scope="module")
-def start():
-    """Return a function that starts the processes of a run."""
-    environment = {**os.environ, "XLA_FLAGS": fake_devices(2)}
-
-    def run(processes: int, workdir, *command, own=lambda i: ()) -> list[subprocess.Popen]:
-        """Start the processes; `own` returns further flags of a process."""
-        with socket.socket() as free:
-            free.bind(("localhost", 0))
-            port = free.getsockname()[1]
-        several = (f"--coordinator=localhost:{port}", f"--num_processes={processes}", TIMEOUT)
-        mine = lambda i: (*several, f"--process_id={i}") if processes > 1 else ()
-        return [
-            subprocess.Popen(
-                [sys.executable, *command, f"--workdir={workdir}", *mine(i), *own(i)],
-                cwd=REPOSITORY,
-                env=environment,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                text=True,
-            )
-            for i in range(processes)
-        ]
-
-    return run
-
-
-@pytest.fixture(scope="module")
-def start_toy(start, digits_dir):
+def start_toy(digits_dir):
     return lambda processes, workdir, *extra, **fields: start(
         processes, workdir, *TOY, f"--data_dir={digits_dir}", *extra, **fields
     )
-
-
-def ended(processes, within: float) -> list[tuple[int, str, str]]:
-    """Wait for the processes; return the exit code, stdout and stderr of each."""
-    deadline, result = time.monotonic() + within, []
-    for process in processes:
-        try:
-            out, err = process.communicate(timeout=max(deadline - time.monotonic(), 1))
-        except subprocess.TimeoutExpired:
-            for other in processes:
-                other.kill()
-            raise
-        result.append((process.returncode, out, err))
-    return result
 
 
 def losses(workdir, stage="toy") -> dict[int, float]:
@@ -161,7 +119,7 @@ def next_scale_flags(tiny_run, digits_dir, tmp_path_factory) -> tuple[str, ...]:
     return (f"--config={config}", *stage)
 
 
-def test_the_networks_learn_on_two_hosts_as_on_one(start, next_scale_flags, tmp_path):
+def test_the_networks_learn_on_two_hosts_as_on_one(next_scale_flags, tmp_path):
     """Run train.py on two hosts that see different amounts of memory, each of its own devices only."""
     commands = {1: ("train.py",), 2: ("-m", "tests.helpers.uneven_memory")}
     flags = {1: (*next_scale_flags, "--config.next_scale.train.preview_every=0"), 2: next_scale_flags}
@@ -179,7 +137,7 @@ def test_the_networks_learn_on_two_hosts_as_on_one(start, next_scale_flags, tmp_
     assert (tmp_path / "2" / "samples.png").exists()
 
 
-def test_hosts_that_would_run_different_programs_are_refused(start, next_scale_flags, tmp_path):
+def test_hosts_that_would_run_different_programs_are_refused(next_scale_flags, tmp_path):
     remat = lambda i: ("--config.next_scale.transformer.remat=full",) if i else ()
     result = ended(start(2, tmp_path, "train.py", *next_scale_flags, own=remat), within=900)
     assert [code for code, _, _ in result] == [1, 1]

@@ -32,7 +32,7 @@ def test_lines_curves_and_going_on(tmp_path, capsys):
     for step in (10, 20):
         log.training(step, {"loss": jnp.array(2.0 / step), "loss_3": jnp.array(1.0)})
         log.flush()
-    log.evaluation(20, {"loss": 0.3, "perplexity": 5.0})
+    log.evaluation(20, "eval", {"loss": 0.3, "perplexity": 5.0})
     log.close()
     out = capsys.readouterr().out
     assert "tokenizer train  10/100  loss 0.2" in out and "images/s" in out and "left" in out

@@ -40,12 +40,22 @@ class Drawing(Toy):
         return {"loss": next(self.scores)}
 
     def preview_programs(self, mesh, params, frozen):
-        return {"dot": (None, ())}
+        return {"dot": (None, ()), "samples": (None, ())}
 
     def preview(self, programs, params, frozen, images):
         self.draw()
         noise = np.random.default_rng(0).integers(0, 256, (100, 100, 3), np.uint8)
         return {"dot": Image.fromarray(noise)}  # 30 kB
+
+
+class Scorer:
+    """Scorer of samples with predefined scores."""
+
+    def __init__(self, *scores):
+        self.scores = iter(scores)
+
+    def score(self, *_):
+        return {"fid": next(self.scores, None) or crash(), "num_samples": 10}
 
 
 def stage_of(data_dir, every=2, **train):
@@ -93,6 +103,19 @@ def test_a_crash_after_a_checkpoint_loses_nothing_and_what_was_owed_is_done_late
     assert (tmp_path / "dot.png").exists() and (tmp_path / "toy" / "previews" / "dot_0000002.png").exists()
     assert load_config(tmp_path / "toy" / "checkpoints", "best")[0] == 2
     train(Drawing(scores=(), draw=crash), stage_of(digits_dir), 2, tmp_path, sources)  # nothing is unfinished
+
+
+def test_scores_of_samples_select_the_best_and_are_made_up_for_after_a_crash(digits_dir, sources, tmp_path):
+    stage = stage_of(digits_dir, fid_every=2, best_by="fid", max_to_keep=1)
+    with pytest.raises(Crash):
+        train(Drawing(), stage, 4, tmp_path, sources, scorer=Scorer(3.0))
+    wait_for_checkpoint(tmp_path, 4)
+    train(Drawing(scores=()), stage, 4, tmp_path, sources, scorer=Scorer(5.0))
+    content = (tmp_path / "toy" / "metrics.jsonl").read_text().splitlines()
+    scores = [line["fid"] for line in map(json.loads, content) if line["kind"] == "samples"]
+    assert scores == [3.0, 5.0] and len(lines(tmp_path, "eval")) == 2
+    assert load_config(tmp_path / "toy" / "checkpoints", "best")[0] == 2
+    train(Drawing(scores=(), draw=crash), stage, 4, tmp_path, sources, scorer=Scorer())
 
 
 def test_sigterm_during_an_evaluation_saves_at_once(digits_dir, sources, tmp_path, monkeypatch):

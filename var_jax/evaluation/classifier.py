@@ -5,8 +5,6 @@ features of a Frechet distance for images on which Inception's are meaningless: 
 """
 
 import numpy as np
-from scipy.spatial.distance import cdist
-from sklearn.neural_network import MLPClassifier
 
 from var_jax.evaluation.frechet import Moments, frechet_distance
 
@@ -22,6 +20,8 @@ class Classifier:
     """
 
     def __init__(self, images: np.ndarray, labels: np.ndarray):
+        from sklearn.neural_network import MLPClassifier  # imported here, since it takes a second
+
         self._network = MLPClassifier((HIDDEN_SIZE,), alpha=1e-2, max_iter=300, random_state=0)
         self._network.fit(_flatten(images), labels)
 
@@ -88,6 +88,8 @@ class SampleJudge:
 
     def _distance_to_nearest(self, images: np.ndarray) -> float:
         """Compute the median distance of images to the nearest training image."""
+        from scipy.spatial.distance import cdist  # imported here, since it takes a third of a second
+
         return float(np.median(cdist(_flatten(images), _flatten(self._images)).min(1)))
 
 

@@ -1,18 +1,20 @@
 """Networks in whose features samples are scored: Inception-v3, or a classifier trained on small images."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import jax
 import numpy as np
 from jaxtyping import Float, UInt8
 from tqdm import tqdm
 
+from var_jax.errors import ConfigError
 from var_jax.evaluation.classifier import Classifier
 from var_jax.evaluation.frechet import Moments
 from var_jax.evaluation.inception import Features, Inception, resize_tf1
 from var_jax.sharding import batch_sharding, make_mesh, replicated
 
 Extractor = Callable[[UInt8[np.ndarray, "n h w 3"]], Features]
+MAX_CLASSIFIER_PIXELS = 10**8  # of all images that a small classifier is trained on
 
 
 def inception_extractor(variables: dict, batch: int) -> Extractor:
@@ -44,6 +46,31 @@ def inception_extractor(variables: dict, batch: int) -> Extractor:
         return jax.tree.map(lambda *x: np.concatenate(x), *parts)
 
     return extract
+
+
+def fit_classifier(batches: Iterable[dict], count: int, side: int) -> Classifier:
+    """Train a small classifier on the images of a data set.
+
+    Args:
+      batches: {"image": uint8 [b, side, side, 3], "label": [b], "valid": [b]}.
+      count: number of images.
+      side: of the images.
+
+    Raises:
+      ConfigError: if they are too many or too large for a network that sees pixels.
+    """
+    check_classifier_size(count, side)
+    valid = [{name: x[batch["valid"] > 0] for name, x in batch.items()} for batch in batches]
+    return Classifier(*(np.concatenate([batch[name] for batch in valid]) for name in ("image", "label")))
+
+
+def check_classifier_size(count: int, side: int) -> None:
+    """Raise ConfigError if images are too many or too large for a classifier that sees pixels."""
+    if count * side**2 > MAX_CLASSIFIER_PIXELS:
+        raise ConfigError(
+            f"{count} images of {side} pixels are too many for a small classifier; give the weights of "
+            "Inception-v3"
+        )
 
 
 def classifier_extractor(classifier: Classifier) -> Extractor:

@@ -16,6 +16,7 @@ import numpy as np
 from jaxtyping import Array, Float, Float32, Int32, Shaped
 
 SIDE = 299  # pixels of the network's input
+POOL_SIZE = 2048  # features of a whole image
 SPATIAL_CHANNELS = 7  # of the first branch of Mixed_6d, on 17 x 17 positions
 NUM_CLASSES = 1008
 

@@ -11,7 +11,6 @@ from pathlib import Path
 
 import numpy as np
 from jaxtyping import Float, Int, UInt8
-from matplotlib.figure import Figure
 from PIL import Image
 from tqdm import tqdm
 
@@ -60,7 +59,7 @@ def read_images(path: str | Path) -> UInt8[np.ndarray, "N h w 3"]:
     Raises:
       ConfigError: if there is no such file, or it holds no 8-bit images.
     """
-    return _read_arrays(path)["arr_0"]
+    return read_arrays(path)["arr_0"]
 
 
 def read_labels(path: str | Path, count: int) -> Int[np.ndarray, " N"] | None:
@@ -70,8 +69,12 @@ def read_labels(path: str | Path, count: int) -> Int[np.ndarray, " N"] | None:
     return labels if labels.shape == (count,) and np.issubdtype(labels.dtype, np.integer) else None
 
 
-def _read_arrays(path: str | Path) -> dict[str, np.ndarray]:
-    """Read the arrays of a file of samples or references, and check them; memory-map images if possible."""
+def read_arrays(path: str | Path) -> dict[str, np.ndarray]:
+    """Read images and statistics of a file of samples or references; memory-map images if possible.
+
+    Raises:
+      ConfigError: if there is no such file, or it holds no 8-bit images, or statistics that do not fit.
+    """
     try:
         with np.load(path, allow_pickle=False) as file:
             arrays = {name: file[name] for name in sum(STATISTICS, ()) if name in file.files}
@@ -97,6 +100,22 @@ def _read_arrays(path: str | Path) -> dict[str, np.ndarray]:
     return arrays
 
 
+def read_statistics(path: str | Path, size: int) -> Gaussian:
+    """Read the statistics of pooled features of a reference file.
+
+    Args:
+      path: an .npz file as ADM's.
+      size: number of features of the network.
+
+    Raises:
+      ConfigError: if it is no such file, or has no statistics, or those of another network.
+    """
+    arrays = read_arrays(path)
+    if "mu" not in arrays or len(arrays["mu"]) != size:
+        raise ConfigError(f"{path} has no statistics `mu`, `sigma` of {size} features")
+    return Gaussian(arrays["mu"].astype(np.float64), arrays["sigma"].astype(np.float64))
+
+
 def read_reference(path: str | Path, extractor: Extractor, batch: int) -> Reference:
     """Read a reference file, and compute the features of its images.
 
@@ -108,7 +127,7 @@ def read_reference(path: str | Path, extractor: Extractor, batch: int) -> Refere
     Raises:
       ConfigError: if it is no such file, or its statistics are of another network's features.
     """
-    arrays = _read_arrays(path)
+    arrays = read_arrays(path)
     features = extract_features(extractor, arrays["arr_0"], batch, "reference")
     gaussians = []
     for (mean, covariance), moments in zip(STATISTICS, (features.pool, features.spatial), strict=True):
@@ -124,16 +143,19 @@ def read_reference(path: str | Path, extractor: Extractor, batch: int) -> Refere
     return Reference(arrays["arr_0"], features, *gaussians)
 
 
-def reference_of_data(batches: Iterable[dict], count: int, extractor: Extractor) -> Reference:
-    """Compute the reference of a data set; of its images, at most REFERENCE_IMAGES are kept.
+def reference_of_data(
+    batches: Iterable[dict], count: int, extractor: Extractor, max_images: int = REFERENCE_IMAGES
+) -> Reference:
+    """Compute the reference of a data set.
 
     Args:
       batches: {"image": uint8 [b, H, W, 3], "valid": [b]}.
       count: number of images.
       extractor: the network.
+      max_images: number of images to keep, with their features.
     """
     kept = np.zeros(count, bool)
-    kept[np.linspace(0, count - 1, min(count, REFERENCE_IMAGES)).astype(int)] = True
+    kept[np.linspace(0, count - 1, min(count, max_images)).astype(int)] = True
     features, images, start = FeatureSet(), [], 0
     with tqdm(total=count, unit="image", desc="reference", mininterval=1) as progress:
         for batch in batches:
@@ -243,6 +265,8 @@ def plot_scores(rows: dict[str, dict[str, float]], path: Path) -> None:
       rows: names `option value, option value, ...` to scores; a line joins rows of different first options.
       path: of the picture.
     """
+    from matplotlib.figure import Figure  # imported here, since it takes half a second
+
     lines: dict[str, list[tuple[str, dict[str, float]]]] = {}
     for name, row in rows.items():
         first, _, others = name.partition(", ")

@@ -288,10 +288,10 @@ class Log:
         shown = "  ".join(f"{name} {value:.4g}" for name, value in metrics.items())
         self.say(f"{self.stage} {kind}: step {step}  {shown}  {note}; records {first}")
 
-    def evaluation(self, step: int, metrics: dict[str, float]) -> None:
-        """Write the metrics of an evaluation."""
+    def evaluation(self, step: int, kind: str, metrics: dict[str, float]) -> None:
+        """Write the metrics of an evaluation: `eval` on held-out data, or `samples`."""
         self.flush()
-        self.write(step, "eval", metrics, "")
+        self.write(step, kind, metrics, "")
 
     def write(self, step: int, kind: str, metrics: dict[str, float], note: str) -> None:
         """Print a line with the main metrics, and write all metrics to the files."""
@@ -380,7 +380,7 @@ def duration(seconds: float) -> str:
 
 
 def plot_curves(directory: os.PathLike, path: os.PathLike, title: str) -> None:
-    """Plot losses and accuracies of training and evaluation over the steps, as a PNG.
+    """Plot losses, accuracies and FID of training and evaluation over the steps, as a PNG.
 
     Args:
       directory: directory of the stage, with metrics.jsonl.
@@ -389,7 +389,9 @@ def plot_curves(directory: os.PathLike, path: os.PathLike, title: str) -> None:
     """
     lines = read_metrics(as_path(directory) / "metrics.jsonl")
     names = [
-        n for n in ("loss", "l2", "codebook", "accuracy", "perplexity") if any(n in line for line in lines)
+        name
+        for name in ("loss", "l2", "codebook", "accuracy", "perplexity", "fid")
+        if any(name in line for line in lines)
     ]
     if not names:  # nothing is logged yet
         return
@@ -398,7 +400,7 @@ def plot_curves(directory: os.PathLike, path: os.PathLike, title: str) -> None:
     figure = Figure(figsize=(4.5 * len(names), 3.2))
     axes = figure.subplots(1, len(names), squeeze=False)
     for axis, name in zip(axes[0], names, strict=True):
-        for kind, style in (("train", "-"), ("eval", "o-")):
+        for kind, style in (("train", "-"), ("eval", "o-"), ("samples", "s-")):
             points = np.array([(x["step"], x[name]) for x in lines if x["kind"] == kind and name in x])
             if len(points):
                 axis.plot(points[:, 0], points[:, 1], style, markersize=3, linewidth=1, label=kind)

@@ -83,26 +83,25 @@ def decode_step_by_step(tokenizer: Tokenizer, params: dict, tokens: jax.Array) -
     return jnp.moveaxis(jax.lax.map(decode, sums), 0, 1)
 
 
-def draw_or_warn(preview: Callable[[], dict], name: str, step: int) -> dict:
-    """Draw the pictures of a preview; if memory runs out on any process, warn and return none on all.
+def run_or_warn(work: Callable[[], dict], warning: str) -> dict:
+    """Do work that training can go on without; if memory runs out on any process, warn and return {} on all.
 
     Args:
-      preview: draws the pictures, by name.
-      name: name of the stage, for the warning.
-      step: step of the preview, for the warning.
+      work: returns pictures or numbers by name.
+      warning: what is missing then, and of which step.
     """
-    pictures, failure = {}, None
+    result, failure = {}, None
     try:
-        pictures = preview()
+        result = work()
     except (jax.errors.JaxRuntimeError, MemoryError) as error:
         if isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" not in str(error):
             raise
         failure = str(error) or "MemoryError"
     if not succeeded_everywhere(failure is None):
         reason = failure or "another host ran out of memory"
-        logging.warning("%s: no pictures of step %d; training goes on. %s", name, step, reason)
+        logging.warning("%s; training goes on. %s", warning, reason)
         return {}
-    return pictures
+    return result
 
 
 def save_previews(pictures: dict, workdir: epath.Path, directory: epath.Path, name: str, step: int) -> None:

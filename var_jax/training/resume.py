@@ -20,6 +20,11 @@ RESUMABLE_FIELDS = (
     "eval_every",
     "checkpoint_every",
     "preview_every",
+    "fid_every",
+    "fid_samples",
+    "fid_inception",
+    "fid_reference",
+    "best_by",
     "max_to_keep",
     "max_skipped",
 )
@@ -118,19 +123,26 @@ class UnfinishedWork:
     """Work that was due at the last checkpoint of a stopped run, and not finished.
 
     Attributes:
-      evaluation: whether to evaluate.
-      score: score of an evaluation that was logged but not saved with the checkpoint; NaN without one.
+      evaluation: whether to evaluate on the held-out data.
+      samples: whether to score samples.
+      score: score that was logged but not saved with the checkpoint; NaN without one.
       pictures: whether to draw previews.
     """
 
     evaluation: bool = False
+    samples: bool = False
     score: float = np.nan
     pictures: bool = False
 
     @property
     def any(self) -> bool:
         """Return whether there is any work."""
-        return self.evaluation or self.pictures or bool(np.isfinite(self.score))
+        return self.evaluation or self.samples or self.pictures or bool(np.isfinite(self.score))
+
+
+def score_kind(best_metric: str) -> str:
+    """Return the kind of the log lines that have the metric by which the best checkpoint is selected."""
+    return "samples" if best_metric == "fid" else "eval"
 
 
 def unfinished_work(
@@ -139,6 +151,7 @@ def unfinished_work(
     step: int,
     steps: int,
     cfg: ConfigDict,
+    fid_every: int,
     best_metric: str,
     has_previews: bool,
 ) -> UnfinishedWork:
@@ -150,16 +163,19 @@ def unfinished_work(
       step: step of the checkpoint.
       steps: total number of steps.
       cfg: section `train` of the stage.
+      fid_every: steps between scores of samples; 0 for none.
       best_metric: metric that scores a checkpoint.
       has_previews: whether the task draws previews.
     """
-    unfinished = np.array([0, np.nan, 0], np.float32)
+    unfinished = np.array([0, 0, np.nan, 0], np.float32)
     if step and jax.process_index() == 0:
-        lines = read_metrics(directory / "metrics.jsonl")
-        evaluations = [line for line in lines if (line["step"], line["kind"]) == (step, "eval")]
-        if is_due(cfg.eval_every, step, steps) and checkpoints.score(step) is None:
-            unfinished[:2] = (0, evaluations[-1][best_metric]) if evaluations else (1, np.nan)
+        lines = [line for line in read_metrics(directory / "metrics.jsonl") if line["step"] == step]
+        logged = {line["kind"]: line for line in lines}
+        for i, (kind, every) in enumerate((("eval", cfg.eval_every), ("samples", fid_every))):
+            unfinished[i] = is_due(every, step, steps) and kind not in logged
+        if checkpoints.score(step) is None:
+            unfinished[2] = logged.get(score_kind(best_metric), {}).get(best_metric, np.nan)
         if has_previews and is_due(cfg.preview_every, step, steps):
-            unfinished[2] = not list((directory / "previews").glob(f"*_{step:07d}.png"))
-    evaluation, score, pictures = from_primary(unfinished)
-    return UnfinishedWork(bool(evaluation), float(score), bool(pictures))
+            unfinished[3] = not list((directory / "previews").glob(f"*_{step:07d}.png"))
+    evaluation, samples, score, pictures = from_primary(unfinished)
+    return UnfinishedWork(bool(evaluation), bool(samples), float(score), bool(pictures))

@@ -42,9 +42,16 @@ from var_jax.training.metrics import Log
 from var_jax.training.nan_guard import LossMonitor, TrainingDiverged, is_finite
 from var_jax.training.optimizer import peak_learning_rate
 from var_jax.training.param_init import InitialValue
-from var_jax.training.preview import draw_or_warn, example_images, save_previews
+from var_jax.training.preview import example_images, run_or_warn, save_previews
 from var_jax.training.profiling import Profile, StepRange
-from var_jax.training.resume import UnfinishedWork, check_resume_compatible, is_due, unfinished_work
+from var_jax.training.resume import (
+    UnfinishedWork,
+    check_resume_compatible,
+    is_due,
+    score_kind,
+    unfinished_work,
+)
+from var_jax.training.sample_scores import SampleScorer
 from var_jax.training.state import TrainState, count_parameters, create_state
 from var_jax.training.task import Task
 
@@ -62,12 +69,19 @@ def check_training(cfg: ConfigDict) -> Mesh:
       ConfigError: if a field is out of range or does not fit the devices; names the field.
     """
     minimums = dict.fromkeys(("batch", "log_every", "eval_every", "checkpoint_every", "max_to_keep"), 1)
-    minimums |= {"preview_every": 0, "max_skipped": 0}
+    minimums |= {"preview_every": 0, "max_skipped": 0, "fid_every": 0, "fid_samples": 2}
     for name, minimum in minimums.items():
         if cfg.get(name, minimum) < minimum:
             raise ConfigError(f"train.{name} must be at least {minimum}, got {cfg[name]}")
     if not 0 <= cfg.ema_decay < 1:
         raise ConfigError(f"train.ema_decay must be in [0, 1), 0 for no moving average, got {cfg.ema_decay}")
+    if cfg.get("best_by", "loss") not in ("loss", "fid"):
+        raise ConfigError(f"train.best_by must be loss or fid, got {cfg.best_by!r}")
+    if cfg.get("best_by") == "fid" and (not cfg.fid_every or cfg.fid_every % cfg.checkpoint_every):
+        raise ConfigError(
+            "train.best_by=fid: train.fid_every must be a multiple of train.checkpoint_every="
+            f"{cfg.checkpoint_every}, got {cfg.fid_every}"
+        )
     mesh = make_mesh(**cfg.mesh)
     check_batch(cfg.batch, mesh, cfg.grad_accum_steps)
     return mesh
@@ -81,11 +95,13 @@ def train(
     data: tuple[Source, Source],
     init_values: dict[str, InitialValue] | None = None,
     profile: StepRange | None = None,
+    scorer: SampleScorer | None = None,
 ) -> None:
     """Train a task to its last step, resuming from the newest checkpoint under `workdir`.
 
     When several things are due at a step, the checkpoint is saved first, then the held-out data is evaluated,
-    then previews are drawn. A run that was stopped in between evaluates and draws when it is resumed.
+    then samples are scored, then previews are drawn. A run that was stopped in between does the rest when it
+    is resumed.
 
     Args:
       task: the task to train.
@@ -95,6 +111,7 @@ def train(
       data: training and held-out source, of images, or of tokens if config.data.tokens is set.
       init_values: initial parameters by path; not used if there is a checkpoint.
       profile: steps to trace.
+      scorer: what scores samples of the transformer every train.fid_every steps; None for no scores.
 
     Raises:
       ConfigError: if the mesh does not divide the batch, the checkpoint has another config, or the hosts do
@@ -110,7 +127,7 @@ def train(
     (workdir / task.name).mkdir(parents=True, exist_ok=True)
     check_one_file_system(workdir / task.name)
     with RunLock(workdir / task.name) as lock:
-        Trainer(task, stage, steps, workdir, data, mesh, lock, profile).run(init_values)
+        Trainer(task, stage, steps, workdir, data, mesh, lock, profile, scorer).run(init_values)
 
 
 class Trainer:
@@ -118,7 +135,7 @@ class Trainer:
 
     Attributes:
       start: step of the checkpoint to resume from; 0 without one.
-      unfinished: evaluation and previews that a stopped run did not finish at that checkpoint.
+      unfinished: evaluation, scores and previews that a stopped run did not finish at that checkpoint.
     """
 
     def __init__(
@@ -131,6 +148,7 @@ class Trainer:
         mesh: Mesh,
         lock: RunLock,
         profile: StepRange | None = None,
+        scorer: SampleScorer | None = None,
     ):
         """Set up everything that can fail before the first step; arguments and errors as for `train`."""
         self.task = task
@@ -142,6 +160,9 @@ class Trainer:
         self.mesh = mesh
         self.lock = lock
         self.profile = profile
+        self.scorer = scorer
+        self.fid_every = cfg.fid_every if scorer else 0
+        self.best_metric = "fid" if cfg.get("best_by") == "fid" else task.best_metric
 
         # Jitted functions, and the shapes and shardings of the state.
         init_key, self.step_key = jax.random.split(jax.random.key(stage.seed))
@@ -152,7 +173,7 @@ class Trainer:
         self.eval_step = jit_eval_step(task, mesh)
         self.is_finite = jax.jit(is_finite, out_shardings=replicated(mesh))
         self.previews = {}
-        if cfg.preview_every:
+        if cfg.preview_every or scorer:
             self.previews = task.preview_programs(mesh, self.abstract.sampling_params, self.frozen)
 
         # Input: transforms of the images, and the rows of each global batch that this process feeds.
@@ -186,7 +207,8 @@ class Trainer:
                 self.start,
                 steps,
                 cfg,
-                task.best_metric,
+                self.fid_every,
+                self.best_metric,
                 has_previews=bool(self.previews),
             )
 
@@ -313,11 +335,12 @@ class Trainer:
         return batch_indices(len(self.source), self.cfg.batch, self.stage.seed, step - 1)
 
     def finish_work(self, state: TrainState) -> None:
-        """Evaluate and draw at the checkpoint to resume from, if the stopped run did not."""
+        """Evaluate, score and draw at the checkpoint to resume from, if the stopped run did not."""
+        self.checkpoints.set_score(self.start, self.unfinished.score)
         if self.unfinished.evaluation:
             self.evaluate(self.start, state)
-        elif np.isfinite(self.unfinished.score):
-            self.checkpoints.set_score(self.start, self.unfinished.score)
+        if self.unfinished.samples and not self.stop.is_set():
+            self.score_samples(self.start, state)
         if self.unfinished.pictures and not self.stop.is_set():
             self.preview(self.start, state)
 
@@ -335,7 +358,7 @@ class Trainer:
             self.log.training(step, metrics)
 
     def after_step(self, step: int, state: TrainState) -> bool:
-        """Save, evaluate and draw what is due; return whether to stop."""
+        """Save, evaluate, score and draw what is due; return whether to stop."""
         cfg, is_last = self.cfg, step == self.steps
         stopping = self.stop.is_set() or self.checkpoints.preempted(step)
         is_saved = False
@@ -343,6 +366,8 @@ class Trainer:
             is_saved = self.save(step, state, force=is_last or stopping)
         if not stopping and is_due(cfg.eval_every, step, self.steps):
             self.evaluate(step, state)
+        if not (stopping or self.stop.is_set()) and is_due(self.fid_every, step, self.steps):
+            self.score_samples(step, state)
         if not (stopping or self.stop.is_set()) and is_due(cfg.preview_every, step, self.steps):
             self.preview(step, state)
         interrupted = self.stop.is_set() and not stopping  # during evaluation or preview
@@ -363,7 +388,7 @@ class Trainer:
             return True
 
     def evaluate(self, step: int, state: TrainState) -> None:
-        """Evaluate on the held-out data, log the metrics and score the checkpoint; stop early on SIGTERM."""
+        """Evaluate on the held-out data and log the metrics; stop early on SIGTERM."""
         sums = {}
         with self.log.pause(state.step):
             threads = self.stage.data.threads
@@ -375,18 +400,37 @@ class Trainer:
                 batch = global_batch(batch, self.mesh)
                 batch_sums = jax.device_get(self.eval_step(state.sampling_params, self.frozen, batch))
                 sums = jax.tree.map(np.add, sums, batch_sums) if sums else batch_sums
-        metrics = self.task.summarize(sums)
-        self.log.evaluation(step, metrics)
-        self.log.sync()  # before the score: a checkpoint with a score is not evaluated again
-        self.checkpoints.set_score(step, metrics[self.task.best_metric])
+        self.log_scores(step, "eval", self.task.summarize(sums))
+
+    def score_samples(self, step: int, state: TrainState) -> None:
+        """Draw samples and log their FID, or warn if memory runs out; stop early on SIGTERM."""
+        labels = np.arange(self.cfg.fid_samples, dtype=np.int32) % self.source.num_classes
+        with self.log.pause(state.step):
+            program, params = self.previews["samples"], state.sampling_params
+            metrics = run_or_warn(
+                lambda: self.scorer.score(
+                    program, params, self.frozen, labels, self.stage.seed, self.stop.is_set
+                ),
+                f"{self.task.name}: no FID of step {step}",
+            )
+        if metrics:
+            self.log_scores(step, "samples", metrics)
+
+    def log_scores(self, step: int, kind: str, metrics: dict[str, float]) -> None:
+        """Log the metrics of an evaluation, and score the checkpoint by them if they have the best metric."""
+        self.log.evaluation(step, kind, metrics)
+        self.log.sync()  # before the score, so that a resumed run finds the line
+        if kind == score_kind(self.best_metric):
+            self.checkpoints.set_score(step, metrics[self.best_metric])
 
     def preview(self, step: int, state: TrainState) -> None:
         """Draw previews and metric curves; warn if memory or disk space runs out."""
         task, params = self.task, state.sampling_params
         with self.log.pause(state.step):
             examples = example_images(self.held_out, self.eval_transform)
-            pictures = draw_or_warn(
-                lambda: task.preview(self.previews, params, self.frozen, examples), task.name, step
+            pictures = run_or_warn(
+                lambda: task.preview(self.previews, params, self.frozen, examples),
+                f"{task.name}: no pictures of step {step}",
             )
             if self.log.active:
                 save_previews(pictures, self.workdir, self.directory, task.name, step)
