@@ -21,19 +21,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
-from jax.experimental.pallas.ops.tpu.splash_attention import (
-    splash_attention_kernel as kernels,
-)
-from jax.experimental.pallas.ops.tpu.splash_attention import (
-    splash_attention_mask as splash_masks,
-)
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Float32, Int
 
 from var_jax.dtypes import product_precision
 from var_jax.sharding import shard_map_batch
 from var_jax.transformer.elementwise import normalize_heads
-from var_jax.transformer.prefix_attention import prefix_attention
 
 LANES = 128  # lengths are padded to a multiple of this
 BLOCKS = (512, 384, 256, 128)  # block sizes, of which the largest that divides a padded length is used
@@ -75,6 +68,10 @@ def splash(
 
 def _splash_kernel(mask: np.ndarray, heads: int, interpret: bool):
     """Build the kernel for one image, a function of [N, Lq, H], [N, Lk, H], [N, Lk, H] to [N, Lq, H]."""
+    # Imported here: Pallas takes a sixth of the time of `import var_jax`.
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernels
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as splash_masks
+
     rows, columns = (next(block for block in BLOCKS if length % block == 0) for length in mask.shape)
     sizes = kernels.BlockSizes(
         block_q=rows,
@@ -217,6 +214,8 @@ def attend(
         name = choose_attention(name, platform, q.dtype, q.shape[-1], static_masks, bias is not None)
     if name == "triton":
         if mask is not None and not traced:
+            from var_jax.transformer.prefix_attention import prefix_attention  # imported here: Pallas
+
             kernel = partial(prefix_attention, scale=scale, ends=key_ends(mask), name=ATTENTION_OUT)
             return shard_map_batch(kernel, q, k, v, tensor_axis=2)
         name = "cudnn"  # in generation
