@@ -1,5 +1,7 @@
 """Test the metrics on features against the published functions (goldens/README.md)."""
 
+import tracemalloc
+
 import numpy as np
 import pytest
 
@@ -111,3 +113,13 @@ def test_kernel_distance(kind, arrays, features):  # noqa: F811
     n = min(len(samples), len(references))
     whole = squared_mmd(samples[:n], references[:n])
     assert whole == pytest.approx(float(arrays[f"{kind}_kid_whole"]), rel=1e-6)
+
+
+def test_memory_of_distances_is_that_of_blocks(monkeypatch):
+    x = np.random.default_rng(0).standard_normal((2000, 16))
+    monkeypatch.setattr(precision_recall, "BLOCK_BYTES", 2**20)  # of 32 MB in all
+    tracemalloc.start()
+    squared_radii(x)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 8 * 2**20

@@ -52,7 +52,8 @@ def squared_radii(
     if len(features) <= neighbor:
         raise ValueError(f"precision and recall need more than {neighbor} images, got {len(features)}")
     blocks = _squared_distances(features, features, adm_float16)
-    return np.concatenate([np.partition(block, neighbor, axis=1)[:, neighbor] for block in blocks])
+    nearest = (np.partition(block, neighbor, axis=1)[:, neighbor] for block in blocks)
+    return np.concatenate([radii.copy() for radii in nearest])  # copies, since a view would keep its block
 
 
 def is_inside(
