@@ -128,20 +128,31 @@ class Scorer:
 
 
 def make_scorer(side: int) -> Scorer:
-    """Load the network and the reference that the flags name, for images of a side."""
+    """Load the network and the reference that the flags name, for images of a side.
+
+    Raises:
+      ConfigError: if a file or data set is missing or does not fit.
+    """
     if FLAGS.inception:
-        with open(FLAGS.inception, "rb") as file:
-            checksum = hashlib.file_digest(file, "sha256").hexdigest()
+        with config_errors(prefix="--inception: "):
+            variables = load_inception(FLAGS.inception)
+            checksum = hashlib.sha256(Path(FLAGS.inception).read_bytes()).hexdigest()
         name = f"{Path(FLAGS.inception).name}, sha256 {checksum[:16]}"
-        extractor = inception_extractor(load_inception(FLAGS.inception), FLAGS.batch)
+        extractor = inception_extractor(variables, FLAGS.batch)
         if FLAGS.reference:
             return Scorer(name, extractor, read_reference(FLAGS.reference, extractor, FLAGS.batch))
-    source = open_source(FLAGS.data, FLAGS.split or "train", FLAGS.data_dir)
+    source = open_data(FLAGS.split or "train")
     if not FLAGS.inception:
         name = f"a classifier of {source.name}"
         classifier = fit_classifier(batches_of(source, side), source.num_records, side)
         extractor = classifier_extractor(classifier)
     return Scorer(name, extractor, reference_of_data(batches_of(source, side), source.num_records, extractor))
+
+
+def open_data(split: str) -> Source:
+    """Open a split of the data set that the flags name; ConfigError if it is missing."""
+    with config_errors(prefix="--data: "):
+        return open_source(FLAGS.data, split, FLAGS.data_dir)
 
 
 def batches_of(source: Source, side: int) -> Iterator[dict]:
@@ -182,14 +193,16 @@ def sweep() -> None:
     if all(len(values) < 2 for values in grids.values()):
         raise app.UsageError(f"evaluate.py sweep: give a list of values to one of --{', --'.join(GRID)}")
     model = cli.load()
+    grid = {}
+    for values in itertools.product(*grids.values()):
+        point = dict(zip(grids, values, strict=True))
+        name = ", ".join(f"{option} {value:g}" for option, value in point.items())
+        grid[name] = cli.options(model, fixed=point)
     scorer, out = make_scorer(model.image_size), as_path(FLAGS.out or FLAGS.workdir or ".")
     replicated, rows = model.replicate(), {}
-    for values in itertools.product(*grids.values()):
-        chosen = dict(zip(grids, values, strict=True))
-        name = ", ".join(f"{option} {value:g}" for option, value in chosen.items())
+    for name, options in grid.items():
         if jax.process_index() == 0:
             print(f"--- {name}", flush=True)
-        options = dataclasses.replace(model.options, **chosen)
         folder = out / name.replace(", ", "-").replace(" ", "_")
         rows[name] = draw_and_score(model, replicated, options, scorer, folder)
     if jax.process_index() == 0:
@@ -267,8 +280,9 @@ def make_reference() -> None:
     """
     if FLAGS.inception is None or FLAGS.size is None:
         raise app.UsageError("evaluate.py statistics: give --inception=FILE and --size=SIDE")
-    source = open_source(FLAGS.data, FLAGS.split or "train", FLAGS.data_dir)
-    extractor = inception_extractor(load_inception(FLAGS.inception), FLAGS.batch)
+    source = open_data(FLAGS.split or "train")
+    with config_errors(prefix="--inception: "):
+        extractor = inception_extractor(load_inception(FLAGS.inception), FLAGS.batch)
     reference = reference_of_data(batches_of(source, FLAGS.size), source.num_records, extractor)
     out = as_path(FLAGS.out or ".")
     out.mkdir(parents=True, exist_ok=True)
@@ -285,7 +299,7 @@ def reconstruction() -> None:
         tokenizer = var_jax.load_tokenizer(path, scales=scales, step=FLAGS.step, dtype=FLAGS.dtype)
         vgg = load_perceptual(FLAGS.perceptual_weights) if FLAGS.perceptual_weights else None
         inception = load_inception(FLAGS.inception) if FLAGS.inception else None
-        source = open_source(FLAGS.data, FLAGS.split or "test", FLAGS.data_dir)
+    source = open_data(FLAGS.split or "test")
 
     def inception_pool(images: jax.Array) -> jax.Array:
         return Inception().apply(inception, resize_tf1(255 * denormalize(images))).pool
@@ -335,7 +349,7 @@ def main(argv: list[str]) -> None:
             "--reference needs --inception=FILE; without it, samples are scored by a classifier of --data"
         )
     cli.initialize_distributed()
-    with cli.abort_on_error(), config_errors():
+    with cli.abort_on_error():
         run()
 
 

@@ -12,6 +12,7 @@ import traceback
 import zlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 import jax
 import numpy as np
@@ -259,11 +260,14 @@ def load() -> var_jax.LoadedVAR:
         return var_jax.load_var(FLAGS.workdir, tokenizer=tokenizer, step=checkpoint, dtype=FLAGS.dtype)
 
 
-def options(model: var_jax.LoadedVAR, **defaults) -> SamplingOptions:
+def options(
+    model: var_jax.LoadedVAR, fixed: Mapping[str, object] = MappingProxyType({}), **defaults
+) -> SamplingOptions:
     """Return the sampling options of the flags, with those of the model's run for flags that are not given.
 
     Args:
       model: model to sample from.
+      fixed: options that replace those of the flags.
       **defaults: options that replace those of the run.
 
     Raises:
@@ -272,10 +276,10 @@ def options(model: var_jax.LoadedVAR, **defaults) -> SamplingOptions:
     overrides = {}
     for name in (field.name for field in dataclasses.fields(SamplingOptions)):
         value = FLAGS[name].value
-        if value is not None:
+        if value is not None and name not in fixed:
             overrides[name] = _per_scale(name) if name in PER_SCALE else value
     try:
-        result = dataclasses.replace(model.options, **{**defaults, **overrides})
+        result = dataclasses.replace(model.options, **{**defaults, **overrides, **fixed})
         result.per_scale(Scales(model.scales), model.tokenizer.num_codes)
     except ValueError as error:
         raise app.UsageError(str(error)) from error

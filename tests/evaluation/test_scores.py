@@ -200,6 +200,7 @@ def main(_):
     evaluate.cli.initialize_distributed = lambda: None  # once in a process
     evaluate.FLAGS.out += "/sweep"
     evaluate.FLAGS.num_per_class, evaluate.FLAGS.guidance, evaluate.FLAGS.top_k = 10, ["0", "2"], ["4", "0"]
+    evaluate.FLAGS.guidance_schedule = "constant"
     evaluate.main(["", "sweep"])
 
 app.run(main)
@@ -224,6 +225,8 @@ def test_a_sweep_scores_a_grid_and_draws_it(unbroken):
     rows = json.loads((unbroken / "sweep" / "sweep.json").read_text())
     assert list(rows) == [f"guidance {guidance}, top_k {k}" for guidance in (0, 2) for k in (4, 0)]
     assert len({row["fid"] for row in rows.values()}) > 1  # the model is hardly trained
+    point = json.loads((unbroken / "sweep" / "guidance_2-top_k_4" / "scores.json").read_text())
+    assert point["job"]["guidance"] == 2 and point["job"]["guidance_schedule"] == "constant"
     for name in ("nearest.png", "sweep/sweep.png", "sweep/guidance_0-top_k_4/nearest.png"):
         assert Image.open(unbroken / name).width > 300
 

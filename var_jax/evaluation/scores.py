@@ -19,7 +19,7 @@ from var_jax.evaluation.extractors import Extractor, FeatureSet, extract_feature
 from var_jax.evaluation.frechet import Gaussian, Moments, frechet_at_infinity, frechet_distance
 from var_jax.evaluation.inception_score import inception_score
 from var_jax.evaluation.kid import kernel_distance
-from var_jax.evaluation.precision_recall import authenticity, precision_and_recall
+from var_jax.evaluation.precision_recall import NEIGHBOR, authenticity, precision_and_recall
 from var_jax.images import image_grid
 from var_jax.sampling.sample_writer import memmap_member
 
@@ -193,8 +193,16 @@ def score(
       fid, sfid (if the network has spatial features), inception_score (ADM's splits), precision, recall, kid
       and kid_std (torch-fidelity's subsets), authenticity, accuracy (with labels), fid_at_infinity if asked
       for, num_samples, num_reference.
+
+    Raises:
+      ConfigError: if there are too few samples or reference images.
     """
     vectors, references = samples.vectors, reference.features.vectors
+    if min(len(vectors), len(references)) <= NEIGHBOR:
+        raise ConfigError(
+            f"scores need more than {NEIGHBOR} images on each side, got {len(vectors)} samples and "
+            f"{len(references)} references"
+        )
     precision, recall = precision_and_recall(vectors, references, adm_float16)
     kid, kid_std = kernel_distance(vectors, references)
     result = {"fid": frechet_distance(samples.pool, reference.pool)}
