@@ -146,7 +146,7 @@ def test_auto_goes_by_platform():
     bf16, f32 = jnp.bfloat16, jnp.float32
     platforms = (("cpu", f32), ("tpu", bf16), ("gpu", bf16), ("tpu", f32), ("gpu", f32))
     names = [choose_attention("auto", *platform, 64) for platform in platforms]
-    assert names == ["einsum", "splash", "cudnn", "grouped", "grouped"]
+    assert names == ["einsum", "splash", "triton", "grouped", "grouped"]
     with pytest.raises(ValueError, match=r"splash runs on TPU in bfloat16 \(.*got float32 on tpu"):
         choose_attention("splash", "tpu", f32, 64)
 
@@ -159,7 +159,7 @@ def test_auto_on_a_gpu_leaves_heads_that_cudnn_refuses_to_grouped(head_dim):
         choose_attention("cudnn", "gpu", jnp.bfloat16, head_dim)
     with pytest.raises(ValueError, match="triton needs heads of 16, 32, 64, 128 channels, got 24"):
         choose_attention("triton", "gpu", jnp.bfloat16, 24)
-    assert choose_attention("auto", "gpu", jnp.bfloat16, 8 * (head_dim // 16)) == "cudnn"
+    assert choose_attention("auto", "gpu", jnp.bfloat16, 24) == "cudnn"
 
 
 @pytest.mark.parametrize(

@@ -114,8 +114,9 @@ def test_attention_is_chosen_by_what_it_must_know():
     assert choose_attention("auto", "tpu", half, 64, row) == "splash"
     assert choose_attention("auto", "tpu", half, 64, axial) == "einsum"
     assert choose_attention("auto", "tpu", half, 64, causal, bias=True) == "grouped"
-    assert choose_attention("auto", "gpu", half, 64, causal) == "grouped"  # cuDNN has no group without a mask
-    assert choose_attention("auto", "gpu", half, 64, (Scales((1, 4, 16)).mask,)) == "cudnn"
+    assert choose_attention("auto", "gpu", half, 64, causal) == "triton"
+    assert choose_attention("auto", "gpu", half, 24, causal) == "grouped"  # cuDNN has no group without a mask
+    assert choose_attention("auto", "gpu", half, 24, (Scales((1, 4, 16)).mask,)) == "cudnn"
     assert choose_attention("auto", "gpu", half, 64, row) == "einsum"
     assert choose_attention("auto", "gpu", half, 64, causal, bias=True) == "grouped"
     assert choose_attention("auto", "cpu", jnp.float32, 64, axial, bias=True) == "einsum"

@@ -5,11 +5,11 @@
 | `einsum` | all scores in memory, masked | the reference; CPU |
 | `grouped` | each group of queries attends to a prefix of the keys, so large maps need no mask | all |
 | `cudnn` | as `grouped`, with cuDNN's fused kernel for large groups | NVIDIA GPUs, bfloat16 |
-| `triton` | Pallas kernel for all groups at once (`prefix_attention.py`) | NVIDIA GPUs, bfloat16 |
+| `triton` | Pallas kernels for all groups at once (`prefix_attention.py`); in generation, `cudnn` | NVIDIA GPUs, bfloat16 |
 | `splash` | Pallas kernel that skips masked blocks | TPU, bfloat16 |
 
-With 16-bit dtypes, `auto` is `splash` on TPU and, if the head size allows it, `cudnn` on GPU; otherwise it
-is `grouped` on both.  On CPU it is `einsum`.  `auto` is never `triton`, which has not run on a card yet.
+With 16-bit dtypes, `auto` is `splash` on TPU and, on GPU, the first of `triton` and `cudnn` that supports the
+head size and the mask; otherwise it is `grouped` on both.  On CPU it is `einsum`.
 """
 
 import itertools
@@ -125,8 +125,9 @@ def choose_attention(
     half = jnp.dtype(dtype).itemsize == 2
     fits_cudnn = head_dim % CUDNN_HEAD_MULTIPLE == 0 and head_dim <= CUDNN_HEAD_MAX
     if name == "auto":
-        kernels = {"tpu": ("splash",) if half else (), "gpu": ("cudnn",) if half and fits_cudnn else ()}
-        candidates = (*kernels[platform], "grouped") if platform in kernels else ()
+        on_gpu = ("triton",) * (head_dim in TRITON_HEADS) + ("cudnn",) * fits_cudnn
+        kernels = {"tpu": ("splash",), "gpu": on_gpu}
+        candidates = (*(kernels[platform] if half else ()), "grouped") if platform in kernels else ()
         return next((candidate for candidate in candidates if candidate in supported), "einsum")
     if name not in IMPLEMENTATIONS:
         known = ", ".join(("auto", *IMPLEMENTATIONS))
