@@ -140,7 +140,7 @@ def transformer_stage() -> ConfigDict:
                 dropout=0.0,
             ),
             transformer=dict(  # how it is computed
-                attention="auto",  # einsum, grouped, cudnn, triton or splash: var_jax/transformer/attention.py
+                attention="auto",  # a name in var_jax/transformer/attention.py
                 remat="auto",  # none, mlp, flat_qkv or full: var_jax/transformer/remat.py
                 scan_layers="auto",  # true or false; auto: unrolled on a GPU
                 # Encoder precision in a step from images (docs/precision.md): high is TF32 on a GPU and three

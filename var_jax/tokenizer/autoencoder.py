@@ -29,7 +29,7 @@ Norm = partial(nn.GroupNorm, epsilon=1e-6)  # statistics are float32 for every d
 
 
 def silu(x: Float[Array, "B h w c"]) -> Float[Array, "B h w c"]:
-    """Apply SiLU in float32: in 16 bits a GPU rounds after each of its operations, which takes twice as long."""
+    """Apply SiLU in float32; in 16 bits a GPU would round after each of its operations, which is slower."""
     return nn.silu(x.astype(jnp.float32)).astype(x.dtype)
 
 

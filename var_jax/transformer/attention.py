@@ -5,7 +5,7 @@
 | `einsum` | all scores in memory, masked | the reference; CPU |
 | `grouped` | each group of queries attends to a prefix of the keys, so large maps need no mask | all |
 | `cudnn` | as `grouped`, with cuDNN's fused kernel for large groups | NVIDIA GPUs, bfloat16 |
-| `triton` | Pallas kernels for all groups at once (`prefix_attention.py`); in generation, `cudnn` | NVIDIA GPUs, bfloat16 |
+| `triton` | Pallas kernels for all groups at once; in generation as `cudnn` | NVIDIA GPUs, bfloat16 |
 | `splash` | Pallas kernel that skips masked blocks | TPU, bfloat16 |
 
 With 16-bit dtypes, `auto` is `splash` on TPU and, on GPU, the first of `triton` and `cudnn` that supports the
