@@ -109,6 +109,8 @@ def check_next_scale(topology: str, config: ConfigDict, mesh: Mesh) -> None:
         print_program(topology, name, result)
         count = count_custom_calls(FORWARD, result)  # for the second of two maps
         assert count == depth, f"{count} calls of cuDNN's attention in {depth} layers"
+        thresholds = count_custom_calls(PALLAS, result)
+        assert thresholds == len(task.config.steps), f"{thresholds} kernels find thresholds of the logits"
         moved = moved_weights(task.config.width, result)
         assert not moved, f"a step of generation does not read weights in place, but from {moved}"
 

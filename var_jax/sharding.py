@@ -52,7 +52,7 @@ def tensor_shards() -> int:
     return dict(jax.sharding.get_abstract_mesh().shape).get(TENSOR, 1)
 
 
-def shard_map_batch(kernel: Callable, *arrays: jax.Array, tensor_axis: int) -> jax.Array:
+def shard_map_batch(kernel: Callable, *arrays: jax.Array, tensor_axis: int | None = None) -> jax.Array:
     """Run a kernel that XLA cannot partition on each device's shard of arrays sharded as by `constrain`."""
     spec = activation_spec(arrays[0].shape, tensor_axis)
     if spec is None:

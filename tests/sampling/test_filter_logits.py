@@ -1,12 +1,20 @@
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from tests.helpers.arrays import close
-from var_jax.sampling.filter_logits import filter_logits, threshold_by_bisection, threshold_by_sorting
+from var_jax.sampling.filter_logits import (
+    filter_logits,
+    threshold_by_bisection,
+    threshold_by_kernel,
+    threshold_by_sorting,
+)
 
-THRESHOLDS = [threshold_by_sorting, threshold_by_bisection]  # on a CPU, and elsewhere
+interpreted_kernel = partial(threshold_by_kernel, interpret=True)
+THRESHOLDS = [threshold_by_sorting, threshold_by_bisection, interpreted_kernel]  # on a CPU, a TPU, a GPU
 
 
 @pytest.mark.parametrize("threshold", THRESHOLDS)
@@ -23,17 +31,18 @@ def test_golden(golden, threshold):
         np.testing.assert_array_equal(got, jax.nn.softmax(filter_logits(logits, int(top_k), p)))
 
 
+@pytest.mark.parametrize("threshold", THRESHOLDS[1:])
 @pytest.mark.parametrize("decimals", [1, 8])  # rounded logits have many ties
 @pytest.mark.parametrize("top_k", [1, 7, 100, 256])
 @pytest.mark.parametrize("top_p", [None, 1e-9, 0.3, 0.96, 1.0])
-def test_bisection_keeps_what_sorting_keeps(decimals, top_k, top_p):
+def test_bisection_keeps_what_sorting_keeps(threshold, decimals, top_k, top_p):
     rng = np.random.default_rng(top_k)
     spreads = 10.0 ** rng.uniform(-2, 2, (200, 1))
     logits = np.round(spreads * rng.standard_normal((200, 256)), decimals).astype(np.float32)
     logits[::7, ::3] = -0.0
     by_sorting, by_bisection = (
         logits >= np.asarray(jax.jit(threshold, static_argnums=(1, 2))(logits, top_k, top_p))
-        for threshold in THRESHOLDS
+        for threshold in (threshold_by_sorting, threshold)
     )
     differ = np.flatnonzero((by_sorting != by_bisection).any(1))
     if top_p is None:
@@ -43,6 +52,14 @@ def test_bisection_keeps_what_sorting_keeps(decimals, top_k, top_p):
         weights = np.exp(largest - largest[-1])
         assert np.abs(np.cumsum(weights) / weights.sum() - (1 - top_p)).min() < 3e-7
     assert differ.size < 20
+
+
+@pytest.mark.parametrize("top_p", [None, 0.9])
+def test_the_kernel_reads_rows_of_any_length(top_p):
+    logits = jax.random.normal(jax.random.key(0), (2, 3, 200))
+    kept = [logits >= threshold(logits, 150, top_p) for threshold in THRESHOLDS]
+    np.testing.assert_array_equal(kept[2], kept[0])
+    assert 0 < kept[2].sum(-1).min() <= kept[2].sum(-1).max() <= 150
 
 
 @pytest.mark.parametrize("threshold", THRESHOLDS)

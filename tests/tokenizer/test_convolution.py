@@ -40,3 +40,35 @@ def test_the_choice_is_by_size_and_only_for_cpus():
     products = lambda *size: lowered(*size).count("stablehlo.dot_general")
     assert products(160, 64, "cpu") == 9
     assert [products(160, 64, "tpu"), products(64, 64, "cpu"), products(160, 32, "cpu")] == [0, 0, 0]
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 5, 6), (1, 1, 4, 3)])
+def test_the_transposed_convolution_is_that_of_the_upsampled_map(shape):
+    """Outputs and gradients are equal."""
+    x, kernel = (
+        jax.random.normal(jax.random.key(1), shape),
+        jax.random.normal(jax.random.key(2), (3, 3, shape[-1], 5)),
+    )
+    options = dict(dimension_numbers=("NHWC", "HWIO", "NHWC"), precision="highest")
+    plain = lambda x, kernel: convolution.upsampled_conv(x, kernel, (1, 1), "SAME", **options)
+    transposed = lambda x, kernel: convolution.transposed_conv(x, kernel, "highest")
+
+    def both(f):
+        loss = lambda *args: (lambda y: (jnp.sum(jnp.sin(y)), y))(f(*args))
+        return jax.grad(loss, argnums=(0, 1), has_aux=True)(x, kernel)
+
+    jax.tree.map(lambda a, b: close(a, b, 1e-5), both(transposed), both(plain))
+
+
+def test_only_16_bits_on_a_gpu_are_upsampled_by_a_transposed_convolution():
+    def is_transposed(dtype, platform):
+        x, kernel = (jax.ShapeDtypeStruct(shape, dtype) for shape in ((1, 4, 4, 8), (3, 3, 8, 8)))
+        options = dict(dimension_numbers=("NHWC", "HWIO", "NHWC"), precision=None)
+        conv = lambda x, kernel: convolution.upsampled_conv(x, kernel, (1, 1), "SAME", **options)
+        return (
+            "lhs_dilate = [2, 2]"
+            in jax.jit(conv).trace(x, kernel).lower(lowering_platforms=(platform,)).as_text()
+        )
+
+    cases = [(jnp.bfloat16, "cuda"), (jnp.float32, "cuda"), (jnp.bfloat16, "tpu"), (jnp.bfloat16, "cpu")]
+    assert [is_transposed(*case) for case in cases] == [True, False, False, False]

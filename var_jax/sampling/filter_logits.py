@@ -1,5 +1,7 @@
 """Top-k and top-p filtering of logits, on accelerators without sorting them."""
 
+import math
+from collections.abc import Callable
 from functools import partial
 
 import jax
@@ -8,7 +10,10 @@ import numpy as np
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, UInt32
 
+from var_jax.sharding import shard_map_batch
+
 BITS_PER_PASS = 3  # of a threshold, found by one pass over the logits that tests 2^3 - 1 candidates
+MAX_KERNEL_CODES = 2**14  # a row of logits is held in the registers of a GPU's block of threads
 
 
 def filter_logits(
@@ -31,6 +36,7 @@ def filter_logits(
     threshold = jax.lax.platform_dependent(
         jax.lax.optimization_barrier(logits),  # else XLA repeats what comes before in every pass
         cpu=partial(threshold_by_sorting, k=k, top_p=top_p),
+        cuda=partial(threshold_by_kernel, k=k, top_p=top_p),
         default=partial(threshold_by_bisection, k=k, top_p=top_p),
     )
     return jnp.where(logits < threshold, -jnp.inf, logits)
@@ -56,47 +62,111 @@ def threshold_by_sorting(
     return jnp.where(below > -jnp.inf, (smallest + below) / 2, unknown)
 
 
+def threshold_by_kernel(
+    logits: Float[Array, "*B V"], k: int, top_p: Float[ArrayLike, ""] | None, interpret: bool = False
+) -> Float[Array, "*B 1"]:
+    """Find such a threshold by bisection in a Pallas kernel (Triton), which reads the logits once."""
+    if logits.shape[-1] > MAX_KERNEL_CODES:
+        return threshold_by_bisection(logits, k, top_p)
+    # Imported here: on other platforms nothing else needs Pallas.
+    from jax.experimental import pallas as pl
+    from jax.experimental.pallas import triton
+
+    num_codes = logits.shape[-1]
+    size = 2 ** math.ceil(math.log2(num_codes))
+
+    def kernel(logits_ref, *refs):
+        row = triton.load(logits_ref.at[pl.ds(0, size)], mask=jnp.arange(size) < num_codes, other=-jnp.inf)
+        *p, threshold_ref = refs
+        threshold = threshold_by_bisection(row, k, p[0][0] if p else None, _search_by_bits)
+        threshold_ref[...] = threshold
+
+    def run(logits):
+        rows = logits.reshape(-1, num_codes)
+        inputs = (rows,) if top_p is None else (rows, jnp.full(1, top_p, jnp.float32))
+        thresholds = pl.pallas_call(
+            kernel,
+            grid=(len(rows),),
+            in_specs=[
+                pl.BlockSpec((None, num_codes), lambda i: (i, 0)),
+                *[pl.BlockSpec((1,), lambda i: (0,))] * (len(inputs) - 1),
+            ],
+            out_specs=pl.BlockSpec((1,), lambda i: (i,)),
+            out_shape=jax.ShapeDtypeStruct((len(rows),), jnp.float32),
+            compiler_params=triton.CompilerParams(num_warps=8, num_stages=1),
+            interpret=interpret,
+            name="threshold",
+        )(*inputs)
+        return thresholds.reshape(*logits.shape[:-1], 1)
+
+    return shard_map_batch(run, logits)
+
+
 def threshold_by_bisection(
-    logits: Float[Array, "*B V"], k: int, top_p: Float[ArrayLike, ""] | None
+    logits: Float[Array, "*B V"],
+    k: int,
+    top_p: Float[ArrayLike, ""] | None,
+    search: Callable | None = None,
 ) -> Float[Array, "*B 1"]:
     """Find such a threshold bit by bit, by sums over all logits below candidates for it.
 
     Probabilities are summed in another order than by `threshold_by_sorting`, so another code may be the last
     to keep where the tail is within rounding of 1 - top_p.
+
+    Args:
+      logits: float32.
+      k: number of codes that top-k keeps.
+      top_p: see `filter_logits`.
+      search: `_search_by_bits` or, by default, `_search_by_passes`.
     """
+    search = search or _search_by_passes
     bits = _ordered_bits(logits)
     # The k-th largest is the largest x with at most V - k logits below it.
-    smallest = _largest_with_sum_below(bits, jnp.ones_like(bits, jnp.int32), logits.shape[-1] - k)
+    smallest = search(bits, jnp.ones_like(bits, jnp.int32), logits.shape[-1] - k)
     if top_p is not None:
         weights = jnp.exp(logits - logits.max(-1, keepdims=True))
         # Of the logits equal to the k-th, only as many count as make up k.
         num_above, num_equal = (
-            jnp.sum(mask, -1, keepdims=True) for mask in (bits > smallest, bits == smallest)
+            jnp.sum(mask.astype(jnp.int32), -1, keepdims=True) for mask in (bits > smallest, bits == smallest)
         )
         weights = jnp.where(bits == smallest, weights * (k - num_above) / num_equal, weights)
-        weights = jax.lax.optimization_barrier(jnp.where(bits < smallest, 0.0, weights))
+        weights = jnp.where(bits < smallest, 0.0, weights)
         # Weights are in the order of the logits, and the bits of positive numbers in that of the numbers.
         bits = jax.lax.bitcast_convert_type(weights, jnp.uint32)
         limit = (1 - top_p) * weights.sum(-1, keepdims=True)
-        smallest = _largest_with_sum_below(bits, weights, limit)
+        smallest = search(bits, weights, limit)
         smallest = jnp.minimum(smallest, bits.max(-1, keepdims=True))
     kept = jnp.min(jnp.where(bits >= smallest, logits, jnp.inf), -1, keepdims=True)
     dropped = jnp.max(jnp.where(bits < smallest, logits, -jnp.inf), -1, keepdims=True)
     return (kept + dropped) / 2
 
 
-def _largest_with_sum_below(
-    bits: UInt32[Array, "*B V"], weights: Array, limit: ArrayLike
-) -> UInt32[Array, "*B 1"]:
-    """Find the largest x for which the sum of the weights of all entries below x is at most `limit`."""
+def _search_by_passes(bits: UInt32[Array, "*B V"], weights: Array, limit: ArrayLike) -> UInt32[Array, "*B 1"]:
+    """Find the largest x for which the sum of the weights of all entries below x is at most `limit`.
+
+    Each pass over the entries finds `BITS_PER_PASS` bits.
+    """
+    bits, weights = jax.lax.optimization_barrier((bits, weights))  # else each pass computes them again
     x = jnp.zeros((*bits.shape[:-1], 1), jnp.uint32)
     for shift in reversed(range(0, 32, BITS_PER_PASS)):
-        steps = np.arange(1, min(2**BITS_PER_PASS, 2 ** (32 - shift)), dtype=np.uint32)
-        is_below = bits[..., :, None] < x[..., None] + (steps << shift)
-        sums = jnp.sum(jnp.where(is_below, weights[..., None], 0), axis=-2)
-        holds = jnp.sum(sums <= limit, axis=-1, keepdims=True)  # the sums do not fall with the candidates
-        x = x + (holds.astype(jnp.uint32) << shift)
+        candidates = [
+            x + np.uint32(step << shift) for step in range(1, min(2**BITS_PER_PASS, 2 ** (32 - shift)))
+        ]
+        sums = [jnp.sum(jnp.where(bits < c, weights, 0), axis=-1, keepdims=True) for c in candidates]
+        holds = sum((below <= limit).astype(jnp.uint32) for below in sums)  # sums only grow with candidates
+        x = x + (holds << shift)
     return x
+
+
+def _search_by_bits(bits: UInt32[Array, "*B V"], weights: Array, limit: ArrayLike) -> UInt32[Array, "*B 1"]:
+    """Find the same x one bit after the other, of entries that are in registers."""
+
+    def add_bit(i, x):
+        candidate = x | (jnp.uint32(1 << 31) >> i.astype(jnp.uint32))
+        below = jnp.sum(jnp.where(bits < candidate, weights, 0), axis=-1, keepdims=True)
+        return jnp.where(below <= limit, candidate, x)
+
+    return jax.lax.fori_loop(0, 32, add_bit, jnp.zeros((*bits.shape[:-1], 1), jnp.uint32))
 
 
 def _ordered_bits(x: Float[Array, "*B V"]) -> UInt32[Array, "*B V"]:

@@ -9,7 +9,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Shaped
 
 from var_jax.tokenizer.config import TokenizerConfig
-from var_jax.tokenizer.convolution import conv_general_dilated
+from var_jax.tokenizer.convolution import conv_general_dilated, upsampled_conv
 
 conv_init = nn.with_logical_partitioning(
     nn.initializers.lecun_normal(), ("conv_height", "conv_width", "conv_in", "conv_out")
@@ -99,8 +99,8 @@ class Upsample(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "B h w c"]) -> Float[Array, "B 2*h 2*w c"]:
-        x = x.repeat(2, axis=1).repeat(2, axis=2)
-        return Conv3x3(x.shape[-1], dtype=self.dtype, precision=self.precision, name="conv")(x)
+        conv = partial(Conv3x3, conv_general_dilated=upsampled_conv)
+        return conv(x.shape[-1], dtype=self.dtype, precision=self.precision, name="conv")(x)
 
 
 class Middle(nn.Module):

@@ -1,4 +1,4 @@
-"""3x3 convolution whose filter gradient is fast on CPUs too.
+"""3x3 convolutions: one whose filter gradient is fast on CPUs too, and one of an upsampled feature map.
 
 With many channels, XLA's filter gradient on CPUs falls from 80 to 10 GFLOP/s as batch and image grow (2
 cores); nine matrix products of shifted inputs stay at 50.  At fewer channels XLA is faster.
@@ -63,3 +63,46 @@ def _filter_gradient(
     rows = gradient.reshape(-1, gradient.shape[-1])
     tap = lambda i, j: jnp.dot(padded[:, i : i + h, j : j + w].reshape(-1, c).T, rows, precision=precision)
     return jnp.stack([jnp.stack([tap(i, j) for j in range(3)]) for i in range(3)])
+
+
+def upsampled_conv(
+    x: Float[Array, "B h w c"], kernel: Float[Array, "3 3 c c2"], *args, **options
+) -> Float[Array, "B 2*h 2*w c2"]:
+    """Upsample a feature map to twice its side (nearest neighbor), and convolve it with zero padding.
+
+    In 16 bits on an NVIDIA GPU, this is one transposed convolution, of 4/9 of the products.
+
+    Args:
+      x: feature map.
+      kernel: the filters.
+      *args: strides of 1 and padding SAME.
+      **options: of `jax.lax.conv_general_dilated`, channels last.
+    """
+    by_repeating = partial(_repeat_and_convolve, args=args, options=options)
+    if x.dtype.itemsize > 2:
+        return by_repeating(x, kernel)
+    transposed = partial(transposed_conv, precision=options["precision"])
+    return jax.lax.platform_dependent(x, kernel, cuda=transposed, default=by_repeating)
+
+
+def _repeat_and_convolve(x, kernel, args, options):
+    return conv_general_dilated(x.repeat(2, axis=1).repeat(2, axis=2), kernel, *args, **options)
+
+
+def transposed_conv(
+    x: Float[Array, "B h w c"], kernel: Float[Array, "3 3 c c2"], precision
+) -> Float[Array, "B 2*h 2*w c2"]:
+    """Compute `upsampled_conv` by a transposed convolution; its 4x4 filters are sums of shifted ones."""
+    shifts = [(i, 1 - i) for i in (0, 1)]
+    # XLA takes cuDNN's kernel for transposed convolutions where it sees that the filters are reversed.
+    wide = kernel[::-1, ::-1].astype(jnp.float32)
+    wide = sum(jnp.pad(wide, (rows, columns, (0, 0), (0, 0))) for rows in shifts for columns in shifts)
+    return jax.lax.conv_general_dilated(
+        x,
+        jax.lax.rev(wide.astype(kernel.dtype), (0, 1)),
+        (1, 1),
+        ((2, 2), (2, 2)),
+        lhs_dilation=(2, 2),
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        precision=precision,
+    )
