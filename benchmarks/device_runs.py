@@ -227,11 +227,11 @@ def throughput_parts(options: Options) -> list[Part]:
         parts = [
             ours("train", 16, 40),
             torch("train", 16, "eager", 25),
-            ours("sample", 16, 80),
+            ours("sample", 16, 200),
             torch("sample", 16, "eager", 25),
             torch("train", 16, "compiled", 80),
             ours("train", 30, 60),
-            ours("sample", 30, 100),
+            ours("sample", 30, 300),
         ]
     return [part for part in parts if options.against or "PyTorch" not in part.name]
 
