@@ -146,7 +146,7 @@ def test_auto_goes_by_platform():
     bf16, f32 = jnp.bfloat16, jnp.float32
     platforms = (("cpu", f32), ("tpu", bf16), ("gpu", bf16), ("tpu", f32), ("gpu", f32))
     names = [choose_attention("auto", *platform, 64) for platform in platforms]
-    assert names == ["einsum", "splash", "triton", "grouped", "grouped"]
+    assert names == ["grouped", "splash", "triton", "grouped", "grouped"]
     with pytest.raises(ValueError, match=r"splash runs on TPU in bfloat16 \(.*got float32 on tpu"):
         choose_attention("splash", "tpu", f32, 64)
 

@@ -2,14 +2,14 @@
 
 | name | algorithm | platform |
 | --- | --- | --- |
-| `einsum` | all scores in memory, masked | the reference; CPU |
+| `einsum` | all scores in memory, masked | the reference; all |
 | `grouped` | each group of queries attends to a prefix of the keys, so large maps need no mask | all |
 | `cudnn` | as `grouped`, with cuDNN's fused kernel for large groups | NVIDIA GPUs, bfloat16 |
 | `triton` | Pallas kernels for all groups at once; in generation as `cudnn` | NVIDIA GPUs, bfloat16 |
 | `splash` | Pallas kernel that skips masked blocks | TPU, bfloat16 |
 
 With 16-bit dtypes, `auto` is `splash` on TPU and, on GPU, the first of `triton` and `cudnn` that supports the
-head size and the mask; otherwise it is `grouped` on both.  On CPU it is `einsum`.
+head size and the mask.  Otherwise it is `grouped` or, for masks that show no prefix, `einsum`.
 """
 
 import itertools
@@ -126,8 +126,8 @@ def choose_attention(
     fits_cudnn = head_dim % CUDNN_HEAD_MULTIPLE == 0 and head_dim <= CUDNN_HEAD_MAX
     if name == "auto":
         on_gpu = ("triton",) * (head_dim in TRITON_HEADS) + ("cudnn",) * fits_cudnn
-        kernels = {"tpu": ("splash",), "gpu": on_gpu}
-        candidates = (*(kernels[platform] if half else ()), "grouped") if platform in kernels else ()
+        kernels = {"tpu": ("splash",), "gpu": on_gpu, "cpu": ()}[platform] if half else ()
+        candidates = (*kernels, "grouped")
         return next((candidate for candidate in candidates if candidate in supported), "einsum")
     if name not in IMPLEMENTATIONS:
         known = ", ".join(("auto", *IMPLEMENTATIONS))
