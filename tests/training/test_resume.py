@@ -30,7 +30,7 @@ def launch(digits_dir, tmp_path_factory):
         "from tests.helpers.tiny import tiny_config\n"
         f"def get_config(): return tiny_config({str(digits_dir)!r}, steps={STEPS}, every=3)\n"
     )
-    environment = {**os.environ, "XLA_FLAGS": QUICK, "PYTHONPATH": str(REPOSITORY)}
+    environment = {**os.environ, "XLA_FLAGS": QUICK}
 
     def start(workdir, *flags) -> subprocess.Popen:
         command = [sys.executable, "train.py", f"--config={config}", f"--workdir={workdir}", *flags]
