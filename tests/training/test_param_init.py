@@ -150,7 +150,7 @@ def test_a_run_from_itself_starts_at_the_loss_it_had(tiny_run, digits_dir, tmp_p
     config.tokenizer.codebook.ema_decay = 0.0  # codes would follow their targets without any learning rate
     for stage in (config.tokenizer, config.next_scale):
         stage.init_from = str(tiny_run)
-        stage.train.update(dict(base_learning_rate=0.0, ema_decay=ema))
+        stage.train.update(dict(base_learning_rate=0.0, ema_decay=ema, preview_every=0))
     run(config, tmp_path)
     output = capsys.readouterr().out
     for stage in stages:
@@ -168,6 +168,7 @@ def fine_tuning(digits_dir, source):
     config.stages = ("next_scale",)
     config.next_scale.tokenizer = str(source)
     config.next_scale.init_from = str(source)
+    config.next_scale.train.preview_every = 0
     return config
 
 
