@@ -41,12 +41,15 @@ def task(digits_dir):
     return TokenizerTask(tiny_config(digits_dir).tokenizer, 6)
 
 
-def state_on(task, mesh, use_ema=True, seed=0):
-    make_state, abstract = create_state(task.init, task.optimizer, use_ema, jax.random.key(seed), mesh)
-    state = make_state()
-    # The moving average differs from the parameters, so that a mix-up would show.
-    ema = jax.tree.map(lambda p: p + 1, state.ema) if use_ema else None
-    return state.replace(step=jnp.array(3), ema=ema), abstract
+def abstract_state(task, mesh, use_ema=True):
+    return create_state(task.init, task.optimizer, use_ema, jax.random.key(0), mesh)[1]
+
+
+def random_state(abstract):
+    """Fill every leaf with other values, so that a mix-up shows (and no initialization is compiled)."""
+    rng = np.random.default_rng(0)
+    fill = lambda leaf: jax.device_put((9 * rng.random(leaf.shape)).astype(leaf.dtype), leaf.sharding)
+    return jax.tree.map(fill, abstract).replace(step=jnp.array(3))
 
 
 def toy_state(use_ema=False):
@@ -57,12 +60,11 @@ def toy_state(use_ema=False):
 
 @pytest.mark.parametrize("use_ema", [True, False])
 def test_saved_on_one_mesh_equals_restored_on_another(task, tmp_path, use_ema):
-    state, _ = state_on(task, make_mesh(fsdp=8), use_ema)
+    state = random_state(abstract_state(task, make_mesh(fsdp=8), use_ema))
     saved = Checkpoints(tmp_path, keep=1)
     saved.save(3, state, {"model": task.model_fields()}, score=1.0)
     saved.wait()
-    other_mesh = make_mesh(data=2, fsdp=2, tensor=2)
-    _, abstract = create_state(task.init, task.optimizer, use_ema, jax.random.key(0), other_mesh)
+    abstract = abstract_state(task, make_mesh(data=2, fsdp=2, tensor=2), use_ema)
     restored = saved.restore(3, abstract)
     chex.assert_trees_all_equal(jax.device_get(restored), jax.device_get(state))
     got = jax.tree.map(lambda leaf: leaf.sharding, restored)
@@ -374,7 +376,7 @@ def test_the_first_process_judges_checkpoints_for_all(tmp_path, monkeypatch):
 
 
 def test_a_disk_without_room_is_noticed_before_anything_runs(task, tmp_path, monkeypatch):
-    _, abstract = state_on(task, make_mesh(fsdp=8))
+    abstract = abstract_state(task, make_mesh(fsdp=8))
     check_checkpoint_space(tmp_path, abstract)
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1000))
