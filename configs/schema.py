@@ -147,7 +147,9 @@ def transformer_stage() -> ConfigDict:
                 # bfloat16 passes on a TPU; highest is float32; default is one pass on a TPU.
                 encoder_precision="high",
             ),
-            sampling=dict(guidance=1.5, top_k=900, top_p=0.96, smooth=False),  # of the previews
+            sampling=dict(  # of the previews, and by default of `sample.py`
+                guidance=1.5, top_k=900, top_p=0.96, temperature=1.0, smooth=False
+            ),
             train=_train()
             | dict(
                 fid_every=0,  # steps between FIDs of samples; 0: none
