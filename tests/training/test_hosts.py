@@ -143,7 +143,7 @@ def test_hosts_that_would_run_different_programs_are_refused(next_scale_flags, t
     assert [code for code, _, _ in result] == [1, 1]
     for _, _, err in result:
         assert "train.py: the hosts would run different programs" in err, err[-2000:]
-        choices = "dtype float32, attention einsum, remat none, layers scanned"
+        choices = "dtype float32, attention grouped, remat none, layers scanned"
         assert re.search(rf"process 0, \S+: {choices}, jax [\d.]+\n", err)
         assert re.search(r"process 1, \S+: .* remat full, .* <- differs from process 0", err)
         assert "Traceback" not in err
