@@ -2,7 +2,7 @@
 
     python train.py --config=configs/digits.py --workdir=runs/digits
 
-Takes about ten minutes on two CPU cores.  Expected metrics and samples: docs/demo.md.
+Takes five to eight minutes on two CPU cores.  Expected metrics and samples: docs/demo.md.
 """
 
 from ml_collections import ConfigDict
