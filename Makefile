@@ -16,7 +16,7 @@ ifeq ($(VERSION),)
 $(error PYTHON=$(PYTHON) does not run)
 endif
 
-.PHONY: demo test pytest lint format check-gpu docs clean
+.PHONY: demo test lint format check-gpu docs clean
 
 demo: $(VENV)/base-$(VERSION)
 	$(RUN) train.py --config=configs/digits.py --workdir=runs/digits
@@ -24,10 +24,7 @@ demo: $(VENV)/base-$(VERSION)
 	$(RUN) evaluate.py samples --samples=runs/digits/samples.npz --data=digits
 	@echo "Look at runs/digits: samples.png, scales.png, reconstructions.png, curves_*.png"
 
-test: lint pytest
-
-# Tests without lint.
-pytest: $(VENV)/test-$(VERSION)
+test: $(VENV)/test-$(VERSION) lint
 	$(VENV)/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(TESTS)
 
 lint: $(VENV)/test-$(VERSION)

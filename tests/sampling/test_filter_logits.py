@@ -12,6 +12,7 @@ from var_jax.sampling.filter_logits import (
     threshold_by_kernel,
     threshold_by_sorting,
 )
+from var_jax.sharding import make_mesh
 
 interpreted_kernel = partial(threshold_by_kernel, interpret=True)
 THRESHOLDS = [threshold_by_sorting, threshold_by_bisection, interpreted_kernel]  # on a CPU, a TPU, a GPU
@@ -60,6 +61,15 @@ def test_the_kernel_reads_rows_of_any_length(top_p):
     kept = [logits >= threshold(logits, 150, top_p) for threshold in THRESHOLDS]
     np.testing.assert_array_equal(kept[2], kept[0])
     assert 0 < kept[2].sum(-1).min() <= kept[2].sum(-1).max() <= 150
+
+
+def test_each_device_runs_the_kernel_on_its_own_images():
+    logits = jax.random.normal(jax.random.key(1), (8, 3, 64))
+    with jax.set_mesh(make_mesh()):
+        thresholds = jax.jit(lambda logits, top_p: interpreted_kernel(logits, 50, top_p))(logits, 0.9)
+    assert thresholds.sharding.shard_shape(thresholds.shape) == (1, 3, 1)
+    kept = [logits >= np.asarray(x) for x in (thresholds, threshold_by_sorting(logits, 50, 0.9))]
+    np.testing.assert_array_equal(*kept)
 
 
 @pytest.mark.parametrize("threshold", THRESHOLDS)

@@ -1,7 +1,6 @@
 """Top-k and top-p filtering of logits, on accelerators without sorting them."""
 
 import math
-from collections.abc import Callable
 from functools import partial
 
 import jax
@@ -78,35 +77,30 @@ def threshold_by_kernel(
     def kernel(logits_ref, *refs):
         row = triton.load(logits_ref.at[pl.ds(0, size)], mask=jnp.arange(size) < num_codes, other=-jnp.inf)
         *p, threshold_ref = refs
-        threshold = threshold_by_bisection(row, k, p[0][0] if p else None, _search_by_bits)
-        threshold_ref[...] = threshold
+        threshold_ref[...] = threshold_by_bisection(row, k, p[0][0] if p else None, in_kernel=True)
 
-    def run(logits):
-        rows = logits.reshape(-1, num_codes)
-        inputs = (rows,) if top_p is None else (rows, jnp.full(1, top_p, jnp.float32))
+    def run(logits, *p):
+        rows = [x.reshape(-1, x.shape[-1]) for x in (logits, *p)]
+        one_row = lambda size: pl.BlockSpec((None, size), lambda i: (i, 0))
         thresholds = pl.pallas_call(
             kernel,
-            grid=(len(rows),),
-            in_specs=[
-                pl.BlockSpec((None, num_codes), lambda i: (i, 0)),
-                *[pl.BlockSpec((1,), lambda i: (0,))] * (len(inputs) - 1),
-            ],
-            out_specs=pl.BlockSpec((1,), lambda i: (i,)),
-            out_shape=jax.ShapeDtypeStruct((len(rows),), jnp.float32),
+            grid=(len(rows[0]),),
+            in_specs=[one_row(x.shape[1]) for x in rows],
+            out_specs=one_row(1),
+            out_shape=jax.ShapeDtypeStruct((len(rows[0]), 1), jnp.float32),
             compiler_params=triton.CompilerParams(num_warps=8, num_stages=1),
             interpret=interpret,
             name="threshold",
-        )(*inputs)
+        )(*rows)
         return thresholds.reshape(*logits.shape[:-1], 1)
 
-    return shard_map_batch(run, logits)
+    # One top_p a row: a number for all could not be sharded as the logits are.
+    p = () if top_p is None else (jnp.full((*logits.shape[:-1], 1), top_p, jnp.float32),)
+    return shard_map_batch(run, logits, *p)
 
 
 def threshold_by_bisection(
-    logits: Float[Array, "*B V"],
-    k: int,
-    top_p: Float[ArrayLike, ""] | None,
-    search: Callable | None = None,
+    logits: Float[Array, "*B V"], k: int, top_p: Float[ArrayLike, ""] | None, in_kernel: bool = False
 ) -> Float[Array, "*B 1"]:
     """Find such a threshold bit by bit, by sums over all logits below candidates for it.
 
@@ -117,9 +111,9 @@ def threshold_by_bisection(
       logits: float32.
       k: number of codes that top-k keeps.
       top_p: see `filter_logits`.
-      search: `_search_by_bits` or, by default, `_search_by_passes`.
+      in_kernel: the logits are in registers, so that each bit is found by a sum of its own.
     """
-    search = search or _search_by_passes
+    search = _search_by_bits if in_kernel else _search_by_passes
     bits = _ordered_bits(logits)
     # The k-th largest is the largest x with at most V - k logits below it.
     smallest = search(bits, jnp.ones_like(bits, jnp.int32), logits.shape[-1] - k)
@@ -131,6 +125,8 @@ def threshold_by_bisection(
         )
         weights = jnp.where(bits == smallest, weights * (k - num_above) / num_equal, weights)
         weights = jnp.where(bits < smallest, 0.0, weights)
+        if not in_kernel:  # else XLA computes them again for each pass, and may round them differently
+            weights = jax.lax.optimization_barrier(weights)
         # Weights are in the order of the logits, and the bits of positive numbers in that of the numbers.
         bits = jax.lax.bitcast_convert_type(weights, jnp.uint32)
         limit = (1 - top_p) * weights.sum(-1, keepdims=True)
@@ -146,7 +142,6 @@ def _search_by_passes(bits: UInt32[Array, "*B V"], weights: Array, limit: ArrayL
 
     Each pass over the entries finds `BITS_PER_PASS` bits.
     """
-    bits, weights = jax.lax.optimization_barrier((bits, weights))  # else each pass computes them again
     x = jnp.zeros((*bits.shape[:-1], 1), jnp.uint32)
     for shift in reversed(range(0, 32, BITS_PER_PASS)):
         candidates = [

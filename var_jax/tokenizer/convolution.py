@@ -78,15 +78,12 @@ def upsampled_conv(
       *args: strides of 1 and padding SAME.
       **options: of `jax.lax.conv_general_dilated`, channels last.
     """
-    by_repeating = partial(_repeat_and_convolve, args=args, options=options)
+    repeat = lambda x: x.repeat(2, axis=1).repeat(2, axis=2)
+    by_repeating = lambda x, kernel: conv_general_dilated(repeat(x), kernel, *args, **options)
     if x.dtype.itemsize > 2:
         return by_repeating(x, kernel)
     transposed = partial(transposed_conv, precision=options["precision"])
     return jax.lax.platform_dependent(x, kernel, cuda=transposed, default=by_repeating)
-
-
-def _repeat_and_convolve(x, kernel, args, options):
-    return conv_general_dilated(x.repeat(2, axis=1).repeat(2, axis=2), kernel, *args, **options)
 
 
 def transposed_conv(

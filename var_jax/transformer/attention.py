@@ -126,7 +126,7 @@ def choose_attention(
     fits_cudnn = head_dim % CUDNN_HEAD_MULTIPLE == 0 and head_dim <= CUDNN_HEAD_MAX
     if name == "auto":
         on_gpu = ("triton",) * (head_dim in TRITON_HEADS) + ("cudnn",) * fits_cudnn
-        kernels = {"tpu": ("splash",), "gpu": on_gpu, "cpu": ()}[platform] if half else ()
+        kernels = {"tpu": ("splash",), "gpu": on_gpu}.get(platform, ()) if half else ()
         candidates = (*kernels, "grouped")
         return next((candidate for candidate in candidates if candidate in supported), "einsum")
     if name not in IMPLEMENTATIONS:

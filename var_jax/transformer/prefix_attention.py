@@ -153,6 +153,12 @@ def _dot(a: jax.Array, b: jax.Array) -> Float32[Array, "n m"]:
     return jnp.dot(a, b, preferred_element_type=jnp.float32)
 
 
+def _scores(a: jax.Array, b: jax.Array, scale: float, seen: jax.Array | None) -> Float32[Array, "n m"]:
+    """Compute scores in units of ln 2; HIDDEN where `seen` is False.  None: all are seen."""
+    scores = _dot(a, b.T) * (scale * LOG2_E)
+    return scores if seen is None else jnp.where(seen, scores, HIDDEN)
+
+
 def _fast_exp2(x: jax.Array) -> jax.Array:
     """Compute 2^x by the one instruction that GPUs have for it; `jnp.exp2` also handles denormal results."""
     shape = [jax.ShapeDtypeStruct(x.shape, x.dtype)]
@@ -172,9 +178,8 @@ def _forward_kernel(
     def add_keys(i, carry, masked: bool):
         out, total, largest = carry
         k, v = (_load(ref, i, tile.keys, length if masked else None) for ref in (k_ref, v_ref))
-        scores = _dot(q, k.T) * (scale * LOG2_E)
-        if masked:
-            scores = jnp.where(_positions(i, tile.keys)[None, :] < ends[:, None], scores, HIDDEN)
+        seen = _positions(i, tile.keys)[None, :] < ends[:, None] if masked else None
+        scores = _scores(q, k, scale, seen)
         new = jnp.maximum(largest, scores.max(1))
         shrink, weights = exp2(largest - new), exp2(scores - new[:, None])
         out = out * shrink[:, None] + _dot(weights.astype(v.dtype), v)
@@ -214,10 +219,8 @@ def _query_gradient_kernel(
 
     def add_keys(i, dq, masked: bool):
         k, v = (_load(ref, i, tile.keys, length if masked else None) for ref in (k_ref, v_ref))
-        scores = _dot(q, k.T) * (scale * LOG2_E)
-        if masked:
-            scores = jnp.where(_positions(i, tile.keys)[None, :] < ends[:, None], scores, HIDDEN)
-        weights = exp2(scores - log_sums[:, None])
+        seen = _positions(i, tile.keys)[None, :] < ends[:, None] if masked else None
+        weights = exp2(_scores(q, k, scale, seen) - log_sums[:, None])
         return dq + _dot((weights * (_dot(gradient, v.T) - products[:, None])).astype(k.dtype), k)
 
     dq = jnp.zeros(q.shape, jnp.float32)
@@ -253,11 +256,9 @@ def _key_gradient_kernel(
         # Beyond the length queries and gradients are zero, so that they add nothing.
         refs = (q_ref, gradient_ref, log_sum_ref, product_ref)
         q, gradient, log_sums, products = (_load(ref, i, tile.queries, length) for ref in refs)
-        scores = _dot(k, q.T) * (scale * LOG2_E)
-        if masked:
-            ends = _load(ends_ref, i, tile.queries)
-            scores = jnp.where(_positions(block, tile.keys)[:, None] < ends[None, :], scores, HIDDEN)
-        weights = exp2(scores - log_sums[None, :])
+        ends = _load(ends_ref, i, tile.queries)
+        seen = _positions(block, tile.keys)[:, None] < ends[None, :] if masked else None
+        weights = exp2(_scores(k, q, scale, seen) - log_sums[None, :])
         dv = dv + _dot(weights.astype(gradient.dtype), gradient)
         dk = dk + _dot((weights * (_dot(v, gradient.T) - products[None, :])).astype(q.dtype), q)
         return dk, dv
