@@ -139,6 +139,13 @@ def test_another_config_is_refused_with_the_fields_named(launch, unbroken):
         assert words in err
 
 
+def test_sampling_does_not_matter_to_a_resumed_run(tmp_path):
+    """Runs of before have no temperature."""
+    run = lambda **sampling: {"dtype": "float32", "weights": {}, "stage": {"sampling": sampling}}
+    saved, now = run(guidance=1.5), run(guidance=2.0, temperature=1.1)
+    assert check_resume_compatible(saved, now, tmp_path) == ""
+
+
 def test_names_of_classes_do_not_matter_to_a_resumed_run(tmp_path):
     now = {"task": "tokenizer", "steps": 4, "dtype": "float32", "weights": {}, "class_names": ["cat", "dog"]}
     older = {name: value for name, value in now.items() if name != "class_names"}

@@ -30,7 +30,7 @@ RESUMABLE_FIELDS = (
 )
 WEIGHTS = ("stage.perceptual_weights", "stage.adversarial.dino_weights")
 # Paths (the content is compared instead: token caches by their spec, networks by fingerprint), settings that
-# change no numbers, and the names of classes.
+# change no numbers of the training, and the names of classes.
 IGNORED_FIELDS = (
     *WEIGHTS,
     "class_names",
@@ -42,6 +42,7 @@ IGNORED_FIELDS = (
     "stage.transformer.attention",
     "stage.transformer.remat",
     "stage.transformer.scan_layers",
+    "stage.sampling",
     "stage.data.dir",
     "stage.data.tokens",
     "stage.data.threads",
