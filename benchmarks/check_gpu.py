@@ -103,6 +103,8 @@ def check_next_scale(topology: str, config: ConfigDict, mesh: Mesh) -> None:
     depth = task.config.depth
     count = count_custom_calls(PALLAS, results["step"])
     assert count == PALLAS_CALLS * depth, f"{count} calls of Pallas kernels in {depth} layers"
+    count = text.count("BIAS_GELU_AUX")
+    assert count == depth, f"cuBLAS applies GELU in {count} of {depth} layers"
     per_scale = task.options.per_scale(task.config.schedule, task.config.num_codes)
     for name, (function, inputs) in sampling_program(task, mesh, 2 * mesh.size, per_scale).items():
         result = compile_program(function, *inputs)

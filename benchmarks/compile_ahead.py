@@ -25,6 +25,7 @@ import jax
 from jax.experimental import topologies
 
 from benchmarks.gpus import GPUS
+from var_jax.cli import TRITON_PRODUCTS
 
 if not os.environ.get("JAX_PLATFORMS"):
     jax.config.update("jax_platforms", "cpu")  # initialize neither a TPU nor a GPU
@@ -34,8 +35,7 @@ OUT_OF_MEMORY_ERRORS = (
     re.compile(r"Used ([\d.]+)G of [\d.]+G hbm"),
     re.compile(r"temporaries \(([\d.]+)G\) exceeds"),
 )
-# Triton products are autotuned on the card; cuBLAS takes as much memory and compiles three times faster.
-GPU_OPTIONS = {"xla_gpu_enable_triton_gemm": False}
+GPU_OPTIONS = {TRITON_PRODUCTS: False}  # as the commands run (`cli.prefer_cublas`)
 GPU_TOPOLOGY = re.compile(rf"({'|'.join(GPUS)}):([1-9]\d*)x([1-9]\d*)")
 
 

@@ -150,3 +150,25 @@ def test_samples_of_the_last_release_are_recognized():
         cli.config_checksum(NextScaleConfig()) == 0xB9EE80EF
         and cli.config_checksum(NextTokenConfig()) == 0xE66F140A
     )
+
+
+@pytest.mark.parametrize(
+    ("plugin", "flags", "expected"),
+    [
+        ("jax_cuda13_plugin", "", "--xla_gpu_enable_triton_gemm=false"),
+        (
+            "jax_cuda12_plugin",
+            "--xla_gpu_autotune_level=0",
+            "--xla_gpu_autotune_level=0 --xla_gpu_enable_triton_gemm=false",
+        ),
+        ("jax_cuda13_plugin", "--xla_gpu_enable_triton_gemm=true", "--xla_gpu_enable_triton_gemm=true"),
+        ("libtpu", "", ""),
+    ],
+)
+def test_commands_on_an_nvidia_gpu_multiply_with_cublas_unless_told_otherwise(
+    monkeypatch, plugin, flags, expected
+):
+    monkeypatch.setattr(cli.importlib.util, "find_spec", lambda name: name == plugin or None)
+    monkeypatch.setenv("XLA_FLAGS", flags)
+    cli.prefer_cublas()
+    assert os.environ["XLA_FLAGS"] == expected

@@ -33,6 +33,7 @@ from var_jax.transformer.config import TransformerConfig
 FLAGS = flags.FLAGS
 NO_CLUSTER = "coordinator_address should be defined"  # start of JAX's error outside of any known cluster
 MALLOC_ONE_ARENA, MALLOC_NO_MMAP, MALLOC_NO_TRIM = (-8, 1), (-4, 0), (-1, -1)  # parameters of mallopt(3)
+TRITON_PRODUCTS = "xla_gpu_enable_triton_gemm"
 PER_SCALE = ("guidance", "top_k", "top_p", "temperature", "smooth")
 
 
@@ -118,6 +119,7 @@ def run(
         logging.set_verbosity(verbosity)
         provide_threads()
         keep_freed_memory()
+        prefer_cublas()
         if caches_programs:
             enable_compilation_cache()
         try:
@@ -227,6 +229,17 @@ def keep_freed_memory() -> None:
     libc = ctypes.CDLL(None)
     for parameter, value in (MALLOC_ONE_ARENA, MALLOC_NO_MMAP, MALLOC_NO_TRIM):
         libc.mallopt(parameter, value)
+
+
+def prefer_cublas() -> None:
+    """Multiply matrices with cuBLAS, not Triton, on NVIDIA GPUs, unless XLA_FLAGS decide; before JAX starts.
+
+    cuBLAS adds biases and applies GELU as it writes a product.  Triton's products take minutes to autotune.
+    """
+    flags = os.environ.get("XLA_FLAGS", "")
+    has_plugin = any(importlib.util.find_spec(f"jax_cuda{version}_plugin") for version in (12, 13))
+    if has_plugin and TRITON_PRODUCTS not in flags:
+        os.environ["XLA_FLAGS"] = f"{flags} --{TRITON_PRODUCTS}=false".strip()
 
 
 def tokenizer_source() -> tuple[str, tuple[int, ...] | None]:

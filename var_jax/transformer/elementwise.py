@@ -87,7 +87,17 @@ GELU_FACTOR, GELU_CUBE = math.sqrt(2 / math.pi), 0.044715
 
 @jax.custom_vjp
 def gelu(x: Float[Array, "*dims D"]) -> Float[Array, "*dims D"]:
-    """Apply GELU in its tanh approximation, in float32; the result has the dtype of x."""
+    """Apply GELU in its tanh approximation, in float32; the result has the dtype of x.
+
+    In 16 bits on a GPU it is written as XLA recognizes it behind a Dense layer, and cuBLAS applies it to
+    the float32 sums.
+    """
+    if x.dtype.itemsize > 2:
+        return _gelu(x)
+    return jax.lax.platform_dependent(x, cuda=partial(jax.nn.gelu, approximate=True), default=_gelu)
+
+
+def _gelu(x):
     h = x.astype(jnp.float32)
     return (0.5 * h * (1 + _gelu_tanh(h))).astype(x.dtype)
 
