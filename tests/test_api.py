@@ -12,7 +12,7 @@ from var_jax import api
 from var_jax.images import denormalize_to_uint8
 from var_jax.sampling.auto_batch_size import codec_batch
 from var_jax.sampling.cast_params import in_compute_dtype
-from var_jax.sampling.editing import mask_from_pixels
+from var_jax.sampling.editing import mask_from_pixels, mask_from_scale
 from var_jax.sampling.sampler import NonFiniteImages
 from var_jax.scales import SCALES_256
 from var_jax.tokenizer import model as tokenizer_model
@@ -295,3 +295,43 @@ def test_a_run_on_a_tokenizer_from_elsewhere_leads_to_it(tiny_run, tmp_path):
     want = var_jax.load_tokenizer(tiny_run).params["quantizer"]["codebook"]
     np.testing.assert_array_equal(tokenizer.params["quantizer"]["codebook"], want)
     assert var_jax.load_var(tmp_path, tokenizer=tokenizer).depth == 2
+
+
+@pytest.mark.parametrize("options", [{}, {"guidance": 2.0, "guidance_until": 2, "top_k": 5, "top_p": 0.9}])
+def test_a_stream_ends_with_the_images_of_sample(loaded, options):
+    tokenizer, model = loaded
+    steps = list(model.stream([0, 1, 10], seed=1, **options))
+    images, tokens = model.sample([0, 1, 10], seed=1, return_tokens=True, **options)
+    assert [step_tokens.shape for _, step_tokens in steps] == [(3, 1), (3, 5), (3, 21)]
+    np.testing.assert_array_equal(steps[-1][1], tokens)
+    np.testing.assert_allclose(
+        np.stack([step_images for step_images, _ in steps], axis=1), tokenizer.decode_steps(tokens), atol=1e-5
+    )
+    np.testing.assert_allclose(steps[-1][0], images, atol=1e-5)
+
+
+def test_a_stream_keeps_known_tokens_and_checks_its_arguments_at_once(loaded):
+    tokenizer, model = loaded
+    tokens = tokenizer.encode(np.random.default_rng(0).random((1, 8, 8, 3), np.float32))
+    known = api.KnownTokens(tokens, mask_from_scale(2, 1, model.module.config.schedule))
+    *_, (_, varied) = model.stream([3], known=known)
+    np.testing.assert_array_equal(varied[:, :5], tokens[:, :5])
+    assert (varied[:, 5:] != tokens[:, 5:]).any()
+    with pytest.raises(ValueError, match="labels must be in 0"):
+        model.stream([11])
+
+
+def test_attention_of_a_position_reaches_its_own_and_coarser_maps(loaded):
+    _, model = loaded
+    tokens = np.random.default_rng(1).integers(0, 16, (2, 21))
+    weights = model.attention(tokens, [1, 10], position=3)  # of the second map
+    assert weights.shape == (2, 2, 4, 21)
+    np.testing.assert_allclose(weights.sum(-1), 1, atol=1e-6)
+    assert (weights[..., 5:] == 0).all() and (weights[..., :5] > 0).all()
+    with pytest.raises(ValueError, match=r"position must be a whole number in 0 \.\. 20, got 21"):
+        model.attention(tokens, [1, 10], position=21)
+
+
+def test_the_tokenizer_of_a_run_comes_along(tiny_run, loaded):
+    model = var_jax.load_var(tiny_run)
+    np.testing.assert_array_equal(model.sample([1, 2], seed=3), loaded[1].sample([1, 2], seed=3))

@@ -15,6 +15,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from var_jax.images import denormalize
 from var_jax.interop import load
+from var_jax.sampling.attention_weights import attention_weights
 from var_jax.sampling.auto_batch_size import codec_batch
 from var_jax.sampling.cast_params import in_compute_dtype, tokenizer_in_compute_dtype
 from var_jax.sampling.editing import mask_from_pixels, mask_from_scale
@@ -25,6 +26,8 @@ from var_jax.sampling.sampler import (
     check_finite,
     device_put_global,
     generate_in_chunks,
+    generate_map_by_map,
+    image_keys,
     teacher_forced_logits,
 )
 from var_jax.tokenizer import model as tokenizer_model
@@ -285,6 +288,66 @@ class LoadedVAR:
         images, tokens = self._generate(labels, seed, options, batch)
         return (images, tokens) if return_tokens else images
 
+    def stream(
+        self, labels, seed: int = 0, known: KnownTokens | None = None, **options
+    ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Generate one image per label as `sample` does, and yield the images after each map.
+
+        Args:
+          labels: int [B]; num_classes means "no class".
+          seed: 0 .. 2^32 - 1; image i depends on (seed, i) alone.
+          known: tokens [B, L] to keep; None samples all.
+          **options: fields of `SamplingOptions` that replace those of `self.options`.
+
+        Yields:
+          Images float32 [B, H, W, 3] in [0, 1] after 1, 2, ... maps, and the tokens int32 [B, n] of these
+          maps.  A next-token transformer, which has one map, yields once.
+
+        Raises:
+          ValueError: naming the argument that is out of range or of the wrong type.
+          NonFiniteImages: if the weights or the options give images that are not finite.
+        """
+        labels, seed = self.check_labels(labels), check_integer("seed", seed, 0, MAX_SEED)
+        options = dataclasses.replace(self.options, **options)
+        return self._stream(labels, seed, options, known)
+
+    def _stream(self, labels, seed, options, known):
+        config = self.module.config
+        if not config.predicts_maps:
+            yield self._generate(labels, seed, options, None, known)
+            return
+        per_scale = options.per_scale(config.schedule, config.num_codes)
+        if (labels == config.num_classes).all():
+            per_scale = per_scale.replace(num_guided_scales=0)  # both halves would be the same
+        keys, token_maps = image_keys(seed, np.arange(len(labels))), []
+        for images, token_map in generate_map_by_map(self.networks, labels, keys, per_scale, known):
+            images = np.asarray(images)
+            check_finite(np.isfinite(images).all(axis=(1, 2, 3)), labels=labels)
+            token_maps.append(np.asarray(token_map))
+            yield denormalize(images), np.concatenate(token_maps, axis=1)
+
+    def attention(self, tokens, labels, position: int) -> np.ndarray:
+        """Compute how much one position attends to every position, teacher-forced.
+
+        Args:
+          tokens: int [B, L].
+          labels: int [B].
+          position: 0 .. L - 1.
+
+        Returns:
+          Weights float32 [B, depth, num_heads, L], which sum to 1 over the last axis.
+
+        Raises:
+          ValueError: on arguments that do not fit the model or each other, or a next-token transformer.
+        """
+        if not self.module.config.predicts_maps:
+            raise ValueError("attention is computed for next-scale transformers only")
+        tokens, labels = self.tokenizer.check_tokens(tokens), self.check_labels(labels)
+        if len(tokens) != len(labels):
+            raise ValueError(f"got tokens of {len(tokens)} images and {len(labels)} labels")
+        position = check_integer("position", position, 0, self.tokenizer.num_tokens - 1)
+        return np.asarray(attention_weights(self.networks, labels, tokens, position))
+
     def inpaint(
         self,
         images,
@@ -428,10 +491,11 @@ class LoadedVAR:
 def load_tokenizer(
     path: str | Path, scales=None, step: int | str = "latest", dtype: str = "auto"
 ) -> LoadedTokenizer:
-    """Load a tokenizer from a run directory or a published `.pth` or `.safetensors` file.
+    """Load a tokenizer from a run, an exported model or a published `.pth` or `.safetensors` file.
 
     Args:
-      path: the --workdir of a run, or a file.
+      path: the --workdir of a run, the folder of an exported model, or a file; the name of a model that comes
+        with the package, such as `digits`; or `hf://owner/name[@revision][/file]`.
       scales: sides of the token maps of a file that is not of 256px.
       step: checkpoint of a run: a step, `latest` or `best`.
       dtype: `auto` encodes in float32, so that tokens are the same on every platform, and decodes in bfloat16
@@ -445,13 +509,16 @@ def load_tokenizer(
 
 
 def load_var(
-    path: str | Path, tokenizer: LoadedTokenizer, step: int | str = "latest", dtype: str = "auto"
+    path: str | Path,
+    tokenizer: LoadedTokenizer | None = None,
+    step: int | str = "latest",
+    dtype: str = "auto",
 ) -> LoadedVAR:
-    """Load a transformer from a run directory (VAR, else next-token) or a published file.
+    """Load a transformer (VAR, else next-token) from a run, an exported model or a published file.
 
     Args:
-      path: the --workdir of a run, or a `.pth` or `.safetensors` file.
-      tokenizer: tokenizer whose tokens the transformer predicts.
+      path: as for `load_tokenizer`.
+      tokenizer: tokenizer whose tokens the transformer predicts; None if `path` holds it, too.
       step: checkpoint of a run: a step, `latest` or `best`.
       dtype: of the matrix products; `auto` is bfloat16 on accelerators and float32 on CPU.
 
@@ -459,5 +526,6 @@ def load_var(
       FileNotFoundError: if there is no such file, or no checkpoint in the run.
       ValueError: naming the tensors that do not fit; on another tokenizer's scales or another dtype.
     """
+    tokenizer = load_tokenizer(path, dtype=dtype) if tokenizer is None else tokenizer
     model, params, options, names = load.load_transformer(path, tokenizer.module.config, step, dtype)
     return LoadedVAR(model, params, options, tokenizer, names)

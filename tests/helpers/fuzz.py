@@ -261,7 +261,7 @@ def child(seed: int, first: int, count: int, folder: Path) -> None:
     jax.random.key(0)  # starts the backend
     # Most files imply one of few architectures, whose parameters take up to a second to trace.
     load.tokenizer_shapes = functools.cache(load.tokenizer_shapes)
-    load.next_scale_shapes = functools.cache(load.next_scale_shapes)
+    load.transformer_shapes = functools.cache(load.transformer_shapes)
     for name, data in files.items():  # triggers compilation and imports on first use
         path = folder / name
         path.write_bytes(data)

@@ -10,7 +10,7 @@ from flax.traverse_util import flatten_dict
 from tests.helpers.arrays import GOLDEN_SCALES, TRANSFORMERS
 from tests.helpers.tiny import tiny_config
 from tests.training.test_resume import logged
-from var_jax.interop.load import next_scale_shapes, read_network, tokenizer_shapes
+from var_jax.interop.load import read_network, tokenizer_shapes, transformer_shapes
 from var_jax.sharding import make_mesh
 from var_jax.stages import run
 from var_jax.tokenizer.config import TokenizerConfig
@@ -25,7 +25,7 @@ def load_into(path, kind, **changes):
     """Return pretrained parameters, those of a changed network loaded from them (else zeros), and notes."""
     config, params = read_network(path, kind)
     target_config = dataclasses.replace(config, **changes)
-    shapes = next_scale_shapes(target_config) if kind == "next_scale" else tokenizer_shapes(target_config)
+    shapes = transformer_shapes(target_config) if kind == "next_scale" else tokenizer_shapes(target_config)
     shapes.pop("code_hits", None)
     init_values, notes = match_params(params, config, shapes, target_config)
     ours = {path: np.zeros(leaf.shape, np.float32) for path, leaf in flatten_dict(shapes, sep="/").items()}
@@ -118,7 +118,7 @@ def test_loaded_parameters_are_sharded_like_initial_ones(goldens, golden_tokeniz
     stage = tiny_config(digits_dir).next_scale
     stage.model.update(dict(depth=3, width=192, num_heads=3))
     task = NextScaleTask(stage, 6, golden_tokenizer.module, golden_tokenizer.params, classes=4)
-    init_values, _ = match_params(params, config, next_scale_shapes(task.config), task.config)
+    init_values, _ = match_params(params, config, transformer_shapes(task.config), task.config)
     make_state, abstract = create_state(
         task.init, task.optimizer, use_ema, jax.random.key(0), make_mesh(fsdp=4, data=2)
     )

@@ -1,4 +1,4 @@
-"""Load networks and their parameters from a run directory or a published weight file."""
+"""Load networks and their parameters from a run, an exported model or a published weight file."""
 
 from pathlib import Path
 
@@ -7,21 +7,21 @@ import jax
 import jax.numpy as jnp
 from flax.traverse_util import unflatten_dict
 
-from var_jax.interop import published
+from var_jax.interop import exported, published
+from var_jax.interop.exported import CONFIGS, is_exported
+from var_jax.interop.model_names import find_model
 from var_jax.interop.published import Tensors
 from var_jax.interop.tensor_files import SUFFIXES, read_tensors
-from var_jax.paths import as_path
 from var_jax.sampling.options import SamplingOptions
 from var_jax.tokenizer.config import TokenizerConfig
 from var_jax.tokenizer.model import Tokenizer
 from var_jax.training.checkpoint import CHECKPOINT_DIR, SavedArrays, load_config, load_params
 from var_jax.training.task import compute_dtype
-from var_jax.transformer.config import NextScaleConfig, NextTokenConfig, TransformerConfig
+from var_jax.transformer.config import NextScaleConfig, TransformerConfig
 from var_jax.transformer.model import ARTransformer, choose_scan
 from var_jax.transformer.next_scale import NextScale
 from var_jax.transformer.next_token import NextToken
 
-CONFIGS = {"tokenizer": TokenizerConfig, "next_scale": NextScaleConfig, "next_token": NextTokenConfig}
 TRANSFORMER_CLASSES = {"next_scale": NextScale, "next_token": NextToken}  # task -> module class
 
 
@@ -31,8 +31,9 @@ def load_tokenizer(
     """Load a tokenizer and its parameters, float32 arrays on the host.
 
     Args:
-      path: of a run (its --workdir), or of a published .pth or .safetensors file.  For a run that has only a
-        transformer, the tokenizer that it was trained with is loaded.
+      path: of a run (its --workdir), an exported model, or a published .pth or .safetensors file; or a name
+        (`model_names.py`).  For a run that has only a transformer, the tokenizer that it was trained with is
+        loaded.
       scales: sides of the token maps, if a file's are not those of 256px.
       step: checkpoint of a run: a step, `latest` or `best`.
       dtype: of the convolutions: float32, bfloat16 or auto: float32 in the encoder, so that tokens are the
@@ -42,21 +43,29 @@ def load_tokenizer(
       FileNotFoundError: if there is no tokenizer.
       ValueError: if the scales or the tensors do not fit; the message names them.
     """
-    path = as_path(path)
+    path = find_model(path)
     dtypes = _tokenizer_dtypes(dtype)
     if not _is_weights(path):
         if not (path / "tokenizer").exists() and (path / _transformer_of(path) / CHECKPOINT_DIR).exists():
             stage = load_config(path / _transformer_of(path) / CHECKPOINT_DIR)[1]["stage"]
             if stage["tokenizer"]:
                 return load_tokenizer(stage["tokenizer"], scales or stage["scales"] or None, "latest", dtype)
-        params, record = load_params(path / "tokenizer" / CHECKPOINT_DIR, step)
-        config = TokenizerConfig(**record["model"])
+        if is_exported(path):
+            config, params = _from_exported(path, "tokenizer")
+        else:
+            params, record = load_params(path / "tokenizer" / CHECKPOINT_DIR, step)
+            config = TokenizerConfig(**record["model"])
         if scales is not None and tuple(scales) != config.scales:
             raise ValueError(
                 f"the tokenizer under {path} has scales {config.scales}, asked for {tuple(scales)}"
             )
         return Tokenizer(config, **dtypes), params
-    config, params = _from_file(path, "tokenizer", read_tensors(path, "tokenizer"), scales)
+    tensors = read_tensors(path, "tokenizer")
+    if "quantize.embedding.weight" not in tensors:
+        raise ValueError(
+            f"{path} holds no tokenizer (no quantize.embedding.weight): give the tokenizer's file, too"
+        )
+    config, params = _from_file(path, "tokenizer", tensors, scales)
     return Tokenizer(config, **dtypes), params
 
 
@@ -73,7 +82,7 @@ def load_transformer(
 
     Args:
       path: of a run (its --workdir), of which the next-scale stage is loaded, or else the next-token stage;
-        or of a published .pth or .safetensors file.
+        of an exported model; or of a published .pth or .safetensors file; or a name (`model_names.py`).
       tokenizer: config of the tokenizer whose tokens it predicts.
       step: checkpoint of a run: a step, `latest` or `best`.
       dtype: of the matrix products: float32 or bfloat16; auto is bfloat16 on accelerators, float32 on CPU.
@@ -86,16 +95,22 @@ def load_transformer(
       FileNotFoundError: if there is no transformer.
       ValueError: if the tensors do not fit each other or the tokenizer; the message names them.
     """
-    path = as_path(path)
+    path = find_model(path)
     compute = compute_dtype(dtype)
     scan_layers = choose_scan("auto", jax.default_backend(), sampling=True)
     if not _is_weights(path):
-        kind = _transformer_of(path)
-        params, record = load_params(path / kind / CHECKPOINT_DIR, step)
-        config = CONFIGS[kind](**record["model"])
+        if is_exported(path):
+            record = exported.read_record(path)
+            kind = next((kind for kind in TRANSFORMER_CLASSES if kind in record), "next_scale")
+            config, params = _from_exported(path, kind)
+            options = exported.read_sampling(path, record)
+        else:
+            kind = _transformer_of(path)
+            params, record = load_params(path / kind / CHECKPOINT_DIR, step)
+            config = CONFIGS[kind](**record["model"])
+            options = SamplingOptions(**record["stage"]["sampling"])
         _check_fit(path, config, tokenizer)
         model = TRANSFORMER_CLASSES[kind](config, compute, scan_layers=scan_layers)
-        options = SamplingOptions(**record["stage"]["sampling"])
         return model, model.own_layout(params), options, tuple(record.get("class_names", ()))
     config, params = _from_file(path, "next_scale", read_tensors(path, "next_scale"), tokenizer.scales)
     _check_fit(path, config, tokenizer)
@@ -116,7 +131,8 @@ def read_network(path: str | Path, kind: str) -> tuple[TokenizerConfig | Transfo
     scales in the returned config is meaningful.
 
     Args:
-      path: of a run (its --workdir), whose latest checkpoint is read, or of a published file.
+      path: of a run (its --workdir), whose latest checkpoint is read, of an exported model, or of a published
+        file.
       kind: `tokenizer`, `next_scale` or `next_token` (runs only).
 
     Returns:
@@ -126,7 +142,9 @@ def read_network(path: str | Path, kind: str) -> tuple[TokenizerConfig | Transfo
       FileNotFoundError: if there is no such network.
       ValueError: if the tensors do not fit each other; the message names them.
     """
-    path = as_path(path)
+    path = find_model(path)
+    if is_exported(path):
+        return _from_exported(path, kind)
     if _is_weights(path):
         if kind == "next_token":
             raise ValueError(f"{path}: a published file holds no next-token transformer; give a run")
@@ -139,6 +157,14 @@ def read_network(path: str | Path, kind: str) -> tuple[TokenizerConfig | Transfo
     saved = SavedArrays(folder, step, "params")
     params = unflatten_dict({name: saved.read(name) for name in saved}, sep="/")
     return CONFIGS[kind](**record["model"]), params
+
+
+def _from_exported(path: Path, kind: str) -> tuple[TokenizerConfig | TransformerConfig, dict]:
+    """Return config and parameters (host arrays) of a network of an exported model."""
+    config = exported.read_config(path, kind, exported.read_record(path))
+    shapes = tokenizer_shapes(config) if kind == "tokenizer" else transformer_shapes(config)
+    shapes.pop("code_hits", None)
+    return config, exported.read_params(path, kind, shapes)
 
 
 def _from_file(
@@ -171,7 +197,7 @@ def published_next_scale(path: Path, tensors: Tensors, scales=None) -> tuple[Nex
       ValueError: if tensors do not fit; the message names them and the file.
     """
     config = with_path(path, published.next_scale_config, tensors, scales)
-    table, shapes = published.next_scale_table(config), next_scale_shapes(config)
+    table, shapes = published.next_scale_table(config), transformer_shapes(config)
     with_path(path, published.check_tensors, tensors, table, shapes, published.next_scale_constants(config))
     return config, table, shapes
 
@@ -183,11 +209,11 @@ def tokenizer_shapes(config: TokenizerConfig) -> dict:
     return {**shapes, "code_hits": hits}
 
 
-def next_scale_shapes(config: NextScaleConfig) -> dict:
-    """Return the shapes of our transformer parameters."""
-    scales = config.schedule
-    inputs = _abstract((1, scales.length - scales.ends[0], config.code_dim))
-    return _init_shapes(NextScale(config), _abstract((1,), jnp.int32), inputs)
+def transformer_shapes(config: TransformerConfig) -> dict:
+    """Return the shapes of our transformer parameters, in the layout of checkpoints."""
+    inputs = _abstract((1, config.length - config.num_start_tokens, config.code_dim))
+    model_class = NextScale if config.predicts_maps else NextToken
+    return _init_shapes(model_class(config), _abstract((1,), jnp.int32), inputs)
 
 
 def _is_weights(path: Path) -> bool:

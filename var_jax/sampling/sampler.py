@@ -23,7 +23,7 @@ from var_jax.sampling.options import PerScaleOptions, SamplingOptions, guide
 from var_jax.sampling.teacher_forcing import teacher_forcing
 from var_jax.tokenizer.model import Tokenizer
 from var_jax.tokenizer.quantizer import Quantizer
-from var_jax.transformer.model import ARTransformer
+from var_jax.transformer.model import ARTransformer, Cache, Condition
 
 
 @flax.struct.dataclass
@@ -39,6 +39,14 @@ class Networks:
     def quantizer(self) -> Quantizer:
         """Return the quantizer of the tokenizer."""
         return Quantizer.create(self.tokenizer_params["quantizer"], self.tokenizer.config)
+
+    def apply(self, *args, method: str):
+        """Call a method of the transformer."""
+        return self.model.apply({"params": self.params}, *args, method=method)
+
+    def decode_features(self, f_hat: Float[Array, "B h w C"]) -> Float[Array, "B H W 3"]:
+        """Decode f_hat to images in [-1, 1]."""
+        return self.tokenizer.apply({"params": self.tokenizer_params}, f_hat, method="decode_features")
 
 
 @flax.struct.dataclass
@@ -154,37 +162,103 @@ def generate(
       Images float32 in [-1, 1], and tokens of the sampled maps.  An image with non-finite logits is NaN.
     """
     config, quantizer = networks.model.config, networks.quantizer
-    if per_scale.num_guided_scales:  # interleave rows with and without class, so that both are on one device
-        labels = jnp.stack([labels, jnp.full_like(labels, config.num_classes)], axis=1).ravel()
-    sample = _sample_all_maps if config.predicts_maps else _sample_all_tokens
-    apply = partial(networks.model.apply, {"params": networks.params})
-    f_hat, tokens = sample(apply, config, quantizer, labels, keys, per_scale, known)
-    params = {"params": networks.tokenizer_params}
-    return networks.tokenizer.apply(params, f_hat, method="decode_features"), tokens
+    labels = _guided_labels(labels, config.num_classes, per_scale)
+    if config.predicts_maps:
+        f_hat, tokens = _sample_all_maps(networks.apply, quantizer, labels, keys, per_scale, known)
+    else:
+        f_hat, tokens = _sample_all_tokens(networks.apply, config, quantizer, labels, keys, per_scale, known)
+    return networks.decode_features(f_hat), tokens
 
 
-def _sample_all_maps(apply, config, quantizer, labels, keys, per_scale, known):
-    """Sample f_hat [B, h, w, C] and tokens [B, n] map by map, with a next-scale transformer."""
-    scales, batch = quantizer.scales, keys.shape[0]
+def _guided_labels(labels, num_classes, per_scale):
+    """With guidance, interleave rows with and without class, so that both are on one device."""
+    if not per_scale.num_guided_scales:
+        return labels
+    return jnp.stack([labels, jnp.full_like(labels, num_classes)], axis=1).ravel()
+
+
+@flax.struct.dataclass
+class PartialImages:
+    """Images of which the first maps are sampled.
+
+    Attributes:
+      f_hat: sum of the maps, [B, h, w, C].
+      condition: of the transformer, computed from the labels.
+      cache: keys and values of the maps so far.
+    """
+
+    f_hat: Array
+    condition: Condition
+    cache: Cache
+
+
+def _no_maps(apply, quantizer, labels, batch) -> PartialImages:
+    """Return images before the first map; labels with guidance are those of `_guided_labels`."""
+    shape = (batch, quantizer.scales.side, quantizer.scales.side, quantizer.codes.shape[1])
     condition = apply(labels, method="condition")
-    cache = apply(labels.shape[0], method="empty_cache")
-    f_hat = jnp.zeros((batch, scales.side, scales.side, config.code_dim))
-    tokens = []
+    return PartialImages(jnp.zeros(shape), condition, apply(labels.shape[0], method="empty_cache"))
+
+
+def _sample_next_map(k, images, apply, quantizer, keys, per_scale, known):
+    """Sample map k with a next-scale transformer; return the images with it, and its tokens [B, n]."""
+    scales, condition, cache = quantizer.scales, images.condition, images.cache
+    is_guided = k < per_scale.num_guided_scales
+    if k == per_scale.num_guided_scales > 0:
+        condition, cache = condition.conditional(), jax.tree.map(lambda x: x[:, ::2], cache)
+    inputs = None if k == 0 else quantizer.next_scale_input(k, images.f_hat)
+    if is_guided and k:
+        inputs = jnp.repeat(inputs, 2, axis=0)
+    logits, cache = apply(k, inputs, condition, cache, method="step")
+    logits = guide(logits, per_scale.guidance_scale[k]) if is_guided else logits
+    positions = slice(scales.starts[k], scales.ends[k])
+    known_map = jax.tree.map(lambda x: x[:, positions], known)
+    token_map, codes = _sample_map(k, logits, keys, quantizer, per_scale, known_map, step=k)
+    f_hat = images.f_hat + quantizer.upsample_and_smooth(k, codes)
+    return PartialImages(f_hat, condition, cache), token_map
+
+
+def _sample_all_maps(apply, quantizer, labels, keys, per_scale, known):
+    """Sample f_hat [B, h, w, C] and tokens [B, n] map by map, with a next-scale transformer."""
+    images, tokens = _no_maps(apply, quantizer, labels, keys.shape[0]), []
     for k in range(per_scale.num_maps):
-        is_guided = k < per_scale.num_guided_scales
-        if k == per_scale.num_guided_scales > 0:
-            condition, cache = condition.conditional(), jax.tree.map(lambda x: x[:, ::2], cache)
-        inputs = None if k == 0 else quantizer.next_scale_input(k, f_hat)
-        if is_guided and k:
-            inputs = jnp.repeat(inputs, 2, axis=0)
-        logits, cache = apply(k, inputs, condition, cache, method="step")
-        logits = guide(logits, per_scale.guidance_scale[k]) if is_guided else logits
-        positions = slice(scales.starts[k], scales.ends[k])
-        known_map = jax.tree.map(lambda x: x[:, positions], known)  # noqa: B023
-        token_map, codes = _sample_map(k, logits, keys, quantizer, per_scale, known_map, step=k)
-        f_hat = f_hat + quantizer.upsample_and_smooth(k, codes)
+        images, token_map = _sample_next_map(k, images, apply, quantizer, keys, per_scale, known)
         tokens.append(token_map)
-    return f_hat, jnp.concatenate(tokens, axis=1)
+    return images.f_hat, jnp.concatenate(tokens, axis=1)
+
+
+@jax.jit
+def _start_stream(networks, labels, per_scale) -> PartialImages:
+    rows = _guided_labels(labels, networks.model.config.num_classes, per_scale)
+    return _no_maps(networks.apply, networks.quantizer, rows, labels.shape[0])
+
+
+@partial(jax.jit, static_argnames="k")
+def _stream_map(k, images, networks, keys, per_scale, known):
+    images, token_map = _sample_next_map(
+        k, images, networks.apply, networks.quantizer, keys, per_scale, known
+    )
+    return images, token_map, networks.decode_features(images.f_hat)
+
+
+def generate_map_by_map(
+    networks: Networks,
+    labels: Int[Array | np.ndarray, " B"],
+    keys: Key[Array, " B"],
+    per_scale: PerScaleOptions,
+    known: KnownTokens | None = None,
+) -> Iterator[tuple[Float[Array, "B H W 3"], Int32[Array, "B n"]]]:
+    """Generate one image per label, and yield the images after each map; arguments as for `generate`.
+
+    Each map is a program of its own, so that it can be shown while the next one is sampled.  For next-scale
+    transformers only.
+
+    Yields:
+      Images in [-1, 1] after 1, 2, ... maps, and the tokens of the last of these maps.
+    """
+    images = _start_stream(networks, labels, per_scale)
+    for k in range(per_scale.num_maps):
+        images, token_map, pixels = _stream_map(k, images, networks, keys, per_scale, known)
+        yield pixels, token_map
 
 
 def _sample_all_tokens(apply, config, quantizer, labels, keys, per_scale, known):

@@ -22,10 +22,10 @@ from var_jax import cli
 from var_jax.errors import ConfigError, config_errors
 from var_jax.interop import published
 from var_jax.interop.load import (
-    next_scale_shapes,
     published_next_scale,
     published_tokenizer,
     tokenizer_shapes,
+    transformer_shapes,
 )
 from var_jax.interop.tensor_files import SUFFIXES, read_networks, write_pth, write_safetensors
 from var_jax.paths import local_path
@@ -131,7 +131,7 @@ def to_file(run: Path, stage: str | None, target: Path, step: int | str = "lates
         table, shapes, constants = published.tokenizer_table(config), tokenizer_shapes(config), {}
     else:
         config = NextScaleConfig(**record["model"])
-        table, shapes = published.next_scale_table(config), next_scale_shapes(config)
+        table, shapes = published.next_scale_table(config), transformer_shapes(config)
         constants = published.next_scale_constants(config)
     check_expressible(config)
 

@@ -242,6 +242,19 @@ def einsum(
     """Compute attention with plain matrix products and all scores in memory; see `attend`."""
     # With heads before positions in memory, XLA's CPU matrix products are two to three times as fast.
     q, k, v = (x.swapaxes(1, 2) for x in (q, k, v))
+    weights = softmax_weights(q, k, scale, mask, bias).astype(v.dtype)
+    y = jnp.einsum("bnqk,bnkh->bnqh", weights, v, precision=product_precision(q.dtype))
+    return checkpoint_name(y.swapaxes(1, 2), ATTENTION_OUT)
+
+
+def softmax_weights(
+    q: Float[Array, "B N Lq H"],
+    k: Float[Array, "B N Lk H"],
+    scale: float,
+    mask: Bool[np.ndarray | Array, "Lq Lk"] | None,
+    bias: Float32[Array, "N Lq Lk"] | None = None,
+) -> Float32[Array, "B N Lq Lk"]:
+    """Compute the weights of attention, with heads before positions; arguments otherwise as for `attend`."""
     precision = product_precision(q.dtype)
     scores = (
         jnp.einsum("bnqh,bnkh->bnqk", q, k, precision=precision, preferred_element_type=jnp.float32) * scale
@@ -250,9 +263,7 @@ def einsum(
         scores = scores + bias
     if mask is not None:
         scores = jnp.where(mask, scores, jnp.finfo(jnp.float32).min)
-    weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
-    y = jnp.einsum("bnqk,bnkh->bnqh", weights, v, precision=precision)
-    return checkpoint_name(y.swapaxes(1, 2), ATTENTION_OUT)
+    return jax.nn.softmax(scores, axis=-1)
 
 
 def cudnn(

@@ -200,6 +200,7 @@ class SelfAttention(nn.Module):
         if context.masks is not None:
             mask = context.masks[layer % len(context.masks)]
         q, k, v = (constrain(x, tensor_axis=2) for x in (q, k, v))
+        self.sow("attention", "scores", (q, k, scale, mask, context.bias))  # kept only where asked for
         y = attend(q, k, v, scale, mask, self.attention, context.bias, num_keys).reshape(b, n, d)
         out_init = normal_init(d, 1 / math.sqrt(2 * cfg.depth))
         return dense(d, ("heads", "embed"), out_init, self.dtype, "proj")(y), cache
