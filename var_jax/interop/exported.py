@@ -3,6 +3,7 @@
 `python -m var_jax.tools.export` writes one from a run.  The models that come with the package have this form.
 """
 
+import dataclasses
 import json
 import os
 from collections.abc import Mapping
@@ -10,7 +11,6 @@ from pathlib import Path
 
 import jax
 import numpy as np
-from etils import epath
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.typing import DTypeLike
 
@@ -32,7 +32,7 @@ MAX_LENGTH = 1 << 14  # tokens of an image: tables of L x L are built from the c
 
 def is_exported(path: os.PathLike) -> bool:
     """Return True if a path is the folder of an exported model."""
-    folder = epath.Path(path)
+    folder = Path(path)
     return (folder / CONFIG_FILE).exists() and (folder / WEIGHTS_FILE).exists()
 
 
@@ -56,11 +56,11 @@ def write_exported(
     """
     tensors, record = {}, {"format": FORMAT, "class_names": list(class_names), "source": dict(source)}
     for kind, (config, params) in networks.items():
-        record[kind] = {name: getattr(config, name) for name in config.__dataclass_fields__}
+        record[kind] = dataclasses.asdict(config)
         flat = flatten_dict(in_compute_dtype(jax.tree.map(np.asarray, params), dtype), sep="/")
         tensors |= {f"{kind}/{name}": value for name, value in flat.items()}
     if sampling is not None:
-        record["sampling"] = {name: getattr(sampling, name) for name in sampling.__dataclass_fields__}
+        record["sampling"] = dataclasses.asdict(sampling)
     shapes = {name: tensor.shape for name, tensor in tensors.items()}
     write_safetensors(
         folder / WEIGHTS_FILE, shapes, iter(tensors.items()), {name: t.dtype for name, t in tensors.items()}
@@ -68,13 +68,13 @@ def write_exported(
     write_atomic(folder / CONFIG_FILE, json.dumps(record, indent=1).encode() + b"\n")
 
 
-def read_record(folder: Path) -> dict:
+def read_record(folder: os.PathLike) -> dict:
     """Read `config.json` of an exported model.
 
     Raises:
       ValueError: if it is not one; the message names the file and what is wrong.
     """
-    path = folder / CONFIG_FILE
+    path = Path(folder) / CONFIG_FILE
     if path.stat().st_size > MAX_CONFIG_BYTES:
         raise ValueError(f"{path} has more than {MAX_CONFIG_BYTES} bytes")
     try:
@@ -105,7 +105,7 @@ def read_config(folder: Path, kind: str, record: dict) -> TokenizerConfig | Tran
         sides = [side for side in fields["scales"] if isinstance(side, int) and 0 < side <= MAX_LENGTH]
         if len(sides) != len(fields["scales"]) or sum(side * side for side in sides) > MAX_LENGTH:
             raise ValueError(f"scales must be sides of at most {MAX_LENGTH} tokens together")
-        _check_sizes(fields, (folder / WEIGHTS_FILE).stat().st_size)
+        _check_sizes(fields, os.path.getsize(folder / WEIGHTS_FILE))
         return CONFIGS[kind](**fields)
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path}: {kind} is not a valid architecture: {error}") from error

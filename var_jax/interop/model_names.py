@@ -1,5 +1,6 @@
 """Names of models that are not paths: of those in the package, and `hf://` for the Hugging Face hub."""
 
+import os
 import re
 from pathlib import Path
 
@@ -41,7 +42,7 @@ def find_model(name: str | Path) -> epath.Path:
 
 
 def _download(name: str) -> str:
-    """Download a file, or an exported model, from the hub; return its path on this machine."""
+    """Download a file, or the two files of an exported model, from the hub; return the path."""
     parts = _HUB_NAME.fullmatch(name.removeprefix(HUB))
     if parts is None:
         raise ValueError(
@@ -52,20 +53,11 @@ def _download(name: str) -> str:
         from huggingface_hub import errors
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(f"{name} needs huggingface_hub: pip install 'var_jax[hub]'") from error
-    where = {"repo_id": parts["repo"], "revision": parts["revision"]}
+    repository = {"repo_id": parts["repo"], "revision": parts["revision"]}
+    files = [parts["file"]] if parts["file"] else [CONFIG_FILE, WEIGHTS_FILE]
     try:
-        if parts["file"]:
-            return huggingface_hub.hf_hub_download(filename=parts["file"], **where)
-        folder = huggingface_hub.snapshot_download(allow_patterns=[CONFIG_FILE, WEIGHTS_FILE], **where)
-    except (
-        errors.HfHubHTTPError,
-        errors.LocalEntryNotFoundError,
-        errors.HFValidationError,
-        OSError,
-    ) as error:
+        paths = [huggingface_hub.hf_hub_download(filename=file, **repository) for file in files]
+    except (errors.HfHubHTTPError, errors.HFValidationError, OSError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise FileNotFoundError(f"{name} could not be downloaded: {reason}") from error
-    for file in (CONFIG_FILE, WEIGHTS_FILE):
-        if not (Path(folder) / file).exists():
-            raise FileNotFoundError(f"{name} holds no {file}; name a file of it: {name}/FILE")
-    return folder
+        raise FileNotFoundError(f"{name}: {' and '.join(files)} could not be downloaded: {reason}") from error
+    return paths[0] if parts["file"] else os.path.dirname(paths[0])

@@ -231,7 +231,9 @@ def write_safetensors(
             if list(tensor.shape) != entry["shape"] or names[tensor.dtype] != entry["dtype"]:
                 raise ValueError(f"{name} is {tensor.dtype} {tensor.shape}, but was declared as {entry}")
             file.seek(8 + len(encoded) + entry["data_offsets"][0])
-            file.write(np.ascontiguousarray(tensor).data)
+            file.write(
+                np.ascontiguousarray(tensor).reshape(-1).view(np.uint8).data
+            )  # bfloat16 has no buffer of its own
         if header:
             raise ValueError(f"declared but not given: {', '.join(header)}")
 

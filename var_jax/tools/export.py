@@ -54,6 +54,7 @@ def scores_table(run: Path) -> str:
         return ""
     scores = json.loads(path.read_text())
     rows = [f"| {name} | {value:.4g} |" for name, value in scores.items() if isinstance(value, int | float)]
+    rows.append(f"| features of | {scores.get('inception', 'unknown')} |")
     return "\n".join(["| metric | value |", "| --- | --- |", *rows])
 
 
@@ -84,7 +85,7 @@ token maps of the sides {", ".join(map(str, model["scales"]))}. Classes: {names}
 ```python
 import var_jax
 
-model = var_jax.load_var("path/of/this/folder")  # or hf://owner/name
+model = var_jax.load_var("{title}")  # the path of this folder, or hf://owner/name
 images = model.sample([0, 1, 2])  # float32 [3, H, W, 3] in [0, 1]
 ```
 
@@ -121,7 +122,7 @@ def export(run: Path, folder: Path, dtype: str, step: int | str) -> list[str]:
         write_atomic(folder / name, (run / name).read_bytes())
     card = model_card(folder.name, record, scores_table(run), pictures)
     write_atomic(folder / "README.md", card.encode())
-    return [f"{path}: {path.stat().st_size / 2**20:.2f} MiB" for path in sorted(folder.iterdir())]
+    return [f"{path}: {path.stat().st_size / 1024:.0f} KiB" for path in sorted(folder.iterdir())]
 
 
 def push(folder: Path, name: str) -> str:
