@@ -274,14 +274,15 @@ class _CsvTable:
 
     def flush(self, now: bool) -> None:
         if self._file is None:
-            content = ",".join(self._columns).encode() + b"\n" + self._format(self._rows)
-            self._file = AppendFile(self._path, content)
+            self._file = AppendFile(self._path, self._format(self._rows, has_header=True))
         self._file.flush(now)
 
-    def _format(self, rows: list[dict]) -> bytes:
+    def _format(self, rows: list[dict], has_header: bool = False) -> bytes:
         """Format rows; a missing value, or one that is not finite, is an empty cell."""
         text = io.StringIO()
         cells = csv.DictWriter(text, self._columns, restval="", lineterminator="\n")
+        if has_header:
+            cells.writeheader()
         cells.writerows({k: v if math.isfinite(v) else "" for k, v in row.items()} for row in rows)
         return text.getvalue().encode()
 
