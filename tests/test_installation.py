@@ -16,7 +16,7 @@ from tests.helpers.commands import REPOSITORY
 from tests.helpers.xla_flags import QUICK
 
 FOLDERS = ("var_jax", "benchmarks", "experiments", "examples", "configs", "tests")
-TOOLS = ("prepare", "encode_dataset", "convert", "edit", "vary", "judge_digits")
+TOOLS = ("prepare", "encode_dataset", "convert", "edit", "vary", "judge_digits", "report")
 
 
 def checked(*command, **more) -> str:
