@@ -342,8 +342,10 @@ class WandbWriter(Writer):
         self._log({"step": step} | {f"{kind}/{name}": value for name, value in metrics.items()})
 
     def write_pictures(self, step: int, pictures: Mapping[str, Image.Image]) -> None:
-        images = {f"preview/{name}": self._wandb.Image(picture) for name, picture in pictures.items()}
-        self._log({"step": step} | images)
+        with self._warning_on_failure():  # an Image is written to disk at once
+            images = {f"preview/{name}": self._wandb.Image(picture) for name, picture in pictures.items()}
+            if images:
+                self._log({"step": step} | images)
 
     def flush(self, now: bool) -> None:
         pass  # wandb writes from a process of its own
