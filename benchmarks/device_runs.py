@@ -2,10 +2,8 @@
 
 import argparse
 import dataclasses
-import importlib.metadata
 import json
 import os
-import platform
 import re
 import shutil
 import signal
@@ -33,6 +31,7 @@ from benchmarks.device_parts import (
 from var_jax.training.checkpoint import CHECKPOINT_DIR, has_checkpoint, load_params
 from var_jax.training.metrics import read_metrics
 from var_jax.training.profiling import EVENT
+from var_jax.training.software import describe_software
 
 RESUME_TOLERANCE = 0.1  # of the evaluation losses on GPUs, where sums are not deterministic
 DIGITS_STAGES = ("tokenizer", "next_scale")  # of configs/digits.py
@@ -73,18 +72,6 @@ def describe_device() -> dict:
         query = ["nvidia-smi", "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader"]
         values["driver"] = subprocess.run(query, capture_output=True, text=True).stdout.strip()
     return {**values, "checks": {"a matrix product is right": bool((jnp.dot(ones, ones) == 256).all())}}
-
-
-def describe_software() -> dict:
-    """Return versions of Python, JAX and its CUDA libraries, and the commit of the checkout."""
-    names = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "torch", "libtpu")
-    shown = re.compile(r"jax-cuda.*|nvidia-(cudnn|cublas|cuda-runtime|cuda-nvcc|nccl).*")
-    installed = {d.metadata["Name"].lower(): d.version for d in importlib.metadata.distributions()}
-    values = {"python": platform.python_version(), "machine": platform.platform()}
-    values |= {name: installed[name] for name in names if name in installed}
-    values |= {name: installed[name] for name in sorted(installed) if shown.fullmatch(name)}
-    git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=REPOSITORY, capture_output=True, text=True)
-    return values | ({"commit": git.stdout.strip()} if git.returncode == 0 else {})
 
 
 # --- train ----------------------------------------------------------------------------------------

@@ -50,6 +50,7 @@ def _train() -> dict:
         checkpoint_every=5000,
         max_skipped=20,  # consecutive steps with a non-finite loss or gradient before training stops
         max_to_keep=2,  # latest checkpoints; the best one is kept too
+        writers=("tensorboard",),  # of metrics, besides metrics.jsonl: tensorboard, csv, wandb
     )
 
 

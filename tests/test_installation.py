@@ -16,7 +16,7 @@ from tests.helpers.commands import REPOSITORY
 from tests.helpers.xla_flags import QUICK
 
 FOLDERS = ("var_jax", "benchmarks", "experiments", "examples", "configs", "tests")
-TOOLS = ("prepare", "encode_dataset", "convert", "edit", "vary", "judge_digits")
+TOOLS = ("prepare", "encode_dataset", "convert", "export", "edit", "vary", "judge_digits", "report")
 
 
 def checked(*command, **more) -> str:
@@ -74,7 +74,7 @@ def test_the_wheel_holds_the_library_alone_and_says_that_it_has_types(wheel):
     version = var_jax.__version__
     assert wheel.name == f"var_jax-{version}-py3-none-any.whl"
     assert {name.split("/")[0] for name in names} == {"var_jax", f"var_jax-{version}.dist-info"}
-    assert "var_jax/py.typed" in names
+    assert {"var_jax/py.typed", "var_jax/tools/report.css"} <= {*names}
     modules = {str(path.relative_to(REPOSITORY)) for path in (REPOSITORY / "var_jax").rglob("*.py")}
     assert {name for name in names if name.endswith(".py")} == modules
 

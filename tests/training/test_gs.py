@@ -31,10 +31,11 @@ from var_jax.training.checkpoint import (
     load_params,
 )
 from var_jax.training.checkpoint_integrity import CheckpointDamaged, steps_under
-from var_jax.training.metrics import AppendFile, Log, plot_curves, read_metrics
+from var_jax.training.metrics import Log, plot_curves, read_metrics
 from var_jax.training.profiling import Profile, StepRange
 from var_jax.training.state import create_state
 from var_jax.training.trainer import train
+from var_jax.training.writers import AppendFile
 
 
 @pytest.fixture

@@ -1,28 +1,25 @@
-"""Metrics of a run: printed lines, metrics.jsonl, TensorBoard, and curves as PNG."""
+"""Metrics of a run: printed lines, metrics.jsonl, the chosen writers, and curves as PNG."""
 
-import contextlib
 import io
 import json
 import math
 import os
 import re
 import sys
-import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 
 import absl.logging
 import jax
 import numpy as np
-import tensorboardX
-from etils import epath
-from tensorboardX.record_writer import register_writer_factory
+from PIL import Image
 from tqdm import tqdm
 
-from var_jax.paths import as_path, is_remote, storage_errors, write_atomic
+from var_jax.paths import as_path, storage_errors, write_atomic
 from var_jax.training.hardware import peak_flops
+from var_jax.training.writers import AppendFile, open_writer
 
-MAX_WRITE_FRACTION = 0.05  # of the time, spent on writing
 # Metrics of the files that the printed line leaves out.
 _NOT_PRINTED = re.compile(
     r".*_\d+|images_per_s|tflops|.*gradient_norm|code_norm|f_hat_norm|weight_decay|skipped.*"
@@ -30,60 +27,6 @@ _NOT_PRINTED = re.compile(
 
 
 # --- metrics.jsonl
-
-
-class AppendFile:
-    """File to append to; flushed content survives the end of the process and of the machine.
-
-    A local file is opened and closed at each flush, because mounts of object stores (gcsfuse) upload a file
-    when it is closed. An object in a bucket cannot be appended to and is rewritten. If writing takes long, a
-    flush may be deferred to a later one.
-    """
-
-    def __init__(self, path: os.PathLike, content: bytes = b""):
-        """Create the file with this content, replacing an existing one."""
-        self.path = as_path(path)
-        self._size = len(content)
-        self._pending = bytearray()
-        self._remote_content = bytearray(content) if is_remote(self.path) else None
-        self._next_flush = 0.0  # the earliest time
-        self._lock = threading.Lock()  # guards `_pending`
-        write_atomic(self.path, content)
-
-    def write(self, content: bytes) -> None:
-        """Add content, to be written by `flush`; may be called from another thread."""
-        with self._lock:
-            self._pending += content
-
-    def flush(self, now: bool = False) -> None:
-        """Write the pending content; without `now`, only if the last flush was long enough ago.
-
-        Raises:
-          OSError: if it cannot be written; it stays pending, and the file unchanged.
-        """
-        start = time.monotonic()
-        content = bytes(self._pending)
-        if not content or (start < self._next_flush and not now):
-            return
-        if self._remote_content is None:
-            self._append(content)
-        else:
-            write_atomic(self.path, bytes(self._remote_content + content))
-            self._remote_content += content
-        self._size += len(content)
-        with self._lock:
-            del self._pending[: len(content)]
-        end = time.monotonic()
-        self._next_flush = end + (end - start) / MAX_WRITE_FRACTION
-
-    def _append(self, content: bytes) -> None:
-        try:
-            with open(self.path, "ab") as file:
-                file.write(content)
-        except OSError:
-            with contextlib.suppress(OSError):
-                os.truncate(self.path, self._size)  # remove what was partly written
-            raise
 
 
 def finite_or_none(tree):
@@ -123,52 +66,11 @@ def read_metrics(path: os.PathLike) -> list[dict]:
     return metrics
 
 
-# --- TensorBoard
-
-
-class _EventFile:
-    """TensorBoard event file that tensorboardX writes to from its thread.
-
-    It only buffers, so nothing in that thread can fail: if the thread died, the training loop would hang in
-    the tenth `add_scalar` after that. `Log.sync` writes to storage.
-    """
-
-    def __init__(self, path: str):
-        self.file = AppendFile(path)
-
-    def write(self, content: bytes) -> None:
-        self.file.write(content)
-
-    def flush(self) -> None:
-        pass
-
-    close = flush
-
-
-class _EventFiles:
-    """Factory of the event file of one SummaryWriter, registered with tensorboardX under a path prefix."""
-
-    PREFIX = "var_jax"
-
-    def path(self, folder: epath.Path) -> str:
-        """Register this factory, and return the path to give to SummaryWriter for a folder."""
-        register_writer_factory(self.PREFIX, self)
-        return f"{self.PREFIX}:{folder}"
-
-    def directory_check(self, path: str) -> None:
-        """Do nothing: AppendFile makes the folder."""
-
-    def open(self, path: str) -> _EventFile:
-        event_file = _EventFile(path.removeprefix(f"{self.PREFIX}:"))
-        self.file = event_file.file
-        return event_file
-
-
 # --- The log of a stage
 
 
 class Log:
-    """Log of one stage: printed lines, metrics.jsonl and TensorBoard; process 0 only.
+    """Log of one stage: printed lines, metrics.jsonl and the chosen writers; process 0 only.
 
     Metrics of a training step are passed as device arrays and fetched by `flush`, after the next step has
     been dispatched, so that the device never waits for the log.  As a context it opens its files on entry; if
@@ -176,7 +78,15 @@ class Log:
     """
 
     def __init__(
-        self, directory: os.PathLike, stage: str, start: int, steps: int, batch: int, flops_per_image: float
+        self,
+        directory: os.PathLike,
+        stage: str,
+        start: int,
+        steps: int,
+        batch: int,
+        flops_per_image: float,
+        writers: Sequence[str] = ("tensorboard",),
+        config: Mapping = MappingProxyType({}),
     ):
         """Set up the log; `open` opens its files.
 
@@ -187,6 +97,8 @@ class Log:
           steps: total number of steps.
           batch: images per step.
           flops_per_image: matrix FLOPs of a training step per image.
+          writers: names of the writers.
+          config: config of the stage, for writers that show it.
         """
         self.directory = as_path(directory)
         self.stage = stage
@@ -194,6 +106,8 @@ class Log:
         self.steps = steps
         self.batch = batch
         self.flops_per_image = flops_per_image
+        self.writers = tuple(writers)
+        self.config = config
         self.active = jax.process_index() == 0
         self._pending_metrics = None
         self.restart_clock(start)
@@ -206,13 +120,10 @@ class Log:
         path = self.directory / "metrics.jsonl"
         kept = [line for line in read_metrics(path) if line["step"] <= self.start]
         self._lines = AppendFile(path, b"".join(map(_json_line, kept)))
-        files = _EventFiles()
-        self._board = tensorboardX.SummaryWriter(
-            files.path(self.directory / "tensorboard"),
-            purge_step=self.start + 1,
-            filename_suffix=f".{self.start}",
-        )
-        self._events = files.file
+        self._writers = [
+            open_writer(name, self.directory, self.stage, self.start, self.config, kept)
+            for name in self.writers
+        ]
         self._writable = True
         self._bar = tqdm(
             total=self.steps,
@@ -283,7 +194,7 @@ class Log:
         """
         if not self.active:
             return
-        self._record({"step": step, "kind": kind, **metrics, "records": [int(i) for i in records]})
+        self._record(step, kind, metrics, records=[int(i) for i in records])
         first = ", ".join(str(i) for i in records[:8]) + (", ..." if len(records) > 8 else "")
         shown = "  ".join(f"{name} {value:.4g}" for name, value in metrics.items())
         self.say(f"{self.stage} {kind}: step {step}  {shown}  {note}; records {first}")
@@ -297,18 +208,23 @@ class Log:
         """Print a line with the main metrics, and write all metrics to the files."""
         if not self.active:
             return
-        self._record({"step": step, "kind": kind, **metrics})
-        for name, value in metrics.items():
-            self._board.add_scalar(f"{kind}/{name}", value, step)
+        self._record(step, kind, metrics)
         shown = "  ".join(f"{n} {value:.4g}" for n, value in metrics.items() if not _NOT_PRINTED.fullmatch(n))
         self.say(f"{self.stage} {kind:5} {step:>{len(str(self.steps))}}/{self.steps}  {shown}  {note}")
 
-    def _record(self, line: dict) -> None:
-        self._lines.write(_json_line(line))
+    def pictures(self, step: int, pictures: Mapping[str, Image.Image]) -> None:
+        """Pass previews to the writers."""
+        for writer in self._writers if self.active else ():
+            writer.write_pictures(step, pictures)
+
+    def _record(self, step: int, kind: str, metrics: dict[str, float], **more) -> None:
+        self._lines.write(_json_line({"step": step, "kind": kind, **metrics, **more}))
+        for writer in self._writers:
+            writer.write(step, kind, metrics)
         self.sync(now=False)
 
     def sync(self, now: bool = True) -> None:
-        """Write pending lines and events to storage; on failure warn once, and retry at the next call.
+        """Write what is pending to storage; on failure warn once, and retry at the next call.
 
         Without `now`, only if writing does not slow training down.
         """
@@ -316,7 +232,8 @@ class Log:
             return
         try:
             self._lines.flush(now)
-            self._events.flush(now)
+            for writer in self._writers:
+                writer.flush(now)
         except storage_errors() as error:
             if self._writable:
                 absl.logging.warning(
@@ -347,9 +264,9 @@ class Log:
         self.flush()
         if self.active:
             self._bar.close()
-            self._board.close()
             self._lines.flush(now=True)
-            self._events.flush(now=True)
+            for writer in self._writers:
+                writer.close()
 
 
 class _Pause:

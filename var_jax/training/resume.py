@@ -27,6 +27,7 @@ RESUMABLE_FIELDS = (
     "best_by",
     "max_to_keep",
     "max_skipped",
+    "writers",
 )
 WEIGHTS = ("stage.perceptual_weights", "stage.adversarial.dino_weights")
 # Paths (the content is compared instead: token caches by their spec, networks by fingerprint), settings that

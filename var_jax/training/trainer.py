@@ -5,6 +5,7 @@ A `Task` (training/task.py) defines what is trained; nothing here knows about to
 
 import contextlib
 import dataclasses
+import datetime
 import itertools
 import json
 import shlex
@@ -52,10 +53,18 @@ from var_jax.training.resume import (
     unfinished_work,
 )
 from var_jax.training.sample_scores import SampleScorer
+from var_jax.training.software import describe_software
 from var_jax.training.state import TrainState, count_parameters, create_state
 from var_jax.training.task import Task
+from var_jax.training.writers import parse_writers
 
+STARTS_FILE = "starts.jsonl"  # a line each time that the stage was started
 MIN_SHARDED_PARAMS = 2**24  # a smaller network may be replicated without a warning
+
+
+def describe_devices() -> str:
+    """Return the number and kind of the devices."""
+    return f"{jax.device_count()} x {jax.devices()[0].device_kind}"
 
 
 class Preempted(SystemExit):
@@ -83,6 +92,7 @@ def check_training(cfg: ConfigDict) -> Mesh:
             f"{cfg.checkpoint_every}, got {cfg.fid_every}"
         )
     mesh = make_mesh(**cfg.mesh)
+    parse_writers(cfg.get("writers", ()))
     check_batch(cfg.batch, mesh, cfg.grad_accum_steps)
     return mesh
 
@@ -213,7 +223,16 @@ class Trainer:
             )
 
         # Log, monitor of the losses, and the event that SIGTERM sets.
-        self.log = Log(self.directory, task.name, self.start, steps, cfg.batch, task.flops_per_image())
+        self.log = Log(
+            self.directory,
+            task.name,
+            self.start,
+            steps,
+            cfg.batch,
+            task.flops_per_image(),
+            parse_writers(cfg.get("writers", ("tensorboard",))),
+            self.record["stage"],
+        )
         self.monitor = LossMonitor(self.log, cfg.log_every, cfg.get("max_skipped", 20), self._batch_records)
         self.stop = threading.Event()
 
@@ -298,23 +317,43 @@ class Trainer:
         return self.make_state(init_values)
 
     def write_config(self) -> epath.Path:
-        """Write the whole config of the run, with its command, to config.json; return its path."""
+        """Write the whole config to config.json, and a line on this start to starts.jsonl.
+
+        Returns:
+          The path of config.json.
+        """
         path = self.directory / "config.json"
         if self.log.active:
-            peak = peak_learning_rate(self.cfg)
-            content = {"command": shlex.join(sys.argv), "peak_learning_rate": peak, **self.record}
+            command = shlex.join(sys.argv)
+            content = {
+                "command": command,
+                "peak_learning_rate": peak_learning_rate(self.cfg),
+                **self.record,
+            }
             write_atomic(path, json.dumps(content, indent=1).encode())
+            start = {
+                "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+                "step": self.start,
+                "command": command,
+                "parameters": count_parameters(self.abstract.params),
+                "images": self.source.num_images,
+                "devices": describe_devices(),
+                "processes": jax.process_count(),
+                **describe_software(),
+            }
+            starts = self.directory / STARTS_FILE
+            earlier = starts.read_bytes() if starts.exists() else b""
+            write_atomic(starts, earlier + json.dumps(start).encode() + b"\n")
         return path
 
     def print_summary(self, config_path: epath.Path) -> None:
         """Print the summary of the run and its warnings."""
         task, cfg, log = self.task, self.cfg, self.log
         num_params = count_parameters(self.abstract.params)
-        devices = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
         choices = "".join(f", {name} {value}" for name, value in self.choices.items())
         log.say(
             f"{task.name}: {num_params:,} parameters, {self.source.num_images} images, batch {cfg.batch}, "
-            f"steps {self.start}..{self.steps}, {devices}{choices}"
+            f"steps {self.start}..{self.steps}, {describe_devices()}{choices}"
         )
         log.say(
             f"{task.name}: peak learning rate {peak_learning_rate(cfg):.4g}; "
@@ -434,6 +473,7 @@ class Trainer:
             )
             if self.log.active:
                 save_previews(pictures, self.workdir, self.directory, task.name, step)
+                self.log.pictures(step, pictures)
 
 
 @contextlib.contextmanager
