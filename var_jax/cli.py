@@ -135,7 +135,16 @@ def run(
             notices.append(f"--{name} is called --{renamed[name]} now; the next release drops the old name")
     for notice in notices:
         print(notice, file=sys.stderr)
-    app.run(command)
+    app.run(command, flags_parser=_parse_flags)
+
+
+def _parse_flags(argv: list[str]) -> list[str]:
+    """Parse the flags; report a field that a config does not have as one line."""
+    try:
+        return app.parse_flags_with_usage(argv)
+    except AttributeError as error:  # of ml_collections, around a KeyError that names a field like it
+        reason = error.args[0].args[0] if isinstance(error.args[0], KeyError) else str(error)
+        sys.exit(f"{command_name()}: no such field of the config: {' '.join(reason.split())}")
 
 
 def command_name() -> str:

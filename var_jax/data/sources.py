@@ -145,7 +145,9 @@ def _missing_message(name: str, data_dir: epath.Path) -> str:
         )
     return (
         f"data set {name!r} is not prepared under {data_dir} (config.data.dir).\n"
-        f"  To prepare it: pip install tensorflow, then\n"
+        "  To prepare a folder of pictures of your own:\n"
+        f"    python -m var_jax.tools.prepare --images=FOLDER --name={name} --data_dir={data_dir}\n"
+        f"  To prepare a data set of TensorFlow Datasets: pip install tensorflow, then\n"
         f"    tfds build {name} --file_format=array_record --data_dir={data_dir}\n"
         f"  (for imagenet2012, first put ILSVRC2012_img_train.tar and ILSVRC2012_img_val.tar into\n"
         f"  {data_dir}/downloads/manual).  If it is somewhere else: --config.data.dir=DIR.\n"
