@@ -5,8 +5,25 @@ model = var_jax.load_var("runs/digits", tokenizer=tok)
 images = model.generate([0, 1, 2])
 """
 
-from var_jax.api import LoadedTokenizer, LoadedVAR, load_tokenizer, load_var
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from var_jax.api import LoadedTokenizer, LoadedVAR, load_tokenizer, load_var
 
 __version__ = "0.1.0"
 
 __all__ = ["LoadedTokenizer", "LoadedVAR", "__version__", "load_tokenizer", "load_var"]
+
+
+def __getattr__(name: str) -> object:
+    """Import the API on first use: `var_jax.tools.doctor` runs where JAX cannot be imported."""
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from var_jax import api
+
+    globals()[name] = getattr(api, name)
+    return globals()[name]
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
