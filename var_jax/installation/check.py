@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+DISTRIBUTIONS = {"PIL": "Pillow"}  # of modules that have another name
 KILL_TIMEOUT = 5  # seconds; a process that waits inside a driver cannot be killed
 
 
@@ -46,7 +47,7 @@ def guarded(name: str, check: Callable[..., list[Check]], *arguments: object) ->
     try:
         return check(*arguments)
     except ModuleNotFoundError as error:
-        return [fail(name, str(error), f"pip install {error.name}")]
+        return [fail(name, str(error), f"pip install {DISTRIBUTIONS.get(error.name, error.name)}")]
     except Exception as error:
         return [fail(name, f"{type(error).__name__}: {error}", "see the message; nothing more is known")]
 

@@ -155,18 +155,24 @@ def check_jax(
     environ = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false", **environ}
     checks = []
     result = run_probe("jax_probe.py", environ=environ, timeout=timeout)
-    if unknown := UNKNOWN_FLAGS.search(result.stderr):
-        checks.append(fail("XLA_FLAGS", f"unknown: {unknown[1]}", "correct or unset XLA_FLAGS"))
-        del environ["XLA_FLAGS"]
-        result = run_probe("jax_probe.py", environ=environ, timeout=timeout)
-    platforms = environ.get("JAX_PLATFORMS")
-    if platforms and result.problem and result.get("jax") and not result.get("devices"):
-        extra = {"cuda": "cuda13", "gpu": "cuda13", "tpu": "tpu"}.get(platforms.split(",")[0])
-        advice = "unset JAX_PLATFORMS" + (f", or pip install 'var_jax[{extra}]'" if extra else "")
-        checks.append(fail("JAX_PLATFORMS", f"{platforms}: JAX has no such device here", advice))
-        del environ["JAX_PLATFORMS"]
+    while variable := check_variables(result, environ):
+        checks.append(variable)
+        del environ[variable.name]
         result = run_probe("jax_probe.py", environ=environ, timeout=timeout)
     return checks + describe_probe(result, hardware, plugins, environ)
+
+
+def check_variables(result: ProbeResult, environ: Mapping[str, str]) -> Check | None:
+    """Return the check of the variable that made the probe fail, named like it; None if none did."""
+    unknown = UNKNOWN_FLAGS.search(result.stderr)
+    if unknown and "XLA_FLAGS" in environ:
+        return fail("XLA_FLAGS", f"unknown: {unknown[1]}", "correct or unset XLA_FLAGS")
+    platforms = environ.get("JAX_PLATFORMS")
+    if not platforms or not result.get("jax") or not result.get("error") or result.get("devices"):
+        return None
+    extra = {"cuda": "cuda13", "gpu": "cuda13", "tpu": "tpu"}.get(platforms.split(",")[0])
+    advice = "unset JAX_PLATFORMS" + (f", or pip install 'var_jax[{extra}]'" if extra else "")
+    return fail("JAX_PLATFORMS", f"{platforms}: JAX has no such device here", advice)
 
 
 def describe_probe(
@@ -193,8 +199,10 @@ def describe_probe(
 
 def jax_advice(result: ProbeResult, hardware: Hardware) -> str:
     """Return what to do about a probe that failed."""
+    if result.returncode is None and not hardware.has_tpu:
+        return "raise --timeout on a busy machine; if it stays, the driver hangs: restart the machine"
     if not result.get("jax"):
-        return "install the packages again: pip install --force-reinstall jax jaxlib"
+        return "correct the packages above; if none is wrong: pip install --force-reinstall --no-deps jaxlib"
     if hardware.has_tpu:
         return (
             "on a slice of several hosts run this on all of them at once; "
@@ -202,7 +210,7 @@ def jax_advice(result: ProbeResult, hardware: Hardware) -> str:
         )
     if hardware.has_gpu:
         return "look at nvidia-smi: another process may hold the memory, or the driver needs a restart"
-    return "if other processes load this machine, raise --timeout; otherwise install the packages again"
+    return "see the message; a shell shows more: python -c 'import jax; print(jax.devices())'"
 
 
 def check_cudnn(cuda: Mapping[str, object]) -> list[Check]:

@@ -18,7 +18,7 @@ def emit(**event: object) -> None:
 
 
 def emit_cuda_versions() -> None:
-    """Print the versions of the libraries that JAX's CUDA plugins load, as integers: 91002 for cuDNN 9.10.2."""
+    """Print the versions of the libraries that CUDA plugins load, as integers: 91002 for cuDNN 9.10.2."""
     for major in (12, 13):
         try:
             versions = importlib.import_module(f"jax_cuda{major}_plugin._versions")

@@ -38,12 +38,12 @@ def installed_packages() -> dict[str, Package]:
     """Return all installed distributions by their normalized names."""
     packages: dict[str, Package] = {}
     for distribution in importlib.metadata.distributions():
-        name = distribution.metadata["Name"]
+        name = distribution.metadata.get("Name")
         if name and canonicalize_name(name) not in packages:  # the first on the path is the one imported
             packages[canonicalize_name(name)] = Package(
                 version=distribution.version,
                 requires=tuple(map(Requirement, distribution.requires or ())),
-                requires_python=distribution.metadata["Requires-Python"] or "",
+                requires_python=distribution.metadata.get("Requires-Python", ""),
             )
     return packages
 
@@ -95,25 +95,31 @@ def mismatch(requirement: Requirement, packages: Mapping[str, Package]) -> str |
 
 def check_dependencies(packages: Mapping[str, Package]) -> list[Check]:
     """Check the dependencies, and theirs: direct ones and those of JAX must fit, others should."""
-    checks = []
+    unmet: dict[str, list[tuple[str, Requirement]]] = {}
     queue = [(PROJECT, frozenset[str]())]
     visited = set(queue)
     for name, extras in queue:  # grows
         for requirement in requirements(packages[name], extras):
             dependency = canonicalize_name(requirement.name)
-            if problem := mismatch(requirement, packages):
-                result = fail if name in (PROJECT, "jax") else warn
-                needed = f"{name} needs {requirement.specifier or 'it'}"
-                advice = f"pip install '{requirement.name}{requirement.specifier}'"
-                checks.append(result(requirement.name, f"{problem}, {needed}", advice))
+            if mismatch(requirement, packages):
+                unmet.setdefault(dependency, []).append((name, requirement))
             node = (dependency, frozenset(requirement.extras))
             if dependency in packages and node not in visited:
                 visited.add(node)
                 queue.append(node)
-    if checks:
-        return checks
+    if unmet:
+        return [describe_unmet(name, needs, packages) for name, needs in unmet.items()]
     versions = ", ".join(f"{name} {packages[name].version}" for name in ("jax", "jaxlib", "flax"))
     return [ok("packages", f"{len({name for name, _ in visited}) - 1} dependencies fit: {versions}")]
+
+
+def describe_unmet(name: str, needs: list[tuple[str, Requirement]], packages: Mapping[str, Package]) -> Check:
+    """Return the check of a package that does not meet `needs`: pairs of a package and its requirement."""
+    direct = [(user, requirement) for user, requirement in needs if user in (PROJECT, "jax")]
+    ranges = SpecifierSet(",".join(str(requirement.specifier) for _, requirement in direct or needs))
+    users = ", ".join(sorted({user.replace(PROJECT, "var_jax") for user, _ in direct or needs}))
+    message = f"{mismatch(needs[0][1], packages)}; {users} needs {ranges or 'any version'}"
+    return (fail if direct else warn)(name, message, f"pip install '{name}{ranges}'")
 
 
 def cuda_plugins(packages: Mapping[str, Package]) -> list[int]:
