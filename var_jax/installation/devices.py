@@ -168,11 +168,12 @@ def check_variables(result: ProbeResult, environ: Mapping[str, str]) -> Check | 
     if unknown and "XLA_FLAGS" in environ:
         return fail("XLA_FLAGS", f"unknown: {unknown[1]}", "correct or unset XLA_FLAGS")
     platforms = environ.get("JAX_PLATFORMS")
-    if not platforms or not result.get("jax") or not result.get("error") or result.get("devices"):
+    error = result.get("error")
+    if not platforms or not result.get("jax") or not error or result.get("devices"):
         return None
     extra = {"cuda": "cuda13", "gpu": "cuda13", "tpu": "tpu"}.get(platforms.split(",")[0])
     advice = "unset JAX_PLATFORMS" + (f", or pip install 'var_jax[{extra}]'" if extra else "")
-    return fail("JAX_PLATFORMS", f"{platforms}: JAX has no such device here", advice)
+    return fail("JAX_PLATFORMS", f"{platforms}: JAX finds no such device ({error['error']})", advice)
 
 
 def describe_probe(
@@ -183,18 +184,18 @@ def describe_probe(
     for event in result.events:
         if "cuda" in event:
             checks += check_cudnn(event["cuda"])
-    if devices := result.get("devices"):
-        platforms = {device["platform"] for device in devices["devices"]}
+    listed = result.get("devices")
+    devices = listed["devices"] if listed else []
+    if devices:
+        platforms = {device["platform"] for device in devices}
         checks += check_platforms(platforms, hardware, plugins, environ, result.stderr)
     checks += [check for event in result.events if "device" in event for check in check_product(event)]
-    if result.problem:
-        checks.append(fail("JAX", result.problem, jax_advice(result, hardware)))
-    elif version := result.get("jax"):
-        names = ", ".join(
-            f"{device['platform']}:{device['id']} {device['kind']}" for device in devices["devices"]
-        )
-        checks.insert(0, ok("JAX", f"{version['jax']} with {names}"))
-    return checks
+    version = result.get("jax")
+    if result.problem or not devices or not version:
+        message = result.problem or "ended without a list of devices"
+        return [*checks, fail("JAX", message, jax_advice(result, hardware))]
+    names = ", ".join(f"{device['platform']}:{device['id']} {device['kind']}" for device in devices)
+    return [ok("JAX", f"{version['jax']} with {names}"), *checks]
 
 
 def jax_advice(result: ProbeResult, hardware: Hardware) -> str:
