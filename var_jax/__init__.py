@@ -5,6 +5,7 @@ model = var_jax.load_var("runs/digits", tokenizer=tok)
 images = model.generate([0, 1, 2])
 """
 
+import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -19,9 +20,7 @@ def __getattr__(name: str) -> object:
     """Import the API on first use: `var_jax.tools.doctor` runs where JAX cannot be imported."""
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from var_jax import api
-
-    globals()[name] = getattr(api, name)
+    globals()[name] = getattr(importlib.import_module("var_jax.api"), name)
     return globals()[name]
 
 
