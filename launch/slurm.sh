@@ -5,7 +5,7 @@
 #       --config.data.dir=$SCRATCH/data --config.tokenizer=$SCRATCH/runs/tokenizer
 #
 # Arguments after the script are passed to train.py.  Submit from the repository, with .venv created there by
-# `python3 -m venv .venv && .venv/bin/pip install -e '.[cuda]'`; workdir and data must be visible to all nodes.
+# `python3 -m venv .venv && .venv/bin/pip install -e '.[cuda13]'`; workdir and data must be visible to all nodes.
 #
 # There is one process per GPU, and every process sees all GPUs of its node: JAX finds the processes from
 # SLURM's environment variables and uses the GPU number SLURM_LOCALID.  (Do not use --gpus-per-task: it hides

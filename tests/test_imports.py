@@ -4,7 +4,7 @@ import ast
 
 from tests.helpers.commands import REPOSITORY
 
-LAYERS = """errors
+LAYERS = """errors installation
 paths dtypes
 scales images sharding
 tokenizer transformer

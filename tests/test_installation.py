@@ -1,9 +1,10 @@
-"""The wheel, installed where there is no checkout: the API and the commands, in an empty folder."""
+"""The source release, and the wheel built from it, where there is no checkout: the API and the commands."""
 
 import os
 import subprocess
 import sys
 import sysconfig
+import tarfile
 import zipfile
 from pathlib import Path
 
@@ -15,8 +16,8 @@ from tests.helpers.arrays import all_tokens
 from tests.helpers.commands import REPOSITORY
 from tests.helpers.xla_flags import QUICK
 
-FOLDERS = ("var_jax", "benchmarks", "experiments", "examples", "configs", "tests")
-TOOLS = ("prepare", "encode_dataset", "convert", "export", "edit", "vary", "judge_digits", "report")
+TOOLS = ("prepare", "encode_dataset", "convert", "export", "edit", "vary", "judge_digits", "report", "doctor")
+NOT_RELEASED = (".ci", ".git", ".github", ".gitignore", ".pre-commit-config.yaml")
 
 
 def checked(*command, **more) -> str:
@@ -27,16 +28,34 @@ def checked(*command, **more) -> str:
 
 
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory) -> Path:
+def source_release(tmp_path_factory) -> Path:
     """Build from links to the checkout: it stays clean, and its old builds are not reused."""
-    folder = tmp_path_factory.mktemp("wheel")
+    folder = tmp_path_factory.mktemp("release")
     source = folder / "source"
     source.mkdir()
-    for path in (*FOLDERS, "pyproject.toml", "setup.py", "README.md", "LICENSE"):
-        (source / path).symlink_to(REPOSITORY / path)
+    generated = {"build", "data", "dist", "runs", "var_jax.egg-info"}
+    for path in REPOSITORY.iterdir():
+        if path.name not in generated and not path.name.startswith((".venv", ".git")):
+            (source / path.name).symlink_to(path)
+    program = "import setuptools.build_meta, sys; setuptools.build_meta.build_sdist(sys.argv[1])"
+    checked(sys.executable, "-c", program, folder, cwd=source)
+    (built,) = folder.glob("*.tar.gz")
+    return built
+
+
+@pytest.fixture(scope="module")
+def unpacked(source_release) -> Path:
+    with tarfile.open(source_release) as archive:
+        archive.extractall(source_release.parent, filter="data")
+    return source_release.parent / source_release.name.removesuffix(".tar.gz")
+
+
+@pytest.fixture(scope="module")
+def wheel(source_release) -> Path:
     pip = (sys.executable, "-m", "pip", "--disable-pip-version-check", "--no-input")
-    checked(*pip, "wheel", "--no-deps", "--wheel-dir", folder, source)
-    (built,) = folder.glob("*.whl")
+    options = ("--no-deps", "--no-build-isolation", "--wheel-dir", source_release.parent)
+    checked(*pip, "wheel", *options, source_release)
+    (built,) = source_release.parent.glob("*.whl")
     return built
 
 
@@ -56,10 +75,10 @@ def python(wheel, tmp_path_factory):
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     environment["XLA_FLAGS"] = QUICK
 
-    def start(*arguments) -> subprocess.Popen:
+    def start(*arguments, cwd: Path = folder / "empty") -> subprocess.Popen:
         return subprocess.Popen(
             [executable, *arguments],
-            cwd=folder / "empty",
+            cwd=cwd,
             env=environment,
             text=True,
             stdout=subprocess.PIPE,
@@ -74,9 +93,26 @@ def test_the_wheel_holds_the_library_alone_and_says_that_it_has_types(wheel):
     version = var_jax.__version__
     assert wheel.name == f"var_jax-{version}-py3-none-any.whl"
     assert {name.split("/")[0] for name in names} == {"var_jax", f"var_jax-{version}.dist-info"}
-    assert {"var_jax/py.typed", "var_jax/tools/report.css"} <= {*names}
-    modules = {str(path.relative_to(REPOSITORY)) for path in (REPOSITORY / "var_jax").rglob("*.py")}
-    assert {name for name in names if name.endswith(".py")} == modules
+    package = (REPOSITORY / "var_jax").rglob("*")
+    files = {str(path.relative_to(REPOSITORY)): path for path in package if path.is_file()}
+    files = {name: path for name, path in files.items() if "__pycache__" not in name}
+    assert {name for name in names if name.startswith("var_jax/")} == {*files} > {"var_jax/py.typed"}
+    with zipfile.ZipFile(wheel) as archive:
+        assert all(archive.read(name) == path.read_bytes() for name, path in files.items())
+
+
+def test_the_source_release_holds_all_that_is_run_from_a_checkout_and_no_pictures(unpacked):
+    names = {str(path.relative_to(unpacked)) for path in unpacked.rglob("*") if path.is_file()}
+    if not (REPOSITORY / ".git").exists():
+        pytest.skip("not a clone")
+    listing = checked("git", "ls-files", cwd=REPOSITORY).splitlines()
+    tracked = {name for name in listing if name.split("/")[0] not in NOT_RELEASED}
+    pictures = {
+        name for name in tracked if name.endswith(".png") and name.startswith(("docs/", "experiments/"))
+    }
+    assert len(pictures) > 20 and not pictures & names
+    assert tracked - pictures <= names
+    assert sum(path.stat().st_size for path in unpacked.rglob("*")) < 10e6
 
 
 def test_published_files_are_sampled_from(python, goldens):
@@ -101,11 +137,14 @@ def test_published_files_are_sampled_from(python, goldens):
     np.testing.assert_array_equal(np.array(tokens.split(), int).reshape(want.shape), want)
 
 
-def test_every_tool_explains_itself(python):
+def test_every_tool_and_a_script_of_the_source_release_explain_themselves(python, unpacked):
     folder = REPOSITORY / "var_jax" / "tools"
     assert {path.stem for path in folder.glob("*.py") if "__main__" in path.read_text()} == {*TOOLS}
+    train = python("train.py", "--config=configs/digits.py", "--help", cwd=unpacked)
     processes = {tool: python("-m", f"var_jax.tools.{tool}", "--help") for tool in TOOLS}
     for tool, process in processes.items():
         output, _ = process.communicate(timeout=600)
         assert "Traceback" not in output and f"python -m var_jax.tools.{tool}" in output, output
         assert process.returncode in (0, 1), output  # absl ends --help with 1
+    output, _ = train.communicate(timeout=600)
+    assert "--workdir" in output and "Traceback" not in output, output

@@ -21,6 +21,7 @@ from etils import epath
 
 import var_jax
 from var_jax.errors import UserError, config_errors
+from var_jax.installation.machine import compilation_cache_folder
 from var_jax.interop.tensor_files import SUFFIXES
 from var_jax.paths import local_path
 from var_jax.sampling.options import MAX_SEED, SamplingOptions
@@ -211,8 +212,7 @@ def abort_on_error():
 def enable_compilation_cache() -> None:
     """Enable JAX's persistent compilation cache in JAX_COMPILATION_CACHE_DIR, or else in ~/.cache/var_jax."""
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-        cache = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "var_jax" / "xla"
-        jax.config.update("jax_compilation_cache_dir", str(cache))
+        jax.config.update("jax_compilation_cache_dir", str(compilation_cache_folder(os.environ)))
 
 
 def provide_threads() -> None:

@@ -1,0 +1,28 @@
+# JAX on the TPUs of a TPU VM.
+#
+#   docker build -f docker/tpu.Dockerfile -t var_jax:tpu .
+#   docker run --rm --privileged --network=host --user=0 var_jax:tpu                         # the doctor
+#   docker run --rm --privileged --network=host --user=0 -v var_jax_cache:/cache -v var_jax_data:/data -v var_jax_runs:/runs \
+#       var_jax:tpu train.py --config=configs/digits.py --workdir=/runs/digits --config.data.dir=/data
+#
+# The arguments are those of Python, in the folder of the repository.  The files of the devices belong to root: --user=0.
+FROM python:3.12-slim-bookworm
+
+ENV PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_CACHE_DIR=1 PIP_ROOT_USER_ACTION=ignore PYTHONUNBUFFERED=1
+RUN useradd --create-home --uid=1000 var_jax \
+ && install --directory --owner=var_jax --group=var_jax /cache /data /runs
+
+# Packages before sources: a change of the sources builds the last two layers only.
+WORKDIR /var_jax
+COPY requirements/demo.txt requirements/
+RUN pip install --require-hashes -r requirements/demo.txt
+ARG JAX_VERSION=0.11.2
+RUN pip install "jax[tpu]==${JAX_VERSION}"
+COPY . .
+RUN pip install --no-build-isolation --no-deps -e .
+
+ENV JAX_COMPILATION_CACHE_DIR=/cache/xla
+VOLUME ["/cache", "/data", "/runs"]
+USER 1000
+ENTRYPOINT ["python"]
+CMD ["-m", "var_jax.tools.doctor", "--workdir=/runs", "--data_dir=/data"]
