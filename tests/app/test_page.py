@@ -39,10 +39,15 @@ def slow_stream(self, labels, seed=0, known=None, **options):
 api.LoadedVAR.stream = slow_stream
 runpy.run_module("var_jax.app", run_name="__main__", alter_sys=True)
 """
-CHROMIUM_FLAGS = (
-    "--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
-    "--disable-component-update --disable-sync"
-).split()
+CHROMIUM_FLAGS = [
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+]
 PATIENCE = 60_000  # milliseconds, for a condition on a busy machine
 
 
@@ -71,7 +76,7 @@ def server(chromium, tiny_run, tmp_path_factory):
         process = subprocess.Popen(
             **python("-c", SERVER, *flags), stdout=file, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL
         )
-    wait_for(lambda: "The page is at" in log.read_text() or process.poll() is not None)
+    wait_for(lambda: "The page is at" in log.read_text() or process.poll() is not None, seconds=300)
     assert process.poll() is None, log.read_text()
     yield f"http://127.0.0.1:{port}", log
     process.terminate()
@@ -97,7 +102,7 @@ def page(server, browser):
     requests, errors = [], []
     context.on("request", lambda request: requests.append(request.url))
     page = open_page(context, server[0])
-    page.on("pageerror", errors.append)
+    page.on("pageerror", lambda error: errors.append(error))
     yield page
     context.close()
     assert not errors
@@ -239,7 +244,8 @@ def test_a_clicked_cell_shows_its_attention(page):
     assert [fill == "#e5e7eb" for fill in fills] == [False] * 5 + [True] * 16
     choose(page, "Layer", "2")
     page.wait_for_function(
-        "old => [...document.querySelectorAll('#attention rect')].some((c, i) => c.getAttribute('fill') !== old[i])",
+        """old => [...document.querySelectorAll("#attention rect")].some(
+          (cell, i) => cell.getAttribute("fill") !== old[i])""",
         arg=fills,
     )
 

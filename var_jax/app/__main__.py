@@ -107,6 +107,7 @@ def main(_):
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     with tempfile.TemporaryDirectory(prefix="var_jax_app_") as folder:
         serve(folder)
+    os._exit(0)  # the usual exit would crash while another thread compiles
 
 
 if __name__ == "__main__":

@@ -175,7 +175,11 @@ class Handlers:
     @shows_errors
     def show_attention(self, attention: tuple | None, layer: int, head: int) -> Iterator[str]:
         """Yield the attention of another layer or head; nothing before a cell was clicked."""
-        yield gr.skip() if attention is None else self._attention_picture(*attention, layer, head)
+        if attention is not None:
+            weights, position = attention
+            yield self._attention_picture(weights, position, layer, head)
+        else:
+            yield gr.skip()
 
     def _attention_picture(self, weights: np.ndarray, position: int, layer: int, head: int) -> str:
         selected = drawing.select_attention(weights, layer, head)

@@ -165,7 +165,9 @@ def build_page(handlers: Handlers) -> gr.Blocks:
             tiles, _, result = results
             tiles.select(handlers.pick, result, shown, **HIDDEN)
             if name == "generate":
-                event.success(handlers.pick_first, result, shown, **HIDDEN)
+                event.success(
+                    handlers.pick_first, result, shown, show_progress="hidden", api_name="choose_first"
+                )
         upload.upload(handlers.upload, upload, shown, api_name="upload", **ON_DEVICE)
     page.queue(max_size=MAX_WAITING, default_concurrency_limit=4)
     return page
