@@ -18,9 +18,9 @@ from PIL import Image
 
 from tests.helpers.commands import python
 
-SLOW_SEED = 13
+SLOW_SEED, FAILING_SEED = 13, 14
 SLOW_SECONDS = 2.0  # before each map of an image with this seed
-# The command, with a seed whose images take long, and a log line for each of their maps.
+# The command, with a seed whose images take long, with a log line for each of their maps, and one that fails.
 SERVER = f"""
 import runpy, time
 from var_jax import api
@@ -28,6 +28,8 @@ from var_jax import api
 stream = api.LoadedVAR.stream
 
 def slow_stream(self, labels, seed=0, known=None, **options):
+    if seed == {FAILING_SEED}:
+        raise RuntimeError("the cosmic ray")
     for k, item in enumerate(stream(self, labels, seed, known, **options)):
         if seed == {SLOW_SEED}:
             print("slow map", k, flush=True)
@@ -81,7 +83,8 @@ def server(chromium, tiny_run, tmp_path_factory):
     yield f"http://127.0.0.1:{port}", log
     process.terminate()
     assert process.wait(60) == 0, log.read_text()
-    assert "Traceback" not in log.read_text(), log.read_text()
+    errors = re.findall(r"^\w+Error: .*$", log.read_text(), re.M)
+    assert set(errors) <= {"RuntimeError: the cosmic ray"}, log.read_text()
 
 
 @pytest.fixture(scope="module")
@@ -280,6 +283,13 @@ def test_uploads_are_cropped_and_a_wrong_one_changes_nothing(page, tmp_path):
     upload.set_input_files(tmp_path / "large.png")
     assert "maximum" in message(page)
     assert sources(page, "current", 1) == current
+
+
+def test_an_error_of_the_program_is_said_in_a_sentence_and_logged(server, page):
+    page.get_by_label("Seed", exact=True).fill(str(FAILING_SEED))
+    page.get_by_role("button", name="Generate", exact=True).click()
+    assert "an error in the program. The log of the server has the details." in message(page)
+    assert "RuntimeError: the cosmic ray" in server[1].read_text()
 
 
 def test_a_visitor_who_leaves_in_mid_stream_frees_the_device(server, browser, page):

@@ -12,6 +12,9 @@ MAX_PIXELATED = 64  # side of the largest images that are shown with sharp pixel
 MAX_WAITING = 40  # requests in the queue
 MAX_SESSIONS = 200  # visitors whose images are kept in memory
 FILE_SECONDS = 600  # that an uploaded file is kept, if the upload was not finished
+# Of events that compute, one at a time; and of those that a program cannot call.
+ON_DEVICE = dict(concurrency_id="device", concurrency_limit=1, show_progress="minimal")
+HIDDEN = dict(show_progress="hidden", api_visibility="private")
 
 CSS = """
 .tiles, .maps { display: grid; gap: 10px; grid-template-columns: repeat(auto-fill, minmax(104px, 1fr)); }
@@ -171,10 +174,6 @@ def build_page(handlers: Handlers) -> gr.Blocks:
         upload.upload(handlers.upload, upload, shown, api_name="upload", **ON_DEVICE)
     page.queue(max_size=MAX_WAITING, default_concurrency_limit=4)
     return page
-
-
-ON_DEVICE = dict(concurrency_id="device", concurrency_limit=1, show_progress="minimal")
-HIDDEN = dict(show_progress="hidden", api_visibility="private")
 
 
 def launch(page: gr.Blocks, handlers: Handlers, host: str, port: int | None) -> str:

@@ -43,7 +43,7 @@ def decode_image(
     data: bytes,
     exif: bool = True,
     background: tuple[int, int, int] = WHITE,
-    formats: tuple[str, ...] = FORMATS,
+    formats: tuple[str, ...] | None = None,
     max_pixels: int | None = None,
 ) -> Image.Image:
     """Decode an image to 8-bit RGB; of an animation, the first frame.
@@ -55,14 +55,14 @@ def decode_image(
       data: encoded image.
       exif: apply the EXIF orientation, as image viewers do.
       background: color behind transparent pixels.
-      formats: formats of Pillow to accept.
+      formats: formats of Pillow to accept; None for `FORMATS`.
       max_pixels: largest number of pixels to decode; None for Pillow's own limit, which always holds.
 
     Raises:
       DecodeError: if the bytes cannot be decoded.
     """
     try:
-        with Image.open(io.BytesIO(data), formats=formats) as image:
+        with Image.open(io.BytesIO(data), formats=formats or FORMATS) as image:
             if max_pixels is not None and image.width * image.height > max_pixels:
                 raise DecodeError(f"{image.width} x {image.height}, more than {max_pixels:,} pixels")
             image.load()
