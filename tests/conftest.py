@@ -56,6 +56,7 @@ SLOW = [
     "training/test_checkpoint.py",
     "training/test_gs.py",
     "experiments/test_next_token.py",
+    "app/test_page.py",
     "test_own_images.py",
     "test_precision.py",
 ]

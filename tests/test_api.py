@@ -310,6 +310,25 @@ def test_a_stream_ends_with_the_images_of_sample(loaded, options):
     np.testing.assert_allclose(steps[-1][0], images, atol=1e-5)
 
 
+def test_a_stream_of_known_tokens_ends_with_the_edit_and_the_variation(loaded):
+    tokenizer, model = loaded
+    images, mask = np.random.default_rng(3).random((2, 8, 8, 3), np.float32), np.zeros((8, 8), bool)
+    mask[4:] = True
+    tokens, options = tokenizer.encode(images), dataclasses.asdict(model.options)
+    for known, (_, expected) in (
+        (
+            model.known_outside_mask(tokens, mask),
+            model.inpaint(images, mask, [1, 2], 5, return_tokens=True, **options),
+        ),
+        (
+            model.known_before_scale(tokens, 1),
+            model.vary(tokens, 1, [1, 2], 5, return_tokens=True, **options),
+        ),
+    ):
+        *_, (_, streamed) = model.stream([1, 2], 5, known)
+        np.testing.assert_array_equal(streamed, expected)
+
+
 def test_a_stream_keeps_known_tokens_and_checks_its_arguments_at_once(loaded):
     tokenizer, model = loaded
     tokens = tokenizer.encode(np.random.default_rng(0).random((1, 8, 8, 3), np.float32))

@@ -15,7 +15,8 @@ training
 interop
 stages api
 cli
-tools"""
+tools
+app"""
 RANK = {layer: number for number, layers in enumerate(LAYERS.splitlines()) for layer in layers.split()}
 
 

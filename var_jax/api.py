@@ -384,23 +384,12 @@ class LoadedVAR:
             no token of an image.
           NonFiniteImages: if the weights or the options give images that are not finite.
         """
-        images, mask = self.tokenizer.check_images(images), np.asarray(mask)
-        if mask.dtype != bool or mask.shape not in (images.shape[:3], images.shape[1:3]):
-            raise ValueError(
-                f"mask must be bool {images.shape[:3]} like the images, got {mask.dtype} {mask.shape}"
-            )
-        mask = np.broadcast_to(mask, images.shape[:3])
-        resample = mask_from_pixels(mask, self.module.config.schedule)
-        if len(unmasked := np.flatnonzero(~resample.any(axis=1))):
-            raise ValueError(
-                f"mask must select a token of every image; in image {unmasked[0]} it selects none: "
-                f"{mask[unmasked[0]].sum()} of its pixels are True, and 1x1 maps are always kept"
-            )
+        images = self.tokenizer.check_images(images)
         labels = self._labels_or_none(labels, len(images))
         options = SamplingOptions(**{**EDITING, **options})
-        known = KnownTokens(self.tokenizer.encode(images), resample)
+        known = self.known_outside_mask(self.tokenizer.encode(images), mask)
         edited, tokens = self._generate(labels, seed, options, batch, known)
-        edited = np.where(mask[..., None], edited, images) if paste_back else edited
+        edited = np.where(np.asarray(mask)[..., None], edited, images) if paste_back else edited
         return (edited, tokens) if return_tokens else edited
 
     def vary(
@@ -431,11 +420,47 @@ class LoadedVAR:
           ValueError: naming the argument that is out of range or of the wrong type.
           NonFiniteImages: if the weights or the options give images that are not finite.
         """
-        tokens = self.tokenizer.check_tokens(tokens)
-        known = KnownTokens(tokens, mask_from_scale(from_scale, len(tokens), self.module.config.schedule))
-        labels = self._labels_or_none(labels, len(tokens))
+        known = self.known_before_scale(tokens, from_scale)
+        labels = self._labels_or_none(labels, len(known.tokens))
         images, tokens = self._generate(labels, seed, SamplingOptions(**options), batch, known)
         return (images, tokens) if return_tokens else images
+
+    def known_outside_mask(self, tokens, mask) -> KnownTokens:
+        """Return the tokens that `inpaint` keeps, for `stream`.
+
+        Args:
+          tokens: int [B, L], of the images.
+          mask: bool [B, H, W] or [H, W], True where to resample.
+
+        Raises:
+          ValueError: on tokens that do not fit the model, a mask of another shape than the images or another
+            type than bool, or that selects no token of an image.
+        """
+        tokens, mask = self.tokenizer.check_tokens(tokens), np.asarray(mask)
+        shape = (len(tokens), self.image_size, self.image_size)
+        if mask.dtype != bool or mask.shape not in (shape, shape[1:]):
+            raise ValueError(f"mask must be bool {shape} like the images, got {mask.dtype} {mask.shape}")
+        mask = np.broadcast_to(mask, shape)
+        resample = mask_from_pixels(mask, self.module.config.schedule)
+        if len(unmasked := np.flatnonzero(~resample.any(axis=1))):
+            raise ValueError(
+                f"mask must select a token of every image; in image {unmasked[0]} it selects none: "
+                f"{mask[unmasked[0]].sum()} of its pixels are True, and 1x1 maps are always kept"
+            )
+        return KnownTokens(tokens, resample)
+
+    def known_before_scale(self, tokens, from_scale: int) -> KnownTokens:
+        """Return the tokens that `vary` keeps, for `stream`.
+
+        Args:
+          tokens: int [B, L].
+          from_scale: first map to resample (0 is the coarsest, and keeps nothing).
+
+        Raises:
+          ValueError: on tokens that do not fit the model, or if `from_scale` is not a scale.
+        """
+        tokens = self.tokenizer.check_tokens(tokens)
+        return KnownTokens(tokens, mask_from_scale(from_scale, len(tokens), self.module.config.schedule))
 
     def generate_batches(
         self, labels, seed: int, batch: int, options: SamplingOptions, **kwargs

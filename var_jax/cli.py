@@ -52,11 +52,14 @@ def define_tokenizer_flags() -> None:
     )
 
 
-def define_model_flags() -> None:
-    """Define the flags that select a tokenizer and a transformer, and the output directory."""
+def define_model_flags(has_output: bool = True) -> None:
+    """Define the flags that select a tokenizer and a transformer, and --out unless nothing is written."""
     define_tokenizer_flags()
     flags.DEFINE_string("checkpoint", None, "Published VAR file; or a step of the run, `latest` or `best`")
-    flags.DEFINE_string("out", None, "Output directory; by default --workdir, or else the current directory")
+    if has_output:
+        flags.DEFINE_string(
+            "out", None, "Output directory; by default --workdir, or else the current directory"
+        )
 
 
 def define_sampling_flags() -> None:
@@ -154,7 +157,7 @@ def command_name() -> str:
     if spec is None:
         return Path(sys.argv[0]).name
     parts = spec.name.split(".")
-    return parts[-2] if parts[-1] == "run" else parts[-1]
+    return parts[-2] if parts[-1] in ("run", "__main__") else parts[-1]
 
 
 def initialize_distributed() -> None:

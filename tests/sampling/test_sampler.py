@@ -7,6 +7,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from tests.helpers.arrays import all_tokens, close
 from var_jax.images import denormalize_to_uint8
+from var_jax.sampling import sampler
 from var_jax.sampling.options import SamplingOptions, guidance_per_scale, guide
 from var_jax.sampling.sampler import (
     KnownTokens,
@@ -121,6 +122,15 @@ def test_keys_depend_on_seed_and_index_alone():
     np.testing.assert_array_equal(data(0, 3, 7)[1], data(0, 7)[0])
     assert (data(0, 7) != data(1, 7)).any()
     assert (data(2**32 - 1, 7) != data(0, 7)).any()  # the largest seed
+
+
+def test_all_seeds_share_one_program():
+    before = sampler._image_keys._cache_size()
+    for seed in (0, 7, 2**31, 2**32 - 1):
+        expected = jax.random.key_data(jax.random.fold_in(jax.random.key(seed), 6))
+        keys = image_keys(seed, np.arange(77))  # a shape of this test alone
+        np.testing.assert_array_equal(jax.random.key_data(keys)[6], expected)
+    assert sampler._image_keys._cache_size() == before + 1
 
 
 def test_guidance_that_ends_is_guidance_of_strength_zero(tiny_tokenizer, tiny_var):

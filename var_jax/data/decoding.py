@@ -39,7 +39,13 @@ class DecodeError(ValueError):
     """Bytes that are not an image, are damaged, or have pixel values without a defined white level."""
 
 
-def decode_image(data: bytes, exif: bool = True, background: tuple[int, int, int] = WHITE) -> Image.Image:
+def decode_image(
+    data: bytes,
+    exif: bool = True,
+    background: tuple[int, int, int] = WHITE,
+    formats: tuple[str, ...] | None = None,
+    max_pixels: int | None = None,
+) -> Image.Image:
     """Decode an image to 8-bit RGB; of an animation, the first frame.
 
     16-bit channels are reduced to their high byte, floats in [0, 1] are scaled to [0, 255], and transparent
@@ -49,12 +55,16 @@ def decode_image(data: bytes, exif: bool = True, background: tuple[int, int, int
       data: encoded image.
       exif: apply the EXIF orientation, as image viewers do.
       background: color behind transparent pixels.
+      formats: formats of Pillow to accept; None for `FORMATS`.
+      max_pixels: largest number of pixels to decode; None for Pillow's own limit, which always holds.
 
     Raises:
       DecodeError: if the bytes cannot be decoded.
     """
     try:
-        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+        with Image.open(io.BytesIO(data), formats=formats or FORMATS) as image:
+            if max_pixels is not None and image.width * image.height > max_pixels:
+                raise DecodeError(f"{image.width} x {image.height}, more than {max_pixels:,} pixels")
             image.load()
             rgb = _to_rgb(image, background)
             transposition = _TRANSPOSITIONS.get(_orientation(image)) if exif else None

@@ -66,9 +66,16 @@ class NonFiniteImages(UserError, FloatingPointError):
     """Error for generated images that are not finite; names the images and the likely causes."""
 
 
-@partial(jax.jit, static_argnames="seed")
 def image_keys(seed: int, indices: Int[Array | np.ndarray, " B"]) -> Key[Array, " B"]:
-    """Derive a random key from (seed, i) for each image i, so that images do not depend on their batch."""
+    """Derive a random key from (seed, i) for each image i, so that images do not depend on their batch.
+
+    The seed is an argument of the compiled program: a server would otherwise compile, and keep, one per seed.
+    """
+    return _image_keys(np.uint32(seed), indices)
+
+
+@jax.jit
+def _image_keys(seed: Array, indices: Array) -> Key[Array, " B"]:
     return jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), indices.astype(jnp.uint32))
 
 

@@ -41,10 +41,11 @@ def crop_box(size: tuple[int, int]) -> tuple[int, int, int, int]:
     return left, top, left + side, top + side
 
 
-def center_crop_resize(image: Image.Image, side: int, path: str) -> Image.Image:
-    """Crop an image to its central square and resize it to (side, side), with a notice that names `path`."""
+def center_crop_resize(image: Image.Image, side: int, path: str | None = None) -> Image.Image:
+    """Crop an image to its central square and resize it to (side, side), with a notice if `path` is given."""
     if image.size == (side, side):
         return image
-    print(f"{path}: {image.width} x {image.height}, cropped to a square and resized to {side} x {side}")
+    if path is not None:
+        print(f"{path}: {image.width} x {image.height}, cropped to a square and resized to {side} x {side}")
     method = Image.Resampling.NEAREST if image.mode == "L" else Image.Resampling.LANCZOS
     return image.crop(crop_box(image.size)).resize((side, side), method)
