@@ -7,7 +7,7 @@ import argparse
 import shutil
 from pathlib import Path
 
-from playwright.sync_api import Page, sync_playwright
+from playwright.sync_api import Page, expect, sync_playwright
 
 from benchmarks.app_load import running_app
 
@@ -22,11 +22,16 @@ def choose(page: Page, field: str, option: str) -> None:
     page.get_by_role("option", name=option, exact=True).click()
 
 
-def draw(page: Page, button: str, area: str, count: int) -> None:
-    """Press a button, and wait for the last map of as many images."""
+def draw(page: Page, button: str, area: str) -> None:
+    """Press a button, and wait for the last map."""
     page.get_by_role("button", name=button, exact=True).click()
-    page.locator(f"#{area} img").nth(count - 1).wait_for()
-    page.locator(".generating, .pending").locator("visible=true").first.wait_for(state="detached")
+    page.locator(f"#{area}").get_by_text("After map 5 of 5").wait_for()
+
+
+def set_number(page: Page, field: str, value: float) -> None:
+    """Move a slider to a value."""
+    page.get_by_role("slider", name=field).locator("visible=true").fill(str(value))
+    expect(page.get_by_role("spinbutton", name=field).locator("visible=true")).to_have_value(str(value))
 
 
 def paint_lower_half(page: Page) -> None:
@@ -46,35 +51,35 @@ def paint_lower_half(page: Page) -> None:
 def take_screenshots(page: Page, out: Path) -> None:
     """Use every tab, and write a PNG of each."""
     choose(page, "Class", "8")
-    page.get_by_role("spinbutton", name="Number of images").fill("14")
-    page.get_by_role("spinbutton", name="Number of images").press("Enter")
-    draw(page, "Generate", "generated", 14)
+    set_number(page, "Number of images", 14)
+    draw(page, "Generate", "generated")
     page.get_by_text("8, seed 0, image 1").wait_for()
+    page.locator("#generated button").nth(9).click()
+    page.get_by_text("8, seed 0, image 10").wait_for()
     page.screenshot(path=out / "app_generate.png")
 
-    page.get_by_role("spinbutton", name="Number of images").fill("8")
-    page.get_by_role("spinbutton", name="Number of images").press("Enter")
+    set_number(page, "Number of images", 8)
     choose(page, "Class", "3")
     page.get_by_role("tab", name="Edit").click()
     paint_lower_half(page)
-    draw(page, "Draw the painted part again", "edited", 9)
+    draw(page, "Draw the painted part again", "edited")
     page.screenshot(path=out / "app_edit.png", full_page=True)
 
     choose(page, "Class", "8")
     page.get_by_role("tab", name="Vary").click()
-    draw(page, "Draw variations", "varied", 9)
+    draw(page, "Draw variations", "varied")
     page.screenshot(path=out / "app_vary.png")
 
     page.get_by_role("tab", name="Look inside").click()
-    draw(page, "Look into the current image", "steps", 5)
+    page.get_by_role("button", name="Look into the current image").click()
     page.locator("#token_maps rect").nth(20).click()
     page.locator("#attention rect.chosen").wait_for()
     page.screenshot(path=out / "app_inside.png", full_page=True)
 
     page.get_by_role("tab", name="Compare").click()
     page.get_by_role("button", name="Sampling options of the right side").click()
-    page.get_by_role("slider", name="Temperature").locator("visible=true").press("Home")
-    draw(page, "Compare", "right", 8)
+    set_number(page, "Temperature", 0.5)
+    draw(page, "Compare", "right")
     page.screenshot(path=out / "app_compare.png", full_page=True)
 
     page.get_by_role("tab", name="Generate").click()

@@ -162,6 +162,11 @@ def generate(page) -> list[str]:
     return sources(page, "generated", 4)
 
 
+def finish(page, area: str) -> None:
+    """Wait until the images of an area are drawn."""
+    page.locator(f"#{area}").get_by_text("After map 3 of 3").wait_for()
+
+
 def open_tab(page, name: str) -> None:
     page.get_by_role("tab", name=name).click()
 
@@ -201,8 +206,7 @@ def test_a_part_painted_with_the_mouse_is_drawn_again(page):
     page.mouse.up()
     page.get_by_label("Keep the pixels outside the mask exactly").check()
     page.get_by_role("button", name="Draw the painted part again").click()
-    page.locator("#edited button").nth(4).wait_for()
-    slide(page, "Images after map", "End")
+    finish(page, "edited")
     original, *edits = (pixels(url) for url in sources(page, "edited", 5))
     np.testing.assert_array_equal(original, pixels(source))
     is_changed = np.any([(edit != original).any(axis=-1) for edit in edits], axis=0)
@@ -224,8 +228,7 @@ def test_variations_share_their_first_maps(page):
     generate(page)
     open_tab(page, "Vary")
     page.get_by_role("button", name="Draw variations").click()
-    page.locator("#varied button").nth(4).wait_for()
-    page.get_by_role("slider", name="Images after map").locator("visible=true").press("End")
+    finish(page, "varied")
     fine = sources(page, "varied", 5)
     assert len(set(fine)) > 1
     slide(page, "Images after map", "ArrowLeft")
@@ -257,12 +260,15 @@ def test_two_models_agree_with_one_seed_until_their_settings_differ(page):
     open_tab(page, "Compare")
     choose(page, "Right model", "run'")
     page.get_by_role("button", name="Compare", exact=True).click()
-    page.locator("#right img").nth(3).wait_for()
+    finish(page, "right")
     left, right = sources(page, "left", 4), sources(page, "right", 4)
+    assert left == right
     page.get_by_role("button", name="Sampling options of the right side").click()
     page.get_by_role("slider", name="Temperature").locator("visible=true").press("Home")
     page.get_by_role("button", name="Compare", exact=True).click()
-    other = sources(page, "right", 4, right)
+    sources(page, "right", 4, right)  # others than before
+    finish(page, "right")
+    other = sources(page, "right", 4)
     assert sources(page, "left", 4) == left
     assert other != left
 

@@ -65,12 +65,14 @@ class Drawing:
     Attributes:
       steps: images after 1, 2, ... n maps.
       tokens: tokens of these maps.
+      num_maps: K, number of maps of finished images.
       settings: what was asked for.
       original: image that was edited or varied, if any.
     """
 
     steps: UInt8[np.ndarray, "B n H W 3"]
     tokens: Int32[np.ndarray, "B tokens"]
+    num_maps: int
     settings: Settings
     original: Picture | None = None
 
@@ -189,6 +191,7 @@ def draw(
         yield Drawing(
             steps=np.stack(steps, axis=1),
             tokens=tokens[: settings.count],
+            num_maps=len(model.scales),
             settings=settings,
             original=original,
         )

@@ -207,14 +207,15 @@ def class_name(model: LoadedVAR, label: int) -> str:
 
 def drawing_tiles(result: Drawing, num_maps: int | None = None) -> str:
     """Return the images of a drawing after some maps as tiles, after the original if there is one."""
-    maps = result.steps.shape[1]
-    images = result.steps[:, min(num_maps or maps, maps) - 1]
+    drawn = result.steps.shape[1]
+    shown = min(num_maps or drawn, drawn)
+    images = result.steps[:, shown - 1]
     captions = [str(i + 1) for i in range(len(images))]
     indices = list(range(len(images)))
     if result.original is not None:
         images = np.concatenate([result.original.pixels[None], images])
         captions, indices = ["original", *captions], [-1, *indices]
-    return pictures.tiles(images, captions, indices)
+    return pictures.tiles(images, captions, indices) + f"<p>After map {shown} of {result.num_maps}</p>"
 
 
 def show_picture(picture: Picture) -> tuple:

@@ -322,12 +322,12 @@ def _compare(handlers: Handlers, basics: list, options: list) -> None:
         with gr.Column(min_width=280):
             left = gr.Dropdown(names, value=names[0], label="Left model")
             gr.Markdown("With the sampling options of the settings.")
-            left_tiles = gr.HTML(elem_id="left")
         with gr.Column(min_width=280):
             right = gr.Dropdown(names, value=names[-1], label="Right model")
             with gr.Accordion("Sampling options of the right side", open=False):
                 right_options = _option_fields(handlers.models[names[-1]])
-            right_tiles = gr.HTML(elem_id="right")
+    with gr.Row():
+        left_tiles, right_tiles = (gr.HTML(elem_id=side, min_width=280) for side in ("left", "right"))
     num_maps = max(len(model.scales) for model in handlers.models.values())
     slider = gr.Slider(1, max(num_maps, 2), value=num_maps, step=1, label="Images after map")
     results = gr.State(None)
