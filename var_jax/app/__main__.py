@@ -67,7 +67,6 @@ def prepare_gradio(folder: str) -> None:
         GRADIO_ANALYTICS_ENABLED="False",
         HF_HUB_DISABLE_TELEMETRY="1",
         GRADIO_TEMP_DIR=folder,
-        HF_HUB_OFFLINE="1",
     )
 
 

@@ -10,7 +10,9 @@ from var_jax.sampling.options import MAX_SEED
 
 MAX_PIXELATED = 64  # side of the largest images that are shown with sharp pixels
 MAX_WAITING = 40  # requests in the queue
-MAX_SESSIONS = 200  # visitors whose images are kept in memory
+MAX_VISITORS = 200  # whose images are kept in memory
+MAX_VISITOR_BYTES = 4e9  # of all their images, after each map; at least 10 visitors are kept
+DRAWINGS = 5  # a visitor has: generated, edited, varied, two compared
 FILE_SECONDS = 600  # that an uploaded file is kept, if the upload was not finished
 # Of events that compute, one at a time; and of those that a program cannot call.
 ON_DEVICE = dict(concurrency_id="device", concurrency_limit=1, show_progress="minimal")
@@ -194,12 +196,18 @@ def launch(page: gr.Blocks, handlers: Handlers, host: str, port: int | None) -> 
         footer_links=[],
         server_name=host,
         server_port=port,
-        state_session_capacity=MAX_SESSIONS,
+        state_session_capacity=max_visitors(handlers.model, handlers.max_images),
         max_file_size=handlers.max_upload_bytes,
         theme=gr.themes.Default(font=fonts[0], font_mono=fonts[1]),
         css=CSS + (PIXELATED if handlers.model.image_size <= MAX_PIXELATED else ""),
     )
     return url
+
+
+def max_visitors(model: LoadedVAR, max_images: int) -> int:
+    """Return the number of visitors whose images are kept in memory."""
+    drawing_bytes = max_images * len(model.scales) * 3 * model.image_size**2
+    return min(MAX_VISITORS, max(10, int(MAX_VISITOR_BYTES / (DRAWINGS * drawing_bytes))))
 
 
 def _summary(handlers: Handlers) -> str:
