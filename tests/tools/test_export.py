@@ -163,7 +163,7 @@ def test_a_model_goes_to_the_hub_and_back(tiny_run, exported, tmp_path):
 
 
 def test_a_file_without_a_tokenizer_says_so(goldens):
-    with pytest.raises(ValueError, match=r"var\.pth holds no tokenizer"):
+    with pytest.raises(ValueError, match=r"var\.pth: no published tokenizer"):
         var_jax.load_var(goldens / "var.pth")
 
 

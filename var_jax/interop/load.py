@@ -60,12 +60,7 @@ def load_tokenizer(
                 f"the tokenizer under {path} has scales {config.scales}, asked for {tuple(scales)}"
             )
         return Tokenizer(config, **dtypes), params
-    tensors = read_tensors(path, "tokenizer")
-    if "quantize.embedding.weight" not in tensors:
-        raise ValueError(
-            f"{path} holds no tokenizer (no quantize.embedding.weight): give the tokenizer's file, too"
-        )
-    config, params = _from_file(path, "tokenizer", tensors, scales)
+    config, params = _from_file(path, "tokenizer", read_tensors(path, "tokenizer"), scales)
     return Tokenizer(config, **dtypes), params
 
 
