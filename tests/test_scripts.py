@@ -73,7 +73,7 @@ def test_a_wrong_config_is_a_line_and_a_bug_a_traceback(digits_dir, tmp_path):
         (("train.py", "--workdir=x", "--config=configs/none.py"), "configs/none.py"),
         (
             ("train.py", "--workdir=x", "--config=configs/var.py:d16", "--config.train.bach=3"),
-            '^train.py: no such field of the config: .*Did you mean "batch"',
+            'train.py: no such field of the config: .*Did you mean "batch"',
         ),
         (("train.py", "--workdir=x", "--config=configs/var.py:d16", "--config.train.batch=three"), "batch"),
         (
