@@ -77,7 +77,7 @@ def test_an_error_of_a_user_is_a_line_and_a_bug_is_itself(monkeypatch):
         return main
 
     monkeypatch.setattr(cli.sys, "argv", ["edit"])
-    monkeypatch.setattr(cli.app, "run", lambda command: command(cli.sys.argv))
+    monkeypatch.setattr(cli.app, "run", lambda command, **_: command(cli.sys.argv))
     monkeypatch.setattr(cli, "enable_compilation_cache", lambda: None)
     monkeypatch.setattr(cli.logging, "set_verbosity", lambda level: None)  # of all tests that follow
     monkeypatch.setattr(cli, "command_name", lambda: "edit")
@@ -98,7 +98,7 @@ def test_fake_devices_get_several_threads_each(devices, threads, monkeypatch):
 def test_config_fields_of_the_last_release_are_accepted_with_a_notice(monkeypatch, capsys):
     flags = ("--config.next_scale.train.learning_rate=1e-3", "--config.train.batch=8", "--out=x")
     monkeypatch.setattr(cli.sys, "argv", ["train.py", *flags])
-    monkeypatch.setattr(cli.app, "run", lambda command: None)
+    monkeypatch.setattr(cli.app, "run", lambda command, **_: None)
     cli.run(lambda argv: None)
     assert cli.sys.argv == ["train.py", "--config.next_scale.train.base_learning_rate=1e-3", *flags[1:]]
     assert (
@@ -111,7 +111,7 @@ def test_flags_of_the_last_release_are_accepted_with_a_notice(monkeypatch, capsy
     monkeypatch.setattr(
         cli.sys, "argv", ["encode_dataset", "--data.name=digits", "--data.dir", "x", "--flip"]
     )
-    monkeypatch.setattr(cli.app, "run", lambda command: None)
+    monkeypatch.setattr(cli.app, "run", lambda command, **_: None)
     cli.run(lambda argv: None, renamed=encode_dataset.RENAMED_FLAGS)
     assert cli.sys.argv == ["encode_dataset", "--data=digits", "--data_dir", "x", "--flip"]
     notices = capsys.readouterr().err.splitlines()
