@@ -13,6 +13,17 @@ def test_grid_puts_images_row_by_row_and_enlarges_small_ones():
     assert pixels[60, 60].tolist() == [255, 255, 255]  # no fourth image
 
 
+def test_labels_are_left_of_rows_and_above_columns_and_leave_the_grid_as_it_is():
+    images = np.random.default_rng(0).random((4, 8, 8, 3))
+    plain = np.asarray(image_grid(images, columns=2))
+    pixels = np.asarray(image_grid(images, 2, row_labels=["first", "second"], column_labels=["a", "b"]))
+    height, width = plain.shape[:2]
+    np.testing.assert_array_equal(pixels[-height:, -width:], plain)
+    left, top = pixels[-height:, :-width], pixels[:-height, -width:]
+    for label in (left[:52], left[52:], top[:, :52], top[:, 52:]):  # rows and columns take 50 pixels
+        assert (label < 128).any()
+
+
 def test_rounding_is_to_the_nearest_on_the_device_as_on_the_host():
     """The published demonstration truncates: half a gray level darker on average."""
     assert to_uint8(np.array([0, 0.5, 1, 2])).tolist() == [0, 128, 255, 255]

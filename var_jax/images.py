@@ -3,16 +3,18 @@
 import io
 import math
 import os
+from collections.abc import Sequence
 
 import jax.numpy as jnp
 import numpy as np
 from etils import epath
 from jaxtyping import Array, Float, Float32, Shaped, UInt8
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 
 from var_jax.paths import write_atomic
 
 MIN_CELL = 48  # pixels; the images of a grid are enlarged to at least this, so that details are visible
+LABEL_SIZE = 12  # pixels, of the font of a grid's labels
 
 
 def normalize(images: UInt8[Array, "..."]) -> Float32[Array, "..."]:
@@ -41,13 +43,21 @@ def to_uint8(images: Shaped[np.ndarray, "..."]) -> UInt8[np.ndarray, "..."]:
     return np.clip(np.asarray(images) * 255 + 0.5, 0, 255).astype(np.uint8)
 
 
-def image_grid(images: Shaped[np.ndarray, "B height width 3"], columns: int, gap: int = 2) -> Image.Image:
+def image_grid(
+    images: Shaped[np.ndarray, "B height width 3"],
+    columns: int,
+    gap: int = 2,
+    row_labels: Sequence[str] = (),
+    column_labels: Sequence[str] = (),
+) -> Image.Image:
     """Arrange images in a grid, row by row; small images are enlarged by an integer factor.
 
     Args:
       images: uint8, or floats in [0, 1].
       columns: images per row.
       gap: white pixels between and around the images.
+      row_labels: text to the left of each row.
+      column_labels: text above each column.
 
     Raises:
       ValueError: if there are no images.
@@ -64,7 +74,20 @@ def image_grid(images: Shaped[np.ndarray, "B height width 3"], columns: int, gap
         y = gap + i // columns * (h + gap)
         x = gap + i % columns * (w + gap)
         canvas[y : y + h, x : x + w] = image
-    return Image.fromarray(canvas)
+    grid = Image.fromarray(canvas)
+    if not row_labels and not column_labels:
+        return grid
+    font = ImageFont.load_default(LABEL_SIZE)
+    left = math.ceil(max((font.getlength(label) + LABEL_SIZE for label in row_labels), default=0))
+    top = 2 * LABEL_SIZE if column_labels else 0
+    labelled = Image.new("RGB", (grid.width + left, grid.height + top), "white")
+    labelled.paste(grid, (left, top))
+    draw = ImageDraw.Draw(labelled)
+    for i, label in enumerate(row_labels):
+        draw.text((LABEL_SIZE // 2, top + gap + i * (h + gap) + h // 2), label, "black", font, anchor="lm")
+    for i, label in enumerate(column_labels):
+        draw.text((left + gap + i * (w + gap) + w // 2, top // 2), label, "black", font, anchor="mm")
+    return labelled
 
 
 def side_by_side(
