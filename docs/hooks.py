@@ -8,13 +8,13 @@ from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 
 ROOT = Path(__file__).parents[1]
-FOLDERS = ("experiments/*", "launch")  # with a README.md, and pictures next to it
+FOLDERS = ("experiments/*", "launch", "notebooks")  # with a README.md, and what it shows or links
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
-    """Add the READMEs and their pictures under their paths in the repository."""
+    """Add the READMEs, pictures and notebooks under their paths in the repository."""
     for folder in FOLDERS:
-        for pattern in ("README.md", "*.png"):
+        for pattern in ("README.md", "*.png", "*.ipynb"):
             for path in sorted(ROOT.glob(f"{folder}/{pattern}")):
                 src_uri = path.relative_to(ROOT).as_posix()
                 files.append(File.generated(config, src_uri, abs_src_path=str(path)))
@@ -23,6 +23,6 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
     """Translate links between docs/ and the other folders: in the site, docs/ is the root."""
-    if page.file.src_uri.startswith(("experiments/", "launch/")):
+    if page.file.src_uri.startswith(("experiments/", "launch/", "notebooks/")):
         return re.sub(r"\]\(((?:\.\./)+)docs/", r"](\1", markdown)
-    return re.sub(r"\]\(\.\./(experiments|launch)/", r"](\1/", markdown)
+    return re.sub(r"\]\(\.\./(experiments|launch|notebooks)/", r"](\1/", markdown)

@@ -58,6 +58,7 @@ SLOW = [
     "experiments/test_next_token.py",
     "app/test_page.py",
     "test_own_images.py",
+    "test_notebooks.py",
     "test_precision.py",
 ]
 

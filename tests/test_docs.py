@@ -8,7 +8,8 @@ import pytest
 from tests.helpers.commands import REPOSITORY
 
 README = REPOSITORY / "README.md"
-PAGES = [README, REPOSITORY / "launch" / "README.md", *REPOSITORY.glob("experiments/*/README.md")]
+PAGES = [README, *(REPOSITORY / folder / "README.md" for folder in ("launch", "notebooks"))]
+PAGES += REPOSITORY.glob("experiments/*/README.md")
 PAGES += (REPOSITORY / "docs").rglob("*.md")
 
 
