@@ -123,7 +123,7 @@ def test_crops_of_any_size_are_those_of_the_published_loader_to_the_bit():
     assert odd > 50  # where rounding the center matters
 
 
-@pytest.mark.parametrize("size", [(60, 1), (1, 60), (200, 3), (3, 200), (1600, 60), (60, 1600), (31, 700)])
+@pytest.mark.parametrize("size", [(60, 1), (1, 60), (200, 3), (3, 200), (1600, 60), (60, 1600), (6, 900)])
 @pytest.mark.parametrize("side", [9, 32, 72])
 def test_the_crop_of_a_thin_image_is_that_of_the_full_image_resized(size, side):
     rng = np.random.default_rng(0)

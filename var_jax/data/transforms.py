@@ -4,6 +4,7 @@ import dataclasses
 import math
 
 import numpy as np
+import PIL
 from PIL import Image
 
 from var_jax.data.decoding import DecodeError, decode_image
@@ -14,6 +15,8 @@ from var_jax.errors import UserError
 VERSION = 1
 MAX_ASPECT = 20  # longer over shorter side; up to it, the image is resized in full and then cropped
 _LANCZOS_SUPPORT = 3  # on each side, in pixels of the smaller of the two images
+# Pillow resizes the height first if it is reduced and more than this many times the width, else the width.
+_TALL = 1 if int(PIL.__version__.split(".")[0]) >= 13 else 100
 
 
 class CorruptImage(UserError, ValueError):
@@ -51,8 +54,7 @@ def resize_and_crop(image: Image.Image, side: int, box: tuple[int, int, int, int
     spans = [_source_span(image.size[axis], scaled[axis], box[axis], box[axis + 2]) for axis in (0, 1)]
     x, y = spans
     part = image.crop((x.window[0], y.window[0], x.window[1], y.window[1]))
-    # The same order of axes as in Pillow's resizing of a full image.
-    vertical_first = image.height > image.width and scaled[1] < image.height
+    vertical_first = image.height > _TALL * image.width and scaled[1] < image.height
     for axis in (1, 0) if vertical_first else (0, 1):
         size = list(part.size)
         region = [0.0, 0.0, *part.size]
