@@ -1,20 +1,17 @@
 """Commands that sample and edit, each run in a process."""
 
 import contextlib
-import os
 import re
 import signal
 import socket
-import subprocess
-import sys
 import time
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from tests.helpers.commands import REPOSITORY, command
-from tests.helpers.xla_flags import QUICK, fake_devices
+from tests.helpers.commands import REPOSITORY, Command, command
+from tests.helpers.xla_flags import fake_devices
 
 IMAGE_BYTES = 8 * 8 * 3
 COUNT = 300
@@ -87,13 +84,7 @@ def unbroken(tiny_run, tmp_path_factory):
 def killed_after(run, out, images: int) -> int:
     """Start sampling, kill it once `images` are on disk, and return the number of images on disk."""
     flags = (f"--workdir={run}", f"--out={out}", f"--num_per_class={COUNT // 10}", "--batch=2")
-    process = subprocess.Popen(
-        [sys.executable, "sample.py", *flags],
-        cwd=REPOSITORY,
-        env={**os.environ, "XLA_FLAGS": QUICK},
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
+    process = Command("sample.py", *flags)
     file, deadline = out / "samples.partial" / "images.uint8", time.monotonic() + 120
     done = lambda: file.stat().st_size // IMAGE_BYTES if file.exists() else 0
     while done() < images and time.monotonic() < deadline and process.poll() is None:
@@ -144,20 +135,14 @@ def test_batch_and_devices_do_not_decide_the_images(tiny_run, unbroken, tmp_path
         assert np.abs(images - unbroken[1]).max() <= 1
 
 
-def two_hosts(run, out, *flags) -> list[subprocess.Popen]:
+def two_hosts(run, out, *flags) -> list[Command]:
     """Start two processes on loopback with two devices each; process 0 writes to out/0."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
     flags += (f"--workdir={run}", f"--coordinator=localhost:{port}", "--num_processes=2", "--host_timeout=10")
     return [
-        subprocess.Popen(
-            [sys.executable, "sample.py", *flags, f"--process_id={i}", f"--out={out}/{i}"],
-            cwd=REPOSITORY,
-            env={**os.environ, "XLA_FLAGS": fake_devices(2)},
-            stderr=subprocess.PIPE,
-            text=True,
-        )
+        Command("sample.py", *flags, f"--process_id={i}", f"--out={out}/{i}", xla_flags=fake_devices(2))
         for i in (0, 1)
     ]
 

@@ -21,7 +21,7 @@ from benchmarks.programs import training_programs
 from benchmarks.roofline import Step, best_mesh, bound, link_bytes
 from benchmarks.workload import make_task, make_tokenizer_task, vgg_shapes
 from configs import next_token, var
-from tests.helpers.commands import REPOSITORY
+from tests.helpers.commands import REPOSITORY, command
 from tests.helpers.tiny import tiny_config
 from var_jax.sharding import make_mesh
 from var_jax.tokenizer.lpips import perceptual_distance
@@ -39,13 +39,13 @@ SMALL += ["--config.model.depth=2", "--config.model.width=256", "--config.model.
 
 def plan(tmp_path, *flags: str) -> tuple[dict, str]:
     """Run the command; return its row and the text of the compiled program."""
-    command = [sys.executable, "-m", "benchmarks.plan", *SMALL, *flags, f"--hlo={tmp_path}/"]
+    arguments = [sys.executable, "-m", "benchmarks.plan", *SMALL, *flags, f"--hlo={tmp_path}/"]
     # Else the compiler decomposes collectives into steps around a ring of chips.
     no_ring = {"LIBTPU_INIT_ARGS": "--xla_jf_spmd_threshold_for_windowed_einsum_mib=1000000"}
     env = (
         os.environ | no_ring | {"JAX_EXEC_TIME_OPTIMIZATION_EFFORT": "-1.0"}
     )  # compiles in a third of the time
-    process = subprocess.run(command, cwd=REPOSITORY, env=env, capture_output=True, text=True, timeout=600)
+    process = subprocess.run(arguments, cwd=REPOSITORY, env=env, capture_output=True, text=True, timeout=600)
     assert process.returncode == 0, process.stderr[-3000:]
     (row,) = json.loads(process.stdout.splitlines()[-1])["rows"]
     return row, (tmp_path / "v5e_2x4_step.txt").read_text()
@@ -172,8 +172,7 @@ def test_only_stages_with_a_bound_are_planned():
 
 
 def test_a_request_that_cannot_be_planned_is_named():
-    command = [sys.executable, "-m", "benchmarks.plan", "--config=configs/tokenizer.py"]
-    process = subprocess.run([*command, "--from_tokens"], cwd=REPOSITORY, capture_output=True, text=True)
+    process = command("-m", "benchmarks.plan", "--config=configs/tokenizer.py", "--from_tokens")
     assert process.returncode == 1 and process.stderr.startswith(
         "plan: --from_tokens: a tokenizer is trained on"
     )

@@ -1,17 +1,14 @@
 """Test the scaling benchmark: its arithmetic, and the command on fake devices and on two processes."""
 
 import json
-import os
 import socket
-import subprocess
-import sys
 
 import pytest
 from PIL import Image
 
 from benchmarks.scaling import Point, default_counts, plan_points
 from benchmarks.scaling_report import add_efficiency, add_rates, format_table, merge_runs, plot_scaling
-from tests.helpers.commands import REPOSITORY, command
+from tests.helpers.commands import Command, command
 from tests.helpers.xla_flags import fake_devices
 
 CONFIG = """
@@ -107,14 +104,7 @@ def test_two_processes_share_every_mesh(config, tmp_path):
     flags = (config, "--devices=2", "--modes=strong", "--steps=2", "--num_processes=2")
     flags = ("-m", "benchmarks.scaling", *flags, f"--coordinator=localhost:{port}")
     hosts = [
-        subprocess.Popen(
-            [sys.executable, *flags, f"--process_id={i}", f"--out={tmp_path}/{i}"],
-            cwd=REPOSITORY,
-            env={**os.environ, "XLA_FLAGS": fake_devices(2)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
+        Command(*flags, f"--process_id={i}", f"--out={tmp_path}/{i}", xla_flags=fake_devices(2))
         for i in (0, 1)
     ]
     outputs = [host.communicate(timeout=600) for host in hosts]

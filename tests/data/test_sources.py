@@ -1,5 +1,4 @@
 import io
-import subprocess
 import sys
 
 import numpy as np
@@ -7,6 +6,7 @@ import pytest
 from PIL import Image
 from sklearn.datasets import load_digits
 
+from tests.helpers.commands import Command
 from var_jax.data.image_folder import ImageFile, make_builder
 from var_jax.data.sources import DataSetMissing, open_source
 from var_jax.data.transforms import ToPixels
@@ -44,11 +44,11 @@ print(len(sources.open_source("digits", "train", sys.argv[1])))
 
 def test_two_processes_prepare_the_digits_at_once(tmp_path):
     (tmp_path / "meeting").mkdir()
-    command = [sys.executable, "-c", PREPARE_TOGETHER, str(tmp_path / "data"), str(tmp_path / "meeting")]
-    both = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) for _ in range(2)]
+    folders = (tmp_path / "data", tmp_path / "meeting")
+    both = [Command("-c", PREPARE_TOGETHER, *folders) for _ in range(2)]
     done = [process.communicate(timeout=300) for process in both]
-    assert [process.returncode for process in both] == [0, 0], b"\n".join(error[-2000:] for _, error in done)
-    assert [out.split()[-1] for out, _ in done] == [b"1442", b"1442"]
+    assert [process.returncode for process in both] == [0, 0], "\n".join(error[-2000:] for _, error in done)
+    assert [out.split()[-1] for out, _ in done] == ["1442", "1442"]
     assert [path.name for path in (tmp_path / "data").iterdir()] == [
         "digits"
     ]  # no temporary directory is left

@@ -1,7 +1,6 @@
 """Test scores of good and broken samples, reference files, and the command."""
 
 import json
-import subprocess
 import time
 
 import numpy as np
@@ -12,7 +11,7 @@ from scipy.ndimage import gaussian_filter
 
 from tests.evaluation.test_inception import arrays, inception_rule, weights  # noqa: F401  (fixtures)
 from tests.helpers.arrays import close
-from tests.helpers.commands import command, python
+from tests.helpers.commands import Command, command
 from tests.helpers.hosts import ended, start
 from var_jax.data.loader import eval_batches
 from var_jax.data.sources import open_source
@@ -240,20 +239,18 @@ def scores_in(folder) -> dict[str, float]:
 def test_killed_three_times_it_gives_the_scores_of_an_unbroken_call(
     tiny_run, model_flags, unbroken, tmp_path
 ):
-    run = python(
-        "evaluate.py", "generate-and-score", f"--workdir={tiny_run}", f"--out={tmp_path}", *model_flags
-    )
+    flags = (f"--workdir={tiny_run}", f"--out={tmp_path}", *model_flags)
     for _ in range(3):
         chunks = lambda: len(list((tmp_path / "features.partial").glob("*.npz")))
         before = chunks()
-        process = subprocess.Popen(**run, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        process = Command("evaluate.py", "generate-and-score", *flags)
         deadline = time.monotonic() + 120
         while chunks() == before and process.poll() is None and time.monotonic() < deadline:
             time.sleep(0.002)
         process.kill()
-        process.wait()
+        process.communicate()
         assert before < chunks() < 63 and not (tmp_path / "scores.json").exists()
-    done = subprocess.run(**run, capture_output=True)
+    done = command("evaluate.py", "generate-and-score", *flags)
     assert done.returncode == 0, done.stderr[-3000:]
     assert scores_in(tmp_path) == scores_in(unbroken)
     assert not (tmp_path / "features.partial").exists()

@@ -1,7 +1,6 @@
 import json
 import re
 import signal
-import subprocess
 import time
 from pathlib import Path
 
@@ -12,7 +11,7 @@ from PIL import Image
 from configs import digits, next_token
 from experiments.next_token import report
 from experiments.next_token.run import SYSTEMS, system_folder
-from tests.helpers.commands import command, python
+from tests.helpers.commands import Command, command
 
 CONFIG = """
 from tests.helpers.tiny import tiny_config
@@ -33,14 +32,13 @@ def resumed(digits_dir, tmp_path_factory):
     (folder / "config.py").write_text(CONFIG.format(data=str(digits_dir)))
     flags = ["-m", "experiments.next_token.run", f"--config={folder}/config.py", f"--out={out}", "--seeds=0"]
     flags += ["--steps=4", "--per_class=2", "--systems=raster-learned_1d-axial,VAR-rotary_2d"]
-    with (folder / "log").open("w+") as log:
-        killed = subprocess.Popen(**python(*flags), stdout=log, stderr=log)
-        while not list(out.glob("VAR-rotary_2d/0/next_scale/checkpoints/2/commit_success.txt")):
-            log.seek(0)
-            assert killed.poll() is None, log.read()[-2000:]
-            time.sleep(0.02)
-        killed.kill()
-        assert killed.wait() == -signal.SIGKILL
+    killed = Command(*flags)
+    while not list(out.glob("VAR-rotary_2d/0/next_scale/checkpoints/2/commit_success.txt")):
+        assert killed.poll() is None, killed.communicate()[1][-2000:]
+        time.sleep(0.02)
+    killed.kill()
+    killed.communicate()
+    assert killed.returncode == -signal.SIGKILL
     assert not (out / "compare.json").exists()
     process = command(*flags)
     assert process.returncode == 0, process.stderr[-2000:]

@@ -1,18 +1,16 @@
 """Processes on loopback that act as the hosts of a run, with two devices each."""
 
-import os
 import socket
 import subprocess
-import sys
 import time
 
-from tests.helpers.commands import REPOSITORY
+from tests.helpers.commands import Command
 from tests.helpers.xla_flags import fake_devices
 
 TIMEOUT = "--host_timeout=10"
 
 
-def start(processes: int, workdir, *command, own=lambda i: ()) -> list[subprocess.Popen]:
+def start(processes: int, workdir, *command, own=lambda i: ()) -> list[Command]:
     """Start the processes of a run.
 
     Args:
@@ -27,14 +25,7 @@ def start(processes: int, workdir, *command, own=lambda i: ()) -> list[subproces
     several = (f"--coordinator=localhost:{port}", f"--num_processes={processes}", TIMEOUT)
     mine = lambda i: (*several, f"--process_id={i}") if processes > 1 else ()
     return [
-        subprocess.Popen(
-            [sys.executable, *command, f"--workdir={workdir}", *mine(i), *own(i)],
-            cwd=REPOSITORY,
-            env={**os.environ, "XLA_FLAGS": fake_devices(2)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
+        Command(*command, f"--workdir={workdir}", *mine(i), *own(i), xla_flags=fake_devices(2))
         for i in range(processes)
     ]
 

@@ -1,20 +1,16 @@
 """Resuming: a run killed anywhere ends in the numbers of an unbroken one; configs that do not match."""
 
 import json
-import os
 import random
 import re
 import signal
-import subprocess
-import sys
 import time
 
 import chex
 import orbax.checkpoint as ocp
 import pytest
 
-from tests.helpers.commands import REPOSITORY
-from tests.helpers.xla_flags import QUICK
+from tests.helpers.commands import Command
 from var_jax.errors import ConfigError
 from var_jax.training.metrics import read_metrics
 from var_jax.training.resume import check_resume_compatible
@@ -30,14 +26,7 @@ def launch(digits_dir, tmp_path_factory):
         "from tests.helpers.tiny import tiny_config\n"
         f"def get_config(): return tiny_config({str(digits_dir)!r}, steps={STEPS}, every=3)\n"
     )
-    environment = {**os.environ, "XLA_FLAGS": QUICK}
-
-    def start(workdir, *flags) -> subprocess.Popen:
-        command = [sys.executable, "train.py", f"--config={config}", f"--workdir={workdir}", *flags]
-        out = subprocess.PIPE
-        return subprocess.Popen(command, cwd=REPOSITORY, env=environment, stdout=out, stderr=out, text=True)
-
-    return start
+    return lambda workdir, *flags: Command("train.py", f"--config={config}", f"--workdir={workdir}", *flags)
 
 
 def run(process) -> str:
