@@ -2,7 +2,6 @@
 
 import contextlib
 import re
-import signal
 import socket
 import time
 
@@ -89,8 +88,8 @@ def killed_after(run, out, images: int) -> int:
     done = lambda: file.stat().st_size // IMAGE_BYTES if file.exists() else 0
     while done() < images and time.monotonic() < deadline and process.poll() is None:
         time.sleep(0.002)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    process.kill()
+    process.communicate()
     return done()
 
 
