@@ -7,6 +7,7 @@
 One process serves several visitors in turn.  Nothing is sent to or loaded from the internet.
 """
 
+import gc
 import importlib.util
 import os
 import signal
@@ -77,11 +78,13 @@ def serve(folder: str) -> None:
       folder: folder for uploaded files.
     """
     prepare_gradio(folder)
+    gc.disable()  # until the page is served: imports and tracing make objects that stay
     models, device = load_models(), Device()
     model = next(iter(models.values()))
     count = min(FIRST_COUNT, FLAGS.max_images)
     settings = read_settings(model, 0, 0, count, *option_values(model.options), FLAGS.max_images)
-    threading.Thread(target=warm_up, args=(device, model, settings), daemon=True).start()
+    is_served = threading.Event()
+    threading.Thread(target=warm_up, args=(device, model, settings, is_served), daemon=True).start()
 
     from var_jax.app.handlers import Handlers  # imports gradio, whose environment is set now
     from var_jax.app.page import build_page, launch
@@ -96,6 +99,9 @@ def serve(folder: str) -> None:
     with config_errors(OSError, prefix=f"--host={FLAGS.host} --port={FLAGS.port}: "):
         url = launch(page, handlers, FLAGS.host, FLAGS.port)
     print(f"The page is at {url}", flush=True)
+    is_served.set()
+    gc.freeze()
+    gc.enable()
     try:
         threading.Event().wait()
     except KeyboardInterrupt:

@@ -1,6 +1,8 @@
 """What the page computes: a visitor's settings to images after each map, and the inside of an image."""
 
 import dataclasses
+import threading
+import time
 from collections.abc import Iterator
 
 import jax
@@ -16,6 +18,7 @@ from var_jax.sampling.sampler import KnownTokens
 from var_jax.scales import Scales
 
 FIRST_COUNT = 4  # images drawn at once, until the visitor changes it
+FIRST_DRAWING_SECONDS = 5
 PER_MAP = ("guidance", "temperature", "top_k", "top_p")  # options of the page, each also one value per map
 TOP_K = (1, 2, 5, 10, 20, 50, 100, 200, 500, PUBLISHED_TOP_K, 2000)  # few, since each is compiled
 
@@ -280,9 +283,19 @@ def select_attention(
     return by_head.mean(axis=0) if head < 0 else by_head[head]
 
 
-def warm_up(device: Device, model: LoadedVAR, settings: Settings) -> None:
-    """Compile what the page runs with its first settings, in the order of its tabs."""
+def warm_up(device: Device, model: LoadedVAR, settings: Settings, is_served: threading.Event) -> None:
+    """Compile what the page runs with its first settings, in the order of its tabs.
+
+    Args:
+      device: the device.
+      model: the model of the page.
+      settings: its first settings.
+      is_served: set when the page can be opened; the programs of its other tabs follow when there was time
+        for a first drawing, which would wait for them.
+    """
     *_, drawing = draw(device, model, settings)
+    is_served.wait()
+    time.sleep(FIRST_DRAWING_SECONDS)
     picture = drawing.picture(0, "")
     for _ in vary(device, model, picture, 0, settings):  # compiles what an edit takes, too
         pass

@@ -241,10 +241,12 @@ def _start_stream(networks, labels, per_scale) -> PartialImages:
 
 @partial(jax.jit, static_argnames="k")
 def _stream_map(k, images, networks, keys, per_scale, known):
-    images, token_map = _sample_next_map(
-        k, images, networks.apply, networks.quantizer, keys, per_scale, known
-    )
-    return images, token_map, networks.decode_features(images.f_hat)
+    return _sample_next_map(k, images, networks.apply, networks.quantizer, keys, per_scale, known)
+
+
+@jax.jit
+def _stream_pixels(f_hat, networks):
+    return networks.decode_features(f_hat)
 
 
 def generate_map_by_map(
@@ -256,16 +258,16 @@ def generate_map_by_map(
 ) -> Iterator[tuple[Float[Array, "B H W 3"], Int32[Array, "B n"]]]:
     """Generate one image per label, and yield the images after each map; arguments as for `generate`.
 
-    Each map is a program of its own, so that it can be shown while the next one is sampled.  For next-scale
-    transformers only.
+    Each map is a program of its own, so that it can be shown while the next one is sampled; the decoder is
+    one for all maps.  For next-scale transformers only.
 
     Yields:
       Images in [-1, 1] after 1, 2, ... maps, and the tokens of the last of these maps.
     """
     images = _start_stream(networks, labels, per_scale)
     for k in range(per_scale.num_maps):
-        images, token_map, pixels = _stream_map(k, images, networks, keys, per_scale, known)
-        yield pixels, token_map
+        images, token_map = _stream_map(k, images, networks, keys, per_scale, known)
+        yield _stream_pixels(images.f_hat, networks), token_map
 
 
 def _sample_all_tokens(apply, config, quantizer, labels, keys, per_scale, known):
