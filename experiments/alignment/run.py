@@ -5,8 +5,8 @@
 For each seed, trains the stages tokenizer and next_scale of the config under OUT/before/SEED, and aligns the
 transformer by `configs/align.py:small_data` under OUT/aligned/SEED.  Every run uses the training loop, so an
 interrupted call resumes.  Samples of before are scored for each strength of `--guidance`, samples of the
-aligned transformer without guidance, all with the config's other sampling options, in features of a classifier
-of the training images.
+aligned transformer without guidance, all with the config's other sampling options, in features of a
+classifier of the training images.
 
 Writes `alignment.md` (tables), `alignment.json`, `alignment.png` (scores over guidance) and `samples.png`.
 """
@@ -42,8 +42,8 @@ FLAGS = flags.FLAGS
 BATCH = 100  # images sampled and scored at once
 
 
-def train_pair(config: ConfigDict, seed: int, out: Path) -> dict[str, Path]:
-    """Train the stages of a config and align the result, if not done before.
+def train_pair(config: ConfigDict, seed: int, steps: int, out: Path) -> dict[str, Path]:
+    """Train the stages of a config and align the result for a number of steps, if not done before.
 
     Returns:
       Directories of the runs `before` and `aligned`.
@@ -55,6 +55,7 @@ def train_pair(config: ConfigDict, seed: int, out: Path) -> dict[str, Path]:
     stages.run(config, runs["before"])
     stage = align.small_data(config.next_scale)
     stage.init_from = stage.tokenizer = str(runs["before"].absolute())
+    stage.train.steps = steps
     stages.run(stage, runs["aligned"])
     return runs
 
@@ -70,7 +71,7 @@ def prepare_scoring(stage: ConfigDict, size: int) -> tuple[Extractor, Reference]
 
 
 def generate_samples(model: var_jax.LoadedVAR, guidance: float, seed: int, per_class: int) -> np.ndarray:
-    """Generate images uint8 [N, H, W, 3], the classes in turn, with the options of the run but for guidance."""
+    """Generate images uint8 [N, H, W, 3], the classes in turn, with the run's options except guidance."""
     labels = np.tile(np.arange(model.num_classes), per_class)
     options = dataclasses.replace(model.options, guidance=guidance)
     batches = model.generate_batches(
@@ -87,21 +88,27 @@ def sampling_cost(model: var_jax.LoadedVAR, guidance: float) -> int:
 
 
 def compare_seed(
-    config: ConfigDict, seed: int, strengths: list[float], out: Path, per_class: int
+    config: ConfigDict, seed: int, steps: int, strengths: list[float], out: Path, per_class: int
 ) -> tuple[dict, dict[str, np.ndarray]]:
     """Train and align with one seed, and score the samples.
 
     Args:
       config: with the stages tokenizer and next_scale.
       seed: of the runs and of the samples.
+      steps: of the alignment.
       strengths: of guidance before alignment.
       out: directory of the runs.
       per_class: number of samples of each class.
 
     Returns:
       Scores by system, with cost; and its images.
+
+    Raises:
+      ConfigError: on a config without these stages.
     """
-    runs = train_pair(config, seed, out)
+    if "stages" not in config or not {"tokenizer", "next_scale"} <= set(config.stages):
+        raise ConfigError("--config must have the stages tokenizer and next_scale, as configs/digits.py has")
+    runs = train_pair(config, seed, steps, out)
     tokenizer = var_jax.load_tokenizer(runs["before"])
     models = {name: var_jax.load_var(run, tokenizer=tokenizer) for name, run in runs.items()}
     extractor, reference = prepare_scoring(config.next_scale, tokenizer.image_size)
@@ -125,13 +132,12 @@ def main(_):
     strengths, seeds = cli.numbers("guidance", float), cli.numbers("seeds", int)
     if 0.0 not in strengths:
         raise app.UsageError("--guidance must contain 0, the transformer of before without guidance")
-    out, config = cli.local_folder("out"), FLAGS.config
-    if "stages" not in config or not {"tokenizer", "next_scale"} <= set(config.stages):
-        raise ConfigError("--config must have the stages tokenizer and next_scale, as configs/digits.py has")
-    result, images = {}, {}
+    out, result, images = cli.local_folder("out"), {}, {}
     for seed in seeds:
         print(f"--- seed {seed}", flush=True)
-        result[str(seed)], images[seed] = compare_seed(config, seed, strengths, out, FLAGS.per_class)
+        result[str(seed)], images[seed] = compare_seed(
+            FLAGS.config, seed, FLAGS.steps, strengths, out, FLAGS.per_class
+        )
     table = report.format_table(result)
     (out / "alignment.json").write_text(json.dumps(result, indent=1))
     (out / "alignment.md").write_text(table + "\n")
@@ -145,6 +151,7 @@ if __name__ == "__main__":
     flags.DEFINE_string("out", None, "Directory of the runs and of the results", required=True)
     flags.DEFINE_list("seeds", ["0", "1", "2"], "Seeds of training and sampling")
     flags.DEFINE_list("guidance", ["0", "0.5", "1", "2", "3"], "Strengths of guidance before alignment")
+    flags.DEFINE_integer("steps", 90, "Steps of the alignment", lower_bound=1)
     flags.DEFINE_integer("per_class", 100, "Samples of each class", lower_bound=2)
     flags.mark_flag_as_required("config")
     cli.run(main)
