@@ -32,17 +32,23 @@ from benchmarks.cloud import launch_command
 from benchmarks.compile_ahead import CompiledProgram, compile_program, gib_per_device, topology_devices
 from benchmarks.programs import abstract_frozen, sampling_program, training_programs
 from benchmarks.roofline import Step, best_mesh, bound
-from benchmarks.workload import make_task, make_tokenizer_task
+from benchmarks.workload import NEXT_SCALE_TASKS, make_task, make_tokenizer_task
 from var_jax import cli
 from var_jax.errors import config_errors
 from var_jax.paths import local_path
 from var_jax.sharding import check_batch, make_mesh
 from var_jax.stages import stages_of
-from var_jax.training.hardware import USABLE_MEMORY_FRACTION, chip, memory_bytes, remat_that_fits
+from var_jax.training.hardware import (
+    USABLE_MEMORY_FRACTION,
+    chip,
+    memory_bytes,
+    remat_that_fits,
+    rows_per_image,
+)
 from var_jax.training.task import Task, program_flops
 from var_jax.training.tokenizer_task import TokenizerTask
 from var_jax.training.transformer_task import NextScaleTask
-from var_jax.transformer.flops import generation_flops
+from var_jax.transformer.flops import generation_flops, training_flops
 from var_jax.transformer.remat import WITH_SCORES, saved_activation_bytes
 
 FLAGS = flags.FLAGS
@@ -56,9 +62,9 @@ def make_planned_task(config: ConfigDict, mesh: Mesh) -> Task:
       ValueError: on a stage that cannot be planned, or a batch that the mesh does not divide.
     """
     stage = stages_of(config)[-1]
-    if stage.task not in ("tokenizer", "next_scale"):
+    if stage.task not in ("tokenizer", *NEXT_SCALE_TASKS):
         raise ValueError(
-            f"--config must end with a stage tokenizer or next_scale, got {stage.task}; "
+            f"--config must end with a stage tokenizer, {' or '.join(NEXT_SCALE_TASKS)}, got {stage.task}; "
             "--config.stages=NAME chooses one"
         )
     check_batch(stage.train.batch, mesh, stage.train.grad_accum_steps)
@@ -99,15 +105,17 @@ def plan_train(task: Task, mesh: Mesh, from_tokens: bool, names: list[str]) -> t
 
 def _transformer_bound(task: NextScaleTask, mesh: Mesh, from_tokens: bool) -> dict:
     """Compute the analytic fields of a transformer's row."""
-    encoder = 0.0 if from_tokens else task_encoder_flops(task)
-    step = Step.from_config(task.stage.train, mesh, task.model.remat, task.model.dtype, encoder)
+    other = task.flops_per_image() - training_flops(task.config)  # of the negatives and the reference
+    other += 0.0 if from_tokens else task_encoder_flops(task)
+    step = Step.from_config(task.stage.train, mesh, task.model.remat, task.model.dtype, other)
     kept = saved_activation_bytes(
         task.config, step.remat, step.itemsize, scores=task.model.attention in WITH_SCORES
     )
     return {
         "attention": task.model.attention,
         "remat": step.remat,
-        "activations_gib": step.batch / step.accumulate / step.devices * kept / 2**30,
+        "activations_gib": rows_per_image(task.stage)
+        * (step.batch / step.accumulate / step.devices * kept / 2**30),
         **bound(task.config, step, chip(mesh.devices.flat[0])),
         "suggested": suggest_mesh(task, step, mesh),
     }

@@ -14,6 +14,7 @@ from var_jax.sampling.cast_params import in_compute_dtype, tokenizer_in_compute_
 from var_jax.sampling.options import PerScaleOptions
 from var_jax.sampling.sampler import Networks, generate, image_keys
 from var_jax.sharding import batch_sharding, on_mesh, replicated
+from var_jax.training.align_task import AlignTask
 from var_jax.training.jit_steps import eval_batch_size, jit_eval_step, jit_train_step
 from var_jax.training.state import TrainState, create_state
 from var_jax.training.task import Task
@@ -30,20 +31,23 @@ def abstract_replicated(tree, mesh: Mesh):
 
 
 def abstract_frozen(task: Task) -> dict:
-    """Return the shapes of `task.frozen`; for a transformer, those of its tokenizer's parameters."""
-    if isinstance(task, TransformerTask):
-        return {"tokenizer": nn.meta.unbox(abstract_tokenizer_params(task.tokenizer))}
-    return task.frozen
+    """Return the shapes of `task.frozen`: of the tokenizer's parameters, and of an alignment's reference."""
+    if not isinstance(task, TransformerTask):
+        return task.frozen
+    frozen = {"tokenizer": nn.meta.unbox(abstract_tokenizer_params(task.tokenizer))}
+    if isinstance(task, AlignTask):
+        frozen["reference"] = nn.meta.unbox(jax.eval_shape(task.init, jax.random.key(0))[0])
+    return frozen
 
 
 def abstract_batch(task: Task, mesh: Mesh, size: int, from_tokens: bool) -> dict:
     """Return shapes and shardings of a global batch of `size` records of the loader."""
-    row = (
-        ((task.config.schedule.length,), jnp.int32)
-        if from_tokens
-        else ((task.image_size, task.image_size, 3), jnp.uint8)
-    )
-    fields = {"tokens" if from_tokens else "image": row, "label": ((), jnp.int32), "valid": ((), jnp.float32)}
+    tokens, label = ((task.config.schedule.length,), jnp.int32), ((), jnp.int32)
+    image = ((task.image_size, task.image_size, 3), jnp.uint8)
+    fields = {"tokens": tokens} if from_tokens else {"image": image}
+    fields |= {"label": label, "valid": ((), jnp.float32)}
+    if isinstance(task, AlignTask) and task.stage.align.method == "ddo":
+        fields |= {"sample_tokens": tokens, "sample_label": label}
     return {
         name: jax.ShapeDtypeStruct((size, *shape), dtype, sharding=batch_sharding(mesh))
         for name, (shape, dtype) in fields.items()
@@ -59,7 +63,12 @@ def training_programs(task: Task, mesh: Mesh, from_tokens: bool) -> tuple[Progra
     """
     cfg = task.stage.train
     _, state = create_state(task.init, task.optimizer, cfg.ema_decay > 0, jax.random.key(0), mesh)
-    frozen, params = abstract_replicated(abstract_frozen(task), mesh), state.sampling_params
+    shapes, params = abstract_frozen(task), state.sampling_params
+    frozen = jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+        shapes,
+        jax.tree.broadcast(task.frozen_shardings(mesh, state.params), shapes),
+    )
     key = abstract_replicated(jax.eval_shape(lambda: jax.random.key(0)), mesh)
     batch = abstract_batch(task, mesh, cfg.batch, from_tokens)
     held_out = abstract_batch(task, mesh, eval_batch_size(cfg), from_tokens)

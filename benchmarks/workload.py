@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from var_jax.stages import stages_of
+from var_jax.stages import TRANSFORMERS, stages_of
 from var_jax.tokenizer.config import TokenizerConfig
 from var_jax.tokenizer.lpips import CHANNELS, LAYERS
 from var_jax.tokenizer.model import Tokenizer
@@ -13,20 +13,22 @@ from var_jax.training.task import compute_dtype, model_config
 from var_jax.training.tokenizer_task import TokenizerTask
 from var_jax.training.transformer_task import NextScaleTask
 
+NEXT_SCALE_TASKS = ("next_scale", "align")
 NUM_CLASSES = 1000
 SCHEDULE_STEPS = 1000  # length of the schedules in a benchmarked run
 
 
 def next_scale_stage(config: ConfigDict) -> ConfigDict:
-    """Return the next_scale stage of a config.
+    """Return the stage of a config that trains or aligns a next-scale transformer.
 
     Raises:
       ValueError: if it has none.
     """
     by_task = {stage.task: stage for stage in stages_of(config)}
-    if "next_scale" not in by_task:
+    stages = [by_task[task] for task in NEXT_SCALE_TASKS if task in by_task]
+    if not stages:
         raise ValueError(f"--config must have a stage next_scale; this one has {', '.join(by_task)}")
-    return by_task["next_scale"]
+    return stages[0]
 
 
 def make_tokenizer(config: ConfigDict, dtype: jnp.dtype) -> Tokenizer:
@@ -42,7 +44,7 @@ def make_task(config: ConfigDict, mesh: Mesh, batch: int | None = None) -> NextS
     stage = next_scale_stage(config).copy_and_resolve_references()
     stage.train.batch = batch or stage.train.batch
     tokenizer = make_tokenizer(config, compute_dtype(stage.train.dtype))
-    return NextScaleTask(stage, SCHEDULE_STEPS, tokenizer, {}, NUM_CLASSES, mesh)
+    return TRANSFORMERS[stage.task](stage, SCHEDULE_STEPS, tokenizer, {}, NUM_CLASSES, mesh)
 
 
 def abstract_tokenizer_params(tokenizer: Tokenizer):

@@ -172,3 +172,20 @@ def next_token_stage() -> ConfigDict:
     stage.model.mask = "causal"  # or row, column, axial, local
     stage.model.mask_radius = 1  # in cells; for every mask but causal
     return stage
+
+
+def align_stage() -> ConfigDict:
+    """Return the fields of the stage `align`: those of `next_scale`, and the loss."""
+    stage = transformer_stage()
+    stage.task = "align"  # init_from is required: the transformer to fine-tune, which is the reference too
+    stage.align = ConfigDict(
+        dict(  # var_jax/training/align_task.py
+            method="cca",  # or "ddo"
+            beta=0.02,  # factor of the log-ratio of the transformer and the reference
+            negative_weight=50.0,  # lambda of cca, alpha of ddo
+            samples="",  # ddo: directory of samples of init_from (var_jax.tools.sample_tokens)
+        )
+    )
+    stage.model.drop_path = 0.0
+    stage.sampling.guidance = 0.0
+    return stage

@@ -11,9 +11,11 @@ BASES = {
     "tokenizer": schema.tokenizer_stage,
     "next_scale": schema.transformer_stage,
     "next_token": schema.next_token_stage,
+    "align": schema.align_stage,
 }
 CONFIGS = {"digits": [], "shapes": [], "tokenizer": ["published", "small", "single", "residual", "patches"]}
 CONFIGS |= {"var": ["d12", "d16", "d20", "d24", "d30", "d36"], "next_token": ["d12", "d30", "digits"]}
+CONFIGS |= {"align": ["d16", "d30", "digits"]}
 
 
 def fields(section: ConfigDict, prefix: str = "") -> set[str]:

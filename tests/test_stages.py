@@ -68,7 +68,7 @@ def add(section, **fields):
         (lambda c: c.train.update(steps=0, epochs=0), "make no step"),
         (
             lambda c: c.update(task="gan"),
-            "config.task must be one of tokenizer, next_scale, next_token; got 'gan'",
+            "config.task must be one of tokenizer, next_scale, next_token, align; got 'gan'",
         ),
         (lambda c: c.data.update(eval_split="dev"), "no split 'dev'"),
         (lambda c: c.train.mesh.update(data=3), "does not fit 8 devices"),

@@ -3,10 +3,11 @@
 import flax.linen as nn
 import jax
 from etils import epath
+from flax.traverse_util import unflatten_dict
 from ml_collections import ConfigDict
 
 from var_jax.data.sources import Source, open_source
-from var_jax.data.token_cache import open_token_cache
+from var_jax.data.token_cache import PairedTokenSource, open_token_cache
 from var_jax.data.transforms import ToPixels
 from var_jax.errors import ConfigError, config_errors
 from var_jax.evaluation.extractors import check_classifier_size
@@ -19,6 +20,7 @@ from var_jax.interop.lpips_weights import load_perceptual
 from var_jax.paths import as_path
 from var_jax.sharding import make_mesh
 from var_jax.tokenizer.model import Tokenizer
+from var_jax.training.align_task import AlignTask
 from var_jax.training.checkpoint import (
     CHECKPOINT_DIR,
     CheckpointMissing,
@@ -33,7 +35,11 @@ from var_jax.training.sample_scores import SampleScorer
 from var_jax.training.task import Task
 from var_jax.training.tokenizer_task import TokenizerTask
 from var_jax.training.trainer import check_training, train
-from var_jax.training.transformer_task import TRANSFORMERS, TransformerTask
+from var_jax.training.transformer_task import NextScaleTask, NextTokenTask, TransformerTask
+
+# Tasks of transformers by `config.task`. An alignment results in a run of next_scale, which all tools read.
+TRANSFORMERS = {"next_scale": NextScaleTask, "next_token": NextTokenTask, "align": AlignTask}
+SAMPLES_COMMAND = "python -m var_jax.tools.sample_tokens --workdir=RUN"
 
 
 def stages_of(config: ConfigDict) -> list[ConfigDict]:
@@ -91,7 +97,12 @@ def open_sources(stage: ConfigDict) -> tuple[Source, Source]:
             f"config.data.tokens={data.tokens!r}: the stage tokenizer is trained on images; leave it empty"
         )
     with config_errors(prefix="config.data.tokens: "):
-        return open_token_cache(data.tokens)
+        train, held_out = open_token_cache(data.tokens)
+    if stage.task == "align" and stage.align.method == "ddo":
+        with config_errors(prefix="config.align.samples: "):
+            samples, _ = open_token_cache(stage.align.samples, "config.align.samples", SAMPLES_COMMAND)
+        train = PairedTokenSource(**vars(train), samples=samples)
+    return train, held_out
 
 
 def build_task(
@@ -117,6 +128,11 @@ def build_task(
         known = ", ".join(("tokenizer", *TRANSFORMERS))
         raise ConfigError(f"config.task must be one of {known}; got {stage.task!r}")
     task_class = TRANSFORMERS[stage.task]
+    if task_class is AlignTask and not stage.init_from:
+        raise ConfigError(
+            "config.init_from is empty: an alignment fine-tunes a trained transformer; give the directory of "
+            "a run, an exported model or a published file (--config.init_from=runs/digits)"
+        )
     mesh = make_mesh(**stage.train.mesh)
     if pending_tokenizer is not None and not stage.tokenizer:
         if stage.data.tokens:
@@ -138,10 +154,16 @@ def build_task(
                 "  To try everything without any of these: python train.py --config=configs/digits.py"
             ) from error
     task = task_class(stage, steps, tokenizer, params, source.num_classes, mesh)
+    if isinstance(task, AlignTask):
+        task.frozen["reference"] = reference_params(stage, task)
     if stage.data.tokens:
+        caches = [source.description]
+        if isinstance(source, PairedTokenSource):
+            caches.append(source.samples.description)
         with config_errors():
             source.description.check_data(stage.data)
-            source.description.check_tokenizer(task.fingerprint, task.config.scales, task.config.num_codes)
+            for cache in caches:
+                cache.check_tokenizer(task.fingerprint, task.config.scales, task.config.num_codes)
         if notice := source.description.dtype_notice():
             print(f"{task.name}: {notice}", flush=True)
     return task, steps
@@ -217,16 +239,37 @@ def initial_params(stage: ConfigDict, task: Task, workdir: epath.Path) -> dict[s
     path = stage.get("init_from")
     if not path or has_checkpoint(workdir / task.name / CHECKPOINT_DIR):
         return {}
+    initial, notes = _read_initial(path, task)
+    notes += _other_tokenizer(path, task)
+    print("\n  ".join([f"{task.name}: starts from {path}", *notes]), flush=True)
+    return initial
+
+
+def reference_params(stage: ConfigDict, task: AlignTask) -> dict:
+    """Load the frozen reference of an alignment from `init_from`: all parameters, float32 on the host.
+
+    Raises:
+      CheckpointMissing: if there is no such network at `init_from`.
+      ConfigError: if its architecture differs, or it has other classes, scales or codes.
+    """
+    initial, notes = _read_initial(stage.init_from, task)
+    if notes:
+        raise ConfigError(
+            f"config.init_from: {stage.init_from} must be a transformer of the classes and tokens of this "
+            "run, since an alignment compares with it\n  " + "\n  ".join(notes)
+        )
+    return unflatten_dict({path: leaf.values for path, leaf in initial.items()}, sep="/")
+
+
+def _read_initial(path: str, task: Task) -> tuple[dict[str, InitialValue], list[str]]:
+    """Read a network and match it to that of a task: `match_params`, with errors that name `init_from`."""
     shapes = nn.meta.unbox(jax.eval_shape(task.init, jax.random.key(0))[0])
     with config_errors(prefix="config.init_from: "):
         try:
             config, params = read_network(path, task.name)
         except FileNotFoundError as error:
             raise CheckpointMissing(f"no {task.name} at config.init_from={path}: {error}") from error
-        initial, notes = with_path(as_path(path), match_params, params, config, shapes, task.config)
-    notes += _other_tokenizer(path, task)
-    print("\n  ".join([f"{task.name}: starts from {path}", *notes]), flush=True)
-    return initial
+        return with_path(as_path(path), match_params, params, config, shapes, task.config)
 
 
 def _other_tokenizer(path: str, task: Task) -> list[str]:

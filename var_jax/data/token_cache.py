@@ -22,6 +22,7 @@ from var_jax.data.sources import DataSetMissing, Source, readable_path
 from var_jax.scales import Scales
 
 DESCRIPTION = "description.json"
+ENCODE_COMMAND = "python -m var_jax.tools.encode_dataset --workdir=TOKENIZER --data=DATASET --data_dir=DIR"
 SPLITS = ("train", "eval")  # in file names; the splits of the data set may have other names
 
 
@@ -187,6 +188,11 @@ class TokenSource(Source):
     def num_images(self) -> int:
         return self.num_records // self.crops
 
+    @property
+    def record(self) -> dict[str, Any]:
+        """Return what the items depend on, to compare with that of a resumed run."""
+        return dataclasses.asdict(self.description)
+
     def batch(self, indices: Sequence[int]) -> dict[str, np.ndarray]:
         """Read items of a batch in one go, as `source[i]` for each i, stacked."""
         indices = np.asarray(indices)
@@ -202,24 +208,51 @@ class TokenSource(Source):
         return {name: values[0] for name, values in self.batch([index]).items()}
 
 
-def open_token_cache(directory: str | os.PathLike) -> tuple[TokenSource, TokenSource]:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PairedTokenSource(TokenSource):
+    """Training split of a token cache, item i with sample i of a transformer (modulo their number).
+
+    A batch also has `sample_tokens` int32 [B, L] and `sample_label` int32 [B].
+
+    Attributes:
+      samples: tokens that `var_jax.tools.sample_tokens` has written.
+    """
+
+    samples: TokenSource
+
+    @property
+    def record(self) -> dict[str, Any]:
+        return super().record | {"samples": self.samples.record}
+
+    def batch(self, indices: Sequence[int]) -> dict[str, np.ndarray]:
+        samples = self.samples.batch(np.asarray(indices) % len(self.samples))
+        names = {"tokens": "sample_tokens", "label": "sample_label"}
+        return super().batch(indices) | {new: samples[name] for name, new in names.items()}
+
+
+def open_token_cache(
+    directory: str | os.PathLike, field: str = "config.data.tokens", command: str = ENCODE_COMMAND
+) -> tuple[TokenSource, TokenSource]:
     """Open the training and held-out splits of a token cache, local or gs://.
 
     A cache made with an older version of the transform is accepted with a warning: its crops differ slightly
     from those that the current version makes, but are valid.
 
+    Args:
+      directory: of the cache.
+      field: config field that names it, for messages.
+      command: command that makes one, for messages.
+
     Raises:
       DataSetMissing: if there is no cache, or it is incomplete; the message says how to make or finish it.
       ValueError: if its files do not match its description.
     """
-    directory = readable_path(directory, "config.data.tokens")
+    directory = readable_path(directory, field)
     try:
         manifest = CacheManifest.read(directory)
     except FileNotFoundError as error:
         raise DataSetMissing(
-            f"no token cache at {directory} (config.data.tokens).  To make one:\n  "
-            "python -m var_jax.tools.encode_dataset --workdir=TOKENIZER --data=DATASET --data_dir=DIR "
-            f"--out={directory}"
+            f"no token cache at {directory} ({field}).  To make one:\n  {command} --out={directory}"
         ) from error
     spec = manifest.holds
     if spec.transform != transforms.VERSION:
@@ -236,11 +269,11 @@ def open_token_cache(directory: str | os.PathLike) -> tuple[TokenSource, TokenSo
         missing = [path.name for path in shards if not path.exists()]
         if missing or not manifest.complete:
             raise DataSetMissing(
-                f"the token cache {directory} (config.data.tokens) is not complete"
+                f"the token cache {directory} ({field}) is not complete"
                 + (f", it lacks {len(missing)} files, e.g. {missing[0]}" if missing else "")
                 + f".  To finish it:\n  {manifest.command}"
             )
-        records = grain.sources.ArrayRecordDataSource([str(path) for path in shards])
+        records = grain.sources.ArrayRecordDataSource([str(path) for path in shards]) if shards else ()
         if len(records) != spec.records(split):
             raise ValueError(
                 f"the token cache {directory} has {len(records)} records in {len(shards)} files like "

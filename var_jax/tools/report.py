@@ -57,7 +57,12 @@ _LESS_IS_BETTER = re.compile(r"(loss|l1|l2|perceptual|codebook|bits_per_pixel|fi
 _MORE_IS_BETTER = re.compile(r"(accuracy|psnr)(_.*)?")
 _NOT_CHARTED = re.compile(r"most(_\d+)?|skipped_in_a_row|num_samples")
 CONTENT_POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"  # no scripts, no network
-SCHEMA = {"tokenizer": "tokenizer_stage", "next_scale": "transformer_stage", "next_token": "next_token_stage"}
+SCHEMA = {  # config.task -> function of configs/schema.py
+    "tokenizer": "tokenizer_stage",
+    "next_scale": "transformer_stage",
+    "next_token": "next_token_stage",
+    "align": "align_stage",
+}
 
 
 # --- Parts of the page
@@ -199,7 +204,7 @@ def configuration(stage: StageRecord) -> Markup:
     fields = flatten(stage.record.get("stage", {}))
     if not fields:
         return tag("p", "No config is recorded.", class_="soft")
-    defaults = schema_defaults(stage.record.get("task"))
+    defaults = schema_defaults(stage.record["stage"].get("task"))
     if not defaults:
         return folded("Config", table(("field", "value"), fields.items()))
     different = [name for name in fields if name not in defaults or fields[name] != defaults[name]]

@@ -114,10 +114,16 @@ def smallest_memory(mesh: Mesh) -> float | None:
 # --- Memory of training and previews
 
 
+def rows_per_image(stage: ConfigDict) -> int:
+    """Return the number of sequences of a training step per image: two in an alignment."""
+    return 2 if stage.get("task") == "align" else 1
+
+
 def state_bytes(stage: ConfigDict, cfg: TransformerConfig, mesh: Mesh) -> float:
     """Estimate the float32 bytes of the training state and gradients on one device, matrices only."""
     # Parameters, two moments and gradients; the moving average, and the sum of accumulated gradients.
     copies = 4 + (stage.train.ema_decay > 0) + (stage.train.grad_accum_steps > 1)
+    copies += stage.get("task") == "align"  # the reference
     return 4 * copies * matrix_parameters(cfg) / (mesh.shape["fsdp"] * mesh.shape.get(TENSOR, 1))
 
 
@@ -174,7 +180,7 @@ def remat_that_fits(
     itemsize = jnp.dtype(dtype).itemsize
     scores = attention in WITH_SCORES
     tensor = mesh.shape.get(TENSOR, 1)
-    images = stage.train.batch / stage.train.grad_accum_steps / (mesh.size / tensor)
+    images = stage.train.batch / stage.train.grad_accum_steps / (mesh.size / tensor) * rows_per_image(stage)
     logits = 3 * 4 * min(LOGITS_CHUNK, cfg.schedule.length) * cfg.num_codes / tensor
     block = recomputed_block_bytes(cfg, itemsize, scores) / tensor
     room = USABLE_MEMORY_FRACTION * memory - state_bytes(stage, cfg, mesh) - images * (logits + block)

@@ -17,6 +17,7 @@ from ml_collections import ConfigDict
 from PIL import Image
 
 from var_jax.errors import ConfigError, config_errors
+from var_jax.sharding import replicated
 from var_jax.training.state import TrainState
 
 UNCOUNTABLE = ("while", "pallas_call")  # the jaxpr does not have the number of iterations
@@ -130,6 +131,15 @@ class Task(abc.ABC):
     @abc.abstractmethod
     def flops_per_image(self) -> float:
         """Return the matrix FLOPs of a training step per image."""
+
+    def frozen_shardings(self, mesh: Mesh, params: dict) -> Any:
+        """Return the shardings of `frozen`, or a prefix of their tree; replicated by default.
+
+        Args:
+          mesh: mesh of the run.
+          params: parameters of the run, as shapes with shardings.
+        """
+        return replicated(mesh)
 
     def choices(self) -> dict[str, str]:
         """Return the settings that `auto` resolves to, equal on all hosts; `dtype` is one of them."""

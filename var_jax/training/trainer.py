@@ -4,7 +4,6 @@ A `Task` (training/task.py) defines what is trained; nothing here knows about to
 """
 
 import contextlib
-import dataclasses
 import datetime
 import itertools
 import json
@@ -178,7 +177,8 @@ class Trainer:
         init_key, self.step_key = jax.random.split(jax.random.key(stage.seed))
         use_ema = cfg.ema_decay > 0
         self.make_state, self.abstract = create_state(task.init, task.optimizer, use_ema, init_key, mesh)
-        self.frozen = jax.device_put(jax.device_get(task.frozen), replicated(mesh))
+        frozen_shardings = task.frozen_shardings(mesh, self.abstract.params)
+        self.frozen = jax.device_put(jax.device_get(task.frozen), frozen_shardings)
         self.train_step = jit_train_step(task, cfg, steps, mesh, self.abstract)
         self.eval_step = jit_eval_step(task, mesh)
         self.is_finite = jax.jit(is_finite, out_shardings=replicated(mesh))
@@ -248,7 +248,7 @@ class Trainer:
             "weights": task.frozen_fingerprints(),
             "transform": 0 if tokens else transforms.VERSION,
             "dtype": self.choices.get("dtype", ""),
-            "cache": dataclasses.asdict(self.source.description) if tokens else {},
+            "cache": self.source.record if tokens else {},
             "class_names": list(self.source.class_names),
         }
 

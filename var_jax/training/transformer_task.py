@@ -163,21 +163,35 @@ class TransformerTask(Task):
         Returns:
           StepOutput.
         """
-
-        def loss_fn(params, part, key):
-            variables = {"params": self.model.own_layout(params)}
-            losses, is_correct = self.model.apply(
-                variables, **part, train=True, rngs={"dropout": key}, method="losses"
-            )
-            metrics = {}
-            last_start = self.config.schedule.starts[-1]
-            for name, values in (("loss", losses), ("accuracy", is_correct.astype(jnp.float32))):
-                metrics[name] = values.mean()
-                if last_start:
-                    metrics[f"{name}_last"] = values[:, last_start:].mean()
-            return metrics["loss"], (metrics, ())
-
         batch = {"labels": labels, "tokens": tokens, "inputs": inputs}
+        return self.optimize(state, self._cross_entropy, batch, key)
+
+    def _cross_entropy(self, params, batch, key):
+        """Compute the mean cross-entropy of a batch; see `optimize`."""
+        variables = {"params": self.model.own_layout(params)}
+        losses, is_correct = self.model.apply(
+            variables, **batch, train=True, rngs={"dropout": key}, method="losses"
+        )
+        metrics = {}
+        last_start = self.config.schedule.starts[-1]
+        for name, values in (("loss", losses), ("accuracy", is_correct.astype(jnp.float32))):
+            metrics[name] = values.mean()
+            if last_start:
+                metrics[f"{name}_last"] = values[:, last_start:].mean()
+        return metrics["loss"], (metrics, ())
+
+    def optimize(self, state, loss_fn, batch, key):
+        """Take one optimizer step on a loss.
+
+        Args:
+          state: state before the step.
+          loss_fn: (params, batch, key) -> loss, (metrics, ()); metrics include `loss`.
+          batch: arrays [B, ...].
+          key: random key of dropout.
+
+        Returns:
+          StepOutput.
+        """
         grads, (metrics, _) = accumulated_gradients(
             jax.grad(loss_fn, has_aux=True), state.params, batch, key, self.stage.train.grad_accum_steps
         )
@@ -287,6 +301,3 @@ class NextTokenTask(TransformerTask):
     name = "next_token"
     architecture = NextTokenConfig
     network = NextToken
-
-
-TRANSFORMERS = {task.name: task for task in (NextScaleTask, NextTokenTask)}
