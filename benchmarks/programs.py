@@ -44,6 +44,9 @@ def abstract_batch(task: Task, mesh: Mesh, size: int, from_tokens: bool) -> dict
         else ((task.image_size, task.image_size, 3), jnp.uint8)
     )
     fields = {"tokens" if from_tokens else "image": row, "label": ((), jnp.int32), "valid": ((), jnp.float32)}
+    if from_tokens and task.correction.strength:
+        side = task.config.schedule.side
+        fields["features"] = ((side, side, task.config.code_dim), jnp.float16)
     return {
         name: jax.ShapeDtypeStruct((size, *shape), dtype, sharding=batch_sharding(mesh))
         for name, (shape, dtype) in fields.items()
