@@ -48,6 +48,9 @@ def abstract_batch(task: Task, mesh: Mesh, size: int, from_tokens: bool) -> dict
     fields |= {"label": label, "valid": ((), jnp.float32)}
     if isinstance(task, AlignTask) and task.stage.align.method == "ddo":
         fields |= {"sample_tokens": tokens, "sample_label": label}
+    if from_tokens and task.correction.strength:
+        side = task.config.schedule.side
+        fields["features"] = ((side, side, task.config.code_dim), jnp.float16)
     return {
         name: jax.ShapeDtypeStruct((size, *shape), dtype, sharding=batch_sharding(mesh))
         for name, (shape, dtype) in fields.items()

@@ -38,6 +38,8 @@ def flattened(config: ConfigDict) -> ConfigDict:
     tokenizer.model.quantizer_dropout = 0.0
     stage = schema.next_token_stage()
     for name, value in config.next_scale.items():
+        if name == "correction":  # of several maps
+            continue
         if isinstance(value, ConfigDict):
             stage[name].update(value)
         elif name not in ("task", "tokenizer", "scales"):  # the run trains its own tokenizer

@@ -148,6 +148,11 @@ def transformer_stage() -> ConfigDict:
                 # bfloat16 passes on a TPU; highest is float32; default is one pass on a TPU.
                 encoder_precision="high",
             ),
+            # Self-correction: replace tokens in training, and let later maps repair them (docs/training.md).
+            correction=dict(
+                strength=0.0,  # maximum share of the tokens of a map that are replaced; 0: none
+                source="uniform",  # of the replacements: uniform (any code) or model (its own predictions)
+            ),
             sampling=dict(  # of the previews, and by default of `sample.py`
                 guidance=1.5, top_k=900, top_p=0.96, temperature=1.0, smooth=False
             ),
@@ -167,6 +172,7 @@ def next_token_stage() -> ConfigDict:
     """Return the fields of the stage `next_token`: those of `next_scale`, and the order of prediction."""
     stage = transformer_stage()
     stage.task = "next_token"
+    del stage.correction  # there are no later maps
     stage.model.order = "raster"  # order of prediction: var_jax/transformer/orders.py
     stage.model.order_seed = 0  # of the order `random`
     stage.model.mask = "causal"  # or row, column, axial, local

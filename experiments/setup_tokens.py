@@ -12,6 +12,7 @@ from var_jax.data.sources import open_source
 from var_jax.data.token_writer import BatchEncoder, make_cache_spec, write_cache
 from var_jax.errors import ConfigError, config_errors
 from var_jax.interop.load import load_tokenizer
+from var_jax.training.self_correction import needs_features
 
 IMAGES_PER_DEVICE = 64  # encoded at once
 
@@ -49,6 +50,7 @@ def prepare_tokens(stage: ConfigDict, tokenizer_stage: ConfigDict | None, out: P
         tokenizer, params = load_tokenizer(stage.tokenizer, tuple(stage.scales) or None)
         sources = tuple(open_source(data.name, split, data.dir) for split in splits)
     encode = BatchEncoder(tokenizer, params, IMAGES_PER_DEVICE * jax.device_count())
-    description = make_cache_spec(tokenizer, params, sources, data, crops, stage.seed)
+    options = dict(crops=crops, seed=stage.seed, features=needs_features(stage))
+    description = make_cache_spec(tokenizer, params, sources, data, **options)
     write_cache(out / "tokens", description, sources, encode, data.threads, shlex.join(["python", *sys.argv]))
     data.tokens = str((out / "tokens").absolute())

@@ -32,6 +32,7 @@ from var_jax.training.config_fields import check_names
 from var_jax.training.param_init import InitialValue, match_params
 from var_jax.training.profiling import StepRange
 from var_jax.training.sample_scores import SampleScorer
+from var_jax.training.self_correction import needs_features
 from var_jax.training.task import Task
 from var_jax.training.tokenizer_task import TokenizerTask
 from var_jax.training.trainer import check_training, train
@@ -97,10 +98,12 @@ def open_sources(stage: ConfigDict) -> tuple[Source, Source]:
             f"config.data.tokens={data.tokens!r}: the stage tokenizer is trained on images; leave it empty"
         )
     with config_errors(prefix="config.data.tokens: "):
-        train, held_out = open_token_cache(data.tokens)
+        train, held_out = open_token_cache(data.tokens, features=needs_features(stage))
     if stage.task == "align" and stage.align.method == "ddo":
         with config_errors(prefix="config.align.samples: "):
-            samples, _ = open_token_cache(stage.align.samples, "config.align.samples", SAMPLES_COMMAND)
+            samples, _ = open_token_cache(
+                stage.align.samples, field="config.align.samples", command=SAMPLES_COMMAND
+            )
         train = PairedTokenSource(**vars(train), samples=samples)
     return train, held_out
 

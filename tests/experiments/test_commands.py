@@ -9,7 +9,16 @@ from absl import app
 from var_jax import cli
 from var_jax.errors import ConfigError
 
-EXPERIMENTS = ("alignment", "codebook", "complexity", "inpainting", "locality", "next_token", "scaling_law")
+EXPERIMENTS = (
+    "alignment",
+    "codebook",
+    "complexity",
+    "inpainting",
+    "locality",
+    "next_token",
+    "scaling_law",
+    "self_correction",
+)
 COMMANDS = ("benchmarks.scaling", *(f"experiments.{name}.run" for name in EXPERIMENTS))
 FIRST_WORK = {
     "next_token": "prepare_bases",

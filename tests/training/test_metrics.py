@@ -129,7 +129,15 @@ def test_what_is_not_finite_is_null_and_read_as_nan(tmp_path):
 
 
 def test_nothing_that_draws_changes_the_backend_of_a_notebook():
-    names = ("codebook", "complexity", "inpainting", "locality", "next_token", "scaling_law")
+    names = (
+        "codebook",
+        "complexity",
+        "inpainting",
+        "locality",
+        "next_token",
+        "scaling_law",
+        "self_correction",
+    )
     reports = ("benchmarks.scaling_report", *(f"experiments.{name}.report" for name in names))
     imports = "".join(f"import {report}\n" for report in reports)
     checks = "assert matplotlib.get_backend() == 'svg' and 'matplotlib.pyplot' not in sys.modules"

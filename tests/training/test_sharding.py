@@ -32,9 +32,12 @@ from var_jax.training.transformer_task import NextScaleTask
 def tasks(tiny_tokenizer, tmp_path_factory):
     config = tiny_config(tmp_path_factory.mktemp("none"))
     config.tokenizer.codebook.dead_threshold = 0.9  # so that codes are restarted
+    corrected = config.next_scale.copy_and_resolve_references()
+    corrected.correction.update(dict(strength=0.5, source="model"))
     return {
         "tokenizer": TokenizerTask(config.tokenizer, 6),
         "next_scale": NextScaleTask(config.next_scale, 6, *tiny_tokenizer, classes=10),
+        "self_correction": NextScaleTask(corrected, 6, *tiny_tokenizer, classes=10),
     }
 
 
@@ -56,7 +59,7 @@ def losses(task, mesh, steps=5):
     return np.array(result), state
 
 
-@pytest.mark.parametrize("name", ["tokenizer", "next_scale"])
+@pytest.mark.parametrize("name", ["tokenizer", "next_scale", "self_correction"])
 def test_eight_devices_fsdp_equal_one(tasks, name):
     one, whole = losses(tasks[name], make_mesh(devices=jax.devices()[:1]))
     eight, state = losses(tasks[name], make_mesh(fsdp=8))
@@ -158,6 +161,7 @@ def test_a_batch_that_the_mesh_does_not_divide_is_refused():
 def test_accumulation_equals_one_go_up_to_dropout(tiny_tokenizer, tmp_path):
     config = tiny_config(tmp_path).next_scale
     config.model.update(dict(dropout=0.0, drop_path=0.0, class_dropout_prob=0.0))
+    config.correction.strength = 0.5  # replaces the same tokens
     mesh = make_mesh(fsdp=8)
     whole, _ = losses(NextScaleTask(config, 6, *tiny_tokenizer, classes=10), mesh, steps=3)
     config.train.grad_accum_steps = 2

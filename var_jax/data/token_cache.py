@@ -1,8 +1,9 @@
 """Token caches: data sets encoded to tokens in advance; their format, and reading them.
 
 `python -m var_jax.tools.encode_dataset` writes a cache: a directory of array_record files and
-`description.json`.  A record is a label (int32) and L tokens (uint16, or int32 if there are more than 65536
-codes), all little-endian.  Training records are ordered by crop: record c * images + i is crop c of image i.
+`description.json`.  A record is a label (int32), L tokens (uint16, or int32 if there are more than 65536
+codes) and, with --features, the features that they quantize (float16), all little-endian.  Training records
+are ordered by crop: record c * images + i is crop c of image i.
 """
 
 import dataclasses
@@ -46,6 +47,7 @@ class CacheSpec:
       seed: of the crops; crop c of image i depends only on (seed, i, c).
       shard: number of records per file, except the last.
       transform: `transforms.VERSION` that made the pixels; 0 in caches older than this field.
+      feature_shape: (h, w, C) of the features in each record; () without features.
     """
 
     data: str
@@ -65,12 +67,16 @@ class CacheSpec:
     seed: int
     shard: int
     transform: int = 0
+    feature_shape: tuple[int, ...] = ()
 
     @functools.cached_property
     def layout(self) -> np.dtype:
-        """Structured dtype of a record: a label and L tokens."""
+        """Structured dtype of a record: a label, L tokens and maybe features."""
         code = "<u2" if self.num_codes <= 2**16 else "<i4"
-        return np.dtype([("label", "<i4"), ("tokens", code, (Scales(self.scales).length,))])
+        fields = [("label", "<i4"), ("tokens", code, (Scales(self.scales).length,))]
+        if self.feature_shape:
+            fields.append(("features", "<f2", self.feature_shape))
+        return np.dtype(fields)
 
     def records(self, split: str) -> int:
         """Return the number of records in the split `train` or `eval`."""
@@ -179,10 +185,12 @@ class TokenSource(Source):
     Attributes:
       description: spec of the cache.
       crops: number of records of each image.
+      features: whether items have `features`, too, float16 [h, w, C].
     """
 
     description: CacheSpec
     crops: int
+    features: bool = False
 
     @property
     def num_images(self) -> int:
@@ -198,11 +206,12 @@ class TokenSource(Source):
         indices = np.asarray(indices)
         records = self.records.__getitems__(np.minimum(indices, self.num_records - 1).tolist())
         fields = np.frombuffer(b"".join(records), self.description.layout)
-        return {
+        items = {
             "tokens": fields["tokens"].astype(np.int32),
             "label": fields["label"].astype(np.int32),
             "valid": (indices < self.num_records).astype(np.float32),
         }
+        return items | {"features": fields["features"]} if self.features else items
 
     def __getitem__(self, index: int) -> dict:
         return {name: values[0] for name, values in self.batch([index]).items()}
@@ -231,7 +240,10 @@ class PairedTokenSource(TokenSource):
 
 
 def open_token_cache(
-    directory: str | os.PathLike, field: str = "config.data.tokens", command: str = ENCODE_COMMAND
+    directory: str | os.PathLike,
+    features: bool = False,
+    field: str = "config.data.tokens",
+    command: str = ENCODE_COMMAND,
 ) -> tuple[TokenSource, TokenSource]:
     """Open the training and held-out splits of a token cache, local or gs://.
 
@@ -240,12 +252,13 @@ def open_token_cache(
 
     Args:
       directory: of the cache.
+      features: whether training items have features, too.
       field: config field that names it, for messages.
       command: command that makes one, for messages.
 
     Raises:
       DataSetMissing: if there is no cache, or it is incomplete; the message says how to make or finish it.
-      ValueError: if its files do not match its description.
+      ValueError: if its files do not match its description, or it has no features.
     """
     directory = readable_path(directory, field)
     try:
@@ -262,6 +275,11 @@ def open_token_cache(
             directory,
             spec.transform,
             transforms.VERSION,
+        )
+    if features and not spec.feature_shape:
+        raise ValueError(
+            f"the token cache {directory} has no features, which config.correction requantizes; set "
+            "config.correction.strength=0, or encode again with --features into another directory"
         )
     splits = []
     for split in SPLITS:
@@ -281,5 +299,6 @@ def open_token_cache(
             )
         name = f"{spec.data}/{spec.train_split if split == 'train' else spec.eval_split}"
         crops = spec.crops if split == "train" else 1
-        splits.append(TokenSource(name, records, spec.class_names, description=spec, crops=crops))
+        options = dict(crops=crops, features=features and split == "train")
+        splits.append(TokenSource(name, records, spec.class_names, description=spec, **options))
     return tuple(splits)

@@ -8,6 +8,7 @@ from typing import Any
 
 import grain
 import jax
+import jax.numpy as jnp
 import numpy as np
 from array_record.python.array_record_module import ArrayRecordWriter
 from etils import epath
@@ -24,6 +25,7 @@ from var_jax.paths import is_remote
 from var_jax.sampling.cast_params import tokenizer_in_compute_dtype
 from var_jax.sharding import batch_sharding, make_mesh, replicated
 from var_jax.tokenizer.model import Tokenizer, fingerprint
+from var_jax.tokenizer.quantizer import Quantizer
 
 OVERHEAD = 128  # upper bound on the bytes that a file format adds to a record
 
@@ -33,7 +35,7 @@ class CacheMismatch(UserError, ValueError):
 
 
 class BatchEncoder:
-    """Compiled encoder of up to `batch` images uint8 [n, H, W, 3] to tokens int32 [n, L], on all devices.
+    """Compiled encoder of up to `batch` images uint8 [n, H, W, 3], on all devices.
 
     Attributes:
       image_size: H and W.
@@ -51,16 +53,25 @@ class BatchEncoder:
         self.batch = batch
         self._sharding = batch_sharding(mesh)
         self._params = jax.device_put(tokenizer_in_compute_dtype(params, tokenizer), replicated(mesh))
-        self._encode = jax.jit(
-            lambda params, images: tokenizer.apply({"params": params}, normalize(images), method="encode")
-        )
+        self._encode = jax.jit(partial(_features_and_tokens, tokenizer))
 
     def __call__(self, images: np.ndarray) -> np.ndarray:
+        """Encode images as tokens int32 [n, L]."""
+        return self.features_and_tokens(images)[1]
+
+    def features_and_tokens(self, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Compute the features float16 [n, h, w, C] of images, and the tokens of the float32 features."""
         # Always pad to one shape, so that the encoder is compiled once.
         padded = np.zeros((self.batch, *images.shape[1:]), np.uint8)
         padded[: len(images)] = images
-        tokens = self._encode(self._params, jax.device_put(padded, self._sharding))
-        return np.asarray(tokens)[: len(images)]
+        features, tokens = self._encode(self._params, jax.device_put(padded, self._sharding))
+        return np.asarray(features)[: len(images)], np.asarray(tokens)[: len(images)]
+
+
+def _features_and_tokens(tokenizer: Tokenizer, params: dict, images: jax.Array):
+    features = tokenizer.apply({"params": params}, normalize(images), method="features")
+    tokens = Quantizer.create(params["quantizer"], tokenizer.config).tokenize(features)
+    return features.astype(jnp.float16), tokens
 
 
 def crop_record(source: Source, transform: ToPixels, seed: int | None, record: int) -> dict:
@@ -143,7 +154,7 @@ def write_cache(
       out: directory of the cache.
       spec: of the cache.
       sources: training and held-out images.
-      encode: images to tokens.
+      encode: images to tokens, and features if the spec has them.
       threads: number of threads that read and decode ahead.
       command: command that resumes writing, for the message about an incomplete cache.
 
@@ -172,7 +183,10 @@ def write_cache(
             for batch in read_ahead(dataset, encode.batch, threads).batch(encode.batch):
                 part = np.zeros(len(batch["label"]), spec.layout)
                 part["label"] = batch["label"]
-                part["tokens"] = encode(batch["image"])
+                if spec.feature_shape:
+                    part["features"], part["tokens"] = encode.features_and_tokens(batch["image"])
+                else:
+                    part["tokens"] = encode(batch["image"])
                 parts.append(part)
                 bar.update(len(part))
             write_records(path, np.concatenate(parts))
@@ -187,6 +201,7 @@ def make_cache_spec(
     crops: int,
     seed: int,
     shard: int = 2**16,
+    features: bool = False,
 ) -> CacheSpec:
     """Return the spec of a cache of these images and this tokenizer.
 
@@ -195,7 +210,9 @@ def make_cache_spec(
       sources: training and held-out images.
       data: section `data` of a config: name, train_split, eval_split, resize, flip and shift.
       crops, seed, shard: fields of `CacheSpec`.
+      features: whether to keep the features.
     """
+    side = tokenizer.config.schedule.side
     train, held_out = sources
     copied_fields = ("train_split", "eval_split", "resize", "flip", "shift")
     return CacheSpec(
@@ -212,4 +229,5 @@ def make_cache_spec(
         seed=seed,
         shard=shard,
         transform=transforms.VERSION,
+        feature_shape=(side, side, tokenizer.config.code_dim) if features else (),
     )

@@ -44,7 +44,8 @@ def from_flags() -> tuple[epath.Path, CacheSpec, tuple[Source, Source], BatchEnc
     sources = tuple(
         open_source(FLAGS.data, split, FLAGS.data_dir) for split in (FLAGS.train_split, FLAGS.eval_split)
     )
-    spec = make_cache_spec(tokenizer, params, sources, data, FLAGS.crops, FLAGS.seed, FLAGS.shard)
+    options = (FLAGS.crops, FLAGS.seed, FLAGS.shard, FLAGS.features)
+    spec = make_cache_spec(tokenizer, params, sources, data, *options)
     return out, spec, sources, BatchEncoder(tokenizer, params, FLAGS.batch)
 
 
@@ -71,6 +72,7 @@ if __name__ == "__main__":
     flags.DEFINE_float("resize", 1.125, "Short side before the crop, over the image size", lower_bound=1)
     flags.DEFINE_bool("flip", False, "Mirror half of the crops")
     flags.DEFINE_integer("shift", 0, "Largest translation, in pixels, of half of the images", lower_bound=0)
+    flags.DEFINE_bool("features", False, "Keep the features, too, for self-correction (docs/training.md)")
     flags.DEFINE_integer("seed", 0, "Random seed of the crops", lower_bound=0)
     flags.DEFINE_integer("batch", 64, "Images per batch, over all devices", lower_bound=1)
     flags.DEFINE_integer("threads", 16, "Threads that read and decode ahead", lower_bound=1)

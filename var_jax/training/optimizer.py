@@ -144,8 +144,7 @@ def accumulated_gradients(gradient: Callable, params: dict, batch: dict, key: ja
     """
     if microbatches == 1:
         return gradient(params, batch, key)
-    # Microbatch i takes images i, i + n, ..., so that every device keeps its own images.
-    parts = jax.tree.map(lambda x: x.reshape(-1, microbatches, *x.shape[1:]).swapaxes(0, 1), batch)
+    parts = split_microbatches(batch, microbatches)
 
     def add_microbatch(total, numbered):
         i, part = numbered
@@ -156,9 +155,18 @@ def accumulated_gradients(gradient: Callable, params: dict, batch: dict, key: ja
     # microbatch before adding them; `zeros_like` would be replicated. (Parameters are finite.)
     zeros = jax.tree.map(lambda p: p - p, params)
     total, (metrics, outputs) = jax.lax.scan(add_microbatch, zeros, (jnp.arange(microbatches), parts))
-    outputs = jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(-1, *x.shape[2:]), outputs)
     metrics = jax.tree.map(lambda x: x.mean(0), metrics)
-    return jax.tree.map(lambda g: g / microbatches, total), (metrics, outputs)
+    return jax.tree.map(lambda g: g / microbatches, total), (metrics, join_microbatches(outputs))
+
+
+def split_microbatches(batch, microbatches: int):
+    """Split arrays [B, ...] into [n, B / n, ...]; microbatch i takes images i, i + n, ... of each device."""
+    return jax.tree.map(lambda x: x.reshape(-1, microbatches, *x.shape[1:]).swapaxes(0, 1), batch)
+
+
+def join_microbatches(parts):
+    """Invert `split_microbatches`."""
+    return jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(-1, *x.shape[2:]), parts)
 
 
 # --- Moving average

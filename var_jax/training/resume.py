@@ -73,8 +73,9 @@ def check_resume_compatible(saved: dict, now: dict, directory: Path, defaults: d
     for name, value in _flatten(defaults or {}).items():
         for field in {f"model.{name}", f"stage.model.{name}"} & now.keys():
             saved.setdefault(field, value)
-    if "stage.transformer.encoder_precision" in now:  # an older record may lack it
-        saved.setdefault("stage.transformer.encoder_precision", "high")
+    older = {"stage.transformer.encoder_precision": "high", "stage.correction.source": "uniform"}
+    for name in older.keys() & now.keys():  # an older record may lack these
+        saved.setdefault(name, older[name])
     notice = ""
     if saved.pop("transform", 0) != now.pop("transform", 0):
         notice = (

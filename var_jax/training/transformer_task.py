@@ -19,7 +19,12 @@ from var_jax.sharding import make_mesh
 from var_jax.tokenizer.model import Tokenizer, fingerprint
 from var_jax.tokenizer.quantizer import Quantizer
 from var_jax.training.hardware import preview_images, remat_that_fits, smallest_memory
-from var_jax.training.optimizer import accumulated_gradients, make_optimizer
+from var_jax.training.optimizer import (
+    accumulated_gradients,
+    join_microbatches,
+    make_optimizer,
+    split_microbatches,
+)
 from var_jax.training.preview import (
     chunk_size,
     decode_step_by_step,
@@ -27,6 +32,7 @@ from var_jax.training.preview import (
     row_shapes,
     run_in_chunks,
 )
+from var_jax.training.self_correction import SelfCorrection, draw_replaced, requantize
 from var_jax.training.state import advance, optimizer_step
 from var_jax.training.task import StepOutput, Task, compute_dtype, model_config
 from var_jax.transformer.attention import choose_attention
@@ -64,6 +70,7 @@ class TransformerTask(Task):
       tokenizer: tokenizer of evaluation and previews; its parameters are `frozen["tokenizer"]`.
       training_tokenizer: the same with the precision in which training steps encode images.
       options: sampling options.
+      correction: how tokens are replaced in training steps.
     """
 
     architecture: type[TransformerConfig]
@@ -105,6 +112,9 @@ class TransformerTask(Task):
             code_dim=tokenizer.config.code_dim,
             scales=tokenizer.config.scales,
         )
+        with config_errors(prefix="config.correction: "):
+            self.correction = SelfCorrection(**stage.get("correction", {}))
+            self.correction.check_maps(self.config)
         mesh = make_mesh(devices=jax.local_devices()[:1]) if mesh is None else mesh
         dtype = compute_dtype(stage.train.dtype)
         platform = mesh.devices.flat[0].platform
@@ -146,8 +156,45 @@ class TransformerTask(Task):
         quantizer = Quantizer.create(params["quantizer"], self.tokenizer.config)
         return teacher_forcing(self.config, quantizer, tokens)
 
+    def _corrected_tokens(self, params, frozen, batch, key):
+        """Return targets and inputs like `_tokens`, with tokens replaced and what follows requantized."""
+        replaced_key, source_key = jax.random.split(key)
+        tokenizer_params = frozen["tokenizer"]
+        if "tokens" in batch:
+            features = batch["features"]
+        else:
+            images = normalize(batch["image"])
+            features = self.training_tokenizer.apply({"params": tokenizer_params}, images, method="features")
+        quantizer = Quantizer.create(tokenizer_params["quantizer"], self.tokenizer.config)
+        size = len(features), self.config.length
+        if self.correction.source == "uniform":
+            replacements = jax.random.randint(source_key, size, 0, self.config.num_codes)
+        else:
+            tokens = batch["tokens"] if "tokens" in batch else quantizer.tokenize(features)
+            _, inputs = teacher_forcing(self.config, quantizer, tokens)
+            replacements = self._predicted_tokens(params, batch["label"], inputs, source_key)
+        is_replaced = draw_replaced(replaced_key, size[0], self.config.schedule, self.correction.strength)
+        targets, sums = requantize(quantizer, features, is_replaced, replacements)
+        return targets, quantizer.transformer_inputs(sums)
+
+    def _predicted_tokens(self, params, labels, inputs, key):
+        """Draw tokens [B, L] from the teacher-forced predictions, a microbatch at a time to save memory."""
+        variables = {"params": self.model.own_layout(params)}
+        num_parts = self.stage.train.grad_accum_steps
+
+        def draw(part):
+            labels, inputs, key = part
+            return jax.random.categorical(key, self.model.apply(variables, labels, inputs))
+
+        parts = split_microbatches((labels, inputs), num_parts)
+        return join_microbatches(jax.lax.map(draw, (*parts, jax.random.split(key, num_parts))))
+
     def train_step(self, state, frozen, batch, key):
-        tokens, inputs = self._tokens(self.training_tokenizer, frozen, batch)
+        if self.correction.strength:
+            correction_key, key = jax.random.split(key)
+            tokens, inputs = self._corrected_tokens(state.params, frozen, batch, correction_key)
+        else:
+            tokens, inputs = self._tokens(self.training_tokenizer, frozen, batch)
         return self.train_on_tokens(state, batch["label"], tokens, inputs, key)
 
     def train_on_tokens(self, state, labels, tokens, inputs, key):
@@ -284,7 +331,9 @@ class TransformerTask(Task):
         }
 
     def flops_per_image(self):
-        return training_flops(self.config)
+        flops = training_flops(self.config)
+        extra_forward = self.correction.strength and self.correction.source == "model"
+        return flops * 4 // 3 if extra_forward else flops
 
 
 class NextScaleTask(TransformerTask):
