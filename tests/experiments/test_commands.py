@@ -9,7 +9,7 @@ from absl import app
 from var_jax import cli
 from var_jax.errors import ConfigError
 
-EXPERIMENTS = ("codebook", "complexity", "inpainting", "locality", "next_token", "scaling_law")
+EXPERIMENTS = ("codebook", "complexity", "inpainting", "locality", "markov", "next_token", "scaling_law")
 COMMANDS = ("benchmarks.scaling", *(f"experiments.{name}.run" for name in EXPERIMENTS))
 FIRST_WORK = {
     "next_token": "prepare_bases",
@@ -31,7 +31,9 @@ def flags(monkeypatch):
 
     def set_flags(command: str, out: str):
         module = importlib.import_module(command)
-        lists = dict(systems=None, variants=None, seeds=["0"], sides=["2", "4"], depths=["1", "2", "3"])
+        lists = dict(
+            systems=None, variants=None, parts=["cost"], seeds=["0"], sides=["2", "4"], depths=["1", "2", "3"]
+        )
         values = Flags(config="config", merge=None, out=out, width=32, depth=1, steps=4, crops=1, **lists)
         values.per_class = values.draws = 1
         for owner in (module, cli):

@@ -22,9 +22,10 @@ def bytes_per_image(tokenizer: Tokenizer, model: ARTransformer, per_scale: PerSc
     cfg, itemsize = model.config, jnp.dtype(model.dtype).itemsize
     sequences = 2 if per_scale.num_guided_scales else 1
     positions = cfg.scales[per_scale.num_maps - 1] ** 2
-    cache = 2 * cfg.depth * cfg.schedule.length * cfg.width * itemsize
+    keys = cfg.schedule.length if cfg.uses_cache else positions
+    cache = 2 * cfg.depth * cfg.schedule.length * cfg.width * itemsize if cfg.uses_cache else 0
     # A cache that is written in a loop is held twice, attention scores in float32 and in the compute dtype.
-    scores = 2 * cfg.num_heads * positions * cfg.schedule.length * 4
+    scores = 2 * cfg.num_heads * positions * keys * 4
     logits = 6 * positions * cfg.num_codes * 4  # with and without class, guided, filtered, noise, sorted
     transformer = sequences * (2 * cache + scores) + logits
     return max(transformer, _codec_bytes(tokenizer) + sequences * cache)

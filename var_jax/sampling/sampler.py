@@ -191,12 +191,12 @@ class PartialImages:
     Attributes:
       f_hat: sum of the maps, [B, h, w, C].
       condition: of the transformer, computed from the labels.
-      cache: keys and values of the maps so far.
+      cache: keys and values of the maps so far; None if maps do not attend to others.
     """
 
     f_hat: Array
     condition: Condition
-    cache: Cache
+    cache: Cache | None
 
 
 def _no_maps(apply, quantizer, labels, batch) -> PartialImages:

@@ -168,7 +168,7 @@ class SelfAttention(nn.Module):
         cache: KVCache | None,
         context: AttentionContext,
     ) -> tuple[Float[Array, "B n D"], KVCache | None]:
-        """Attend from x to all positions, or with a cache to the cached positions and to x itself.
+        """Attend from x to x itself, and with a cache to the cached positions, too.
 
         Args:
           x: modulated residual stream.
@@ -196,6 +196,8 @@ class SelfAttention(nn.Module):
             start = self.start if context.cache_index is None else context.cache_index
             cache, k, v = cache.extend(layer if len(cache.k) > 1 else 0, start, k, v)
             num_keys = start + n if isinstance(start, int) else None
+            mask = None
+        elif n < cfg.length:  # a step of generation without a cache
             mask = None
         if context.masks is not None:
             mask = context.masks[layer % len(context.masks)]
