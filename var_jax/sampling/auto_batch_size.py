@@ -57,7 +57,13 @@ def free_bytes(device: jax.Device) -> int:
     return free // jax.local_device_count()
 
 
-def largest_batch(tokenizer: Tokenizer, model: ARTransformer, per_scale: PerScaleOptions, images: int) -> int:
+def largest_batch(
+    tokenizer: Tokenizer,
+    model: ARTransformer,
+    per_scale: PerScaleOptions,
+    images: int,
+    refiner: ARTransformer | None = None,
+) -> int:
     """Return the number of images to generate at once over all devices, a power of two per device.
 
     Args:
@@ -65,9 +71,11 @@ def largest_batch(tokenizer: Tokenizer, model: ARTransformer, per_scale: PerScal
       model: generates the tokens.
       per_scale: sampling options of every scale.
       images: number of images wanted; the batch is at most the next power of two per device.
+      refiner: generates the tokens of the last maps, after the model.
     """
+    models = [model] if refiner is None else [model, refiner]
     free = min(free_bytes(device) for device in jax.local_devices())
-    capacity = int(MEMORY_FRACTION * free) // bytes_per_image(tokenizer, model, per_scale)
+    capacity = int(MEMORY_FRACTION * free) // max(bytes_per_image(tokenizer, m, per_scale) for m in models)
     needed = -(-images // jax.device_count())
     per_device = max(1, min(capacity, MAX_IMAGES_PER_DEVICE, 1 << (needed - 1).bit_length()))
     return (1 << (per_device.bit_length() - 1)) * jax.device_count()

@@ -32,3 +32,22 @@ class NextScale(ARTransformer):
         context = self.attention_context(tables, masked=False)
         x, cache = self.blocks(x, condition.blocks, context, cache, start)
         return self.logits(x, condition.head), cache
+
+    def prefill(self, inputs: Float[Array, "B n C"], condition: Condition) -> Cache | None:
+        """Compute the cache of the first maps, which are known, in one pass.
+
+        Args:
+          inputs: the resized f_hat of these maps but the first, whose input is the label.
+          condition: of the labels.
+
+        Returns:
+          Their keys and values; None if no step reads earlier ones.
+        """
+        cache = self.empty_cache(condition.class_embedding.shape[0])
+        if cache is None:
+            return None
+        x = self.embed(condition, inputs)
+        context = self.attention_context(
+            self.config.position_tables.at(0, x.shape[1], x.shape[1]), masked=False
+        )
+        return self.blocks(x, condition.blocks, context, cache)[1]
