@@ -69,6 +69,7 @@ from var_jax.scales import Scales
 FLAGS = flags.FLAGS
 cli.define_model_flags()
 cli.define_sampling_flags()
+cli.define_refiner_flags()
 cli.define_host_flags()
 flags.DEFINE_integer("num_per_class", 50, "generate-and-score, sweep: samples of each class", lower_bound=1)
 flags.DEFINE_string("samples", None, "samples: file written by sample.py")
@@ -235,7 +236,9 @@ def draw_and_score(
     labels = np.tile(np.arange(model.num_classes), FLAGS.num_per_class)
     per_scale = options.per_scale(Scales(model.scales), model.tokenizer.num_codes)
     chunk = FLAGS.batch if FLAGS["batch"].present else MAX_CHUNK
-    chunk = min(chunk, largest_batch(model.tokenizer.module, model.module, per_scale, len(labels)))
+    refiner = model.refiner and model.refiner.module
+    fits = largest_batch(model.tokenizer.module, model.module, per_scale, len(labels), refiner)
+    chunk = min(chunk, fits)
     start, is_primary, saved = 0, jax.process_index() == 0, {}
     if is_primary:
         reference = FLAGS.reference or f"{FLAGS.data}/{FLAGS.split or 'train'}"

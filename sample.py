@@ -34,6 +34,7 @@ from var_jax.scales import Scales
 FLAGS = flags.FLAGS
 cli.define_model_flags()
 cli.define_sampling_flags()
+cli.define_refiner_flags()
 cli.define_host_flags()
 flags.DEFINE_list("labels", None, "Labels, one per image; `none` is no class")
 flags.DEFINE_list("classes", None, "Classes with --num_per_class images each, e.g. 0-999; by default all")
@@ -172,7 +173,8 @@ def generate_and_write(
     """
     scales = Scales(model.scales)
     per_scale = options.per_scale(scales, tokenizer.num_codes)
-    batch = FLAGS.batch or largest_batch(tokenizer.module, model.module, per_scale, len(labels))
+    refiner = model.refiner and model.refiner.module
+    batch = FLAGS.batch or largest_batch(tokenizer.module, model.module, per_scale, len(labels), refiner)
     chunk = -(-batch // jax.device_count()) * jax.device_count()
     length = scales.ends[per_scale.num_maps - 1]
     shape = (model.image_size, model.image_size, 3)

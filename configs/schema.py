@@ -135,6 +135,8 @@ def transformer_stage() -> ConfigDict:
                 shared_adaln=False,
                 normalized_attention=True,
                 positions="learned_1d",  # var_jax/transformer/positions.py
+                # What a map sees: block_causal, itself and all coarser maps; block_diagonal, itself alone.
+                mask="block_causal",
                 gamma_init=1e-3,  # scale of the initial residual gates
                 class_dropout_prob=0.1,  # share of labels replaced by "no class", for guidance
                 drop_path=0.1 * 16 / 24,
@@ -175,7 +177,7 @@ def next_token_stage() -> ConfigDict:
     del stage.correction  # there are no later maps
     stage.model.order = "raster"  # order of prediction: var_jax/transformer/orders.py
     stage.model.order_seed = 0  # of the order `random`
-    stage.model.mask = "causal"  # or row, column, axial, local
+    stage.model.mask = "causal"  # or row, column, axial, local: var_jax/transformer/positions.py
     stage.model.mask_radius = 1  # in cells; for every mask but causal
     return stage
 

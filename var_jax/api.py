@@ -3,6 +3,7 @@
 Images are float32 [B, H, W, 3] in [0, 1] here, and results are numpy arrays.
 """
 
+import copy
 import dataclasses
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -23,6 +24,7 @@ from var_jax.sampling.options import MAX_SEED, SamplingOptions, check_integer
 from var_jax.sampling.sampler import (
     KnownTokens,
     Networks,
+    Refiner,
     check_finite,
     device_put_global,
     generate_in_chunks,
@@ -168,7 +170,12 @@ class LoadedVAR:
       tokenizer: tokenizer whose tokens are predicted.
       module: Flax module.
       params: parameters in the compute dtype and the layout of `module` (see `transformer/layer_params.py`).
+      refiner: model that samples the last maps (see `with_refiner`); None to sample all with this one.
+      draft_scales: number of maps that this model samples if there is a refiner.
     """
+
+    refiner: "LoadedVAR | None" = None
+    draft_scales: int = 0
 
     def __init__(
         self,
@@ -194,7 +201,43 @@ class LoadedVAR:
     @property
     def networks(self) -> Networks:
         """Return modules and parameters as the functions of `sampling/sampler.py` take them."""
-        return Networks(self.tokenizer.module, self.module, self.tokenizer.params, self.params)
+        refiner = None
+        if self.refiner is not None:
+            refiner = Refiner(self.refiner.module, self.draft_scales, self.refiner.params)
+        return Networks(self.tokenizer.module, self.module, self.tokenizer.params, self.params, refiner)
+
+    def with_refiner(self, refiner: "LoadedVAR", draft_scales: int) -> "LoadedVAR":
+        """Return a copy that samples the first maps with this model and the others with a refiner.
+
+        This is collaborative decoding (CoDe, Chen et al. 2025): a large model drafts the few tokens of the
+        coarse maps, and a small one, which reads the draft in one pass, adds the many of the fine maps.
+        `sample`, `generate`, `inpaint` and `vary` use both, with the options of this model; `logits` and
+        `attention` are those of this model.
+
+        Args:
+          refiner: next-scale model of the same tokenizer and classes.
+          draft_scales: number of maps that this model samples, 1 .. K - 1.
+
+        Raises:
+          ValueError: if the models do not fit each other, or on `draft_scales` out of range.
+        """
+        if not (self.module.config.predicts_maps and refiner.module.config.predicts_maps):
+            raise ValueError("drafter and refiner must be next-scale transformers")
+        if refiner.num_classes != self.num_classes:
+            raise ValueError(
+                f"drafter and refiner must have the same classes, got {self.num_classes} and "
+                f"{refiner.num_classes}"
+            )
+        prints = [tokenizer_model.fingerprint(model.tokenizer.params) for model in (self, refiner)]
+        if refiner.scales != self.scales or len(set(prints)) > 1:
+            raise ValueError(
+                f"drafter and refiner must predict tokens of one tokenizer, got {' and '.join(prints)}, "
+                f"scales {self.scales} and {refiner.scales}"
+            )
+        model = copy.copy(self)
+        model.refiner = refiner
+        model.draft_scales = check_integer("draft_scales", draft_scales, 1, len(self.scales) - 1)
+        return model
 
     def replicate(self, devices=None) -> "LoadedVAR":
         """Return a copy with its parameters replicated on devices, which then share every batch.
@@ -206,8 +249,15 @@ class LoadedVAR:
         mesh = jax.make_mesh((len(devices),), ("data",), axis_types=(AxisType.Auto,), devices=devices)
         put = partial(device_put_global, sharding=NamedSharding(mesh, PartitionSpec()))
         tokenizer = LoadedTokenizer(self.tokenizer.module, jax.tree.map(put, self.tokenizer.params))
-        params = jax.tree.map(put, self.params)
-        model = LoadedVAR(self.module, params, self.options, tokenizer, self.class_names)
+        copies = [
+            LoadedVAR(
+                model.module, jax.tree.map(put, model.params), model.options, tokenizer, model.class_names
+            )
+            for model in (self, self.refiner)
+            if model is not None
+        ]
+        model = copies[0]
+        model.refiner, model.draft_scales = next(iter(copies[1:]), None), self.draft_scales
         model._sharding = NamedSharding(mesh, PartitionSpec("data"))
         return model
 
@@ -288,6 +338,51 @@ class LoadedVAR:
         images, tokens = self._generate(labels, seed, options, batch)
         return (images, tokens) if return_tokens else images
 
+    def best_of(
+        self,
+        labels,
+        score: Callable[[np.ndarray, np.ndarray], np.ndarray],
+        num: int,
+        seed: int = 0,
+        batch: int | None = None,
+        **options,
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Generate several images per label as `sample` does, and keep the one with the highest score.
+
+        Args:
+          labels: int [B]; num_classes means "no class".
+          score: function of images float32 [N, H, W, 3] in [0, 1] and their labels int32 [N] that returns
+            a score [N] of each.
+          num: number of images per label.
+          seed: 0 .. 2^32 - 1; image j of label i depends on (seed, num i + j) alone.
+          batch: number of images to generate and to score at once; all by default.
+          **options: fields of `SamplingOptions` that replace those of `self.options`.
+
+        Returns:
+          Images float32 [B, H, W, 3] in [0, 1], and their scores [B].
+
+        Raises:
+          ValueError: naming the argument that is out of range, and on scores of another shape or NaN.
+          NonFiniteImages: if the weights or the options give images that are not finite.
+        """
+        num = check_integer("num", num, 1)
+        labels = np.repeat(self.check_labels(labels), num)
+        options = dataclasses.replace(self.options, **options)
+        images, scores = [], []
+        batch = len(labels) if batch is None else batch
+        for chunk, _ in self.generate_batches(labels, seed, batch, options):
+            first = sum(map(len, scores))
+            chunk_scores = np.asarray(score(chunk, labels[first : first + len(chunk)]))
+            if chunk_scores.shape != (len(chunk),) or np.isnan(chunk_scores).any():
+                raise ValueError(
+                    f"score must return a number for each of {len(chunk)} images, got {chunk_scores}"
+                )
+            images.append(chunk)
+            scores.append(chunk_scores)
+        scores = np.concatenate(scores).reshape(-1, num)
+        best = np.arange(len(scores)) * num + scores.argmax(axis=1)
+        return np.concatenate(images)[best], scores.max(axis=1)
+
     def stream(
         self, labels, seed: int = 0, known: KnownTokens | None = None, **options
     ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
@@ -304,9 +399,11 @@ class LoadedVAR:
           maps.  A next-token transformer, which has one map, yields once.
 
         Raises:
-          ValueError: naming the argument that is out of range or of the wrong type.
+          ValueError: naming the argument that is out of range or of the wrong type; with a refiner.
           NonFiniteImages: if the weights or the options give images that are not finite.
         """
+        if self.refiner is not None:
+            raise ValueError("stream samples with one model; use sample or generate with a refiner")
         labels, seed = self.check_labels(labels), check_integer("seed", seed, 0, MAX_SEED)
         options = dataclasses.replace(self.options, **options)
         return self._stream(labels, seed, options, known)

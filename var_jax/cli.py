@@ -82,6 +82,14 @@ def define_sampling_flags() -> None:
     flags.DEFINE_integer("upto", None, "Number of maps to sample, for a coarse preview; by default all")
 
 
+def define_refiner_flags() -> None:
+    """Define the flags of a second transformer that samples the last maps."""
+    flags.DEFINE_string(
+        "refiner", None, "Run or published VAR file that samples the maps after the first --draft_scales"
+    )
+    flags.DEFINE_integer("draft_scales", None, "Number of maps before those of the --refiner", lower_bound=1)
+
+
 def define_host_flags() -> None:
     """Define the flags of several hosts that are not part of a cluster known to JAX."""
     flags.DEFINE_string("coordinator", None, "host:port of process 0, for a job on several hosts")
@@ -281,8 +289,29 @@ def load() -> var_jax.LoadedVAR:
     with config_errors():
         tokenizer = var_jax.load_tokenizer(path, scales=scales, dtype=FLAGS.dtype)
         if is_file:
-            return var_jax.load_var(checkpoint, tokenizer=tokenizer, dtype=FLAGS.dtype)
-        return var_jax.load_var(FLAGS.workdir, tokenizer=tokenizer, step=checkpoint, dtype=FLAGS.dtype)
+            model = var_jax.load_var(checkpoint, tokenizer=tokenizer, dtype=FLAGS.dtype)
+        else:
+            model = var_jax.load_var(FLAGS.workdir, tokenizer=tokenizer, step=checkpoint, dtype=FLAGS.dtype)
+    return with_refiner(model)
+
+
+def with_refiner(model: var_jax.LoadedVAR) -> var_jax.LoadedVAR:
+    """Return a model with the refiner of the flags, if the command has such flags and they name one.
+
+    Raises:
+      UsageError: if only one of the flags is given.
+      ConfigError: if the refiner cannot be read or does not fit.
+    """
+    path, draft_scales = getattr(FLAGS, "refiner", None), getattr(FLAGS, "draft_scales", None)
+    if path is None and draft_scales is None:
+        return model
+    if path is None or draft_scales is None:
+        raise app.UsageError("give both --refiner and --draft_scales, or neither")
+    # A file does not tell its tokenizer; a run has its own, which is compared.
+    tokenizer = model.tokenizer if path.endswith(SUFFIXES) else None
+    with config_errors(prefix="--refiner: "):
+        refiner = var_jax.load_var(path, tokenizer=tokenizer, dtype=FLAGS.dtype)
+        return model.with_refiner(refiner, draft_scales)
 
 
 def options(
@@ -319,18 +348,22 @@ def job(model: var_jax.LoadedVAR, labels: np.ndarray, options: SamplingOptions) 
       labels: int [N].
       options: sampling options.
     """
-    return {
+    spec = {
         "labels": f"{len(labels)} labels {zlib.crc32(labels.tobytes()):08x}",
         "tokenizer": _network_id(model.tokenizer, model.tokenizer.params),
         "transformer": _network_id(model, model.checkpoint_params),
         "seed": FLAGS.seed,
         **dataclasses.asdict(options),
     }
+    if model.refiner is not None:
+        spec["refiner"] = _network_id(model.refiner, model.refiner.checkpoint_params)
+        spec["draft_scales"] = model.draft_scales
+    return spec
 
 
 def config_checksum(config: TokenizerConfig | TransformerConfig) -> int:
     """Return a checksum of an architecture, equal to that of the last release: its samples are resumed."""
-    text = repr(config)
+    text = repr(config).replace(", mask='block_causal'", "")  # a field that the last release did not have
     for old, new in RENAMED["model"].items():
         text = text.replace(f" {new}=", f" {old}=")
     return zlib.crc32(text.encode())

@@ -1,4 +1,4 @@
-"""The schedule of scales: positions of the token maps in the sequence, and the block-causal mask.
+"""The schedule of scales: positions of the token maps in the sequence, and attention masks.
 
 These tables depend on the sides of the token maps alone.  They are numpy arrays, and so constants of every
 compiled program.  The schedule is general: `(16,)` is an ordinary VQ-VAE, `(16, 16, 16, 16)` a residual
@@ -80,6 +80,11 @@ class Scales:
     def mask(self) -> Bool[np.ndarray, "L L"]:
         """Attention mask: True where a query (row) sees a key (column) of its own or a coarser scale."""
         return self.levels[:, None] >= self.levels[None, :]
+
+    @functools.cached_property
+    def own_map_mask(self) -> Bool[np.ndarray, "L L"]:
+        """Attention mask: True where a query (row) sees a key (column) of its own map."""
+        return self.levels[:, None] == self.levels[None, :]
 
     def progress(self, k: int) -> float:
         """Return k / (K - 1): 0 at the first scale, 1 at the last; 0 if K = 1."""

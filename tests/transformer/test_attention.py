@@ -8,13 +8,22 @@ import pytest
 from tests.helpers.arrays import close
 from var_jax.scales import SCALES_256, SCALES_512, Scales
 from var_jax.sharding import make_mesh, on_mesh
-from var_jax.transformer.attention import attend, choose_attention, einsum, groups, key_ends, splash
+from var_jax.transformer.attention import (
+    attend,
+    choose_attention,
+    einsum,
+    groups,
+    key_ends,
+    key_ranges,
+    splash,
+)
 from var_jax.transformer.prefix_attention import prefix_attention
 
 # 84 positions, and 129, just more than a block of splash.
 ODD = {"odd": (1, 3, 5, 7), "odder": (2, 5, 10)}
 SIDES = {**ODD, "256": SCALES_256, "512": SCALES_512}
 MASKS = {name: Scales(sides).mask for name, sides in SIDES.items()}
+OWN_MAP_MASKS = {f"own_{name}": Scales(sides).own_map_mask for name, sides in SIDES.items()}
 
 
 def inputs(length: int, keys: int = 0, dtype=jnp.float32):
@@ -35,18 +44,18 @@ def same(function, reference, *arrays):
         close(result, expected, 2e-6)
 
 
-@pytest.mark.parametrize("size", MASKS)
+@pytest.mark.parametrize("size", [*MASKS, "own_odd", "own_odder", "own_256"])
 def test_grouped_equals_einsum(size):
-    mask = MASKS[size]
+    mask = (MASKS | OWN_MAP_MASKS)[size]
     same(
         *(lambda q, k, v, n=n: attend(q, k, v, 0.3, mask, n) for n in ("grouped", "einsum")),
         *inputs(len(mask)),
     )
 
 
-@pytest.mark.parametrize("size", MASKS)
+@pytest.mark.parametrize("size", [*MASKS, "own_odder", "own_256"])
 def test_splash_equals_einsum(size):
-    mask = MASKS[size]
+    mask = (MASKS | OWN_MAP_MASKS)[size]
     same(
         *(partial(f, scale=0.3, mask=mask) for f in (partial(splash, interpret=True), einsum)),
         *inputs(len(mask)),
@@ -86,12 +95,12 @@ def test_groups_cover_all_queries_and_large_maps_need_no_mask():
     assert groups(key_ends(MASKS["odd"])) == [(0, 84)]
 
 
-def test_grouped_products_are_fewer_than_all():
-    mask = MASKS["256"]
+@pytest.mark.parametrize(("mask", "share"), [(MASKS["256"], 0.75), (OWN_MAP_MASKS["own_256"], 0.3)])
+def test_grouped_products_are_fewer_than_all(mask, share):
     count = lambda name: (
         jax.jit(partial(attend, scale=1.0, mask=mask, name=name)).lower(*inputs(680)).cost_analysis()["flops"]
     )
-    assert count("grouped") < 0.75 * count("einsum")
+    assert count("grouped") < share * count("einsum")
 
 
 @pytest.fixture
@@ -113,11 +122,14 @@ def cudnn_calls(monkeypatch) -> list[tuple]:
     return calls
 
 
-def test_cudnn_sees_groups_of_even_lengths_and_equals_einsum(cudnn_calls):
-    mask = MASKS["256"]
+@pytest.mark.parametrize(
+    ("mask", "num_keys"),
+    [(MASKS["256"], [92, 156, 256, 424, 680]), (OWN_MAP_MASKS["own_256"], [92, 64, 100, 170, 256])],
+)
+def test_cudnn_sees_groups_of_even_lengths_and_equals_einsum(cudnn_calls, mask, num_keys):
     same(*(lambda q, k, v, n=n: attend(q, k, v, 0.3, mask, n) for n in ("cudnn", "einsum")), *inputs(680))
     lengths = [(q[1], k[1]) for q, k in cudnn_calls]
-    assert lengths == [(92, 92), (64, 156), (100, 256), (170, 424), (256, 680)]
+    assert lengths == list(zip([92, 64, 100, 170, 256], num_keys, strict=True))
 
 
 @pytest.mark.parametrize("size", ["256", "512"])
@@ -176,6 +188,23 @@ def test_what_cannot_run_is_refused(name, platform, says):
         choose_attention(name, platform, jnp.bfloat16, 64)
 
 
-def test_a_mask_that_is_no_key_end_is_refused():
-    with pytest.raises(ValueError, match="use einsum or splash"):
-        attend(*inputs(4), 1.0, np.eye(4, dtype=bool), "grouped")
+def test_a_mask_that_is_no_range_of_keys_is_refused():
+    hole = np.array([[1, 0, 0], [1, 1, 0], [1, 0, 1]], bool)
+    with pytest.raises(ValueError, match="a range of the keys; use einsum or splash"):
+        attend(*inputs(3), 1.0, hole, "grouped")
+    with pytest.raises(ValueError, match="a prefix of the keys; use einsum or splash"):
+        key_ends(np.eye(4, dtype=bool))
+
+
+def test_maps_that_see_themselves_alone_need_no_mask_if_they_are_large():
+    mask = OWN_MAP_MASKS["own_256"]
+    assert groups(key_ranges(mask)) == [(0, 91), (91, 155), (155, 255), (255, 424), (424, 680)]
+    platforms = (("cpu", jnp.float32), ("tpu", jnp.bfloat16), ("gpu", jnp.bfloat16))
+    choose = lambda name, *platform: choose_attention(name, *platform, 64, (mask,))
+    assert [choose("auto", *platform) for platform in platforms] == ["grouped", "splash", "cudnn"]
+    with pytest.raises(
+        ValueError, match="triton does not support the mask .*use einsum or grouped or splash"
+    ):
+        choose("triton", "gpu", jnp.bfloat16)
+    bias = choose_attention("auto", "gpu", jnp.bfloat16, 64, (mask,), bias=True)
+    assert bias == "grouped"

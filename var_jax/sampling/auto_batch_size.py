@@ -22,9 +22,10 @@ def bytes_per_image(tokenizer: Tokenizer, model: ARTransformer, per_scale: PerSc
     cfg, itemsize = model.config, jnp.dtype(model.dtype).itemsize
     sequences = 2 if per_scale.num_guided_scales else 1
     positions = cfg.scales[per_scale.num_maps - 1] ** 2
-    cache = 2 * cfg.depth * cfg.schedule.length * cfg.width * itemsize
+    keys = cfg.schedule.length if cfg.uses_cache else positions
+    cache = 2 * cfg.depth * cfg.schedule.length * cfg.width * itemsize if cfg.uses_cache else 0
     # A cache that is written in a loop is held twice, attention scores in float32 and in the compute dtype.
-    scores = 2 * cfg.num_heads * positions * cfg.schedule.length * 4
+    scores = 2 * cfg.num_heads * positions * keys * 4
     logits = 6 * positions * cfg.num_codes * 4  # with and without class, guided, filtered, noise, sorted
     transformer = sequences * (2 * cache + scores) + logits
     return max(transformer, _codec_bytes(tokenizer) + sequences * cache)
@@ -56,7 +57,13 @@ def free_bytes(device: jax.Device) -> int:
     return free // jax.local_device_count()
 
 
-def largest_batch(tokenizer: Tokenizer, model: ARTransformer, per_scale: PerScaleOptions, images: int) -> int:
+def largest_batch(
+    tokenizer: Tokenizer,
+    model: ARTransformer,
+    per_scale: PerScaleOptions,
+    images: int,
+    refiner: ARTransformer | None = None,
+) -> int:
     """Return the number of images to generate at once over all devices, a power of two per device.
 
     Args:
@@ -64,9 +71,11 @@ def largest_batch(tokenizer: Tokenizer, model: ARTransformer, per_scale: PerScal
       model: generates the tokens.
       per_scale: sampling options of every scale.
       images: number of images wanted; the batch is at most the next power of two per device.
+      refiner: generates the tokens of the last maps, after the model.
     """
+    models = [model] if refiner is None else [model, refiner]
     free = min(free_bytes(device) for device in jax.local_devices())
-    capacity = int(MEMORY_FRACTION * free) // bytes_per_image(tokenizer, model, per_scale)
+    capacity = int(MEMORY_FRACTION * free) // max(bytes_per_image(tokenizer, m, per_scale) for m in models)
     needed = -(-images // jax.device_count())
     per_device = max(1, min(capacity, MAX_IMAGES_PER_DEVICE, 1 << (needed - 1).bit_length()))
     return (1 << (per_device.bit_length() - 1)) * jax.device_count()

@@ -27,13 +27,38 @@ from var_jax.transformer.model import ARTransformer, Cache, Condition
 
 
 @flax.struct.dataclass
+class Refiner:
+    """A second next-scale transformer, which samples the last maps.
+
+    Collaborative decoding (CoDe, Chen et al. 2025): a large transformer, the drafter, samples the first maps.
+
+    Attributes:
+      model: of the same tokenizer and classes as the first one, the drafter.
+      num_drafted: number of maps that the drafter samples.
+      params: of the model.
+    """
+
+    model: ARTransformer = flax.struct.field(pytree_node=False)
+    num_drafted: int = flax.struct.field(pytree_node=False)
+    params: dict
+
+    def apply(self, *args, method: str):
+        """Call a method of the transformer."""
+        return self.model.apply({"params": self.params}, *args, method=method)
+
+
+@flax.struct.dataclass
 class Networks:
-    """A tokenizer and a transformer with their parameters; a pytree whose modules are static under `jit`."""
+    """A tokenizer and a transformer with their parameters; a pytree whose modules are static under `jit`.
+
+    With a refiner, the transformer samples the first maps, and the refiner the others.
+    """
 
     tokenizer: Tokenizer = flax.struct.field(pytree_node=False)
     model: ARTransformer = flax.struct.field(pytree_node=False)
     tokenizer_params: dict
     params: dict
+    refiner: Refiner | None = None
 
     @property
     def quantizer(self) -> Quantizer:
@@ -171,7 +196,7 @@ def generate(
     config, quantizer = networks.model.config, networks.quantizer
     labels = _guided_labels(labels, config.num_classes, per_scale)
     if config.predicts_maps:
-        f_hat, tokens = _sample_all_maps(networks.apply, quantizer, labels, keys, per_scale, known)
+        f_hat, tokens = _sample_all_maps(networks, quantizer, labels, keys, per_scale, known)
     else:
         f_hat, tokens = _sample_all_tokens(networks.apply, config, quantizer, labels, keys, per_scale, known)
     return networks.decode_features(f_hat), tokens
@@ -191,12 +216,12 @@ class PartialImages:
     Attributes:
       f_hat: sum of the maps, [B, h, w, C].
       condition: of the transformer, computed from the labels.
-      cache: keys and values of the maps so far.
+      cache: keys and values of the maps so far; None if maps do not attend to others.
     """
 
     f_hat: Array
     condition: Condition
-    cache: Cache
+    cache: Cache | None
 
 
 def _no_maps(apply, quantizer, labels, batch) -> PartialImages:
@@ -210,7 +235,7 @@ def _sample_next_map(k, images, apply, quantizer, keys, per_scale, known):
     """Sample map k with a next-scale transformer; return the images with it, and its tokens [B, n]."""
     scales, condition, cache = quantizer.scales, images.condition, images.cache
     is_guided = k < per_scale.num_guided_scales
-    if k == per_scale.num_guided_scales > 0:
+    if not is_guided and len(condition.class_embedding) > len(keys):
         condition, cache = condition.conditional(), jax.tree.map(lambda x: x[:, ::2], cache)
     inputs = None if k == 0 else quantizer.next_scale_input(k, images.f_hat)
     if is_guided and k:
@@ -224,13 +249,38 @@ def _sample_next_map(k, images, apply, quantizer, keys, per_scale, known):
     return PartialImages(f_hat, condition, cache), token_map
 
 
-def _sample_all_maps(apply, quantizer, labels, keys, per_scale, known):
-    """Sample f_hat [B, h, w, C] and tokens [B, n] map by map, with a next-scale transformer."""
-    images, tokens = _no_maps(apply, quantizer, labels, keys.shape[0]), []
+def _sample_all_maps(networks, quantizer, labels, keys, per_scale, known):
+    """Sample f_hat [B, h, w, C] and tokens [B, n] map by map, with a next-scale transformer or two."""
+    apply, refiner = networks.apply, networks.refiner
+    images, tokens, inputs = _no_maps(apply, quantizer, labels, len(keys)), [], []
     for k in range(per_scale.num_maps):
+        if refiner is not None and k == refiner.num_drafted:
+            images = _prefilled(images, inputs, refiner, labels, k < per_scale.num_guided_scales)
+            apply = refiner.apply
         images, token_map = _sample_next_map(k, images, apply, quantizer, keys, per_scale, known)
         tokens.append(token_map)
+        if refiner is not None and k + 1 < refiner.num_drafted:
+            inputs.append(quantizer.next_scale_input(k + 1, images.f_hat))
     return images.f_hat, jnp.concatenate(tokens, axis=1)
+
+
+def _prefilled(images, inputs, refiner, labels, is_guided) -> PartialImages:
+    """Return images with the condition of the refiner, and its cache of the drafted maps.
+
+    Args:
+      images: with the drafted maps.
+      inputs: of the drafted maps but the first, a list of [B, n, C].
+      refiner: samples the next map.
+      labels: [B], or with any guidance those of `_guided_labels`.
+      is_guided: whether the next map is guided.
+    """
+    batch, *_, channels = images.f_hat.shape
+    inputs = jnp.concatenate([jnp.zeros((batch, 0, channels)), *inputs], axis=1)
+    if is_guided:
+        inputs = jnp.repeat(inputs, 2, axis=0)
+    condition = refiner.apply(labels[:: len(labels) // len(inputs)], method="condition")
+    cache = refiner.apply(inputs, condition, method="prefill")
+    return images.replace(condition=condition, cache=cache)
 
 
 @jax.jit

@@ -163,6 +163,8 @@ def check_expressible(config: TokenizerConfig | NextScaleConfig) -> None:
     else:
         if config.positions != "learned_1d":
             problems.append(f"positions is {config.positions}, must be learned_1d")
+        if config.mask != "block_causal":
+            problems.append(f"mask is {config.mask}, must be block_causal")
         if not config.normalized_attention and config.head_dim != 64:
             problems.append(f"head size of plain attention is {config.head_dim}, must be 64")
     if problems:

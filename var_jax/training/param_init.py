@@ -41,10 +41,12 @@ class MatchRules:
     Attributes:
       must_match: fields of the architecture that must be equal; some of them change no shape.
       may_reinit: paths of parameters that are initialized if they do not fit.
+      noted: fields of the architecture that may differ, with a notice.
     """
 
     must_match: tuple[str, ...]
     may_reinit: tuple[str, ...]
+    noted: tuple[str, ...] = ()
 
 
 _TRANSFORMER_MUST_MATCH = ("depth", "width", "num_heads", "shared_adaln", "normalized_attention", "positions")
@@ -67,6 +69,7 @@ MATCH_RULES = {
     NextScaleConfig: MatchRules(
         must_match=_TRANSFORMER_MUST_MATCH,
         may_reinit=(*_TRANSFORMER_MAY_REINIT, "level_embedding"),
+        noted=("mask",),
     ),
     NextTokenConfig: MatchRules(
         must_match=(*_TRANSFORMER_MUST_MATCH, "order", "order_seed", "mask", "mask_radius"),
@@ -87,7 +90,8 @@ def match_params(
       target_config: its architecture.
 
     Returns:
-      Initial values by path, and a line, with both shapes, for each parameter that is not loaded completely.
+      Initial values by path; and a line for each field of the architecture that differs, and, with both
+      shapes, for each parameter that is not loaded completely.
 
     Raises:
       ValueError: if the networks differ in more than may be reinitialized; names the config fields to change,
@@ -109,7 +113,12 @@ def match_params(
     if fields or mismatches.keys() - set(rules.may_reinit):
         raise ValueError("it is another network\n  " + "\n  ".join([*fields, *mismatches.values()]))
 
-    init_values, notes = {}, []
+    init_values = {}
+    notes = [
+        f"config.model.{name} is {getattr(target_config, name)}, in init_from {getattr(config, name)}"
+        for name in rules.noted
+        if getattr(config, name) != getattr(target_config, name)
+    ]
     for path, shape in target.items():
         if path not in mismatches and not _rows_differ(path, config, target_config):
             init_values[path] = InitialValue(pretrained[path])

@@ -3,13 +3,14 @@
 | name | algorithm | platform |
 | --- | --- | --- |
 | `einsum` | all scores in memory, masked | the reference; all |
-| `grouped` | each group of queries attends to a prefix of the keys, so large maps need no mask | all |
+| `grouped` | each group of queries attends to the range of keys that it sees; large maps need no mask | all |
 | `cudnn` | as `grouped`, with cuDNN's fused kernel for large groups | NVIDIA GPUs, bfloat16 |
 | `triton` | Pallas kernels for all groups at once; in generation as `cudnn` | NVIDIA GPUs, bfloat16 |
 | `splash` | Pallas kernel that skips masked blocks | TPU, bfloat16 |
 
 With 16-bit dtypes, `auto` is `splash` on TPU and, on GPU, the first of `triton` and `cudnn` that supports the
-head size and the mask.  Otherwise it is `grouped` or, for masks that show no prefix, `einsum`.
+head size and the mask.  Otherwise it is `grouped` or, for masks that show no range of keys, `einsum`.
+`triton` needs ranges from the first key on, prefixes: block-causal masks have them, block-diagonal ones not.
 """
 
 import itertools
@@ -163,15 +164,15 @@ def choose_attention(
 def _supported(masks: Sequence[np.ndarray], bias: bool) -> list[str]:
     """List the implementations that support these masks and, if there is one, a bias."""
     supported = ["einsum"]
-    prefixes = all(_is_prefix_mask(mask) for mask in masks)
-    if len(masks) < 2 and prefixes:
+    ranges = all(_is_range_mask(mask) for mask in masks)
+    if len(masks) < 2 and ranges:
         supported.append("grouped")
     if len(masks) < 2 and not bias:
         supported.append("splash")
-        if prefixes:
+        if ranges and all(mask[:, 0].all() for mask in masks):
             supported.append("triton")
-        if prefixes and all(
-            any(_needs_no_mask(mask, group) for group in groups(mask.sum(1))) for mask in masks
+        if ranges and all(
+            any(_needs_no_mask(mask, group) for group in groups(key_ranges(mask))) for mask in masks
         ):
             supported.append("cudnn")
     return supported
@@ -179,8 +180,8 @@ def _supported(masks: Sequence[np.ndarray], bias: bool) -> list[str]:
 
 def _needs_no_mask(mask: np.ndarray, group: tuple[int, int]) -> bool:
     """Check whether a group is large enough for a kernel, and its queries all see the same keys."""
-    ends = mask[slice(*group)].sum(1)
-    return group[1] - group[0] >= MIN_KERNEL_ROWS and (ends == ends[0]).all()
+    rows = mask[slice(*group)]
+    return len(rows) >= MIN_KERNEL_ROWS and (rows == rows[0]).all()
 
 
 def attend(
@@ -305,26 +306,50 @@ def key_ends(mask: Bool[np.ndarray, "Lq Lk"]) -> Int[np.ndarray, " Lq"]:
     Raises:
       ValueError: if a query sees keys that are not a prefix.
     """
-    if not _is_prefix_mask(mask):
+    ranges = key_ranges(mask)
+    if ranges[:, 0].any():
         raise ValueError(
             "this attention needs a mask that shows each query a prefix of the keys; use einsum or splash"
         )
-    return mask.sum(1)
+    return ranges[:, 1]
 
 
-def _is_prefix_mask(mask: np.ndarray) -> bool:
-    """Check whether each query sees the keys from the first one up to some end."""
-    ends = mask.sum(1)
-    return ends.min() >= 1 and np.array_equal(mask, np.arange(mask.shape[1]) < ends[:, None])
+def key_ranges(mask: Bool[np.ndarray, "Lq Lk"]) -> Int[np.ndarray, "Lq 2"]:
+    """Compute the range first .. end of the keys that each query sees.
 
-
-def groups(ends: Int[np.ndarray, " Lq"], min_size: int = MIN_KERNEL_ROWS) -> list[tuple[int, int]]:
-    """Partition queries into contiguous groups (start, stop) by the number of keys they see.
-
-    Runs of at least `min_size` queries with equal ends become a group of their own; shorter runs are merged
-    into groups of at most 4 * `min_size` queries, which need a mask.
+    Raises:
+      ValueError: if a query sees keys that are not a range.
     """
-    cuts = [0, *(np.flatnonzero(np.diff(ends)) + 1).tolist(), len(ends)]
+    if not _is_range_mask(mask):
+        raise ValueError(
+            "this attention needs a mask that shows each query a range of the keys; use einsum or splash"
+        )
+    return _key_ranges(mask)
+
+
+def _is_range_mask(mask: np.ndarray) -> bool:
+    """Check whether each query sees the keys from some first one up to some end."""
+    keys, (first, end) = np.arange(mask.shape[1]), _key_ranges(mask).T[..., None]
+    return bool(mask.any(1).all()) and np.array_equal(mask, (first <= keys) & (keys < end))
+
+
+def _key_ranges(mask: np.ndarray) -> np.ndarray:
+    first = mask.argmax(1)
+    return np.stack([first, first + mask.sum(1)], axis=1)
+
+
+def groups(keys: Int[np.ndarray, "Lq ..."], min_size: int = MIN_KERNEL_ROWS) -> list[tuple[int, int]]:
+    """Partition queries into contiguous groups (start, stop) by the keys they see.
+
+    Runs of at least `min_size` queries that see the same keys become a group of their own; shorter runs are
+    merged into groups of at most 4 * `min_size` queries, which need a mask.
+
+    Args:
+      keys: what each query sees, from `key_ends` or `key_ranges`.
+      min_size: see above.
+    """
+    changes = np.diff(keys.reshape(len(keys), -1), axis=0).any(axis=1)
+    cuts = [0, *(np.flatnonzero(changes) + 1).tolist(), len(keys)]
     result, mixed = [], None  # `mixed`: index of the group that shorter runs are merged into
     for start, stop in itertools.pairwise(cuts):
         if stop - start >= min_size:
@@ -347,34 +372,37 @@ def grouped(
     large_fn: Callable,
     bias: Float32[Array, "N Lq Lk"] | None = None,
 ) -> Float[Array, "B Lq N H"]:
-    """Compute attention group by group, each over the prefix of the keys that it sees; see `attend`.
+    """Compute attention group by group, each over the range of the keys that it sees; see `attend`.
 
     Args:
       q: queries.
       k: keys.
       v: values.
       scale: factor on the dot products.
-      mask: shows each query a prefix of the keys; None for no mask.
+      mask: shows each query a range of the keys; None for no mask.
       large_fn: attention of groups of at least MIN_KERNEL_ROWS queries.
       bias: added to the scores.
 
     Raises:
-      ValueError: if a query sees keys that are not a prefix.
+      ValueError: if a query sees keys that are not a range.
     """
-    ends = np.full(q.shape[1], k.shape[1]) if mask is None else key_ends(mask)
-    cuts = [(start, stop, int(ends[start:stop].max())) for start, stop in groups(ends)]
+    mask = np.ones((q.shape[1], k.shape[1]), bool) if mask is None else mask
+    ranges = key_ranges(mask)
+    cuts = groups(ranges)
+    bounds = [(int(ranges[slice(*cut), 0].min()), int(ranges[slice(*cut), 1].max())) for cut in cuts]
     # The gradient of a split is a concatenation, in place of a sum of arrays padded to all keys.
-    segments = sorted({end for _, _, end in cuts} | {k.shape[1]})
-    keys, values = (jax.lax.split(x, np.diff(segments, prepend=0).tolist(), axis=1) for x in (k, v))
-    queries = jax.lax.split(q, [stop - start for start, stop, _ in cuts], axis=1)
+    segments = sorted({0, k.shape[1]}.union(*bounds))
+    keys, values = (jax.lax.split(x, np.diff(segments).tolist(), axis=1) for x in (k, v))
+    queries = jax.lax.split(q, [stop - start for start, stop in cuts], axis=1)
     parts = []
-    for part, (start, stop, end) in zip(queries, cuts, strict=True):
-        seen = segments.index(end) + 1
-        k_prefix, v_prefix = (jnp.concatenate(x[:seen], axis=1) for x in (keys, values))
-        group_mask = None if (ends[start:stop] == end).all() else np.arange(end) < ends[start:stop, None]
+    for part, (start, stop), (first, end) in zip(queries, cuts, bounds, strict=True):
+        seen = slice(segments.index(first), segments.index(end))
+        group_k, group_v = (jnp.concatenate(x[seen], axis=1) for x in (keys, values))
+        group_mask = mask[start:stop, first:end]
+        group_mask = None if group_mask.all() else group_mask
         attention = large_fn if stop - start >= MIN_KERNEL_ROWS else einsum
-        group_bias = {} if bias is None else {"bias": bias[:, start:stop, :end]}
-        parts.append(attention(part, k_prefix, v_prefix, scale, group_mask, **group_bias))
+        group_bias = {} if bias is None else {"bias": bias[:, start:stop, first:end]}
+        parts.append(attention(part, group_k, group_v, scale, group_mask, **group_bias))
     return jnp.concatenate(parts, axis=1)
 
 

@@ -168,7 +168,7 @@ class SelfAttention(nn.Module):
         cache: KVCache | None,
         context: AttentionContext,
     ) -> tuple[Float[Array, "B n D"], KVCache | None]:
-        """Attend from x to all positions, or with a cache to the cached positions and to x itself.
+        """Attend from x to x itself, and with a cache to the cached positions, too.
 
         Args:
           x: modulated residual stream.
@@ -194,8 +194,14 @@ class SelfAttention(nn.Module):
         num_keys = None
         if cache is not None:
             start = self.start if context.cache_index is None else context.cache_index
-            cache, k, v = cache.extend(layer if len(cache.k) > 1 else 0, start, k, v)
-            num_keys = start + n if isinstance(start, int) else None
+            cache, cached_k, cached_v = cache.extend(layer if len(cache.k) > 1 else 0, start, k, v)
+            is_prefill = isinstance(start, int) and start == 0 and not mask[:n, :n].all()
+            if is_prefill:  # of several maps: no other position is in the cache
+                mask = mask[:n, :n]
+            else:
+                mask, k, v = None, cached_k, cached_v
+                num_keys = start + n if isinstance(start, int) else None
+        elif n < cfg.length:  # a step of generation without a cache
             mask = None
         if context.masks is not None:
             mask = context.masks[layer % len(context.masks)]

@@ -20,6 +20,8 @@ from var_jax.transformer.positions import (
     sequence_masks,
 )
 
+MAP_MASKS = ("block_causal", "block_diagonal")  # of next-scale transformers
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TransformerConfig(abc.ABC):
@@ -123,6 +125,11 @@ class TransformerConfig(abc.ABC):
         """Reorder positions from prediction order to raster order, the tokenizer's layout."""
 
     @property
+    def uses_cache(self) -> bool:
+        """Whether a step of generation attends to the keys and values of earlier steps."""
+        return True
+
+    @property
     def num_start_tokens(self) -> int:
         """Number of start tokens: the positions of the first step, whose input is the label alone."""
         return self.steps[0][1]
@@ -147,9 +154,30 @@ class TransformerConfig(abc.ABC):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class NextScaleConfig(TransformerConfig):
-    """Architecture of a VAR transformer, which predicts a token map per step; the defaults are for 256px."""
+    """Architecture of a VAR transformer, which predicts a token map per step; the defaults are for 256px.
+
+    Attributes:
+      mask: attention mask: `block_causal` shows each map itself and all coarser maps (published);
+        `block_diagonal` shows it itself alone, so that it depends on the coarser maps through f_hat only, a
+        Markov chain of maps (HMAR, Kumbong et al. 2025; MVAR).
+
+    Raises:
+      ValueError: on an unknown mask.
+    """
 
     predicts_maps: ClassVar[bool] = True
+
+    mask: str = "block_causal"
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.mask not in MAP_MASKS:
+            raise ValueError(f"transformer mask must be one of {', '.join(MAP_MASKS)}; got {self.mask!r}")
+
+    @property
+    def uses_cache(self) -> bool:
+        """Whether a step of generation attends to the keys and values of earlier steps."""
+        return self.mask == "block_causal"
 
     @property
     def steps(self) -> list[tuple[int, int]]:
@@ -158,8 +186,8 @@ class NextScaleConfig(TransformerConfig):
 
     @property
     def masks(self) -> tuple[Bool[np.ndarray, "L L"], ...]:
-        """Block-causal mask of all blocks."""
-        return (self.schedule.mask,)
+        """Mask of all blocks."""
+        return (self.schedule.mask if self.mask == "block_causal" else self.schedule.own_map_mask,)
 
     @property
     def levels(self) -> Int32[np.ndarray, " L"]:

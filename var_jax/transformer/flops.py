@@ -17,23 +17,28 @@ def matrix_parameters(cfg: TransformerConfig) -> int:
     return 12 * cfg.depth * cfg.width**2 + _adaln_flops(cfg) // 2 + embeddings
 
 
-def _sequence_flops(cfg: TransformerConfig, queries: int, keys: int) -> int:
-    """Count the FLOPs of `queries` positions that attend to `keys` positions, from codes to logits."""
+def _sequence_flops(cfg: TransformerConfig, queries: int, pairs: int) -> int:
+    """Count the FLOPs of `queries` positions, from codes to logits, with `pairs` of a query and a key."""
     d = cfg.width
-    blocks = cfg.depth * (24 * queries * d * d + 4 * queries * keys * d)
+    blocks = cfg.depth * (24 * queries * d * d + 4 * pairs * d)
     return blocks + 2 * queries * d * (cfg.num_codes + cfg.code_dim)
 
 
 def training_flops(cfg: TransformerConfig) -> int:
-    """Count the FLOPs of the forward and backward pass of one image, with attention counted as dense."""
-    length = cfg.length
-    return 3 * (_sequence_flops(cfg, length, length) + _adaln_flops(cfg))
+    """Count the FLOPs of the forward and backward pass of one image.
+
+    Attention is counted as dense; under a block-diagonal mask, as dense within each map.
+    """
+    pairs = cfg.length**2 if cfg.uses_cache else sum((end - start) ** 2 for start, end in cfg.steps)
+    return 3 * (_sequence_flops(cfg, cfg.length, pairs) + _adaln_flops(cfg))
 
 
 def generation_flops(
     cfg: TransformerConfig, num_guided_scales: int, steps: int | None = None, cached: bool = True
 ) -> int:
     """Count the FLOPs of generating one image, each step attending to the positions so far.
+
+    Under a block-diagonal mask, a step attends to its own map alone, and there is nothing to cache.
 
     The scan of next-token generation attends to the full cache under a mask, which doubles the products of
     attention; this is not counted.
@@ -46,6 +51,7 @@ def generation_flops(
     """
     total = _adaln_flops(cfg) * (2 if num_guided_scales else 1)
     for i, (start, end) in enumerate(cfg.steps[:steps]):
-        queries = end - start if cached else end
-        total += _sequence_flops(cfg, queries, end) * (2 if i < num_guided_scales else 1)
+        first = 0 if cfg.uses_cache else start
+        queries = end - (start if cached else first)
+        total += _sequence_flops(cfg, queries, queries * (end - first)) * (2 if i < num_guided_scales else 1)
     return total

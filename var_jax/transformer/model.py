@@ -287,9 +287,11 @@ class ARTransformer(nn.Module):
         head = constrain(self.head_adaln(active).reshape(-1, 2, cfg.width)).astype(jnp.float32)
         return Condition(embedded, blocks, head)
 
-    def empty_cache(self, batch: int) -> Cache:
-        """Create a cache for `batch` sequences of L positions."""
+    def empty_cache(self, batch: int) -> Cache | None:
+        """Create a cache for `batch` sequences of L positions; None if no step reads earlier ones."""
         cfg = self.config
+        if not cfg.uses_cache:
+            return None
         layers = cfg.depth if self.scan_layers else 1
         cache = KVCache.zeros(layers, batch, cfg.length, cfg.num_heads, cfg.head_dim, self.dtype)
         return cache if self.scan_layers else (cache,) * cfg.depth

@@ -212,14 +212,18 @@ class PositionTables(NamedTuple):
     )
     masks: Bool[np.ndarray | Array, "M n keys"]
 
-    def at(self, start: int | Int[Array, ""], size: int, num_keys: int) -> "PositionTables":
-        """Slice the rows start .. start + size, and the first `num_keys` columns of tables over keys.
+    def at(
+        self, start: int | Int[Array, ""], size: int, num_keys: int, first_key: int = 0
+    ) -> "PositionTables":
+        """Slice the rows start .. start + size, and `num_keys` columns of tables over keys.
 
         Args:
           start: first position, possibly traced.
           size: number of positions.
           num_keys: number of keys that these positions attend to.
+          first_key: position of the first of these keys.
         """
+        keys = slice(first_key, first_key + num_keys)
 
         def take(table):
             return None if table is None else slice_rows(table, start, size)
@@ -229,11 +233,9 @@ class PositionTables(NamedTuple):
             added=take(self.added),
             row_weights=take(self.row_weights),
             column_weights=take(self.column_weights),
-            distance_buckets=None
-            if self.distance_buckets is None
-            else take(self.distance_buckets)[:, :num_keys],
+            distance_buckets=None if self.distance_buckets is None else take(self.distance_buckets)[:, keys],
             rope_angles=None if self.rope_angles is None else tuple(map(take, self.rope_angles)),
-            masks=slice_rows(self.masks, start, size, axis=1)[..., :num_keys],
+            masks=slice_rows(self.masks, start, size, axis=1)[..., keys],
         )
 
 
