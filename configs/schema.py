@@ -185,6 +185,7 @@ def next_token_stage() -> ConfigDict:
 def align_stage() -> ConfigDict:
     """Return the fields of the stage `align`: those of `next_scale`, and the loss."""
     stage = transformer_stage()
+    del stage.correction  # its pairs are not corrupted
     stage.task = "align"  # init_from is required: the transformer to fine-tune, which is the reference too
     stage.align = ConfigDict(
         dict(  # var_jax/training/align_task.py
