@@ -3,7 +3,7 @@
     python train.py --config=configs/align.py:d16 --workdir=runs/aligned --config.init_from=var_d16.pth \\
         --config.tokenizer=vae_ch160v4096z32.pth
     python train.py --config=configs/align.py:digits --workdir=runs/aligned --config.init_from=runs/digits \\
-        --config.tokenizer=runs/digits   # on a laptop: a minute
+        --config.tokenizer=runs/digits   # on a laptop
     python sample.py --workdir=runs/aligned
 
 `config.init_from` is what is fine-tuned, and the frozen reference; the argument selects its architecture.

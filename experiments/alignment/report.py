@@ -15,7 +15,7 @@ COLUMNS = (
     ("precision", "precision", ".3f", 1),
     ("recall", "recall", ".3f", 1),
     ("called right", "accuracy", ".1%", 1),
-    ("copies", "authenticity", ".1%", 1),
+    ("authentic", "authenticity", ".1%", 1),
     ("held-out loss", "held_out_loss", ".2f", 1),
     ("MFLOP an image", "sampling_flops", ".1f", 1e-6),
 )
