@@ -1,4 +1,4 @@
-"""Table and picture of `experiments.self_correction`."""
+"""Tables and picture of `experiments.self_correction`."""
 
 from pathlib import Path
 
@@ -36,6 +36,12 @@ def variants_table(figures: dict[str, dict[str, dict[str, float]]]) -> str:
             cells.append(" ± ".join(format(x, form) for x in (values.mean(), *deviation)))
         rows.append(cells)
     return markdown_table(["(seeds)", *(head for head, _ in COLUMNS.values())], rows)
+
+
+def repair_table(errors: dict[str, list[float]]) -> str:
+    """Format the errors of f_hat after each map as a markdown table."""
+    heads = ["after map", *(str(k + 1) for k in range(len(next(iter(errors.values())))))]
+    return markdown_table(heads, [[name, *(f"{x:.3f}" for x in row)] for name, row in errors.items()])
 
 
 def draw_samples(runs: dict[str, Path], path: Path) -> None:

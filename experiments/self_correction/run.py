@@ -5,7 +5,7 @@
 Variants differ in `config.correction` alone: no replaced tokens, replacements drawn uniformly from all codes,
 and replacements drawn from the transformer's own predictions.  Every run uses the training loop under
 OUT/VARIANT/SEED, so an interrupted call resumes; figures of finished runs are read from OUT/figures.json.
-Writes `self_correction.md` (a table), `figures.json` and `samples.png` (samples of the first seed).
+Writes `self_correction.md` (tables), `figures.json` and `samples.png` (samples of the first seed).
 """
 
 import json
@@ -61,6 +61,31 @@ def train_tokenizer(data_dir: str, out: Path) -> str:
     return str((out / "tokenizer").absolute())
 
 
+def draw_replacements(quantizer: Quantizer, batch: int, strength: float) -> tuple[jax.Array, jax.Array]:
+    """Draw which tokens [B, L] are replaced, and by which codes, always the same."""
+    mask_key, code_key = jax.random.split(jax.random.key(0))
+    is_replaced = draw_replaced(mask_key, batch, quantizer.scales, strength)
+    return is_replaced, jax.random.randint(code_key, is_replaced.shape, 0, len(quantizer.codes))
+
+
+def repair_errors(quantizer: Quantizer, features: jax.Array) -> dict[str, list[float]]:
+    """Compute the mean squared error of f_hat to features after each map, with and without replacements."""
+    clean = quantizer.tokenize(features)
+    is_replaced, replacements = draw_replacements(quantizer, len(features), STRENGTH)
+    _, requantized = requantize(quantizer, features, is_replaced, replacements)
+    sums = {
+        "nothing replaced": quantizer.partial_sums(clean),
+        "replaced, later maps requantized": requantized,
+        "replaced, later maps as they were": quantizer.partial_sums(
+            jnp.where(is_replaced, replacements, clean)
+        ),
+    }
+    return {
+        name: [float(jnp.mean((f_hat - features) ** 2)) for f_hat in partial]
+        for name, partial in sums.items()
+    }
+
+
 class Evaluator:
     """Metrics of trained runs, on one tokenizer.
 
@@ -70,6 +95,8 @@ class Evaluator:
 
     Attributes:
       tokenizer: the tokenizer.
+      quantizer: its quantizer.
+      features: of the held-out images.
     """
 
     def __init__(self, tokenizer: str, data_dir: str):
@@ -81,8 +108,11 @@ class Evaluator:
         self._extractor = classifier_extractor(classifier)
         self._reference = reference_of_data(batches(), train.num_records, self._extractor)
         records = [transform(held_out[i]) for i in range(held_out.num_records)]
-        self._images = np.stack([record["image"] for record in records])
         self._labels = np.array([int(record["label"]) for record in records])
+        module, params = self.tokenizer.module, self.tokenizer.params
+        images = normalize(jnp.stack([record["image"] for record in records]))
+        self.features = module.apply({"params": params}, images, method="features")
+        self.quantizer = Quantizer.create(params["quantizer"], module.config)
 
     def figures(self, workdir: Path, seed: int, per_class: int) -> dict[str, float]:
         """Compute losses on held-out images and metrics of samples; write the samples to `samples.npz`."""
@@ -105,14 +135,9 @@ class Evaluator:
 
         All models see the same replacements.
         """
-        module, params = self.tokenizer.module, self.tokenizer.params
-        quantizer = Quantizer.create(params["quantizer"], module.config)
-        features = module.apply({"params": params}, normalize(jnp.asarray(self._images)), method="features")
-        mask_key, code_key = jax.random.split(jax.random.key(0))
-        is_replaced = draw_replaced(mask_key, len(features), quantizer.scales, strength)
-        replacements = jax.random.randint(code_key, is_replaced.shape, 0, self.tokenizer.num_codes)
-        targets, sums = requantize(quantizer, features, is_replaced, replacements)
-        inputs = quantizer.transformer_inputs(sums)
+        drawn = draw_replacements(self.quantizer, len(self.features), strength)
+        targets, sums = requantize(self.quantizer, self.features, *drawn)
+        inputs = self.quantizer.transformer_inputs(sums)
         losses, _ = model.module.apply(
             {"params": model.params}, self._labels, inputs, targets, method="losses"
         )
@@ -135,7 +160,9 @@ def main(_):
             if str(seed) not in figures.setdefault(variant, {}):
                 figures[variant][str(seed)] = evaluator.figures(workdir, seed, FLAGS.per_class)
                 path.write_text(json.dumps(figures, indent=1))
-    (out / "self_correction.md").write_text(report.variants_table(figures) + "\n")
+    repair = repair_errors(evaluator.quantizer, evaluator.features)
+    tables = (report.variants_table(figures), report.repair_table(repair))
+    (out / "self_correction.md").write_text("\n\n".join(tables) + "\n")
     report.draw_samples({name: out / name / str(seeds[0]) for name in variants}, out / "samples.png")
     print((out / "self_correction.md").read_text() + f"\nsamples: {out / 'samples.png'}")
 

@@ -3,8 +3,8 @@ import shutil
 import numpy as np
 from PIL import Image
 
-from experiments.self_correction.report import draw_samples, variants_table
-from experiments.self_correction.run import VARIANTS, Evaluator, variant_config
+from experiments.self_correction.report import draw_samples, repair_table, variants_table
+from experiments.self_correction.run import VARIANTS, Evaluator, repair_errors, variant_config
 
 
 def test_variants_differ_in_the_correction_alone():
@@ -24,6 +24,10 @@ def test_a_run_is_evaluated_and_shown(tiny_run, digits_dir, tmp_path):
     assert 2 < figures[0]["loss"] < 4 and figures[0]["loss_replaced"] != figures[0]["loss"]
     table = variants_table({"none": {"1": figures[0], "2": figures[0] | {"loss": figures[0]["loss"] + 1}}})
     assert f"| none (2) | {figures[0]['loss'] + 0.5:.2f} ± 0.71 |" in table
+    errors = repair_errors(evaluator.quantizer, evaluator.features)
+    clean, requantized, broken = (row[-1] for row in errors.values())
+    assert clean < requantized < broken
+    assert f"| nothing replaced | {errors['nothing replaced'][0]:.3f} |" in repair_table(errors)
     draw_samples({name: tmp_path / name for name in ("none", "model")}, tmp_path / "samples.png")
     assert Image.open(tmp_path / "samples.png").width > 20 * 32
     assert np.load(tmp_path / "none" / "samples.npz")["arr_0"].shape == (20, 8, 8, 3)

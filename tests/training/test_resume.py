@@ -135,6 +135,14 @@ def test_sampling_does_not_matter_to_a_resumed_run(tmp_path):
     assert check_resume_compatible(saved, now, tmp_path) == ""
 
 
+def test_a_run_without_the_section_correction_goes_on_with_strength_0_alone(tmp_path):
+    record = lambda **correction: {"stage": {"task": "next_scale", "correction": correction}}
+    older, now = {"stage": {"task": "next_scale"}}, record(strength=0.0, source="uniform")
+    check_resume_compatible(older, now, tmp_path)
+    with pytest.raises(ConfigError, match="config.correction.strength: None there, 0.3 now"):
+        check_resume_compatible(older, record(strength=0.3, source="uniform"), tmp_path)
+
+
 def test_names_of_classes_do_not_matter_to_a_resumed_run(tmp_path):
     now = {"task": "tokenizer", "steps": 4, "dtype": "float32", "weights": {}, "class_names": ["cat", "dog"]}
     older = {name: value for name, value in now.items() if name != "class_names"}
