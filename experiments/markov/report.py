@@ -1,6 +1,7 @@
 """Tables of `experiments.markov`."""
 
 from benchmarks.tables import format_over_seeds, markdown_table
+from var_jax.transformer.config import MAP_MASKS as MASKS
 
 # Heading, key, format, factor.
 COST_COLUMNS = (
@@ -8,7 +9,7 @@ COST_COLUMNS = (
     ("training, GFLOP", "training_flops", ".1f", 1e-9),
     ("sampling, GFLOP", "sampling_flops", ".1f", 1e-9),
     ("cache in bfloat16, MiB", "cache_bytes", ".1f", 2**-20),
-    ("loss and gradient of 4 blocks, MiB", "step_bytes", ".0f", 2**-20),
+    ("loss and gradient of a block, MiB", "step_bytes", ".0f", 2**-20),
 )
 LOSS_COLUMNS = (
     ("steps", "steps", ".0f", 1),
@@ -43,13 +44,13 @@ def format_speed(result: dict) -> str:
         [
             size,
             name,
-            *(f"{times[mask] * 1e3:.1f}" for mask in times if mask != "ratio"),
+            *(f"{times[mask] * 1e3:.1f}" for mask in MASKS),
             f"{times['ratio']:.2f}",
         ]
         for size, programs in result.items()
         for name, times in programs.items()
     ]
-    return markdown_table(["size", "", "block_causal, ms", "block_diagonal, ms", "ratio"], rows)
+    return markdown_table(["size", "", *(f"{mask}, ms" for mask in MASKS), "ratio"], rows)
 
 
 def format_loss(result: dict) -> str:

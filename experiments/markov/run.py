@@ -6,7 +6,7 @@ Under `config.model.mask=block_diagonal` a map attends to itself alone, and sees
 input f_hat only (HMAR, Kumbong et al. 2025; MVAR; the first part of HMAR alone).  Three parts, --parts:
 
   cost   query-key pairs, FLOPs and cache of an image for the published d16, computed from the schedule, and
-         memory of a training step as XLA counts it for this machine.
+         the memory of loss and gradient of one of its blocks, as XLA counts it for this machine.
   speed  seconds of a training step and of sampling on this machine, at 256 and 512px and a small width; the
          two masks take turns, and the median of the ratios is reported.
   loss   transformers of the config's stage next_scale on one tokenizer, from scratch and fine-tuned from the
@@ -74,9 +74,9 @@ def published_cost(scales: tuple[int, ...], mask: str) -> dict:
 
 
 def training_memory(scales: tuple[int, ...], mask: str) -> int:
-    """Return the bytes of temporary arrays of loss and gradient of one image, compiled for this machine."""
-    cfg = NextScaleConfig(scales=scales, mask=mask, depth=4, num_classes=10, num_codes=256)
-    loss_and_grad, inputs = training_program(NextScale(cfg), 1)
+    """Return the bytes of temporary arrays of loss and gradient of one block and image, on this machine."""
+    cfg = NextScaleConfig(scales=scales, mask=mask, depth=1, width=1024)
+    loss_and_grad, inputs = training_program(NextScale(cfg, scan_layers=False), 1)
     return jax.jit(loss_and_grad).lower(*inputs).compile().memory_analysis().temp_size_in_bytes
 
 

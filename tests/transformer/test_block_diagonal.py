@@ -113,13 +113,6 @@ def test_flops_count_the_products_within_maps():
     assert generation_flops(diagonal, 0, cached=False) == generation_flops(diagonal, 0)
 
 
-def test_pairs_of_the_published_schedules():
-    """The figures of experiments/markov/README.md."""
-    config = NextScaleConfig()
-    assert config.masks[0].sum() == 286_434
-    assert dataclasses.replace(config, mask="block_diagonal").masks[0].sum() == 110_468
-
-
 def test_more_images_fit_without_a_cache(tiny_tokenizer, tiny_var, markov):
     per_scale = SamplingOptions().per_scale(markov[0].config.schedule, 16)
     size = lambda model: bytes_per_image(tiny_tokenizer[0], model.clone(dtype=jnp.float32), per_scale)
