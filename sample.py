@@ -25,6 +25,7 @@ from tqdm import tqdm
 import var_jax
 from var_jax import cli
 from var_jax.images import denormalize_to_uint8, image_grid, image_strips, save_png
+from var_jax.interop.model_names import pretrained_names
 from var_jax.paths import is_remote, local_path
 from var_jax.sampling.auto_batch_size import largest_batch
 from var_jax.sampling.options import SamplingOptions
@@ -62,6 +63,8 @@ def out_folder() -> Path:
             f"--workdir={FLAGS.workdir} is remote, but samples are written to local files: give --out=DIR, a "
             "folder on this machine, too"
         )
+    if FLAGS.out is None and FLAGS.workdir in pretrained_names() and not Path(FLAGS.workdir).exists():
+        raise app.UsageError(f"--workdir={FLAGS.workdir} is a model of the package: give --out=DIR, too")
     try:
         return Path(local_path(FLAGS.out or FLAGS.workdir or ".", "--out"))
     except ValueError as error:
@@ -192,6 +195,8 @@ def generate_and_write(
     batches = model.generate_batches(
         labels, FLAGS.seed, chunk, options, start=start, postprocess=denormalize_to_uint8
     )
+    if is_primary:
+        print("compiling, then sampling; the next call finds the program on disk", flush=True)
     progress = tqdm(
         total=len(labels), initial=start, unit="image", desc="sampling", mininterval=1, disable=not is_primary
     )

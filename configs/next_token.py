@@ -45,4 +45,5 @@ def flattened(config: ConfigDict) -> ConfigDict:
         elif name not in ("task", "tokenizer", "scales"):  # the run trains its own tokenizer
             stage[name] = value
     stage.data.tokens = ""
+    stage.model.mask = "causal"
     return ConfigDict(dict(stages=("tokenizer", "next_token"), tokenizer=tokenizer, next_token=stage))

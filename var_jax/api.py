@@ -632,7 +632,7 @@ def load_tokenizer(
 
 def load_var(
     path: str | Path,
-    tokenizer: LoadedTokenizer | None = None,
+    tokenizer: LoadedTokenizer | str | Path | None = None,
     step: int | str = "latest",
     dtype: str = "auto",
 ) -> LoadedVAR:
@@ -640,7 +640,7 @@ def load_var(
 
     Args:
       path: as for `load_tokenizer`.
-      tokenizer: tokenizer whose tokens the transformer predicts; None if `path` holds it, too.
+      tokenizer: tokenizer whose tokens the transformer predicts, or its path; None if `path` holds it, too.
       step: checkpoint of a run: a step, `latest` or `best`.
       dtype: of the matrix products; `auto` is bfloat16 on accelerators and float32 on CPU.
 
@@ -648,6 +648,7 @@ def load_var(
       FileNotFoundError: if there is no such file, or no checkpoint in the run.
       ValueError: naming the tensors that do not fit; on another tokenizer's scales or another dtype.
     """
-    tokenizer = load_tokenizer(path, dtype=dtype) if tokenizer is None else tokenizer
+    if not isinstance(tokenizer, LoadedTokenizer):
+        tokenizer = load_tokenizer(tokenizer or path, dtype=dtype)
     model, params, options, names = load.load_transformer(path, tokenizer.module.config, step, dtype)
     return LoadedVAR(model, params, options, tokenizer, names)

@@ -167,7 +167,7 @@ def test_an_unknown_topology_is_refused(name):
 
 
 def test_only_stages_with_a_bound_are_planned():
-    with pytest.raises(ValueError, match="must end with a stage tokenizer or next_scale, got next_token"):
+    with pytest.raises(ValueError, match="stage tokenizer, next_scale or align, got next_token"):
         make_planned_task(next_token.get_config("d16"), make_mesh())
 
 

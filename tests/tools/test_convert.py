@@ -29,8 +29,9 @@ DATA = REPOSITORY / "tests" / "interop" / "data"
 def round_trip(source, tmp_path, stage) -> dict:
     """Convert a file to a run and back, and return its tensors."""
     convert(source, tmp_path / "run", None, GOLDEN_SCALES, "latest")
-    target = tmp_path / "back.safetensors"
-    convert(tmp_path / "run", target, stage, None, "latest")
+    target = check_path(str(tmp_path / "back.safetensors"), "DST")  # as the command has it
+    (line,) = convert(tmp_path / "run", target, stage, None, "latest")
+    assert line.endswith(" MiB")
     return read_tensors(target, stage)
 
 

@@ -169,7 +169,9 @@ def tokenizer_config(tensors: Tensors, scales=None) -> TokenizerConfig:
         if hits is not None and len(hits) != len(SCALES_256):
             raise ValueError(
                 f"quantize.ema_vocab_hit_SV has shape {hits.shape}: a tokenizer of {len(hits)} scales, not "
-                f"the published {len(SCALES_256)}; pass scales=, the sides of its token maps"
+                f"the published {len(SCALES_256)}; give the sides of its token maps, "
+                "--scales=1,2,... (scales= in Python); to train on it, convert it to a run first "
+                "(var_jax.tools.convert)"
             )
         scales = SCALES_256
     if hits is not None and hits.shape != (len(scales), num_codes):

@@ -12,6 +12,7 @@ trainer); their shapes decide the architecture.
 """
 
 import dataclasses
+import os
 from pathlib import Path
 
 import numpy as np
@@ -148,7 +149,7 @@ def to_file(run: Path, stage: str | None, target: Path, step: int | str = "lates
         write_safetensors(target, header_shapes, tensors, dtypes)
     else:
         write_pth(target, tensors)
-    return [f"{target}: {stage} of {run}, step {step}, {target.stat().st_size / 2**20:.1f} MiB"]
+    return [f"{target}: {stage} of {run}, step {step}, {os.path.getsize(target) / 2**20:.1f} MiB"]
 
 
 def check_expressible(config: TokenizerConfig | NextScaleConfig) -> None:

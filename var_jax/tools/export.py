@@ -8,6 +8,7 @@ Training cannot go on from it: it holds the parameters to sample with, and no st
 """
 
 import json
+import os
 from pathlib import Path
 
 from absl import flags
@@ -122,7 +123,7 @@ def export(run: Path, folder: Path, dtype: str, step: int | str) -> list[str]:
         write_atomic(folder / name, (run / name).read_bytes())
     card = model_card(folder.name, record, scores_table(run), pictures)
     write_atomic(folder / "README.md", card.encode())
-    return [f"{path}: {path.stat().st_size / 1024:.0f} KiB" for path in sorted(folder.iterdir())]
+    return [f"{path}: {os.path.getsize(path) / 1024:.0f} KiB" for path in sorted(folder.iterdir())]
 
 
 def push(folder: Path, name: str) -> str:

@@ -46,6 +46,7 @@ from var_jax.paths import local_path
 FLAGS = flags.FLAGS
 SPAWN_CONTEXT = multiprocessing.get_context("spawn")
 FILES_PER_TASK = 32  # files that a worker process checks at once
+CLASSES_SHOWN = 20
 MAX_FILE_BYTES = 2**30  # a TFDS record holds less than 2 GiB
 
 
@@ -304,6 +305,7 @@ def prepare(
         files = drop_bad_files(files, checks, skip_bad)
         files = hold_out(files, held_out, {path: check.digest for path, check in checks.items()}, root)
         print_duplicates(files, checks)
+        print(f"classes: {format_classes(files)}")
         counts = tuple(sum(file.split == split for file in files) for split in ("train", "test"))
         if min(counts) == 0:
             raise UnusableFolder(
@@ -320,6 +322,13 @@ def prepare(
         make_builder(name, files, data_dir).download_and_prepare(file_format="array_record")
         log_path.unlink()
     return counts
+
+
+def format_classes(files: Iterable[ImageFile]) -> str:
+    """Format the number, name and number of images of each class, of the first `CLASSES_SHOWN` at most."""
+    counts = sorted(collections.Counter(file.label for file in files).items())
+    classes = [f"{i} {printable(label)} ({count})" for i, (label, count) in enumerate(counts)]
+    return ", ".join(classes[:CLASSES_SHOWN] + ["..."] * (len(classes) > CLASSES_SHOWN))
 
 
 def _is_complete(folder: Path) -> bool:

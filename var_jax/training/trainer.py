@@ -359,6 +359,7 @@ class Trainer:
             f"{task.name}: peak learning rate {peak_learning_rate(cfg):.4g}; "
             f"the whole config is in {config_path}"
         )
+        log.say(f"{task.name}: compiling the step, which may take minutes; the next start finds it on disk")
         if self.notice:
             log.say(f"{task.name}: {self.notice}")
         fraction, fsdp = replicated_fraction(self.abstract.params), self.mesh.shape["fsdp"]
