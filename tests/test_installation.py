@@ -16,7 +16,8 @@ from tests.helpers.arrays import all_tokens
 from tests.helpers.commands import REPOSITORY
 from tests.helpers.xla_flags import QUICK
 
-TOOLS = ("prepare", "encode_dataset", "convert", "export", "edit", "vary", "judge_digits", "report", "doctor")
+TOOLS = ("prepare", "encode_dataset", "sample_tokens", "convert", "export", "edit", "vary", "judge_digits")
+TOOLS += ("report", "doctor")
 NOT_RELEASED = (".ci", ".git", ".github", ".gitignore", ".pre-commit-config.yaml")
 
 

@@ -18,6 +18,7 @@ REPOSITORY = Path(__file__).parent.parent.parent
 # Forked from a process that has imported JAX and its neighbors, a command saves 4 seconds of CPU time.
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(["tests.helpers.preloaded"])
+NOT_FORKED = ("var_jax.tools.prepare",)  # they spawn processes, which hang in a fork
 
 
 def python(*arguments, xla_flags: str = QUICK) -> dict:
@@ -78,7 +79,7 @@ def _run(arguments: list[str], environment: dict[str, str], folder: Path) -> Non
             os.dup2(file.fileno(), stream.fileno())
     settings = [{k: v for k, v in e.items() if k.startswith("JAX_")} for e in (os.environ, environment)]
     os.chdir(REPOSITORY)
-    if settings[0] != settings[1]:  # which JAX reads when it is imported
+    if settings[0] != settings[1] or set(arguments[:2]) & set(NOT_FORKED):  # JAX reads them when imported
         os.execve(sys.executable, [sys.executable, *arguments], environment)
     os.environ.clear()
     os.environ.update(environment)
