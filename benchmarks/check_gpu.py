@@ -103,8 +103,9 @@ def check_next_scale(topology: str, config: ConfigDict, mesh: Mesh) -> None:
     depth = task.config.depth
     count = count_custom_calls(PALLAS, results["step"])
     assert count == PALLAS_CALLS * depth, f"{count} calls of Pallas kernels in {depth} layers"
-    count = text.count("BIAS_GELU_AUX")
-    assert count == depth, f"cuBLAS applies GELU in {count} of {depth} layers"
+    if not is_sharded:  # with gathered parameters, XLA leaves GELU out of these small products
+        count = text.count("BIAS_GELU_AUX")
+        assert count == depth, f"cuBLAS applies GELU in {count} of {depth} layers"
     per_scale = task.options.per_scale(task.config.schedule, task.config.num_codes)
     for name, (function, inputs) in sampling_program(task, mesh, 2 * mesh.size, per_scale).items():
         result = compile_program(function, *inputs)
@@ -187,7 +188,8 @@ def check_stage(stage: str, topology: str) -> None:
 
 
 def main(_):
-    os.environ.setdefault("XLA_FLAGS", QUICK)
+    if QUICK.split("=")[0] not in os.environ.get("XLA_FLAGS", ""):
+        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {QUICK}".strip()
     start = time.perf_counter()
     topologies = TOPOLOGY.value
     stages = ["tokenizer"] + ["next_scale"] * len(topologies)
