@@ -6,7 +6,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from benchmarks.tables import format_over_seeds, markdown_table
-from var_jax.images import image_grid
+from var_jax.images import image_grid, save_png
 
 REAL = "real: half against half"
 # Heading, key, format, factor.
@@ -81,13 +81,5 @@ def plot_samples(images: dict[str, np.ndarray], guidance: float, path: Path) -> 
     points = (("before", 0.0), ("before", guidance), ("aligned", 0.0))
     systems = list(dict.fromkeys(system_name(*point) for point in points))
     shown = min(20, len(images[systems[0]]))
-    picture = np.asarray(image_grid(np.concatenate([images[s][:shown] for s in systems]), columns=shown))
-    figure = Figure(figsize=(10, 10 * picture.shape[0] / picture.shape[1]))
-    axis = figure.add_axes([0, 0, 1, 1])
-    axis.imshow(picture)
-    height = picture.shape[0] / len(systems)
-    axis.set_yticks([height * (i + 0.5) for i in range(len(systems))], systems)
-    axis.set_xticks([])
-    axis.tick_params(length=0)
-    axis.spines[:].set_visible(False)
-    figure.savefig(path, dpi=100, bbox_inches="tight")
+    rows = np.concatenate([images[system][:shown] for system in systems])
+    save_png(image_grid(rows, columns=shown, row_labels=systems), path)

@@ -1,6 +1,7 @@
 """Tables of `experiments.markov`."""
 
 from benchmarks.tables import format_over_seeds, markdown_table
+from experiments.next_token.report import QUALITY_COLUMNS
 from var_jax.transformer.config import MAP_MASKS as MASKS
 
 # Heading, key, format, factor.
@@ -11,15 +12,7 @@ COST_COLUMNS = (
     ("cache in bfloat16, MiB", "cache_bytes", ".1f", 2**-20),
     ("loss and gradient of a block, MiB", "step_bytes", ".0f", 2**-20),
 )
-LOSS_COLUMNS = (
-    ("steps", "steps", ".0f", 1),
-    ("least held-out, bits a pixel", "bits_per_pixel", ".3f", 1),
-    ("at the end", "last_bits_per_pixel", ".3f", 1),
-    ("called right", "called_right", ".1%", 1),
-    ("Fréchet", "frechet", ".2f", 1),
-    ("spread", "spread", ".0%", 1),
-    ("nearest", "nearest", ".0%", 1),
-)
+LOSS_COLUMNS = (("steps", "steps", ".0f", 1), *QUALITY_COLUMNS)
 
 
 def format_tables(results: dict) -> str:

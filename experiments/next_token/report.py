@@ -6,19 +6,22 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from benchmarks.tables import format_over_seeds, markdown_table
-from var_jax.images import image_grid
+from var_jax.images import image_grid, save_png
 
 # Heading, key, format, factor.
-RUN_COLUMNS = (
-    ("parameters, M", "parameters", ".2f", 1e-6),
-    ("steps", "steps", ".0f", 1),
-    ("training, TFLOP", "training_flops", ".1f", 1e-12),
+QUALITY_COLUMNS = (
     ("least held-out, bits a pixel", "bits_per_pixel", ".3f", 1),
     ("at the end", "last_bits_per_pixel", ".3f", 1),
     ("called right", "called_right", ".1%", 1),
     ("Fréchet", "frechet", ".2f", 1),
     ("spread", "spread", ".0%", 1),
     ("nearest", "nearest", ".0%", 1),
+)
+RUN_COLUMNS = (
+    ("parameters, M", "parameters", ".2f", 1e-6),
+    ("steps", "steps", ".0f", 1),
+    ("training, TFLOP", "training_flops", ".1f", 1e-12),
+    *QUALITY_COLUMNS,
     ("steps an image", "sampling_steps", ".0f", 1),
     ("MFLOP an image", "sampling_flops", ".1f", 1e-6),
     ("ms an image", "sampling_seconds", ".2f", 1e3),
@@ -112,13 +115,4 @@ def plot_samples(systems: dict[str, Path], path: Path, shown: int = 20) -> None:
         selected = images.reshape(classes, per_class, *images.shape[1:])[:shown, :num_per_class]
         rows.append(selected.reshape(-1, *images.shape[1:]))
         names.append(system)
-    picture = np.asarray(image_grid(np.concatenate(rows), columns=len(rows[0])))
-    figure = Figure(figsize=(10, 10 * picture.shape[0] / picture.shape[1]))
-    axis = figure.add_axes([0, 0, 1, 1])
-    axis.imshow(picture)
-    height = picture.shape[0] / len(rows)
-    axis.set_yticks([height * (i + 0.5) for i in range(len(rows))], names)
-    axis.set_xticks([])
-    axis.tick_params(length=0)
-    axis.spines[:].set_visible(False)
-    figure.savefig(path, dpi=100, bbox_inches="tight")
+    save_png(image_grid(np.concatenate(rows), columns=len(rows[0]), row_labels=names), path)

@@ -26,7 +26,7 @@ SOURCES = ("uniform", "model")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SelfCorrection:
-    """How tokens are replaced: section `correction` of a config.
+    """Settings of token replacement: section `correction` of a config.
 
     Attributes:
       strength: maximum share of the tokens of a map that are replaced; 0: none.

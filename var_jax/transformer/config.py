@@ -126,7 +126,7 @@ class TransformerConfig(abc.ABC):
 
     @property
     def uses_cache(self) -> bool:
-        """Whether a step of generation attends to the keys and values of earlier steps."""
+        """Return whether a step of generation attends to the keys and values of earlier steps."""
         return True
 
     @property
@@ -176,7 +176,7 @@ class NextScaleConfig(TransformerConfig):
 
     @property
     def uses_cache(self) -> bool:
-        """Whether a step of generation attends to the keys and values of earlier steps."""
+        """Return whether a step of generation attends to the keys and values of earlier steps."""
         return self.mask == "block_causal"
 
     @property
