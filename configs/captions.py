@@ -33,7 +33,7 @@ def tokenizer() -> ConfigDict:
     stage.model.scales = (1, 2, 3, 4, 6, 8)
     stage.model.num_codes = 512
     stage.model.code_dim = 16
-    stage.model.ch = 24
+    stage.model.ch = 16
     stage.model.ch_mult = (1, 2, 4)
     stage.model.num_blocks = 1
     stage.model.norm_groups = 8
@@ -55,7 +55,7 @@ def tokenizer() -> ConfigDict:
 
     # Optimizer
     stage.train.batch = 32
-    stage.train.steps = 1500
+    stage.train.steps = 1000
     stage.train.epochs = 250
     stage.train.base_learning_rate = 1e-2  # 1.25e-3 at batch 32
     stage.train.b1 = 0.9

@@ -64,12 +64,18 @@ def random_attributes(rng: np.random.Generator, unseen: bool = False) -> Attribu
             return Attributes(str(shape), str(color), str(rng.choice(list(TEXTURES))), str(background))
 
 
+def shade(color: np.ndarray | tuple) -> np.ndarray:
+    """Return the second color of a texture in a color: darker, or lighter if the color is dark."""
+    return np.asarray(color) * (1 - SHADE) + (np.mean(color) < 0.5) * SHADE
+
+
 def draw(attributes: Attributes, rng: np.random.Generator) -> np.ndarray:
     """Draw an image with attributes, uint8 [64, 64, 3]."""
     vary = lambda name: np.clip(np.array(COLORS[name]) + rng.uniform(-JITTER, JITTER, 3), 0, 1)
     color, background = vary(attributes.color), vary(attributes.background)
-    second = color * (1 - SHADE) + (color.mean() < 0.5) * SHADE
-    paint_shape = partial(textured, colors=np.stack([color, second]), texture=TEXTURES[attributes.texture])
+    paint_shape = partial(
+        textured, colors=np.stack([color, shade(color)]), texture=TEXTURES[attributes.texture]
+    )
     paint_background = partial(textured, colors=np.stack([background] * 2), texture="plain")
     return draw_on(attributes.shape, rng, paint_shape, paint_background)
 
