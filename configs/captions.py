@@ -55,7 +55,7 @@ def tokenizer() -> ConfigDict:
 
     # Optimizer
     stage.train.batch = 32
-    stage.train.steps = 1000
+    stage.train.steps = 1500
     stage.train.epochs = 250
     stage.train.base_learning_rate = 1e-2  # 1.25e-3 at batch 32
     stage.train.b1 = 0.9

@@ -29,6 +29,7 @@ COLORS = {
     "white": (0.95, 0.95, 0.95),
     "yellow": (0.95, 0.88, 0.15),
 }
+RADII = (0.65, 0.9)  # large, so that 32 pixels show the textures
 JITTER = 0.05  # maximum difference of a channel to the named color
 TEXTURES = {"": "plain", "striped": "stripes", "checked": "checks", "dotted": "dots"}  # by word
 SHADE = 0.55  # the second color of a texture is the first one, mixed with so much of black or white
@@ -77,7 +78,7 @@ def draw(attributes: Attributes, rng: np.random.Generator) -> np.ndarray:
         textured, colors=np.stack([color, shade(color)]), texture=TEXTURES[attributes.texture]
     )
     paint_background = partial(textured, colors=np.stack([background] * 2), texture="plain")
-    return draw_on(attributes.shape, rng, paint_shape, paint_background)
+    return draw_on(attributes.shape, rng, paint_shape, paint_background, radii=RADII)
 
 
 def write_folder(out: Path, images: int, seed: int = 0) -> None:

@@ -99,6 +99,7 @@ def draw_on(
     paint_background: Callable,
     width: int = SIDE,
     height: int = SIDE,
+    radii: tuple[float, float] = (0.4, 0.8),
 ) -> np.ndarray:
     """Draw an image of a shape of `SHAPES` that lies within its borders, uint8 [height, width, 3].
 
@@ -107,11 +108,12 @@ def draw_on(
       rng: of position, size and rotation.
       paint_shape, paint_background: functions (rng, x, y) -> colors [H, W, 3] over coordinates in [-1, 1].
       width, height: in pixels.
+      radii: least and greatest radius of the shape, relative to half the shorter side.
     """
     n, short = OVERSAMPLING, min(width, height)
     axis = lambda size: ((np.arange(size * n, dtype=np.float32) + 0.5) / n * 2 - size) / short
     x, y = np.meshgrid(axis(width), axis(height))
-    radius, angle = rng.uniform(0.4, 0.8), rng.uniform(0, 2 * np.pi)
+    radius, angle = rng.uniform(*radii), rng.uniform(0, 2 * np.pi)
     dx = x - rng.uniform(-1, 1) * (width / short - radius)
     dy = y - rng.uniform(-1, 1) * (height / short - radius)
     u, v = dx * np.cos(angle) + dy * np.sin(angle), dy * np.cos(angle) - dx * np.sin(angle)
