@@ -4,7 +4,7 @@ import ast
 
 from tests.helpers.commands import REPOSITORY
 
-LAYERS = """errors installation
+LAYERS = """errors installation conditions
 paths dtypes
 scales images sharding
 tokenizer transformer
