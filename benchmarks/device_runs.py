@@ -35,7 +35,7 @@ from var_jax.training.software import describe_software
 
 RESUME_TOLERANCE = 0.1  # of the evaluation losses on GPUs, where sums are not deterministic
 DIGITS_STAGES = ("tokenizer", "next_scale")  # of configs/digits.py
-TRAIN_STEPS, CHECKPOINT_EVERY = 100, 25  # steps of each stage
+TRAIN_STEPS, TINY_TRAIN_STEPS = 100, 40  # of each stage; a quarter of them between checkpoints
 MAX_BATCH, MIN_BATCH = 64, 8  # of the stage `throughput`: halved while memory is exhausted
 
 
@@ -87,11 +87,17 @@ def train_parts(options: Options) -> list[Part]:
     ]
 
 
+def train_steps(options: Options) -> int:
+    """Return the number of training steps of each stage."""
+    return TINY_TRAIN_STEPS if options.tiny else TRAIN_STEPS
+
+
 def training_command(options: Options, workdir: Path) -> list[str]:
     """Return the command that trains both stages of the digits config in `workdir`."""
-    fields = {"data.dir": options.out / "data", "train.steps": TRAIN_STEPS, "train.log_every": 1}
-    fields |= {"train.checkpoint_every": CHECKPOINT_EVERY}
-    fields |= {"train.eval_every": TRAIN_STEPS, "train.preview_every": TRAIN_STEPS}
+    steps = train_steps(options)
+    fields = {"data.dir": options.out / "data", "train.steps": steps, "train.log_every": 1}
+    fields |= {"train.checkpoint_every": steps // 4}
+    fields |= {"train.eval_every": steps, "train.preview_every": steps}
     fields |= {"train.batch": 16} if options.tiny else {}
     flags = [f"--config.{stage}.{name}={value}" for stage in DIGITS_STAGES for name, value in fields.items()]
     if options.tiny:  # a tokenizer of pixel patches compiles fast
@@ -118,7 +124,7 @@ def train_uninterrupted(options: Options, workdir: Path) -> dict:
         rates = [line["images_per_s"] for line in lines if "images_per_s" in line]
         values |= {f"{stage}_loss": f"{first:.4g} -> {last:.4g}"}
         values |= {f"{stage}_images_per_s": float(np.median(rates))}
-        checks[f"the loss of {stage} falls"] = len(losses) == TRAIN_STEPS and last < first
+        checks[f"the loss of {stage} falls"] = len(losses) == train_steps(options) and last < first
     return {**values, "checks": checks}
 
 
@@ -144,7 +150,8 @@ def train_killed(options: Options, reference: Path, workdir: Path) -> dict:
     killed_at = max(line["step"] for line in read_log_lines(workdir, "tokenizer", "train"))
     output = run_command(options, command)
     checks = {
-        "it was killed in mid-run": process.returncode == -signal.SIGKILL and killed_at < TRAIN_STEPS,
+        "it was killed in mid-run": process.returncode == -signal.SIGKILL
+        and killed_at < train_steps(options),
         "it went on from a checkpoint": "tokenizer: " in output and resumes_midway(output),
     }
     values = {"killed_at_step": killed_at}

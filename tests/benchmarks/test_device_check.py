@@ -47,7 +47,7 @@ def test_every_stage_runs_here_and_all_checks_hold(goldens, tmp_path):
     assert parts["versions", "device"]["platform"] == "cpu"
     assert len(parts["goldens", "var, float32"]["checks"]) == 5
     killed = parts["train", "killed and resumed"]
-    assert 25 <= killed["killed_at_step"] < 100 and killed["next_scale_parameter_difference"] == 0
+    assert 10 <= killed["killed_at_step"] < 40 and killed["next_scale_parameter_difference"] == 0
     assert {"grouped, bfloat16", "remat full, float32"} <= {
         name for stage, name in parts if stage == "attention"
     }
