@@ -18,6 +18,9 @@ ifeq ($(VERSION),)
 $(error PYTHON=$(PYTHON) does not run)
 endif
 
+# Where it is set, as in containers, every process would compile all it imports from source: 7 s of CPU time each.
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: demo test lint format check-gpu docs lock clean
 
 demo: $(VENV)/$(if $(LOCKED),locked,base)-$(VERSION)
