@@ -384,3 +384,11 @@ def test_a_disk_without_room_is_noticed_before_anything_runs(task, tmp_path, mon
         CheckpointNotWritten, match=r"has 0.00 GiB free, but two checkpoints of this run take"
     ):
         check_checkpoint_space(tmp_path, abstract)
+
+
+def test_opening_a_checkpoint_to_read_logs_nothing(tmp_path, caplog):
+    save_params(tmp_path / "run", {"x": np.zeros(2, np.float32)}, {}, {"steps": 0})
+    caplog.clear()
+    with caplog.at_level("WARNING", logger="absl"):
+        params, _ = load_params(tmp_path / "run")
+    assert params["x"].tolist() == [0, 0] and caplog.text == ""

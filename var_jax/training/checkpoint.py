@@ -41,7 +41,14 @@ from var_jax.training.state import TrainState
 
 CHECKPOINT_DIR = "checkpoints"
 MAX_READ_ATTEMPTS = 5  # when a running training keeps replacing the checkpoint that is being read
+# Warnings of Orbax whenever a checkpoint is opened to read its parameters alone.
+EXPECTED_WARNINGS = (
+    "Given directory is read only",
+    'Item "state" was found in the checkpoint, but could not',
+)
 STATE_FIELDS = ("step", "opt_state", "extra", "skipped", "skipped_in_a_row")  # all but the parameters
+
+logging.get_absl_logger().addFilter(lambda record: not record.getMessage().startswith(EXPECTED_WARNINGS))
 
 
 def _item_handlers() -> dict:
@@ -456,9 +463,11 @@ def _open(directory: epath.Path, step: int | str) -> tuple[ocp.CheckpointManager
     options = ocp.CheckpointManagerOptions(
         read_only=True, create=False, save_interval_steps=0, best_fn=_score, best_mode="min"
     )
+    handlers = _item_handlers()
+    del handlers["state"]  # its metadata would be read, too, which takes twice as long as that of `params`
     try:
         with reading(directory):
-            manager = ocp.CheckpointManager(directory, options=options, item_handlers=_item_handlers())
+            manager = ocp.CheckpointManager(directory, options=options, item_handlers=handlers)
     except CheckpointDamaged:  # Orbax reads metadata of every checkpoint, but does not name the damaged one
         for number in steps_under(directory):
             verify(directory / str(number))
