@@ -23,12 +23,14 @@ from etils import epath
 import var_jax
 from var_jax.errors import UserError, config_errors
 from var_jax.installation.machine import compilation_cache_folder
+from var_jax.interop.model_names import find_model
 from var_jax.interop.tensor_files import SUFFIXES
 from var_jax.paths import local_path
 from var_jax.sampling.options import MAX_SEED, SamplingOptions
 from var_jax.scales import Scales
 from var_jax.tokenizer.config import TokenizerConfig
 from var_jax.tokenizer.model import fingerprint
+from var_jax.training.checkpoint import unfinished_notice
 from var_jax.training.config_fields import RENAMED, rename_flags
 from var_jax.transformer.config import TransformerConfig
 
@@ -278,13 +280,20 @@ def prefer_cublas() -> None:
 def tokenizer_source() -> tuple[str, tuple[int, ...] | None]:
     """Return the path of the tokenizer that the flags name, and the scales they give or None.
 
+    Print a warning if it is that of a run and was not trained to its last step.
+
     Raises:
       UsageError: if the flags name no tokenizer.
+      ConfigError: on a name that no model has.
     """
     if not (FLAGS.tokenizer or FLAGS.workdir):
         raise app.UsageError("give --workdir of a run, or --tokenizer")
     scales = None if FLAGS.scales is None else tuple(numbers("scales", int))
-    return FLAGS.tokenizer or FLAGS.workdir, scales
+    path = FLAGS.tokenizer or FLAGS.workdir
+    with config_errors():
+        if notice := unfinished_notice(find_model(path), "tokenizer"):
+            print(notice, flush=True)
+    return path, scales
 
 
 def load() -> var_jax.LoadedVAR:

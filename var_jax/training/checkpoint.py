@@ -332,6 +332,20 @@ def load_config(directory: os.PathLike, step: int | str = "latest") -> tuple[int
     return _read_with_retries(directory, step, _restore_config)
 
 
+def unfinished_notice(run: os.PathLike, task: str) -> str:
+    """Return a warning if a stage of a run was not trained to its last step, else an empty text."""
+    folder = as_path(run) / task
+    if not has_checkpoint(folder / CHECKPOINT_DIR):
+        return ""
+    step, record = load_config(folder / CHECKPOINT_DIR)
+    if step >= record.get("steps", 0):
+        return ""
+    saved = folder / "config.json"
+    command = json.loads(saved.read_text()).get("command", "") if saved.exists() else ""
+    advice = f"; to go on: python {command}" if command else ""
+    return f"warning: {folder} stopped at step {step} of {record['steps']}{advice}"
+
+
 def _restore_config(manager: ocp.CheckpointManager, step: int) -> tuple[int, dict]:
     restored = manager.restore(step, args=ocp.args.Composite(config=ocp.args.JsonRestore()))
     return step, rename_fields(restored["config"])
