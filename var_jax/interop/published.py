@@ -427,6 +427,7 @@ def count_layers(tensors: Tensors, pattern: str, max_count: int) -> int:
     return missing
 
 
+TOKENIZER_ADVICE = "convert the tokenizer's file to the same run, too, or give the file as --tokenizer"
 # A tensor that only the file of a network has, and the flag that takes the file.
 SIGNATURES = {
     "tokenizer": ("quantize.embedding.weight", "--tokenizer"),
