@@ -29,6 +29,10 @@ def main(_):
     tfds.disable_progress_bar()
     with cli.abort_on_error():
         stages.run(CONFIG.value, WORKDIR.value, profile)
+    if stages.stages_of(CONFIG.value)[-1].task == "tokenizer":
+        print(f"next: train a transformer with --config.tokenizer={WORKDIR.value}")
+    else:
+        print(f"next: python sample.py --workdir={WORKDIR.value}")
 
 
 if __name__ == "__main__":

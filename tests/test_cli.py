@@ -1,6 +1,7 @@
 """Flags and error handling that the commands share."""
 
 import os
+import re
 import types
 
 import numpy as np
@@ -8,6 +9,7 @@ import pytest
 from absl import app
 from ml_collections import ConfigDict
 
+from tests.helpers.commands import command
 from tests.helpers.xla_flags import fake_devices
 from var_jax import cli
 from var_jax.errors import ConfigError
@@ -85,6 +87,19 @@ def test_an_error_of_a_user_is_a_line_and_a_bug_is_itself(monkeypatch):
         cli.run(fail(ConfigError("--mask is too small")))
     with pytest.raises(ValueError, match="broadcast"):
         cli.run(fail(ValueError("cannot broadcast")))
+
+
+def test_a_wrong_flag_is_the_last_thing_seen_and_help_lists_the_flags_of_the_package_alone():
+    for flags, message in (
+        (["--bogus=1"], "Unknown command line flag 'bogus'"),
+        ([], "give --workdir of a run, or --tokenizer and --checkpoint of published files"),
+    ):
+        done = command("sample.py", *flags)
+        assert (done.returncode, done.stdout) == (1, "")
+        assert done.stderr == f"sample.py: {message}\n  see --help\n"
+    shown = re.findall(r"^  -+(?:\[no\])?(\w+):", command("sample.py", "--help").stdout, re.MULTILINE)
+    assert {"labels", "workdir", "guidance", "refiner", "coordinator"} <= set(shown)
+    assert not {"verbosity", "alsologtostderr", "pdb", "only_check_args"} & set(shown)
 
 
 @pytest.mark.parametrize(("devices", "threads"), [(1, None), (100, "800")])

@@ -56,7 +56,7 @@ class LoadedTokenizer:
     def __init__(self, model: tokenizer_model.Tokenizer, params: dict):
         self.module = model
         # Cast on the host, so that the devices never hold two copies.
-        self.params = jax.tree.map(jnp.asarray, tokenizer_in_compute_dtype(params, model))
+        self.params = jax.device_put(tokenizer_in_compute_dtype(params, model))
         self.scales, self.num_codes = model.config.scales, model.config.num_codes
         self.num_tokens, self.image_size = model.config.schedule.length, model.config.image_size
 
@@ -187,7 +187,7 @@ class LoadedVAR:
     ):
         self.module, self.options, self.tokenizer = model, options, tokenizer
         # Cast on the host, so that the devices never hold two copies.
-        self.params = jax.tree.map(jnp.asarray, in_compute_dtype(params, model.dtype))
+        self.params = jax.device_put(in_compute_dtype(params, model.dtype))
         self.num_classes, self.depth = model.config.num_classes, model.config.depth
         self.scales, self.image_size = model.config.scales, tokenizer.image_size
         self.class_names = class_names

@@ -13,6 +13,7 @@ import zlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import MappingProxyType
+from typing import NoReturn
 
 import jax
 import numpy as np
@@ -22,12 +23,14 @@ from etils import epath
 import var_jax
 from var_jax.errors import UserError, config_errors
 from var_jax.installation.machine import compilation_cache_folder
+from var_jax.interop.model_names import find_model
 from var_jax.interop.tensor_files import SUFFIXES
 from var_jax.paths import local_path
 from var_jax.sampling.options import MAX_SEED, SamplingOptions
 from var_jax.scales import Scales
 from var_jax.tokenizer.config import TokenizerConfig
 from var_jax.tokenizer.model import fingerprint
+from var_jax.training.checkpoint import unfinished_notice
 from var_jax.training.config_fields import RENAMED, rename_flags
 from var_jax.transformer.config import TransformerConfig
 
@@ -108,6 +111,8 @@ def run(
 ) -> None:
     """Parse the flags and run a command; print a `UserError` as one line, other errors with their traceback.
 
+    A UsageError is that line and one that points to --help, which lists the flags of this package, too.
+
     Config fields and flags of the last release are accepted under their old names, with a notice on stderr.
 
     Args:
@@ -122,12 +127,10 @@ def run(
 
     def command(argv: list[str]) -> None:
         if commands and (len(argv) > 2 or (argv[1:] and argv[1] not in commands)):
-            raise app.UsageError(
-                f"the command must be one of {', '.join(commands)}, got {' '.join(argv[1:])}"
-            )
+            usage_error(f"the command must be one of {', '.join(commands)}, got {' '.join(argv[1:])}")
         if not commands and len(argv) != 1 + len(arguments):
             expected = " ".join(arguments) or "none"
-            raise app.UsageError(f"positional arguments must be {expected}, got {argv[1:]}")
+            usage_error(f"positional arguments must be {expected}, got {argv[1:]}")
         logging.set_verbosity(verbosity)
         provide_threads()
         keep_freed_memory()
@@ -138,6 +141,8 @@ def run(
             main(argv)
         except UserError as error:
             sys.exit(f"{command_name()}: {error}")
+        except app.UsageError as error:
+            usage_error(str(error))
 
     sys.argv[:], notices = rename_flags(sys.argv)  # in place: ml_collections looks there for overrides
     for i, argument in enumerate(sys.argv):
@@ -151,12 +156,22 @@ def run(
 
 
 def _parse_flags(argv: list[str]) -> list[str]:
-    """Parse the flags; report a field that a config does not have as one line."""
+    """Parse the flags; report a wrong one, or a field that a config does not have, as one line."""
+    for module, module_flags in FLAGS.flags_by_module_dict().items():
+        for flag in module_flags if module.startswith("var_jax.") else ():
+            FLAGS.register_key_flag_for_module(argv[0], flag)  # --help lists the key flags of the command
     try:
-        return app.parse_flags_with_usage(argv)
+        return FLAGS(argv)
+    except flags.Error as error:
+        usage_error(str(error))
     except AttributeError as error:  # of ml_collections, around a KeyError that names a field like it
         reason = error.args[0].args[0] if isinstance(error.args[0], KeyError) else str(error)
         sys.exit(f"{command_name()}: no such field of the config: {' '.join(reason.split())}")
+
+
+def usage_error(message: str) -> NoReturn:
+    """Exit with a message and the way to the flags, without the help text that absl would print before."""
+    sys.exit(f"{command_name()}: {message}\n  see --help")
 
 
 def command_name() -> str:
@@ -265,13 +280,20 @@ def prefer_cublas() -> None:
 def tokenizer_source() -> tuple[str, tuple[int, ...] | None]:
     """Return the path of the tokenizer that the flags name, and the scales they give or None.
 
+    Print a warning if it is that of a run and was not trained to its last step.
+
     Raises:
       UsageError: if the flags name no tokenizer.
+      ConfigError: on a name that no model has.
     """
     if not (FLAGS.tokenizer or FLAGS.workdir):
         raise app.UsageError("give --workdir of a run, or --tokenizer")
     scales = None if FLAGS.scales is None else tuple(numbers("scales", int))
-    return FLAGS.tokenizer or FLAGS.workdir, scales
+    path = FLAGS.tokenizer or FLAGS.workdir
+    with config_errors():
+        if notice := unfinished_notice(find_model(path), "tokenizer"):
+            print(notice, flush=True)
+    return path, scales
 
 
 def load() -> var_jax.LoadedVAR:

@@ -27,6 +27,7 @@ from var_jax.training.checkpoint import (
     check_storage,
     has_checkpoint,
     load_config,
+    unfinished_notice,
 )
 from var_jax.training.config_fields import check_names
 from var_jax.training.param_init import InitialValue, match_params
@@ -156,6 +157,8 @@ def build_task(
                 f"  python train.py --config=configs/tokenizer.py --workdir={workdir}\n"
                 "  To try everything without any of these: python train.py --config=configs/digits.py"
             ) from error
+    if notice := unfinished_notice(path, "tokenizer"):
+        print(f"{stage.task}: {notice}", flush=True)
     task = task_class(stage, steps, tokenizer, params, source.num_classes, mesh)
     if isinstance(task, AlignTask):
         task.frozen["reference"] = reference_params(stage, task)

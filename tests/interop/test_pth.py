@@ -420,6 +420,21 @@ def test_errors_for_formats_that_only_pytorch_reads_say_what_to_do(tmp_path):
         read_pth(path)
 
 
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0", "it is a Git LFS pointer"),
+        (b"\n<!DOCTYPE html>\n<html><title>Sign in", "it is a web page"),
+    ],
+)
+def test_what_a_failed_download_leaves_is_named(tmp_path, suffix, content, message):
+    path = tmp_path / f"x{suffix}"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=f"x{suffix} .*: {message}"):
+        read_tensors(path, "tokenizer")
+
+
 def test_files_of_other_formats_are_rejected(tmp_path):
     with pytest.raises(FileNotFoundError, match="no such file: .*nothing.pth"):
         read_tensors(tmp_path / "nothing.pth", "tokenizer")

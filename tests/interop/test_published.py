@@ -107,9 +107,9 @@ def test_a_transformer_of_other_scales_names_tensor_and_both_shapes(goldens):
 
 
 def test_a_file_of_another_network_is_rejected(goldens, golden_tokenizer):
-    with pytest.raises(ValueError, match="no published tokenizer: it has no tensor encoder.conv_in.weight"):
+    with pytest.raises(ValueError, match="this is the file of a VAR transformer, give it as --checkpoint"):
         var_jax.load_tokenizer(goldens / "var.pth", scales=GOLDEN_SCALES)
-    with pytest.raises(ValueError, match="no published VAR transformer: it has no tensor pos_1LC"):
+    with pytest.raises(ValueError, match="this is the file of a tokenizer, give it as --tokenizer"):
         var_jax.load_var(goldens / "vae.pth", tokenizer=golden_tokenizer)
 
 

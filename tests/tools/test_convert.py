@@ -103,7 +103,10 @@ def test_checkpoints_of_the_published_trainer(goldens, golden_tokenizer, tmp_pat
 
 def test_a_stage_that_is_there_already_stops_the_other_one_too(goldens, tmp_path):
     """The tokenizer of a trainer checkpoint used to be written before the transformer was checked."""
-    to_run(goldens / "var.pth", tmp_path / "run", GOLDEN_SCALES)
+    _, advice = to_run(goldens / "var.pth", tmp_path / "run", GOLDEN_SCALES)
+    assert advice.startswith(f"{tmp_path / 'run'} has no tokenizer yet: convert the tokenizer's file")
+    with pytest.raises(FileNotFoundError, match="run has no tokenizer: convert .* or give .* --tokenizer"):
+        load_tokenizer(tmp_path / "run")
     networks = {"vae_local": "vae", "var_wo_ddp": "var"}
     tensors = {name: read_tensors(goldens / f"{file}.pth", "") for name, file in networks.items()}
     path = pickles.save(tmp_path / "ar-ckpt-last.pth", tensors)

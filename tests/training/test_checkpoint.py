@@ -1,4 +1,5 @@
 import errno
+import json
 import shutil
 
 import chex
@@ -13,12 +14,14 @@ from var_jax.data.sources import open_source
 from var_jax.sharding import make_mesh
 from var_jax.training import checkpoint_integrity
 from var_jax.training.checkpoint import (
+    CHECKPOINT_DIR,
     CheckpointMismatch,
     CheckpointMissing,
     Checkpoints,
     load_config,
     load_params,
     save_params,
+    unfinished_notice,
 )
 from var_jax.training.checkpoint_integrity import (
     MANIFEST_FILE,
@@ -384,3 +387,21 @@ def test_a_disk_without_room_is_noticed_before_anything_runs(task, tmp_path, mon
         CheckpointNotWritten, match=r"has 0.00 GiB free, but two checkpoints of this run take"
     ):
         check_checkpoint_space(tmp_path, abstract)
+
+
+def test_a_stage_that_stopped_early_is_named_with_the_command_that_goes_on(tmp_path):
+    folder = tmp_path / "tokenizer"
+    assert unfinished_notice(tmp_path, "tokenizer") == ""
+    save_params(folder / CHECKPOINT_DIR, {"x": np.zeros(2, np.float32)}, {}, {"steps": 3})
+    expected = f"warning: {folder} stopped at step 0 of 3"
+    assert unfinished_notice(tmp_path, "tokenizer") == expected
+    (folder / "config.json").write_text(json.dumps({"command": "train.py --workdir=x"}))
+    assert unfinished_notice(tmp_path, "tokenizer") == f"{expected}; to go on: python train.py --workdir=x"
+
+
+def test_opening_a_checkpoint_to_read_logs_nothing(tmp_path, caplog):
+    save_params(tmp_path / "run", {"x": np.zeros(2, np.float32)}, {}, {"steps": 0})
+    caplog.clear()
+    with caplog.at_level("WARNING", logger="absl"):
+        params, _ = load_params(tmp_path / "run")
+    assert params["x"].tolist() == [0, 0] and caplog.text == ""

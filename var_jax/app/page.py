@@ -184,6 +184,8 @@ def launch(page: gr.Blocks, handlers: Handlers, host: str, port: int | None) -> 
     Raises:
       OSError: if the port is not free.
     """
+    # It gives up after 3 seconds, too early on a busy machine; `launch` has reached the server before.
+    gr.networking.url_ok = lambda url: True
     fonts = ["system-ui", "sans-serif"], ["ui-monospace", "monospace"]  # of the visitor, not of the internet
     _, url, _ = page.launch(
         prevent_thread_lock=True,

@@ -50,6 +50,8 @@ def load_tokenizer(
             stage = load_config(path / _transformer_of(path) / CHECKPOINT_DIR)[1]["stage"]
             if stage["tokenizer"]:
                 return load_tokenizer(stage["tokenizer"], scales or stage["scales"] or None, "latest", dtype)
+            if "converted_from" in stage:
+                raise FileNotFoundError(f"{path} has no tokenizer: {published.TOKENIZER_ADVICE}")
         if is_exported(path):
             config, params = _from_exported(path, "tokenizer")
         else:

@@ -55,6 +55,7 @@ def read_pth(path: str | Path) -> object:
     """
     buffer = map_file(path)
     try:
+        reject_placeholder(buffer)
         if buffer[:1] == pickle.PROTO:
             return _read_legacy(buffer)
         return _read_zip(buffer)
@@ -68,6 +69,15 @@ def map_file(path: str | Path) -> mmap.mmap | bytes:
         if not os.fstat(file.fileno()).st_size:
             return b""  # an empty file cannot be mapped
         return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+
+
+def reject_placeholder(buffer: mmap.mmap | bytes) -> None:
+    """Raise InvalidFile if a download is not the file itself, but a Git LFS pointer or a web page."""
+    start = buffer[:200].lstrip().lower()
+    if start.startswith(b"version https://git-lfs"):
+        raise InvalidFile("it is a Git LFS pointer, not the weights: run `git lfs pull` where it was cloned")
+    if start.startswith((b"<!doctype html", b"<html")):
+        raise InvalidFile("it is a web page (HTML), not the weights: download the file that it links to")
 
 
 def _read_zip(buffer: mmap.mmap) -> object:

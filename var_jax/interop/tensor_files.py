@@ -12,7 +12,7 @@ import ml_dtypes
 import numpy as np
 
 from var_jax.interop.byte_reader import ByteReader, InvalidFile, decode_text
-from var_jax.interop.pth import empty_array, map_file, read_pth
+from var_jax.interop.pth import empty_array, map_file, read_pth, reject_placeholder
 from var_jax.paths import local_path
 
 SUFFIXES = (".pth", ".pt", ".safetensors")
@@ -113,6 +113,7 @@ def _read_safetensors(path: Path) -> dict[str, np.ndarray]:
     """
     buffer = map_file(path)
     try:
+        reject_placeholder(buffer)
         return _parse_safetensors(buffer)
     except InvalidFile as error:
         raise ValueError(f"{path} is not a safetensors file: {error}") from error

@@ -84,6 +84,8 @@ def to_run(source: Path, run: Path, scales: tuple[int, ...] | None = None) -> li
             extra, tokenizer = {"code_hits": params.pop("code_hits")}, fingerprint(params)
         save_params(run / kind / CHECKPOINT_DIR, params, extra, _record(kind, config, source, tokenizer))
         lines.append(f"{run / kind}: {kind} of {source}, {len(tensors)} tensors, scales {config.scales}")
+    if not tokenizer:
+        lines.append(f"{run} has no tokenizer yet: {published.TOKENIZER_ADVICE}")
     return lines
 
 

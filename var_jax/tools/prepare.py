@@ -370,6 +370,9 @@ def main(_):
         f"{counts[0]} images for training, {counts[1]} held out: "
         f"--config.data.name={FLAGS.name} --config.data.dir={data_dir}"
     )
+    fields = [f"--config.{stage}.data." for stage in ("tokenizer", "next_scale")]
+    overrides = " ".join(f"{field}name={FLAGS.name} {field}dir={data_dir}" for field in fields)
+    print(f"next: python train.py --config=configs/shapes.py --workdir=runs/{FLAGS.name} {overrides}")
 
 
 if __name__ == "__main__":

@@ -41,7 +41,14 @@ from var_jax.training.state import TrainState
 
 CHECKPOINT_DIR = "checkpoints"
 MAX_READ_ATTEMPTS = 5  # when a running training keeps replacing the checkpoint that is being read
+# Warnings of Orbax whenever a checkpoint is opened to read its parameters alone.
+EXPECTED_WARNINGS = (
+    "Given directory is read only",
+    'Item "state" was found in the checkpoint, but could not',
+)
 STATE_FIELDS = ("step", "opt_state", "extra", "skipped", "skipped_in_a_row")  # all but the parameters
+
+logging.get_absl_logger().addFilter(lambda record: not record.getMessage().startswith(EXPECTED_WARNINGS))
 
 
 def _item_handlers() -> dict:
@@ -325,6 +332,20 @@ def load_config(directory: os.PathLike, step: int | str = "latest") -> tuple[int
     return _read_with_retries(directory, step, _restore_config)
 
 
+def unfinished_notice(run: os.PathLike, task: str) -> str:
+    """Return a warning if a stage of a run was not trained to its last step, else an empty text."""
+    folder = as_path(run) / task
+    if not has_checkpoint(folder / CHECKPOINT_DIR):
+        return ""
+    step, record = load_config(folder / CHECKPOINT_DIR)
+    if step >= record.get("steps", 0):
+        return ""
+    saved = folder / "config.json"
+    command = json.loads(saved.read_text()).get("command", "") if saved.exists() else ""
+    advice = f"; to go on: python {command}" if command else ""
+    return f"warning: {folder} stopped at step {step} of {record['steps']}{advice}"
+
+
 def _restore_config(manager: ocp.CheckpointManager, step: int) -> tuple[int, dict]:
     restored = manager.restore(step, args=ocp.args.Composite(config=ocp.args.JsonRestore()))
     return step, rename_fields(restored["config"])
@@ -456,9 +477,11 @@ def _open(directory: epath.Path, step: int | str) -> tuple[ocp.CheckpointManager
     options = ocp.CheckpointManagerOptions(
         read_only=True, create=False, save_interval_steps=0, best_fn=_score, best_mode="min"
     )
+    handlers = _item_handlers()
+    del handlers["state"]  # its metadata would be read, too, which takes twice as long as that of `params`
     try:
         with reading(directory):
-            manager = ocp.CheckpointManager(directory, options=options, item_handlers=_item_handlers())
+            manager = ocp.CheckpointManager(directory, options=options, item_handlers=handlers)
     except CheckpointDamaged:  # Orbax reads metadata of every checkpoint, but does not name the damaged one
         for number in steps_under(directory):
             verify(directory / str(number))
