@@ -2,8 +2,6 @@
 
 import importlib.util
 import os
-import sys
-from pathlib import Path
 
 import pytest
 
@@ -22,26 +20,9 @@ def test_without_gradio_the_command_says_what_to_install(monkeypatch):
 
 def test_gradio_sends_nothing_and_writes_to_its_own_folder(monkeypatch):
     monkeypatch.setattr(os, "environ", {})
-    monkeypatch.setattr(sys, "meta_path", [*sys.meta_path])
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: True)
     app.prepare_gradio("folder")
     assert os.environ["GRADIO_ANALYTICS_ENABLED"] == "False" and os.environ["GRADIO_TEMP_DIR"] == "folder"
-
-
-def test_gradio_is_imported_without_writing_its_type_stubs(tmp_path):
-    source = "VERSION = 6\ndef create_or_modify_pyi(*args):\n    raise OSError('slow')\n"
-    (tmp_path / "component_meta.py").write_text(source)
-    spec = app.SkipStubs().find_spec("gradio.component_meta", [str(tmp_path)])
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    assert module.VERSION == 6 and module.create_or_modify_pyi(int, "int", []) is None
-    assert app.SkipStubs().find_spec("gradio.events", [str(tmp_path)]) is None
-
-
-@needs_gradio
-def test_gradio_writes_stubs_by_the_function_that_is_skipped():
-    source = Path(importlib.util.find_spec("gradio").origin).with_name("component_meta.py").read_text()
-    assert "        create_or_modify_pyi(component_class, name, events)\n" in source
 
 
 @needs_gradio

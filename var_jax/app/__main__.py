@@ -8,12 +8,9 @@ One process serves several visitors in turn.  Nothing is sent to or loaded from 
 """
 
 import gc
-import importlib.abc
-import importlib.machinery
 import importlib.util
 import os
 import signal
-import sys
 import tempfile
 import threading
 from pathlib import Path
@@ -59,31 +56,8 @@ def load_models() -> dict[str, var_jax.LoadedVAR]:
     return models
 
 
-class SkipStubs(importlib.abc.MetaPathFinder):
-    """Import `gradio.component_meta` without its writing of type stubs: a third of the import of gradio.
-
-    For every component, gradio parses its source and compares it with the stub file for editors.
-    """
-
-    def find_spec(self, name, path, target=None):
-        if name != "gradio.component_meta":
-            return None
-        spec = importlib.machinery.PathFinder.find_spec(name, path, target)
-        if spec is not None:
-            spec.loader = StublessLoader(spec.loader.name, spec.loader.path)
-        return spec
-
-
-class StublessLoader(importlib.machinery.SourceFileLoader):
-    """Loader of `gradio.component_meta`."""
-
-    def exec_module(self, module) -> None:
-        super().exec_module(module)
-        module.create_or_modify_pyi = lambda component_class, class_name, events: None
-
-
 def prepare_gradio(folder: str) -> None:
-    """Set gradio's environment: no telemetry, files in a folder, no type stubs; before it is imported.
+    """Set gradio's environment: no telemetry, files in a folder; before it is imported.
 
     Raises:
       ConfigError: if gradio is not installed.
@@ -95,7 +69,6 @@ def prepare_gradio(folder: str) -> None:
         HF_HUB_DISABLE_TELEMETRY="1",
         GRADIO_TEMP_DIR=folder,
     )
-    sys.meta_path.insert(0, SkipStubs())
 
 
 def serve(folder: str) -> None:
