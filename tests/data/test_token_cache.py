@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import pickle
 
@@ -8,7 +9,7 @@ from tests.helpers.token_cache import COMMAND, altered, describe, small
 from var_jax.data import token_cache as token_cache_module
 from var_jax.data.loader import eval_batches, train_batches
 from var_jax.data.sources import DataSetMissing
-from var_jax.data.token_cache import CacheManifest, open_token_cache
+from var_jax.data.token_cache import CacheManifest, CacheSpec, open_token_cache
 from var_jax.data.token_writer import CacheMismatch, write_cache
 from var_jax.paths import as_path
 
@@ -96,3 +97,42 @@ def test_a_cache_of_older_crops_is_read_with_a_warning_but_not_continued(
     assert not older[0].description.transform  # 0 means absent: runs on this cache resume
     with pytest.raises(CacheMismatch, match="transform: 0 there, 1 now"):
         write_cache(as_path(tmp_path), description, parts, encode, 2, COMMAND)
+
+
+@pytest.mark.parametrize(
+    ("kind", "dtype", "stored"), [("caption", "int32", 4 * 3), ("embedding", "float16", 2 * 3 * 5)]
+)
+def test_captions_and_embeddings_are_read_as_those_of_the_data_set(
+    digits_dir, tiny_tokenizer, tmp_path, kind, dtype, stored
+):
+    spec, parts, encode = small(digits_dir, tiny_tokenizer)
+    shape, vocabulary = ((3,), ("a", "star")) if kind == "caption" else ((3, 5), ())
+    values = np.random.default_rng(0).integers(0, 4, (40, *shape)).astype(dtype)
+    fields = dict(condition_shape=shape, condition_dtype=dtype, vocabulary=vocabulary)
+    records = [
+        [record | {kind: value} for record, value in zip(p.records, values, strict=True)] for p in parts
+    ]
+    sources = [dataclasses.replace(p, records=r, **fields) for p, r in zip(parts, records, strict=True)]
+    captioned = dataclasses.replace(spec, **fields)
+    write_cache(as_path(tmp_path), captioned, sources, encode, 2, COMMAND)
+    assert captioned.layout.itemsize == spec.layout.itemsize + stored
+    train, held_out = open_token_cache(tmp_path, condition=kind)
+    assert train.condition == kind and train.condition_fields() == sources[0].condition_fields()
+    for source in (train, held_out):
+        batch = source.batch([39, 0])
+        assert batch["condition"].dtype == (np.int32 if kind == "caption" else np.float32)
+        np.testing.assert_array_equal(batch["condition"], values[[39, 0]])
+    np.testing.assert_array_equal(train[40 + 7]["condition"], values[7])  # of the second crop
+    labels = open_token_cache(tmp_path)[0]
+    assert labels.condition == "label" and set(labels[0]) == {"tokens", "label", "valid"}
+    other = {"caption": "embedding", "embedding": "caption"}[kind]
+    with pytest.raises(ValueError, match=f"has no {other}s, .* encode again with --condition={other} into"):
+        open_token_cache(tmp_path, condition=other)
+
+
+def test_caches_without_conditions_are_those_of_before(token_cache, tiny_run):
+    manifest = json.loads((token_cache / "description.json").read_text())
+    new = [manifest["holds"].pop(name) for name in ("condition_shape", "condition_dtype", "vocabulary")]
+    assert not any(new)  # a missing field counts as off: runs on older caches resume
+    fields = {name: tuple(v) if isinstance(v, list) else v for name, v in manifest["holds"].items()}
+    assert CacheSpec(**fields) == describe(tiny_run)

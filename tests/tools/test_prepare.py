@@ -1,5 +1,6 @@
 import collections
 import io
+import json
 import os
 import shutil
 import signal
@@ -14,7 +15,9 @@ import pytest
 from PIL import Image
 
 from examples import coloured_shapes
+from var_jax.conditions import KINDS, encode_caption
 from var_jax.data.image_folder import ImageFile, UnusableFolder, format_counts, hold_out, list_images
+from var_jax.data.loader import eval_batches, train_batches
 from var_jax.data.sources import open_source
 from var_jax.data.transforms import ToPixels
 from var_jax.errors import ConfigError
@@ -63,6 +66,66 @@ def test_a_folder_becomes_a_data_set_of_its_own_bytes(folder, tmp_path):
             assert np.abs(got - want).max() < 12
     with pytest.raises(FileExistsError, match="colours exists already"):
         prepare(folder, "colours", tmp_path / "data", 0.2, False, workers=1)
+
+
+def test_captions_and_embeddings_are_stored_with_their_images(folder, tmp_path, capsys):
+    """Image i of each class is captioned with its class if i < 8, and has i % 3 + 1 vectors if i < 9."""
+    rng, arrays, lines = np.random.default_rng(0), {}, []
+    for path in (image.path for image in list_images(folder)[0]):
+        name, number = path.relative_to(folder), int(path.stem)
+        if number < 8:
+            caption = f"All {name.parent}!" + " so" * (number % 2)
+            lines.append(json.dumps({"image": f"./{name}", "caption": caption}))
+        if number < 9:
+            arrays[path.read_bytes()] = rng.normal(size=(number % 3 + 1, 4)).astype(np.float16)
+            (tmp_path / "vectors" / name.parent).mkdir(parents=True, exist_ok=True)
+            np.save(tmp_path / "vectors" / name.with_suffix(".npy"), arrays[path.read_bytes()])
+    captions = folder / "captions.jsonl"  # passed over as an image
+    captions.write_text("\n".join(lines))
+    data = tmp_path / "data"
+    prepare(folder, "colours", data, 0.2, False, 1, captions, tmp_path / "vectors")
+    output = capsys.readouterr().out
+    assert "captions: of 24 of 30 images, at most 3 words long, with 5 distinct words\n" in output
+    assert "embeddings: of 27 of 30 images, float16 [3, 4]" in output
+    words = ("all", "blue", "green", "red", "so")
+    for split in ("train", "test"):
+        labelled, captioned, embedded = (open_source("colours", split, data, kind) for kind in KINDS)
+        assert labelled.condition_fields() == {} and "condition" not in labelled[0]
+        fields = dict(condition_length=3, condition_width=0, vocabulary=words)
+        assert captioned.condition_fields() == fields and captioned.condition == "caption"
+        fields |= dict(condition_width=4, vocabulary=())
+        assert embedded.condition_fields() == fields and embedded.condition == "embedding"
+        for i in range(len(labelled)):
+            name = captioned.class_names[captioned[i]["label"]]
+            ids = encode_caption(f"all {name} so", words, 3).tolist()
+            assert captioned[i]["condition"].tolist() in (ids, [*ids[:2], 0], [0, 0, 0])
+            padded = np.zeros((3, 4), np.float32)
+            if (rows := arrays.get(embedded[i]["image"])) is not None:
+                padded[: len(rows)] = rows
+            np.testing.assert_array_equal(embedded[i]["condition"], padded)
+    batch = next(train_batches(embedded, ToPixels("colours", 8, 1.0, False), 4, seed=0, threads=1))
+    assert batch["condition"].shape == (4, 3, 4) and batch["condition"].dtype == np.float32
+    batch = next(eval_batches(captioned, ToPixels("colours", 8, 1.0, False), 8, threads=1))
+    assert batch["condition"].dtype == np.int32
+    np.testing.assert_array_equal(batch["condition"][:6], [captioned[i]["condition"] for i in range(6)])
+
+
+def test_a_caption_that_fits_no_image_stops_before_anything_is_written(folder, tmp_path):
+    captions = tmp_path / "captions.jsonl"
+    captions.write_text('{"image": "red/0.png", "caption": "red"}')
+    with pytest.raises(UnusableFolder, match="captions.jsonl, line 1: no image 'red/0.png' under"):
+        prepare(folder, "colours", tmp_path / "data", 0.2, False, 1, captions)
+    captions.write_text('{"image": "red/0.jpg", "caption": "?"}')
+    with pytest.raises(UnusableFolder, match="no training image has a caption with words"):
+        prepare(folder, "colours", tmp_path / "data", 0.2, False, 1, captions)
+    assert not (tmp_path / "data" / "colours").exists()
+
+
+def test_a_data_set_without_conditions_says_how_to_get_them(digits_dir):
+    with pytest.raises(ValueError, match="'digits' has no captions; prepare it .* with --captions"):
+        open_source("digits", "test", digits_dir, "caption")
+    with pytest.raises(ValueError, match="one of label, caption, embedding; got 'image'"):
+        open_source("digits", "test", digits_dir, "image")
 
 
 def split_of(root: Path, share: float) -> dict[str, str]:
@@ -346,8 +409,9 @@ def test_arguments_that_make_no_data_set_are_named(folder, tmp_path, change, mes
 
 def test_the_command_explains_what_is_wrong_with_a_folder_but_hides_no_defect(folder, tmp_path, monkeypatch):
     flags = SimpleNamespace(
-        images=str(folder), name="colours", data_dir=str(tmp_path), held_out=0.2, skip_bad=False, workers=1
-    )
+        images=str(folder), name="colours", data_dir=str(tmp_path), held_out=0.2, skip_bad=False, workers=1,
+        captions=None, embeddings=None,
+    )  # fmt: skip
     monkeypatch.setattr(prepare_module, "FLAGS", flags)
 
     def defect(*_):
@@ -356,6 +420,13 @@ def test_the_command_explains_what_is_wrong_with_a_folder_but_hides_no_defect(fo
     monkeypatch.setattr(prepare_module, "check_files", defect)
     with pytest.raises(ValueError, match="operands could not be broadcast"):
         prepare_module.main([])
+    flags.captions = str(folder / "none.jsonl")
+    with pytest.raises(ConfigError, match=r"No such file or directory: '.*none.jsonl'"):
+        prepare_module.main([])
+    flags.captions = "gs://bucket/captions.jsonl"
+    with pytest.raises(ConfigError, match="--captions"):
+        prepare_module.main([])
+    flags.captions = None
     flags.images = f"{folder}/none"
     with pytest.raises(ConfigError, match="no such folder: .*none"):
         prepare_module.main([])

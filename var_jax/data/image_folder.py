@@ -13,6 +13,7 @@ import stat
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import tensorflow_datasets as tfds
 from PIL import features as pillow_features
@@ -218,12 +219,23 @@ class ImageFolder(tfds.core.GeneratorBasedBuilder):
 
     VERSION = tfds.core.Version("1.0.0")
     files: Sequence[ImageFile] = ()
+    conditions: Mapping[str, Any] = {}
 
     def _info(self) -> tfds.core.DatasetInfo:
         labels = sorted({file.label for file in self.files})
         features = {"image": tfds.features.Image(), "label": tfds.features.ClassLabel(names=labels)}
+        for name, arrays in self.conditions.items():
+            features[name] = tfds.features.Tensor(
+                shape=arrays.shape, dtype=arrays.dtype, encoding=tfds.features.Encoding.BYTES
+            )
+        metadata = None
+        if "caption" in self.conditions:
+            metadata = tfds.core.MetadataDict(vocabulary=self.conditions["caption"].vocabulary)
         return tfds.core.DatasetInfo(
-            builder=self, description="A folder of images.", features=tfds.features.FeaturesDict(features)
+            builder=self,
+            description="A folder of images.",
+            features=tfds.features.FeaturesDict(features),
+            metadata=metadata,
         )
 
     def _split_generators(self, dl_manager):
@@ -232,11 +244,21 @@ class ImageFolder(tfds.core.GeneratorBasedBuilder):
     def _generate_examples(self, split: str = ""):
         for i, file in enumerate(self.files):
             if file.split == split:
-                yield i, {"image": file.path.read_bytes(), "label": file.label}
+                arrays = {name: arrays.array(file.path) for name, arrays in self.conditions.items()}
+                yield i, {"image": file.path.read_bytes(), "label": file.label, **arrays}
 
 
-def make_builder(name: str, files: Sequence[ImageFile], data_dir: Path) -> ImageFolder:
-    """Return a builder that writes files as the data set `name` under `data_dir`, in array_record format."""
+def make_builder(
+    name: str, files: Sequence[ImageFile], data_dir: Path, conditions: Mapping[str, Any] | None = None
+) -> ImageFolder:
+    """Return a builder that writes a data set in array_record format.
+
+    Args:
+      name: of the data set.
+      files: its images.
+      data_dir: directory of the data sets.
+      conditions: `Captions` and `Embeddings` of the images, by their kind (`var_jax.conditions.KINDS`).
+    """
     with tfds.core.registered.skip_registration():  # the registry accepts a name only once per process
-        cls = type(name, (ImageFolder,), {"name": name, "files": files})
+        cls = type(name, (ImageFolder,), {"name": name, "files": files, "conditions": conditions or {}})
     return cls(data_dir=data_dir, file_format="array_record")

@@ -1,7 +1,8 @@
 """Training and evaluation batches of a source, loaded with grain.
 
 A batch on the host is {"image": uint8 [b, H, W, 3], "label": int32 [b], "valid": float32 [b]}, or has
-"tokens": int32 [b, L] instead of "image"; b is the number of rows that this process loads.  Row r of the
+"tokens": int32 [b, L] instead of "image"; b is the number of rows that this process loads.  With captions or
+embeddings, it has "condition", too: int32 [b, T] or float32 [b, T, D] (`var_jax.conditions`).  Row r of the
 training batch of step s (from 0) is item s * batch + r of one endless shuffled sequence, and its random
 augmentation depends only on the seed and that position.  So training can resume at any step, with any number
 of processes, on exactly the same batches.

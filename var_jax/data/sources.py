@@ -4,11 +4,13 @@ import dataclasses
 import os
 import tempfile
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import tensorflow_datasets as tfds
 from etils import epath
 
+from var_jax.conditions import KINDS
 from var_jax.data.digits import Digits
 from var_jax.errors import UserError
 from var_jax.paths import as_path, is_remote, local_path
@@ -25,7 +27,8 @@ class DataSetMissing(UserError, FileNotFoundError):
 class Source:
     """One split of a data set; an item has `image`, `label`, `index`, `exif` and `valid`.
 
-    `image` is the encoded bytes of an image.
+    `image` is the encoded bytes of an image.  With captions or embeddings, an item has a `condition`, too:
+    word ids int32 [T] or vectors float32 [T, D] (`var_jax.conditions`).
 
     Attributes:
       name: `data set/split`, for messages.
@@ -33,6 +36,9 @@ class Source:
       class_names: names of labels 0, 1, ...
       exif: whether to apply the EXIF orientation of the images.
       padded: length to which the source is padded with copies of the last item, of `valid` = 0.
+      condition_shape: (T,) of captions, (T, D) of embeddings, () of labels.
+      condition_dtype: dtype in which conditions are stored.
+      vocabulary: words of the captions.
     """
 
     name: str
@@ -40,6 +46,9 @@ class Source:
     class_names: tuple[str, ...]
     exif: bool = True
     padded: int = 0
+    condition_shape: tuple[int, ...] = ()
+    condition_dtype: str = ""
+    vocabulary: tuple[str, ...] = ()
 
     @property
     def num_classes(self) -> int:
@@ -55,6 +64,18 @@ class Source:
         """Number of images in an epoch; less than `num_records` if there are several crops of each image."""
         return self.num_records
 
+    @property
+    def condition(self) -> str:
+        """Kind of the conditions."""
+        return KINDS[len(self.condition_shape)]
+
+    def condition_fields(self) -> dict[str, Any]:
+        """Return the fields of a transformer's config that these conditions decide; none with labels."""
+        if not self.condition_shape:
+            return {}
+        length, width = (*self.condition_shape, 0)[:2]
+        return {"condition_length": length, "condition_width": width, "vocabulary": self.vocabulary}
+
     def __len__(self) -> int:
         return max(self.padded, self.num_records)
 
@@ -65,11 +86,19 @@ class Source:
     def _item(self, index: int) -> dict:
         record = self.records[index]
         label = np.int32(record["label"])
-        return {"image": record["image"], "label": label, "index": index, "exif": self.exif}
+        item = {"image": record["image"], "label": label, "index": index, "exif": self.exif}
+        if self.condition_shape:
+            item["condition"] = widened(record[self.condition])
+        return item
 
     def pad_to_multiple(self, size: int) -> "Source":
         """Return this source, padded to a multiple of `size` items."""
         return dataclasses.replace(self, padded=-(-self.num_records // size) * size)
+
+
+def widened(condition: np.ndarray) -> np.ndarray:
+    """Return stored conditions as batches have them: int32 or float32."""
+    return condition.astype(np.float32 if condition.dtype.kind == "f" else np.int32)
 
 
 def readable_path(path: str | os.PathLike, name: str) -> epath.Path:
@@ -81,7 +110,7 @@ def readable_path(path: str | os.PathLike, name: str) -> epath.Path:
     return as_path(path) if os.fspath(path).startswith("gs://") else local_path(path, name)
 
 
-def open_source(name: str, split: str, data_dir: str | os.PathLike) -> Source:
+def open_source(name: str, split: str, data_dir: str | os.PathLike, condition: str = "label") -> Source:
     """Open a split of a data set prepared under `data_dir` in array_record format.
 
     The embedded data set `digits` is prepared on first use.
@@ -90,10 +119,11 @@ def open_source(name: str, split: str, data_dir: str | os.PathLike) -> Source:
       name: of the data set.
       split: of the data set.
       data_dir: directory of prepared data sets, local or gs://.
+      condition: kind of the conditions, one of `var_jax.conditions.KINDS`.
 
     Raises:
       DataSetMissing: if the data set is not there; the message says how to prepare it.
-      ValueError: if it has no such split, or is not in a random-access format.
+      ValueError: if it has no such split or conditions, or is not in a random-access format.
     """
     data_dir = readable_path(data_dir, "config.data.dir")
     if name == "digits" and not is_remote(data_dir):
@@ -113,7 +143,24 @@ def open_source(name: str, split: str, data_dir: str | os.PathLike) -> Source:
         ) from error
     label = builder.info.features["label"]
     exif = builder.name not in EXIF_IGNORED
-    return Source(f"{name}/{split}", records, tuple(label.names), exif)
+    source = Source(f"{name}/{split}", records, tuple(label.names), exif)
+    if condition == "label":
+        return source
+    if condition not in KINDS:
+        raise ValueError(f"the condition must be one of {', '.join(KINDS)}; got {condition!r}")
+    stored = builder.info.features.get(condition)
+    if not isinstance(stored, tfds.features.Tensor) or len(stored.shape) != KINDS.index(condition):
+        raise ValueError(
+            f"data set {name!r} has no {condition}s; prepare it under another --name with --{condition}s "
+            "(docs/your_own_images.md)"
+        )
+    vocabulary = builder.info.metadata["vocabulary"] if condition == "caption" else ()
+    return dataclasses.replace(
+        source,
+        condition_shape=stored.shape,
+        condition_dtype=np.dtype(stored.np_dtype).name,
+        vocabulary=tuple(vocabulary),
+    )
 
 
 def prepare_digits(data_dir: epath.Path) -> None:

@@ -2,8 +2,9 @@
 
 `python -m var_jax.tools.encode_dataset` writes a cache: a directory of array_record files and
 `description.json`.  A record is a label (int32), L tokens (uint16, or int32 if there are more than 65536
-codes) and, with --features, the features that they quantize (float16), all little-endian.  Training records
-are ordered by crop: record c * images + i is crop c of image i.
+codes) and, with --features, the features that they quantize (float16) and, with --condition, the caption
+(word ids, int32) or the embedding (float16 or float32), all little-endian.  Training records are ordered by
+crop: record c * images + i is crop c of image i.
 """
 
 import dataclasses
@@ -18,8 +19,9 @@ import numpy as np
 from absl import logging
 from etils import epath
 
+from var_jax.conditions import KINDS
 from var_jax.data import transforms
-from var_jax.data.sources import DataSetMissing, Source, readable_path
+from var_jax.data.sources import DataSetMissing, Source, readable_path, widened
 from var_jax.scales import Scales
 
 DESCRIPTION = "description.json"
@@ -48,6 +50,8 @@ class CacheSpec:
       shard: number of records per file, except the last.
       transform: `transforms.VERSION` that made the pixels; 0 in caches older than this field.
       feature_shape: (h, w, C) of the features in each record; () without features.
+      condition_shape, condition_dtype, vocabulary: of the captions or embeddings in each record, as in
+        `Source`; empty with labels alone.
     """
 
     data: str
@@ -68,14 +72,19 @@ class CacheSpec:
     shard: int
     transform: int = 0
     feature_shape: tuple[int, ...] = ()
+    condition_shape: tuple[int, ...] = ()
+    condition_dtype: str = ""
+    vocabulary: tuple[str, ...] = ()
 
     @functools.cached_property
     def layout(self) -> np.dtype:
-        """Structured dtype of a record: a label, L tokens and maybe features."""
+        """Structured dtype of a record: a label, L tokens, and maybe features and a condition."""
         code = "<u2" if self.num_codes <= 2**16 else "<i4"
         fields = [("label", "<i4"), ("tokens", code, (Scales(self.scales).length,))]
         if self.feature_shape:
             fields.append(("features", "<f2", self.feature_shape))
+        if self.condition_shape:
+            fields.append(("condition", f"<{np.dtype(self.condition_dtype).str[1:]}", self.condition_shape))
         return np.dtype(fields)
 
     def records(self, split: str) -> int:
@@ -180,7 +189,7 @@ class CacheManifest:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TokenSource(Source):
-    """One split of a token cache; an item is a dict of `tokens` int32 [L], `label` and `valid`.
+    """One split of a token cache; an item has `tokens` int32 [L], `label`, `valid` and maybe `condition`.
 
     Attributes:
       description: spec of the cache.
@@ -211,7 +220,11 @@ class TokenSource(Source):
             "label": fields["label"].astype(np.int32),
             "valid": (indices < self.num_records).astype(np.float32),
         }
-        return items | {"features": fields["features"]} if self.features else items
+        if self.features:
+            items["features"] = fields["features"]
+        if self.condition_shape:
+            items["condition"] = widened(fields["condition"])
+        return items
 
     def __getitem__(self, index: int) -> dict:
         return {name: values[0] for name, values in self.batch([index]).items()}
@@ -221,7 +234,7 @@ class TokenSource(Source):
 class PairedTokenSource(TokenSource):
     """Training split of a token cache, item i with sample i of a transformer (modulo their number).
 
-    A batch also has `sample_tokens` int32 [B, L] and `sample_label` int32 [B].
+    A batch also has `sample_tokens` int32 [B, L], `sample_label` int32 [B] and, if `condition`, its like.
 
     Attributes:
       samples: tokens that `var_jax.tools.sample_tokens` has written.
@@ -235,8 +248,8 @@ class PairedTokenSource(TokenSource):
 
     def batch(self, indices: Sequence[int]) -> dict[str, np.ndarray]:
         samples = self.samples.batch(np.asarray(indices) % len(self.samples))
-        names = {"tokens": "sample_tokens", "label": "sample_label"}
-        return super().batch(indices) | {new: samples[name] for name, new in names.items()}
+        names = ("tokens", "label", "condition")
+        return super().batch(indices) | {f"sample_{name}": samples[name] for name in names if name in samples}
 
 
 def open_token_cache(
@@ -244,6 +257,7 @@ def open_token_cache(
     features: bool = False,
     field: str = "config.data.tokens",
     command: str = ENCODE_COMMAND,
+    condition: str = "label",
 ) -> tuple[TokenSource, TokenSource]:
     """Open the training and held-out splits of a token cache, local or gs://.
 
@@ -255,10 +269,11 @@ def open_token_cache(
       features: whether training items have features, too.
       field: config field that names it, for messages.
       command: command that makes one, for messages.
+      condition: kind of the conditions; with "label", others in the cache are left unread.
 
     Raises:
       DataSetMissing: if there is no cache, or it is incomplete; the message says how to make or finish it.
-      ValueError: if its files do not match its description, or it has no features.
+      ValueError: if its files do not match its description, or it has no features or no such conditions.
     """
     directory = readable_path(directory, field)
     try:
@@ -281,6 +296,12 @@ def open_token_cache(
             f"the token cache {directory} has no features, which config.correction requantizes; set "
             "config.correction.strength=0, or encode again with --features into another directory"
         )
+    if condition not in ("label", KINDS[len(spec.condition_shape)]):
+        raise ValueError(
+            f"the token cache {directory} has no {condition}s, which config.model.condition asks for; encode "
+            f"again with --condition={condition} into another directory"
+        )
+    conditions = ("condition_shape", "condition_dtype", "vocabulary") if condition != "label" else ()
     splits = []
     for split in SPLITS:
         shards = spec.shards(directory, split)
@@ -300,5 +321,6 @@ def open_token_cache(
         name = f"{spec.data}/{spec.train_split if split == 'train' else spec.eval_split}"
         crops = spec.crops if split == "train" else 1
         options = dict(crops=crops, features=features and split == "train")
+        options |= {field: getattr(spec, field) for field in conditions}
         splits.append(TokenSource(name, records, spec.class_names, description=spec, **options))
     return tuple(splits)

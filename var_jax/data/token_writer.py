@@ -183,6 +183,8 @@ def write_cache(
             for batch in read_ahead(dataset, encode.batch, threads).batch(encode.batch):
                 part = np.zeros(len(batch["label"]), spec.layout)
                 part["label"] = batch["label"]
+                if spec.condition_shape:
+                    part["condition"] = batch["condition"]
                 if spec.feature_shape:
                     part["features"], part["tokens"] = encode.features_and_tokens(batch["image"])
                 else:
@@ -230,4 +232,7 @@ def make_cache_spec(
         shard=shard,
         transform=transforms.VERSION,
         feature_shape=(side, side, tokenizer.config.code_dim) if features else (),
+        condition_shape=train.condition_shape,
+        condition_dtype=train.condition_dtype,
+        vocabulary=train.vocabulary,
     )

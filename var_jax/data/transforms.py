@@ -14,6 +14,7 @@ from var_jax.errors import UserError
 # EXIF orientation and alpha, and rounded the longer side and the center crop differently.
 VERSION = 1
 MAX_ASPECT = 20  # longer over shorter side; up to it, the image is resized in full and then cropped
+_KEPT = ("label", "condition", "valid")  # fields of a record that are not pixels
 _LANCZOS_SUPPORT = 3  # on each side, in pixels of the smaller of the two images
 # Pillow resizes the height first if it is reduced and more than this many times the width, else the width.
 _TALL = 1 if int(PIL.__version__.split(".")[0]) >= 13 else 100
@@ -95,6 +96,8 @@ def _source_span(length: int, scaled: int, start: int, stop: int) -> _Span:
 class ToPixels:
     """Transform of a record to {"image": uint8 [size, size, 3], "label": int32, "valid": float32}.
 
+    A `condition` of the record is kept as it is.
+
     Attributes:
       name: name of the data set, for messages.
       size: side of the resulting image.
@@ -129,7 +132,7 @@ class ToPixels:
                 f"record {record['index']} of data set {self.name} holds no readable image "
                 f"({len(record['image'])} bytes): {str(error) or 'takes more memory than there is'}"
             ) from error
-        return {"image": pixels, "label": record["label"], "valid": record["valid"]}
+        return {"image": pixels, **{name: record[name] for name in _KEPT if name in record}}
 
     def _pixels(self, image: Image.Image, rng: np.random.Generator | None) -> np.ndarray:
         side = round(self.size * self.resize)

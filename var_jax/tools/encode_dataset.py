@@ -17,6 +17,7 @@ from absl import flags
 from etils import epath
 
 from var_jax import cli
+from var_jax.conditions import KINDS
 from var_jax.data.sources import Source, open_source, readable_path
 from var_jax.data.token_cache import CacheSpec
 from var_jax.data.token_writer import BatchEncoder, make_cache_spec, write_cache
@@ -42,7 +43,8 @@ def from_flags() -> tuple[epath.Path, CacheSpec, tuple[Source, Source], BatchEnc
     data = {name: FLAGS[name].value for name in ("train_split", "eval_split", "resize", "flip", "shift")}
     data["name"] = FLAGS.data
     sources = tuple(
-        open_source(FLAGS.data, split, FLAGS.data_dir) for split in (FLAGS.train_split, FLAGS.eval_split)
+        open_source(FLAGS.data, split, FLAGS.data_dir, FLAGS.condition)
+        for split in (FLAGS.train_split, FLAGS.eval_split)
     )
     options = (FLAGS.crops, FLAGS.seed, FLAGS.shard, FLAGS.features)
     spec = make_cache_spec(tokenizer, params, sources, data, *options)
@@ -73,6 +75,9 @@ if __name__ == "__main__":
     flags.DEFINE_bool("flip", False, "Mirror half of the crops")
     flags.DEFINE_integer("shift", 0, "Largest translation, in pixels, of half of the images", lower_bound=0)
     flags.DEFINE_bool("features", False, "Keep the features, too, for self-correction (docs/training.md)")
+    flags.DEFINE_enum(
+        "condition", "label", KINDS, "Keep the captions or embeddings, too (config.model.condition)"
+    )
     flags.DEFINE_integer("seed", 0, "Random seed of the crops", lower_bound=0)
     flags.DEFINE_integer("batch", 64, "Images per batch, over all devices", lower_bound=1)
     flags.DEFINE_integer("threads", 16, "Threads that read and decode ahead", lower_bound=1)

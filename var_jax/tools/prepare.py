@@ -5,6 +5,11 @@
 All cores decode every file once to find broken ones, which are listed with the reason, and left out only with
 --skip_bad.  The results are logged, so that the same command resumes a call that was stopped or killed.  The
 encoded bytes are stored unchanged.  Train with --config.data.name=flowers --config.data.dir=data.
+
+Captions and embeddings are stored with the images, for training with --config.model.condition=caption:
+
+    --captions=captions.jsonl    lines {"image": "star/1.jpg", "caption": "a red star"}, paths under --images
+    --embeddings=DIR             DIR/star/1.npy for star/1.jpg: float16 or float32 [T, D], e.g. of CLIP or T5
 """
 
 import collections
@@ -14,6 +19,7 @@ import dataclasses
 import fcntl
 import hashlib
 import json
+import math
 import multiprocessing
 import os
 import re
@@ -30,6 +36,7 @@ from tqdm import tqdm
 
 from var_jax import cli
 from var_jax.data.decoding import DecodeError, decode_image
+from var_jax.data.image_conditions import Captions, Embeddings, find_embeddings, read_captions
 from var_jax.data.image_folder import (
     ImageFile,
     UnusableFolder,
@@ -261,6 +268,8 @@ def prepare(
     held_out: float,
     skip_bad: bool,
     workers: int,
+    captions: Path | None = None,
+    embeddings: Path | None = None,
 ) -> tuple[int, int]:
     """Write a data set of the images in a folder.
 
@@ -271,13 +280,15 @@ def prepare(
       held_out: fraction of the images of each class for the split `test`.
       skip_bad: leave out files that cannot be decoded.
       workers: number of processes that decode.
+      captions: file of captions.
+      embeddings: folder of embeddings.
 
     Returns:
       Number of images in the splits `train` and `test`.
 
     Raises:
       ValueError: naming the argument that is wrong.
-      UnusableFolder: if the images do not make a data set.
+      UnusableFolder: if the images do not make a data set, or captions or embeddings do not fit.
       FileNotFoundError: if there are no images.
       FileExistsError: if there is a data set of that name.
       BlockingIOError: if another process writes this data set.
@@ -292,6 +303,10 @@ def prepare(
     print(f"{len(files)} images in {len({file.label for file in files})} classes under {printable(root)}")
     if ignored:
         print(f"passed over: {format_counts(ignored)}")
+    texts = read_captions(captions, files, root) if captions else None
+    conditions: dict[str, Captions | Embeddings] = {}
+    if embeddings:
+        conditions["embedding"] = find_embeddings(embeddings, files, root)
     with open_check_log(log_path) as log:
         if _is_complete(folder):
             was_interrupted = bool(read_check_log(log))
@@ -311,15 +326,22 @@ def prepare(
             raise UnusableFolder(
                 f"{counts[0]} images for training and {counts[1]} held out: each split needs at least one"
             )
+        if texts is not None:
+            conditions["caption"] = Captions.create(texts, files)
+        for arrays in conditions.values():
+            print(arrays.summary(files))
         shutil.rmtree(folder, ignore_errors=True)  # partial output of a call that was killed
         size = sum(file.path.stat().st_size for file in files)
+        size += sum(
+            len(files) * math.prod(arrays.shape) * arrays.dtype.itemsize for arrays in conditions.values()
+        )
         free = shutil.disk_usage(data_dir).free
         if free < 1.1 * size:
             raise OSError(
-                f"{data_dir} has {free / 2**30:.2f} GiB free, but the images take {size / 2**30:.2f} GiB: "
+                f"{data_dir} has {free / 2**30:.2f} GiB free, but the data take {size / 2**30:.2f} GiB: "
                 "make room or choose another --data_dir"
             )
-        make_builder(name, files, data_dir).download_and_prepare(file_format="array_record")
+        make_builder(name, files, data_dir, conditions).download_and_prepare(file_format="array_record")
         log_path.unlink()
     return counts
 
@@ -339,8 +361,11 @@ def _is_complete(folder: Path) -> bool:
 def main(_):
     with config_errors():
         images, data_dir = check_arguments(FLAGS.images, FLAGS.name, FLAGS.data_dir, FLAGS.held_out)
+        captions = FLAGS.captions and Path(local_path(FLAGS.captions, "--captions"))
+        embeddings = FLAGS.embeddings and Path(local_path(FLAGS.embeddings, "--embeddings"))
     with config_errors(UnusableFolder, OSError):
-        counts = prepare(images, FLAGS.name, data_dir, FLAGS.held_out, FLAGS.skip_bad, FLAGS.workers)
+        options = (FLAGS.held_out, FLAGS.skip_bad, FLAGS.workers, captions, embeddings)
+        counts = prepare(images, FLAGS.name, data_dir, *options)
     print(
         f"{counts[0]} images for training, {counts[1]} held out: "
         f"--config.data.name={FLAGS.name} --config.data.dir={data_dir}"
@@ -353,5 +378,7 @@ if __name__ == "__main__":
     flags.DEFINE_string("data_dir", "data", "Directory of the data sets")
     flags.DEFINE_float("held_out", 0.05, "Fraction of the images of each class for the split `test`")
     flags.DEFINE_bool("skip_bad", False, "Leave out files that cannot be decoded")
+    flags.DEFINE_string("captions", None, 'File of lines {"image": path under --images, "caption": text}')
+    flags.DEFINE_string("embeddings", None, "Folder of .npy files [T, D], named as the images are")
     flags.DEFINE_integer("workers", os.cpu_count(), "Number of processes that decode", lower_bound=1)
     cli.run(main, verbosity=logging.WARNING)
