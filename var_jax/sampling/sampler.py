@@ -1,8 +1,8 @@
 """Generation: labels, captions or embeddings to images in one compiled program.
 
-The KV cache is allocated at its full size, and everything that depends on the condition alone is computed once.
-Next-scale: the scales are unrolled, and each attends to a static prefix of the cache.  Next-token: one scan
-over the tokens, each of which attends to the whole cache under its mask.
+The KV cache is allocated at its full size, and everything that depends on the condition alone is computed
+once.  Next-scale: the scales are unrolled, and each attends to a static prefix of the cache.  Next-token: one
+scan over the tokens, each of which attends to the whole cache under its mask.
 """
 
 import contextlib
@@ -187,8 +187,8 @@ def generate(
 
     Args:
       networks: tokenizer and transformer.
-      labels: condition of each image: its class; or words of its caption, or its embedding, as the transformer
-        takes them.
+      labels: condition of each image, of the kind that the transformer takes: its class, the words of its
+        caption, or its embedding.
       keys: random key of each image (`image_keys`).
       per_scale: sampling options of every scale.
       known: tokens to keep, from which the later maps are predicted too; None samples all.
@@ -450,9 +450,7 @@ def _to_host(
     return np.asarray(images)[: len(labels)], np.asarray(tokens)[: len(labels)]
 
 
-def check_finite(
-    is_finite: Bool[np.ndarray, " n"], first: int = 0, labels: Conditions | None = None
-) -> None:
+def check_finite(is_finite: Bool[np.ndarray, " n"], first: int = 0, labels: Conditions | None = None) -> None:
     """Raise NonFiniteImages unless all images are finite.
 
     Args:
@@ -464,7 +462,8 @@ def check_finite(
     if not len(bad):
         return
     names = ", ".join(
-        f"{first + i}" if labels is None or labels.ndim > 1 else f"{first + i} (label {labels[i]})" for i in bad[:5]
+        f"{first + i}" if labels is None or labels.ndim > 1 else f"{first + i} (label {labels[i]})"
+        for i in bad[:5]
     )
     raise NonFiniteImages(
         f"{len(bad)} of {len(is_finite)} images are not finite: {names}{', ...' * (len(bad) > 5)}. "

@@ -51,9 +51,7 @@ class SequenceEncoder(nn.Module):
         sequence = jnp.where(is_null[:, None, None], null_row, rows).astype(self.dtype)
         return constrain(vector), constrain(sequence), is_row | is_null[:, None]
 
-    def _encode(
-        self, condition: Captions | Embeddings
-    ) -> tuple[Float32[Array, "B T D"], Bool[Array, "B T"]]:
+    def _encode(self, condition: Captions | Embeddings) -> tuple[Float32[Array, "B T D"], Bool[Array, "B T"]]:
         """Compute the rows of the sequence before normalization, and which of them are no padding."""
         raise NotImplementedError
 
@@ -91,9 +89,7 @@ class TextBlock(nn.Module):
     dtype: DTypeLike
 
     @nn.compact
-    def __call__(
-        self, x: Float32[Array, "B T D"], is_word: Bool[Array, "B T"]
-    ) -> Float32[Array, "B T D"]:
+    def __call__(self, x: Float32[Array, "B T D"], is_word: Bool[Array, "B T"]) -> Float32[Array, "B T D"]:
         """Apply the block to the words of a caption."""
         h = layer_norm(x, self.dtype)
         _, keys = CrossProjection(self.config, self.dtype, name="keys")((h, is_word), None)

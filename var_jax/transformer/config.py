@@ -91,8 +91,13 @@ class TransformerConfig(abc.ABC):
                 raise ValueError(f"transformer {name} must be in [0, 1), got {getattr(self, name)}")
         parse_positions(self.positions, self.width, self.head_dim)
         if self.condition not in KINDS:
-            raise ValueError(f"transformer condition must be one of {', '.join(KINDS)}; got {self.condition!r}")
-        sizes = {"caption": ("condition_length", "text_depth"), "embedding": ("condition_length", "condition_width")}
+            raise ValueError(
+                f"transformer condition must be one of {', '.join(KINDS)}; got {self.condition!r}"
+            )
+        sizes = {
+            "caption": ("condition_length", "text_depth"),
+            "embedding": ("condition_length", "condition_width"),
+        }
         for name in sizes.get(self.condition, ()):
             if getattr(self, name) < 1:
                 raise ValueError(
@@ -129,7 +134,7 @@ class TransformerConfig(abc.ABC):
         dtype = np.float32 if self.condition == "embedding" else np.int32
         return np.full((batch, *shape), self.null_condition, dtype)
 
-    def check_conditions(self, conditions: Shaped[Array | np.ndarray, "B *dims"]) -> None:
+    def check_conditions(self, conditions: Shaped[Array | np.ndarray, "..."]) -> None:
         """Check that conditions are of the kind and the size that the transformer takes.
 
         Raises:

@@ -24,7 +24,7 @@ def matrix_parameters(cfg: TransformerConfig) -> int:
 
 
 def _condition_flops(cfg: TransformerConfig) -> int:
-    """Count the FLOPs of all that depends on one condition alone: its encoder, keys of cross-attention, adaLN."""
+    """Count the FLOPs of what is computed once per image: encoder, keys of cross-attention, adaLN vectors."""
     d, rows = cfg.width, cfg.condition_length
     if cfg.condition == "label":
         return _adaln_flops(cfg)

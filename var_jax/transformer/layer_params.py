@@ -1,9 +1,9 @@
 """Layouts of a transformer's parameters: layers stacked, as in checkpoints, or each layer apart.
 
 Stacked, the parameters of all blocks are in `blocks/layers/...`, those of their adaLN in `adaln/...` and those
-of the keys and values of their cross-attention in `cross/...`, with a leading axis of layers.  Apart, they are
-in `blocks/layers_0/...`, `blocks/layers_1/...`, `adaln_0/...` and `cross_0/...`.  All other parameters, those
-of shared adaLN among them, are the same in both.
+of their cross-attention's keys and values in `cross/...`, with a leading axis of layers.  Apart, they are in
+`blocks/layers_0/...`, `blocks/layers_1/...`, `adaln_0/...` and `cross_0/...`.  All other parameters, those of
+shared adaLN among them, are the same in both.
 """
 
 import jax
@@ -25,12 +25,12 @@ def unstack_layers(params: dict) -> dict:
 def stack_layers(params: dict) -> dict:
     """Invert `unstack_layers`, on the host."""
     depth = len(params["blocks"])
-    names = {name: [f"{name}_{i}" for i in range(depth)] for name in PROJECTIONS}
-    stacked = {name: value for name, value in params.items() if name not in ("blocks", *sum(names.values(), []))}
+    stacked = dict(params)
     stacked["blocks"] = {"layers": _stack([params["blocks"][f"layers_{i}"] for i in range(depth)])}
-    for name, parts in names.items():
-        if parts[0] in params:
-            stacked[name] = _stack([params[part] for part in parts])
+    for name in PROJECTIONS:
+        parts = [stacked.pop(f"{name}_{i}", None) for i in range(depth)]
+        if parts[0] is not None:
+            stacked[name] = _stack(parts)
     return stacked
 
 

@@ -4,6 +4,7 @@ The initialization is the published one (Tian et al. 2024).
 """
 
 from functools import partial
+from operator import itemgetter
 
 import flax.linen as nn
 import flax.struct
@@ -122,7 +123,7 @@ class Blocks(nn.Module):
             return x, cache
         caches = [None] * cfg.depth if cache is None else list(cache)
         for i in range(cfg.depth):
-            own_cross = jax.tree.map(lambda x: x[i], cross)  # noqa: B023
+            own_cross = jax.tree.map(itemgetter(i), cross)
             scanned = (i, modulations[i], own_cross, rates[i], None if keys is None else keys[i])
             (x, caches[i]), _ = block(*fields, name=f"layers_{i}")((x, caches[i]), scanned, context)
         return x, None if cache is None else tuple(caches)
@@ -202,7 +203,7 @@ class ARTransformer(nn.Module):
         self.head = Head(cfg.num_codes, normal_init(d, 0.02), self.dtype)
 
     def _each_layer(self, module: type[nn.Module]) -> nn.Module | list[nn.Module]:
-        """Create a projection of the condition for each block: scanned, or a list; see `_project_condition`."""
+        """Create a projection of the condition for each block, for `_project_condition`: scanned, or a list."""
         cfg = self.config
         if not self.scan_layers:
             return [module(cfg, self.dtype) for _ in range(cfg.depth)]
