@@ -8,6 +8,8 @@ thirds are JPEG files, one third PNG; some are not 64x64, are gray or have alpha
 
 import argparse
 import io
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -64,12 +66,12 @@ TEXTURES = {
 }
 
 
-def _textured(rng, x, y, colors):
-    """Paint a random texture of two colors [2, 3] over coordinates in [-1, 1]; return [H, W, 3]."""
+def textured(rng, x, y, colors, texture: str | None = None):
+    """Paint a texture (random by default) of two colors [2, 3] over coordinates in [-1, 1]: [H, W, 3]."""
     angle, periods = rng.uniform(0, np.pi), rng.uniform(2, 5)
     u = periods * (x * np.cos(angle) + y * np.sin(angle)) + rng.random()
     v = periods * (y * np.cos(angle) - x * np.sin(angle)) + rng.random()
-    share = np.clip(TEXTURES[rng.choice(list(TEXTURES))](rng, u, v), 0, 1)[..., None]
+    share = np.clip(TEXTURES[texture or rng.choice(list(TEXTURES))](rng, u, v), 0, 1)[..., None]
     return (1 - share) * colors[0] + share * colors[1]
 
 
@@ -83,17 +85,38 @@ def _random_colors(rng):
 
 
 def draw(shape: str, rng: np.random.Generator, width: int = SIDE, height: int = SIDE) -> np.ndarray:
-    """Draw an image of a shape of `SHAPES` that lies within its borders, uint8 [height, width, 3]."""
+    """Draw an image of a shape of `SHAPES` in random colors and textures, uint8 [height, width, 3]."""
+    inner, outer = _random_colors(rng)
+    return draw_on(
+        shape, rng, partial(textured, colors=inner), partial(textured, colors=outer), width, height
+    )
+
+
+def draw_on(
+    shape: str,
+    rng: np.random.Generator,
+    paint_shape: Callable,
+    paint_background: Callable,
+    width: int = SIDE,
+    height: int = SIDE,
+) -> np.ndarray:
+    """Draw an image of a shape of `SHAPES` that lies within its borders, uint8 [height, width, 3].
+
+    Args:
+      shape: name of the shape.
+      rng: of position, size and rotation.
+      paint_shape, paint_background: functions (rng, x, y) -> colors [H, W, 3] over coordinates in [-1, 1].
+      width, height: in pixels.
+    """
     n, short = OVERSAMPLING, min(width, height)
     axis = lambda size: ((np.arange(size * n, dtype=np.float32) + 0.5) / n * 2 - size) / short
     x, y = np.meshgrid(axis(width), axis(height))
-    inner, outer = _random_colors(rng)
     radius, angle = rng.uniform(0.4, 0.8), rng.uniform(0, 2 * np.pi)
     dx = x - rng.uniform(-1, 1) * (width / short - radius)
     dy = y - rng.uniform(-1, 1) * (height / short - radius)
     u, v = dx * np.cos(angle) + dy * np.sin(angle), dy * np.cos(angle) - dx * np.sin(angle)
     inside = (SHAPES[shape](u / radius, v / radius) < 0)[..., None]
-    image = np.where(inside, _textured(rng, x, y, inner), _textured(rng, x, y, outer))
+    image = np.where(inside, paint_shape(rng, x, y), paint_background(rng, x, y))
     image = image.reshape(height, n, width, n, 3).mean((1, 3))
     return (image * 255 + 0.5).astype(np.uint8)
 

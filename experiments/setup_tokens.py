@@ -48,7 +48,8 @@ def prepare_tokens(stage: ConfigDict, tokenizer_stage: ConfigDict | None, out: P
     splits = (data.train_split, data.eval_split)
     with config_errors():
         tokenizer, params = load_tokenizer(stage.tokenizer, tuple(stage.scales) or None)
-        sources = tuple(open_source(data.name, split, data.dir) for split in splits)
+        condition = stage.model.get("condition", "label")
+        sources = tuple(open_source(data.name, split, data.dir, condition) for split in splits)
     encode = BatchEncoder(tokenizer, params, IMAGES_PER_DEVICE * jax.device_count())
     options = dict(crops=crops, seed=stage.seed, features=needs_features(stage))
     description = make_cache_spec(tokenizer, params, sources, data, **options)

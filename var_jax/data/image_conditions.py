@@ -116,9 +116,9 @@ def read_captions(path: Path, images: Iterable[ImageFile], root: Path) -> dict[P
                 continue
             where = f"{printable(path)}, line {number}: "
             try:
-                entry = json.loads(line)
+                entry = json.loads(line.decode("utf-8-sig"))
             except (ValueError, RecursionError) as error:
-                raise UnusableFolder(f"{where}not JSON ({error}); expected {form}") from error
+                raise UnusableFolder(f"{where}not JSON, {reprlib.repr(line)}; expected {form}") from error
             name, text = (entry.get(key) if isinstance(entry, dict) else None for key in ("image", "caption"))
             if not isinstance(name, str) or not isinstance(text, str):
                 raise UnusableFolder(f"{where}expected {form}, both strings; got {reprlib.repr(entry)}")
@@ -135,7 +135,7 @@ def read_captions(path: Path, images: Iterable[ImageFile], root: Path) -> dict[P
             words = len(split_words(text))
             if words > MAX_WORDS:
                 raise UnusableFolder(
-                    f"{where}a caption of {words} words; all are padded to the longest, of {MAX_WORDS} at most"
+                    f"{where}a caption of {words} words; at most {MAX_WORDS}, to which all are padded"
                 )
             lines[image] = number
             if words:

@@ -148,7 +148,7 @@ def open_source(name: str, split: str, data_dir: str | os.PathLike, condition: s
         return source
     if condition not in KINDS:
         raise ValueError(f"the condition must be one of {', '.join(KINDS)}; got {condition!r}")
-    stored = builder.info.features.get(condition)
+    stored = dict(builder.info.features.items()).get(condition)
     if not isinstance(stored, tfds.features.Tensor) or len(stored.shape) != KINDS.index(condition):
         raise ValueError(
             f"data set {name!r} has no {condition}s; prepare it under another --name with --{condition}s "
