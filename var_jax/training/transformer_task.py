@@ -11,6 +11,7 @@ import optax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+from var_jax.conditions import decode_caption
 from var_jax.dtypes import PRECISIONS
 from var_jax.errors import ConfigError, config_errors
 from var_jax.images import denormalize_to_uint8, image_grid, image_strips, normalize
@@ -337,7 +338,9 @@ class TransformerTask(Task):
         labels = self.preview_labels
         keys = np.asarray(jax.random.key_data(image_keys(self.stage.seed, jnp.arange(len(labels)))))
         images, tokens = run_in_chunks(programs["samples"], params, frozen, labels, keys)
-        previews = {"samples": image_grid(images, columns=PREVIEW_COLUMNS)}
+        rows = labels[::PREVIEW_COLUMNS] if self.config.condition == "caption" else ()
+        captions = [decode_caption(row, self.config.vocabulary) for row in rows]
+        previews = {"samples": image_grid(images, columns=PREVIEW_COLUMNS, row_labels=captions)}
         if "scales" in programs:
             (steps,) = run_in_chunks(programs["scales"], params, frozen, tokens[::PREVIEW_COLUMNS])
             previews["scales"] = image_strips(steps)

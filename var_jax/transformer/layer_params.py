@@ -1,7 +1,7 @@
 """Layouts of a transformer's parameters: layers stacked, as in checkpoints, or each layer apart.
 
-Stacked, the parameters of all blocks are in `blocks/layers/...`, those of their adaLN in `adaln/...` and those
-of their cross-attention's keys and values in `cross/...`, with a leading axis of layers.  Apart, they are in
+Stacked, the parameters of all blocks are in `blocks/layers/...`, of their adaLN in `adaln/...` and of the
+keys of their cross-attention in `cross/...`, with a leading axis of layers.  Apart, they are in
 `blocks/layers_0/...`, `blocks/layers_1/...`, `adaln_0/...` and `cross_0/...`.  All other parameters, those of
 shared adaLN among them, are the same in both.
 """

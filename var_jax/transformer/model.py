@@ -203,7 +203,7 @@ class ARTransformer(nn.Module):
         self.head = Head(cfg.num_codes, normal_init(d, 0.02), self.dtype)
 
     def _each_layer(self, module: type[nn.Module]) -> nn.Module | list[nn.Module]:
-        """Create a projection of the condition for each block, for `_project_condition`: scanned, or a list."""
+        """Create a projection of the condition for each block: scanned, or a list."""
         cfg = self.config
         if not self.scan_layers:
             return [module(cfg, self.dtype) for _ in range(cfg.depth)]
