@@ -9,7 +9,7 @@ from tests.helpers.token_cache import COMMAND, altered, describe, small
 from var_jax.data import token_cache as token_cache_module
 from var_jax.data.loader import eval_batches, train_batches
 from var_jax.data.sources import DataSetMissing
-from var_jax.data.token_cache import CacheManifest, CacheSpec, open_token_cache
+from var_jax.data.token_cache import CacheManifest, open_token_cache
 from var_jax.data.token_writer import CacheMismatch, write_cache
 from var_jax.paths import as_path
 
@@ -130,9 +130,11 @@ def test_captions_and_embeddings_are_read_as_those_of_the_data_set(
         open_token_cache(tmp_path, condition=other)
 
 
-def test_caches_without_conditions_are_those_of_before(token_cache, tiny_run):
-    manifest = json.loads((token_cache / "description.json").read_text())
+def test_caches_without_conditions_are_those_of_before(digits_dir, tiny_tokenizer, tmp_path):
+    spec = small(digits_dir, tiny_tokenizer)[0]
+    CacheManifest(spec, COMMAND, complete=True).write(as_path(tmp_path))
+    manifest = json.loads((tmp_path / "description.json").read_text())
     new = [manifest["holds"].pop(name) for name in ("condition_shape", "condition_dtype", "vocabulary")]
     assert not any(new)  # a missing field counts as off: runs on older caches resume
-    fields = {name: tuple(v) if isinstance(v, list) else v for name, v in manifest["holds"].items()}
-    assert CacheSpec(**fields) == describe(tiny_run)
+    (tmp_path / "description.json").write_text(json.dumps(manifest))  # as written before the fields existed
+    assert CacheManifest.read(as_path(tmp_path)).holds == spec and spec.layout.names == ("label", "tokens")
