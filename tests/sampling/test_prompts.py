@@ -3,6 +3,7 @@
 import dataclasses
 import types
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -46,7 +47,7 @@ def embedded(tiny_tokenizer, tiny_var):
 
 
 def test_greedy_images_of_prompts_are_the_likeliest_tokens_of_teacher_forcing(model, tmp_path):
-    """The second of three maps is guided: there the tokens are those of both logits, elsewhere of the caption's."""
+    """The second of three maps is guided, and its tokens are those of both logits."""
     options = dict(guidance=(0.0, 2.0, 0.0), top_k=1, top_p=0.0, return_tokens=True)
     prompts = ["A red star!", "blue"]
     images, tokens = model.generate(prompt=prompts, **options)
@@ -130,10 +131,7 @@ def test_another_vocabulary_keeps_the_words_that_it_shares(model):
     shapes = jax.eval_shape(
         NextScale(target).init, jax.random.key(0), target.null_conditions(1), jnp.zeros((1, 20, 4))
     )["params"]
-    shapes = jax.tree.map(lambda leaf: leaf, jax.eval_shape(lambda x: x, shapes))
-    from flax.linen import meta
-
-    values, notes = match_params(params, config, meta.unbox(shapes), target)
+    values, notes = match_params(params, config, nn.meta.unbox(shapes), target)
     words = values["encoder/word_embedding"]
     assert words.rows.tolist() == [0, 1, 2, 4]
     np.testing.assert_array_equal(words.values, params["encoder"]["word_embedding"][np.array([0, 1, 3, 5])])

@@ -11,8 +11,7 @@ Bytes saved per token and block with 16-bit matrix products (D width, N heads, L
 | `full` | nothing | 4 D | everything |
 
 For `none` it is the TPU compiler's count, with heads of 64 channels padded to 128; `jax.vjp` counts 44 D.
-Cross-attention, with T rows of the condition, saves its output too where attention is saved, D, and with
-`mlp` and `none` its branch; `none` also normalized inputs, queries and scores, 2 D + 8 N T bytes in float32.
+Cross-attention to the T rows of a condition adds 2 D (`flat_qkv`), 4 D (`mlp`), or 10 D + 8 N T (`none`).
 With an attention kernel, the policies that save the attention also save the log-sum-exp of its rows, 4 N
 bytes; without one, `none` saves the scores, 8 N L bytes.
 """
@@ -73,7 +72,7 @@ def saved_activation_bytes(cfg: TransformerConfig, policy: str, itemsize: int, s
     if policy == "none" and scores:
         saved += 8 * heads * length
     if cfg.condition != "label":
-        saved += {"none": 8, "mlp": 2, "flat_qkv": 1, "full": 0}[policy] * itemsize * cfg.width
+        saved += {"none": 5, "mlp": 2, "flat_qkv": 1, "full": 0}[policy] * itemsize * cfg.width
         saved += 8 * heads * cfg.condition_length if policy == "none" else 0
     return cfg.depth * length * (4 * cfg.width + 4 * heads + saved)
 
@@ -83,7 +82,7 @@ def recomputed_block_bytes(cfg: TransformerConfig, itemsize: int, scores: bool) 
     length, heads = cfg.schedule.length, cfg.num_heads
     by_token = int(51.5 * itemsize * cfg.width) + 4 * cfg.width + 4 * heads
     if cfg.condition != "label":
-        by_token += 8 * itemsize * cfg.width + 8 * heads * cfg.condition_length
+        by_token += 5 * itemsize * cfg.width + 8 * heads * cfg.condition_length
     return length * (by_token + (8 * heads * length if scores else 0))
 
 
