@@ -233,6 +233,7 @@ def draw_and_score(
     Returns:
       The scores; {} on other hosts than the first.
     """
+    cli.check_classes(model)
     labels = np.tile(np.arange(model.num_classes), FLAGS.num_per_class)
     per_scale = options.per_scale(Scales(model.scales), model.tokenizer.num_codes)
     chunk = FLAGS.batch if FLAGS["batch"].present else MAX_CHUNK

@@ -5,6 +5,7 @@
         --guidance=4 --out=out
     python sample.py --tokenizer=vae_ch160v4096z32.pth --checkpoint=var_d30.pth --classes=0-999 \\
         --num_per_class=50 --out=fid
+    python sample.py --workdir=runs/captions --prompts="a red star on blue|a green ring" --out=out
 
 The same command resumes a run that was killed.  Once samples.npz is complete, it writes only the grid and the
 strips again, and with --pngs the single PNGs.
@@ -24,6 +25,7 @@ from tqdm import tqdm
 
 import var_jax
 from var_jax import cli
+from var_jax.errors import config_errors
 from var_jax.images import denormalize_to_uint8, image_grid, image_strips, save_png
 from var_jax.interop.model_names import pretrained_names
 from var_jax.paths import is_remote, local_path
@@ -39,7 +41,10 @@ cli.define_refiner_flags()
 cli.define_host_flags()
 flags.DEFINE_list("labels", None, "Labels, one per image; `none` is no class")
 flags.DEFINE_list("classes", None, "Classes with --num_per_class images each, e.g. 0-999; by default all")
-flags.DEFINE_integer("num_per_class", 10, "Images of each class, without --labels", lower_bound=1)
+flags.DEFINE_integer("num_per_class", 10, "Images of each class or prompt, without --labels", lower_bound=1)
+flags.DEFINE_string(
+    "prompts", None, "Texts to draw, separated by |, or a .txt file with one a line; of a model with captions"
+)
 flags.DEFINE_integer("batch", None, "Images generated at once; by default as many as fit", lower_bound=1)
 flags.DEFINE_bool("pngs", False, "Also write each image as a PNG")
 
@@ -58,6 +63,8 @@ def out_folder() -> Path:
         for name in ("classes", "num_per_class"):
             if FLAGS[name].present:
                 raise app.UsageError(f"give either --labels, one per image, or --{name}; got both")
+    if FLAGS.prompts is not None and (FLAGS.labels is not None or FLAGS.classes is not None):
+        raise app.UsageError("give either --prompts or --labels or --classes, not two of them")
     if FLAGS.out is None and FLAGS.workdir and is_remote(FLAGS.workdir):
         raise app.UsageError(
             f"--workdir={FLAGS.workdir} is remote, but samples are written to local files: give --out=DIR, a "
@@ -71,12 +78,31 @@ def out_folder() -> Path:
         raise app.UsageError(str(error)) from error
 
 
+def read_prompts(text: str) -> list[str]:
+    """Return the prompts of a flag: separated by |, or the lines of a .txt file that are not empty.
+
+    Raises:
+      UsageError: if there is none, or the file cannot be read.
+    """
+    prompts = text.split("|")
+    if text.endswith(".txt"):
+        try:
+            prompts = Path(text).read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise app.UsageError(f"--prompts={text}: {error}") from error
+    prompts = [prompt.strip() for prompt in prompts if prompt.strip()]
+    if not prompts:
+        raise app.UsageError(f"--prompts={text}: there is no prompt")
+    return prompts
+
+
 def chosen_labels(model: var_jax.LoadedVAR) -> np.ndarray:
     """Return the labels int [N] of the flags: --labels, or --num_per_class repetitions of all classes.
 
     The classes alternate, so that every consecutive part of samples.npz has all of them: the ADM evaluator
     computes the Inception Score over such parts.
     """
+    cli.check_classes(model)
     if FLAGS.labels is not None:
         return cli.labels(model, "labels")
     classes = np.arange(model.num_classes)
@@ -86,7 +112,7 @@ def chosen_labels(model: var_jax.LoadedVAR) -> np.ndarray:
 
 
 def images_to_show(count: int) -> tuple[np.ndarray, np.ndarray, int]:
-    """Choose the images of the grid and the strips: one class per row, or with --labels the first images.
+    """Choose the images of the grid and the strips: a class or prompt per row, or with --labels the first.
 
     Args:
       count: number of all images.
@@ -136,12 +162,13 @@ def draw_pictures(tokenizer: var_jax.LoadedTokenizer, store: SampleStore, out: P
     return written
 
 
-def write_pngs(images: np.ndarray, labels: np.ndarray, folder: Path) -> None:
+def write_pngs(images: np.ndarray, labels: np.ndarray, kind: str, folder: Path) -> None:
     """Write each image as a PNG named after its number and label.
 
     Args:
       images: uint8 [N, H, W, 3].
       labels: int [N].
+      kind: what the labels number: `class` or `prompt`.
       folder: output folder.
 
     Raises:
@@ -149,7 +176,7 @@ def write_pngs(images: np.ndarray, labels: np.ndarray, folder: Path) -> None:
     """
 
     def write(i: int) -> None:
-        save_png(Image.fromarray(images[i]), folder / f"{i:06d}_class{labels[i]:04d}.png")
+        save_png(Image.fromarray(images[i]), folder / f"{i:06d}_{kind}{labels[i]:04d}.png")
 
     with explain_write_errors(folder), ThreadPoolExecutor(PNG_WRITERS) as pool:
         for first in range(0, len(images), 1000):  # so that a full disk is noticed before the last one
@@ -160,7 +187,9 @@ def generate_and_write(
     model: var_jax.LoadedVAR,
     tokenizer: var_jax.LoadedTokenizer,
     spec: dict,
+    conditions: np.ndarray,
     labels: np.ndarray,
+    prompts: list[str],
     options: SamplingOptions,
     out: Path,
 ) -> None:
@@ -170,7 +199,9 @@ def generate_and_write(
       model: on all devices.
       tokenizer: on this host's first device alone, for the pictures.
       spec: the job (`cli.job`), on process 0.
-      labels: int [N].
+      conditions: of each image, as `generate_batches` takes them.
+      labels: int [N], classes or numbers of prompts.
+      prompts: all prompts; [] with classes.
       options: sampling options.
       out: output folder.
     """
@@ -193,7 +224,7 @@ def generate_and_write(
     if is_multihost:
         start, chunk = (int(n) for n in multihost_utils.broadcast_one_to_all(np.array([start, chunk])))
     batches = model.generate_batches(
-        labels, FLAGS.seed, chunk, options, start=start, postprocess=denormalize_to_uint8
+        conditions, FLAGS.seed, chunk, options, start=start, postprocess=denormalize_to_uint8
     )
     if is_primary:
         print("compiling, then sampling; the next call finds the program on disk", flush=True)
@@ -206,9 +237,9 @@ def generate_and_write(
                 store.append(images, tokens)
             progress.update(len(images))
     if is_primary:
-        files = [store.finish(labels).name, "tokens.npy", *draw_pictures(tokenizer, store, out)]
+        files = [store.finish(labels, prompts).name, "tokens.npy", *draw_pictures(tokenizer, store, out)]
         if FLAGS.pngs:
-            write_pngs(store.images(), labels, out / "images")
+            write_pngs(store.images(), labels, "prompt" if prompts else "class", out / "images")
             files.append("images/")
         summary = ", ".join(f"{name} {value}" for name, value in dataclasses.asdict(options).items())
         print(f"{len(labels)} images ({summary}): {out}: {', '.join(files)}")
@@ -221,10 +252,17 @@ def main(_):
     cli.initialize_distributed()
     with cli.abort_on_error():
         model = cli.load()
-        labels, options = chosen_labels(model), cli.options(model)
-        spec = cli.job(model, labels, options) if jax.process_index() == 0 else {}
+        prompts, options = [], cli.options(model)
+        if FLAGS.prompts is not None:
+            prompts = read_prompts(FLAGS.prompts)
+            labels = np.tile(np.arange(len(prompts)), FLAGS.num_per_class)
+            with config_errors(prefix="--prompts: "):
+                conditions = model.conditions(prompt=prompts)[labels]
+        else:
+            labels = conditions = chosen_labels(model)
+        spec = cli.job(model, conditions, options) if jax.process_index() == 0 else {}
         tokenizer, model = model.tokenizer, model.replicate()  # frees the transformer's copy on one device
-        generate_and_write(model, tokenizer, spec, labels, options, out)
+        generate_and_write(model, tokenizer, spec, conditions, labels, prompts, options, out)
 
 
 if __name__ == "__main__":

@@ -88,6 +88,7 @@ def next_scale() -> ConfigDict:
     stage.data.threads = 2
 
     # Model
+    stage.model.condition = "caption"
     stage.model.depth = 5
     stage.model.width = 160
     stage.model.num_heads = 5

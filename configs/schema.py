@@ -138,7 +138,11 @@ def transformer_stage() -> ConfigDict:
                 # What a map sees: block_causal, itself and all coarser maps; block_diagonal, itself alone.
                 mask="block_causal",
                 gamma_init=1e-3,  # scale of the initial residual gates
-                class_dropout_prob=0.1,  # share of labels replaced by "no class", for guidance
+                # What an image is drawn from: label, its class; caption or embedding, which
+                # var_jax.tools.prepare stores with the images (docs/training.md).
+                condition="label",
+                text_depth=2,  # blocks of the caption encoder
+                class_dropout_prob=0.1,  # share of conditions replaced by "no class", for guidance
                 drop_path=0.1 * 16 / 24,
                 dropout=0.0,
             ),

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
+from var_jax.conditions import encode_prompt
 from var_jax.images import denormalize
 from var_jax.interop import load
 from var_jax.sampling.attention_weights import attention_weights
@@ -31,6 +32,7 @@ from var_jax.sampling.sampler import (
     generate_map_by_map,
     image_keys,
     teacher_forced_logits,
+    unguided_if_null,
 )
 from var_jax.tokenizer import model as tokenizer_model
 from var_jax.transformer.model import ARTransformer
@@ -38,6 +40,7 @@ from var_jax.transformer.model import ARTransformer
 # Sampling options of the published editing demonstration, without its `more_smooth` (smooth=True here): mixed
 # codes are not tokens, so the returned tokens would not decode to the image.
 EDITING = {"guidance": 3.0, "top_p": 0.95}
+ARGUMENTS = {"label": "labels", "caption": "prompt", "embedding": "embeddings"}  # of `conditions`, by kind
 RANGE_TOLERANCE = 1e-3  # excess of pixels over [0, 1] that is clipped, as from a resize or bfloat16
 
 
@@ -228,6 +231,11 @@ class LoadedVAR:
                 f"drafter and refiner must have the same classes, got {self.num_classes} and "
                 f"{refiner.num_classes}"
             )
+        for name in ("condition", "condition_length", "condition_width", "vocabulary"):
+            if getattr(self.module.config, name) != getattr(refiner.module.config, name):
+                raise ValueError(
+                    f"drafter and refiner must take the same conditions, but their {name} differs"
+                )
         prints = [tokenizer_model.fingerprint(model.tokenizer.params) for model in (self, refiner)]
         if refiner.scales != self.scales or len(set(prints)) > 1:
             raise ValueError(
@@ -261,24 +269,24 @@ class LoadedVAR:
         model._sharding = NamedSharding(mesh, PartitionSpec("data"))
         return model
 
-    def logits(self, tokens, labels) -> np.ndarray:
+    def logits(self, tokens, labels=None, *, prompt=None, embeddings=None) -> np.ndarray:
         """Compute teacher-forced logits float32 [B, L, V].
 
         Args:
           tokens: int [B, L].
-          labels: int [B].
+          labels: int [B]; None for "no class".
+          prompt, embeddings: instead of labels; see `conditions`.
 
         Raises:
           ValueError: on tokens or labels that do not fit the model or each other.
         """
-        tokens, labels = self.tokenizer.check_tokens(tokens), self.check_labels(labels)
-        if len(tokens) != len(labels):
-            raise ValueError(f"got tokens of {len(tokens)} images and {len(labels)} labels")
-        return np.asarray(teacher_forced_logits(self.networks, labels, tokens))
+        tokens = self.tokenizer.check_tokens(tokens)
+        conditions = self.conditions(labels, prompt, embeddings, len(tokens))
+        return np.asarray(teacher_forced_logits(self.networks, conditions, tokens))
 
     def generate(
         self,
-        labels,
+        labels=None,
         seed: int = 0,
         guidance=1.5,
         top_k=900,
@@ -286,9 +294,12 @@ class LoadedVAR:
         smooth=False,
         return_tokens: bool = False,
         batch: int | None = None,
+        *,
+        prompt=None,
+        embeddings=None,
         **other_options,
     ):
-        """Generate one image per label; the same seed gives the same images.
+        """Generate one image per label, prompt or embedding; the same seed gives the same images.
 
         The defaults are the published options, whatever the model was trained on; those of `sample` are the
         options of the model's run.
@@ -303,6 +314,7 @@ class LoadedVAR:
           smooth: mix codes instead of sampling one.
           return_tokens: also return the tokens int32 [B, L].
           batch: number of images to generate at once; all by default.
+          prompt, embeddings: instead of labels; see `conditions`.
           **other_options: other fields of `SamplingOptions`: temperature, guidance_schedule, guidance_until,
             upto.
 
@@ -314,17 +326,28 @@ class LoadedVAR:
           NonFiniteImages: if the weights or the options give images that are not finite.
         """
         options = SamplingOptions(guidance=guidance, top_k=top_k, top_p=top_p, smooth=smooth, **other_options)
-        images, tokens = self._generate(labels, seed, options, batch)
+        images, tokens = self._generate(self.conditions(labels, prompt, embeddings), seed, options, batch)
         return (images, tokens) if return_tokens else images
 
-    def sample(self, labels, seed: int = 0, return_tokens: bool = False, batch: int | None = None, **options):
-        """Generate one image per label with the options of the model's run, the defaults of sample.py.
+    def sample(
+        self,
+        labels=None,
+        seed: int = 0,
+        return_tokens: bool = False,
+        batch: int | None = None,
+        *,
+        prompt=None,
+        embeddings=None,
+        **options,
+    ):
+        """Generate one image per label, prompt or embedding with the options of the model's run.
 
         Args:
           labels: int [B]; num_classes means "no class".
           seed: 0 .. 2^32 - 1; image i depends on (seed, i) alone.
           return_tokens: also return the tokens int32 [B, L].
           batch: number of images to generate at once; all by default.
+          prompt, embeddings: instead of labels; see `conditions`.
           **options: fields of `SamplingOptions` that replace those of `self.options`.
 
         Returns:
@@ -335,7 +358,7 @@ class LoadedVAR:
           NonFiniteImages: if the weights or the options give images that are not finite.
         """
         options = dataclasses.replace(self.options, **options)
-        images, tokens = self._generate(labels, seed, options, batch)
+        images, tokens = self._generate(self.conditions(labels, prompt, embeddings), seed, options, batch)
         return (images, tokens) if return_tokens else images
 
     def best_of(
@@ -345,17 +368,21 @@ class LoadedVAR:
         num: int,
         seed: int = 0,
         batch: int | None = None,
+        *,
+        prompt=None,
+        embeddings=None,
         **options,
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Generate several images per label as `sample` does, and keep the one with the highest score.
+        """Generate several images per condition as `sample` does, and keep the one with the highest score.
 
         Args:
-          labels: int [B]; num_classes means "no class".
-          score: function of images float32 [N, H, W, 3] in [0, 1] and their labels int32 [N] that returns
-            a score [N] of each.
+          labels: int [B]; num_classes means "no class".  None with a prompt or embeddings.
+          score: function of images float32 [N, H, W, 3] in [0, 1] and their conditions (labels int32 [N])
+            that returns a score [N] of each.
           num: number of images per label.
           seed: 0 .. 2^32 - 1; image j of label i depends on (seed, num i + j) alone.
           batch: number of images to generate and to score at once; all by default.
+          prompt, embeddings: instead of labels; see `conditions`.
           **options: fields of `SamplingOptions` that replace those of `self.options`.
 
         Returns:
@@ -366,7 +393,7 @@ class LoadedVAR:
           NonFiniteImages: if the weights or the options give images that are not finite.
         """
         num = check_integer("num", num, 1)
-        labels = np.repeat(self.check_labels(labels), num)
+        labels = np.repeat(self.conditions(labels, prompt, embeddings), num, axis=0)
         options = dataclasses.replace(self.options, **options)
         images, scores = [], []
         batch = len(labels) if batch is None else batch
@@ -384,14 +411,22 @@ class LoadedVAR:
         return np.concatenate(images)[best], scores.max(axis=1)
 
     def stream(
-        self, labels, seed: int = 0, known: KnownTokens | None = None, **options
+        self,
+        labels=None,
+        seed: int = 0,
+        known: KnownTokens | None = None,
+        *,
+        prompt=None,
+        embeddings=None,
+        **options,
     ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """Generate one image per label as `sample` does, and yield the images after each map.
+        """Generate one image per condition as `sample` does, and yield the images after each map.
 
         Args:
           labels: int [B]; num_classes means "no class".
           seed: 0 .. 2^32 - 1; image i depends on (seed, i) alone.
           known: tokens [B, L] to keep; None samples all.
+          prompt, embeddings: instead of labels; see `conditions`.
           **options: fields of `SamplingOptions` that replace those of `self.options`.
 
         Yields:
@@ -404,9 +439,10 @@ class LoadedVAR:
         """
         if self.refiner is not None:
             raise ValueError("stream samples with one model; use sample or generate with a refiner")
-        labels, seed = self.check_labels(labels), check_integer("seed", seed, 0, MAX_SEED)
+        conditions = self.conditions(labels, prompt, embeddings, None if known is None else len(known.tokens))
+        seed = check_integer("seed", seed, 0, MAX_SEED)
         options = dataclasses.replace(self.options, **options)
-        return self._stream(labels, seed, options, known)
+        return self._stream(conditions, seed, options, known)
 
     def _stream(self, labels, seed, options, known):
         config = self.module.config
@@ -414,8 +450,7 @@ class LoadedVAR:
             yield self._generate(labels, seed, options, None, known)
             return
         per_scale = options.per_scale(config.schedule, config.num_codes)
-        if (labels == config.num_classes).all():
-            per_scale = per_scale.replace(num_guided_scales=0)  # both halves would be the same
+        per_scale = unguided_if_null(per_scale, config, labels)
         keys, token_maps = image_keys(seed, np.arange(len(labels))), []
         for images, token_map in generate_map_by_map(self.networks, labels, keys, per_scale, known):
             images = np.asarray(images)
@@ -423,13 +458,14 @@ class LoadedVAR:
             token_maps.append(np.asarray(token_map))
             yield denormalize(images), np.concatenate(token_maps, axis=1)
 
-    def attention(self, tokens, labels, position: int) -> np.ndarray:
+    def attention(self, tokens, labels, position: int, *, prompt=None, embeddings=None) -> np.ndarray:
         """Compute how much one position attends to every position, teacher-forced.
 
         Args:
           tokens: int [B, L].
-          labels: int [B].
+          labels: int [B]; None for "no class".
           position: 0 .. L - 1.
+          prompt, embeddings: instead of labels; see `conditions`.
 
         Returns:
           Weights float32 [B, depth, num_heads, L], which sum to 1 over the last axis.
@@ -439,11 +475,10 @@ class LoadedVAR:
         """
         if not self.module.config.predicts_maps:
             raise ValueError("attention is computed for next-scale transformers only")
-        tokens, labels = self.tokenizer.check_tokens(tokens), self.check_labels(labels)
-        if len(tokens) != len(labels):
-            raise ValueError(f"got tokens of {len(tokens)} images and {len(labels)} labels")
+        tokens = self.tokenizer.check_tokens(tokens)
+        conditions = self.conditions(labels, prompt, embeddings, len(tokens))
         position = check_integer("position", position, 0, self.tokenizer.num_tokens - 1)
-        return np.asarray(attention_weights(self.networks, labels, tokens, position))
+        return np.asarray(attention_weights(self.networks, conditions, tokens, position))
 
     def inpaint(
         self,
@@ -454,6 +489,9 @@ class LoadedVAR:
         paste_back: bool = False,
         return_tokens: bool = False,
         batch: int | None = None,
+        *,
+        prompt=None,
+        embeddings=None,
         **options,
     ):
         """Inpaint, outpaint or edit images: resample the tokens under a mask, without training.
@@ -470,6 +508,7 @@ class LoadedVAR:
           paste_back: copy the pixels of the input outside the mask; otherwise they come from the decoder.
           return_tokens: also return the tokens int32 [B, L].
           batch: number of images to generate at once; all by default.
+          prompt, embeddings: instead of labels; see `conditions`.
           **options: fields of `SamplingOptions`; by default guidance 3, top-k 900 and top-p 0.95 as in the
             published demonstration, which also mixes codes (smooth=True).
 
@@ -482,10 +521,10 @@ class LoadedVAR:
           NonFiniteImages: if the weights or the options give images that are not finite.
         """
         images = self.tokenizer.check_images(images)
-        labels = self._labels_or_none(labels, len(images))
+        conditions = self.conditions(labels, prompt, embeddings, len(images))
         options = SamplingOptions(**{**EDITING, **options})
         known = self.known_outside_mask(self.tokenizer.encode(images), mask)
-        edited, tokens = self._generate(labels, seed, options, batch, known)
+        edited, tokens = self._generate(conditions, seed, options, batch, known)
         edited = np.where(np.asarray(mask)[..., None], edited, images) if paste_back else edited
         return (edited, tokens) if return_tokens else edited
 
@@ -497,6 +536,9 @@ class LoadedVAR:
         seed: int = 0,
         return_tokens: bool = False,
         batch: int | None = None,
+        *,
+        prompt=None,
+        embeddings=None,
         **options,
     ):
         """Generate variations of images: keep the coarse maps, and resample the maps from one scale on.
@@ -508,6 +550,7 @@ class LoadedVAR:
           seed: image i depends on (seed, i) alone.
           return_tokens: also return the tokens int32 [B, L].
           batch: number of images to generate at once; all by default.
+          prompt, embeddings: instead of labels; see `conditions`.
           **options: fields of `SamplingOptions`; the published options by default.
 
         Returns:
@@ -518,8 +561,8 @@ class LoadedVAR:
           NonFiniteImages: if the weights or the options give images that are not finite.
         """
         known = self.known_before_scale(tokens, from_scale)
-        labels = self._labels_or_none(labels, len(known.tokens))
-        images, tokens = self._generate(labels, seed, SamplingOptions(**options), batch, known)
+        conditions = self.conditions(labels, prompt, embeddings, len(known.tokens))
+        images, tokens = self._generate(conditions, seed, SamplingOptions(**options), batch, known)
         return (images, tokens) if return_tokens else images
 
     def known_outside_mask(self, tokens, mask) -> KnownTokens:
@@ -565,40 +608,104 @@ class LoadedVAR:
         """Yield (images, tokens) of up to `batch` labels at a time, as they are generated.
 
         Args:
-          labels: int [N]; num_classes means "no class".
+          labels: int [N]; num_classes means "no class".  Or other conditions, from `conditions`.
           seed: 0 .. 2^32 - 1; image i depends on (seed, i) alone.
           batch: number of images to generate at once.
           options: sampling options.
           **kwargs: `start`, `known` and `postprocess` of `generate_in_chunks`.
         """
         batch, seed = check_integer("batch", batch, 1), check_integer("seed", seed, 0, MAX_SEED)
-        labels = self.check_labels(labels)
+        conditions = self._check_conditions(labels)
         return generate_in_chunks(
-            self.networks, labels, seed, options, batch, sharding=self._sharding, **kwargs
+            self.networks, conditions, seed, options, batch, sharding=self._sharding, **kwargs
         )
 
     def _generate(
-        self, labels, seed: int, options: SamplingOptions, batch: int | None, known: KnownTokens | None = None
+        self,
+        conditions: np.ndarray,
+        seed: int,
+        options: SamplingOptions,
+        batch: int | None,
+        known: KnownTokens | None = None,
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Generate images and tokens of all labels, `batch` at a time; all at once by default."""
-        labels = self.check_labels(labels)
-        batch = len(labels) if batch is None else batch
-        images, tokens = zip(*self.generate_batches(labels, seed, batch, options, known=known), strict=True)
+        """Generate images and tokens of all conditions, `batch` at a time; all at once by default."""
+        batch = len(conditions) if batch is None else batch
+        batches = self.generate_batches(conditions, seed, batch, options, known=known)
+        images, tokens = zip(*batches, strict=True)
         return np.concatenate(images), np.concatenate(tokens)
 
-    def _labels_or_none(self, labels, count: int) -> np.ndarray:
-        """Return labels as int32 [count]; "no class" for all if they are None."""
-        labels = self.check_labels(np.full(count, self.num_classes) if labels is None else labels)
-        if len(labels) != count:
-            raise ValueError(f"got {count} images and {len(labels)} labels")
-        return labels
+    def conditions(self, labels=None, prompt=None, embeddings=None, count: int | None = None) -> np.ndarray:
+        """Return the conditions of images as the transformer takes them; one of the first three is given.
+
+        Args:
+          labels: of a model of classes: int [B]; num_classes means "no class".
+          prompt: of a model trained on captions: a text, or B of them, where None means "no caption".
+          embeddings: of a model trained on embeddings: float [B, T, D]; rows of zeros are padding, and zeros
+            alone mean "no embedding".
+          count: number of images, which all get a single prompt, or "no condition" if none is given.
+
+        Returns:
+          int32 [B], int32 [B, T] or float32 [B, T, D].
+
+        Raises:
+          ValueError: on another kind than that of the model, another number than `count`, and on labels,
+            words or vectors that the model does not know.
+        """
+        config, given = self.module.config, {"labels": labels, "prompt": prompt, "embeddings": embeddings}
+        names = [name for name, value in given.items() if value is not None]
+        if not names and count is not None:
+            return config.null_conditions(count)
+        expected = ARGUMENTS[config.condition]
+        if names != [expected]:
+            raise ValueError(
+                f"this model was trained on {config.condition}s: give {expected}=; "
+                f"got {' and '.join(names) or 'nothing'}"
+            )
+        if prompt is not None:
+            prompts = [prompt] * (count or 1) if isinstance(prompt, str) else prompt
+            rows = [self._encode_prompt(text) for text in prompts]
+            conditions = np.stack(rows) if rows else config.null_conditions(0)
+        else:
+            conditions = given[expected]
+        conditions = self._check_conditions(conditions)
+        if count is not None and len(conditions) != count:
+            raise ValueError(f"got {count} images and {len(conditions)} {expected}")
+        return conditions
+
+    def _encode_prompt(self, prompt: str | None) -> np.ndarray:
+        config = self.module.config
+        if prompt is None:
+            return config.null_conditions(1)[0]
+        return encode_prompt(prompt, config.vocabulary, config.condition_length)
+
+    def _check_conditions(self, conditions) -> np.ndarray:
+        """Return conditions of the model's kind in its dtype; raise ValueError on others."""
+        config = self.module.config
+        if config.condition == "label":
+            return self.check_labels(conditions)
+        conditions = np.asarray(conditions)
+        config.check_conditions(conditions)
+        if not len(conditions) or not np.isfinite(conditions).all():
+            raise ValueError(f"{config.condition}s must be finite and at least one; got {conditions.shape}")
+        if config.condition == "caption" and not (
+            0 <= conditions.min() <= conditions.max() < 2 + len(config.vocabulary)
+        ):
+            raise ValueError(
+                f"word ids must be in 0 .. {1 + len(config.vocabulary)}, got {conditions.min()} .. "
+                f"{conditions.max()}"
+            )
+        return conditions.astype(config.null_conditions(0).dtype)
 
     def check_labels(self, labels) -> np.ndarray:
         """Return labels as int32 [B].
 
         Raises:
-          ValueError: on another shape or type, or numbers outside 0 .. num_classes.
+          ValueError: on another shape or type, or numbers outside 0 .. num_classes; if the model is not one
+            of classes.
         """
+        kind = self.module.config.condition
+        if kind != "label":
+            raise ValueError(f"this model was trained on {kind}s: give {ARGUMENTS[kind]}=, not labels")
         labels = np.asarray(labels)
         if labels.ndim != 1 or not labels.size or not np.issubdtype(labels.dtype, np.integer):
             raise ValueError(f"labels must be int [B], B at least 1; got {labels.dtype} {labels.shape}")

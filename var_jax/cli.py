@@ -21,7 +21,8 @@ from absl import app, flags, logging
 from etils import epath
 
 import var_jax
-from var_jax.errors import UserError, config_errors
+from var_jax.api import ARGUMENTS
+from var_jax.errors import ConfigError, UserError, config_errors
 from var_jax.installation.machine import compilation_cache_folder
 from var_jax.interop.model_names import find_model
 from var_jax.interop.tensor_files import SUFFIXES
@@ -362,16 +363,16 @@ def options(
     return result
 
 
-def job(model: var_jax.LoadedVAR, labels: np.ndarray, options: SamplingOptions) -> dict:
+def job(model: var_jax.LoadedVAR, conditions: np.ndarray, options: SamplingOptions) -> dict:
     """Return everything that decides the images; only the same job can be resumed.
 
     Args:
       model: on one device; all parameters, those of its tokenizer too, enter the fingerprints.
-      labels: int [N].
+      conditions: labels int [N], or captions or embeddings.
       options: sampling options.
     """
     spec = {
-        "labels": f"{len(labels)} labels {zlib.crc32(labels.tobytes()):08x}",
+        "labels": f"{len(conditions)} labels {zlib.crc32(conditions.tobytes()):08x}",
         "tokenizer": _network_id(model.tokenizer, model.tokenizer.params),
         "transformer": _network_id(model, model.checkpoint_params),
         "seed": FLAGS.seed,
@@ -386,6 +387,9 @@ def job(model: var_jax.LoadedVAR, labels: np.ndarray, options: SamplingOptions) 
 def config_checksum(config: TokenizerConfig | TransformerConfig) -> int:
     """Return a checksum of an architecture, equal to that of the last release: its samples are resumed."""
     text = repr(config).replace(", mask='block_causal'", "")  # a field that the last release did not have
+    if getattr(config, "condition", "") == "label":  # nor these
+        start, end = (text.index(f", {name}=") for name in ("condition", "text_depth"))
+        text = text[:start] + text[end:].split(f"text_depth={config.text_depth}", 1)[1]
     for old, new in RENAMED["model"].items():
         text = text.replace(f" {new}=", f" {old}=")
     return zlib.crc32(text.encode())
@@ -460,3 +464,36 @@ def labels(model: var_jax.LoadedVAR, flag: str, max_count: int | None = None) ->
         return model.check_labels(np.array(result, np.int64))
     except ValueError as error:
         raise app.UsageError(f"--{flag}={','.join(words)}: {error}") from error
+
+
+def condition(model: var_jax.LoadedVAR, flag: str, count: int) -> dict:
+    """Return the condition of a list flag, for `count` images, as an argument of the model's methods.
+
+    The flag names a class, `none` for no class, or, of a model trained on captions, a prompt; without a value
+    it is "no condition".
+
+    Raises:
+      UsageError: naming the flag, on what is no class or no prompt of the model.
+    """
+    config, words = model.module.config, FLAGS[flag].value
+    is_caption = config.condition == "caption"
+    if not words:
+        nothing = [None] * count if is_caption else config.null_conditions(count)
+        return {ARGUMENTS[config.condition]: nothing}
+    if not is_caption:
+        return {"labels": np.repeat(labels(model, flag, max_count=1), count)}
+    text = ",".join(words)
+    try:
+        model.conditions(prompt=text)
+    except ValueError as error:
+        raise app.UsageError(f"--{flag}: {error}") from error
+    return {"prompt": [text] * count}
+
+
+def check_classes(model: var_jax.LoadedVAR) -> None:
+    """Raise ConfigError if a model was not trained on classes."""
+    if (kind := model.module.config.condition) != "label":
+        raise ConfigError(
+            f"this model was trained on {kind}s, not on classes: sample.py --prompts draws captions, and "
+            f"model.sample({ARGUMENTS[kind]}=...) in Python"
+        )

@@ -49,6 +49,11 @@ def encode_caption(caption: str, vocabulary: Sequence[str], length: int) -> np.n
     return ids
 
 
+def decode_caption(ids: Sequence[int], vocabulary: Sequence[str]) -> str:
+    """Return the words of a caption, with "?" for an unknown one."""
+    return " ".join("?" if i == UNKNOWN else vocabulary[i - 2] for i in ids if i != PADDING)
+
+
 def encode_prompt(prompt: str, vocabulary: Sequence[str], length: int) -> np.ndarray:
     """Return the word ids of a prompt of a user, as `encode_caption` does, after checking it.
 

@@ -31,6 +31,7 @@ from var_jax.training.checkpoint import (
 )
 from var_jax.training.config_fields import check_names
 from var_jax.training.param_init import InitialValue, match_params
+from var_jax.training.preview import example_conditions
 from var_jax.training.profiling import StepRange
 from var_jax.training.sample_scores import SampleScorer
 from var_jax.training.self_correction import needs_features
@@ -83,11 +84,12 @@ def open_sources(stage: ConfigDict) -> tuple[Source, Source]:
       DataSetMissing: if the data set or cache is missing or incomplete; the message says how to prepare it.
       ConfigError: if there are fewer images than one batch, or a tokenizer stage is given tokens.
     """
-    data = stage.data
+    data, condition = stage.data, stage.model.get("condition", "label")  # a tokenizer has none
     if not data.tokens:
         with config_errors(prefix="config.data: "):
             train, held_out = (
-                open_source(data.name, split, data.dir) for split in (data.train_split, data.eval_split)
+                open_source(data.name, split, data.dir, condition)
+                for split in (data.train_split, data.eval_split)
             )
         if len(train) < stage.train.batch:
             raise ConfigError(
@@ -99,11 +101,14 @@ def open_sources(stage: ConfigDict) -> tuple[Source, Source]:
             f"config.data.tokens={data.tokens!r}: the stage tokenizer is trained on images; leave it empty"
         )
     with config_errors(prefix="config.data.tokens: "):
-        train, held_out = open_token_cache(data.tokens, features=needs_features(stage))
+        train, held_out = open_token_cache(data.tokens, features=needs_features(stage), condition=condition)
     if stage.task == "align" and stage.align.method == "ddo":
         with config_errors(prefix="config.align.samples: "):
             samples, _ = open_token_cache(
-                stage.align.samples, field="config.align.samples", command=SAMPLES_COMMAND
+                stage.align.samples,
+                field="config.align.samples",
+                command=SAMPLES_COMMAND,
+                condition=condition,
             )
         train = PairedTokenSource(**vars(train), samples=samples)
     return train, held_out
@@ -138,13 +143,14 @@ def build_task(
             "a run, an exported model or a published file (--config.init_from=runs/digits)"
         )
     mesh = make_mesh(**stage.train.mesh)
+    data = (source.num_classes, mesh, source.condition_fields(), example_conditions(source))
     if pending_tokenizer is not None and not stage.tokenizer:
         if stage.data.tokens:
             raise ConfigError(
                 f"config.data.tokens={stage.data.tokens!r} needs a trained tokenizer, but that stage "
                 f"comes first here: once it is done, run {stage.task} alone with --config.stages={stage.task}"
             )
-        return task_class(stage, steps, pending_tokenizer, {}, source.num_classes, mesh), steps
+        return task_class(stage, steps, pending_tokenizer, {}, *data), steps
     path = stage.tokenizer or workdir
     with config_errors(prefix="config.tokenizer: "):
         try:
@@ -159,7 +165,7 @@ def build_task(
             ) from error
     if notice := unfinished_notice(path, "tokenizer"):
         print(f"{stage.task}: {notice}", flush=True)
-    task = task_class(stage, steps, tokenizer, params, source.num_classes, mesh)
+    task = task_class(stage, steps, tokenizer, params, *data)
     if isinstance(task, AlignTask):
         task.frozen["reference"] = reference_params(stage, task)
     if stage.data.tokens:

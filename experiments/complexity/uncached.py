@@ -25,7 +25,7 @@ def _residual_stream(
       condition: of the labels [B].
     """
     context = module.attention_context(module.config.position_tables.at(0, count, count), masked=True)
-    return module.blocks(module.embed(condition, inputs), condition.blocks, context)[0]
+    return module.blocks(module.embed(condition, inputs), condition.blocks, condition.cross, context)[0]
 
 
 class UncachedNextToken(NextToken):

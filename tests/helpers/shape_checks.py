@@ -170,6 +170,17 @@ def test_next_token_trains_and_generates_step_by_step(fields):
     assert trace(generate, LABELS, jnp.array(2), inputs[:, :1])[0].shape == (B, 1, V)
 
 
+@pytest.mark.parametrize("kind", ["caption", "embedding"])
+def test_captions_and_embeddings_condition(kind, tiny_var):
+    fields = dict(condition=kind, condition_length=3, condition_width=2, vocabulary=("red",))
+    module = NextScale(dataclasses.replace(tiny_var[0].config, **fields))
+    conditions, inputs = jnp.asarray(module.config.null_conditions(B)), jnp.zeros((B, L - 1, C))
+    params = jax.eval_shape(module.init, KEY, conditions, inputs)["params"]
+    network = module, jax.tree.map(lambda leaf: jnp.zeros(leaf.shape), params)
+    assert apply(network, conditions, inputs, TOKENS, train=True, method="losses")[0].shape == (B, L)
+    assert apply(network, conditions[:, :2], method="condition").cross.k.shape == (2, B, 2, 4, 8)
+
+
 def test_samplers_draw_images(tiny_tokenizer, tiny_var):
     flat = (Tokenizer(dataclasses.replace(tiny_tokenizer[0].config, scales=(4,))), tiny_tokenizer[1])
     for tokenizer, model in ((tiny_tokenizer, tiny_var), (flat, next_token())):
@@ -200,7 +211,7 @@ def test_a_wrong_shape_is_an_error_that_names_the_argument(tiny_tokenizer, tiny_
         ("tokens", lambda: apply(tiny_tokenizer, TOKENS[0], method="decode")),
         ("tokens", lambda: apply(tiny_var, LABELS, inputs, TOKENS[..., None], method="losses")),
         ("tokens", lambda: apply(tiny_var, LABELS, inputs, TOKENS[:-1], method="losses")),
-        ("labels", lambda: apply(tiny_var, LABELS[:, None], inputs)),
+        ("labels", lambda: apply(tiny_var, LABELS[:, None, None], inputs)),
         ("images", lambda: apply(tiny_tokenizer, IMAGES[..., :1], method="encode")),
         ("features", lambda: quantizer(FEATURES[0])),
         ("features", lambda: quantizer(FEATURES[..., :3])),

@@ -1,3 +1,4 @@
+import dataclasses
 import re
 
 import jax
@@ -9,6 +10,7 @@ from jax.interpreters.partial_eval import dce_jaxpr
 from configs import var
 from var_jax.sharding import make_mesh
 from var_jax.training import hardware
+from var_jax.transformer.block import CrossKeys
 from var_jax.transformer.config import NextScaleConfig
 from var_jax.transformer.model import Blocks
 from var_jax.transformer.remat import SAVED_NAMES, choose_remat, saved_activation_bytes
@@ -17,15 +19,22 @@ CONFIG = NextScaleConfig(depth=4, width=128, num_heads=4, scales=(1, 2, 3, 4))
 HALF = jnp.dtype(jnp.bfloat16)
 
 
-def residual_bytes(policy: str) -> int:
+CAPTIONED = dataclasses.replace(CONFIG, condition="caption", condition_length=7)
+
+
+def residual_bytes(policy: str, config: NextScaleConfig = CONFIG) -> int:
     """Measure the bytes that all blocks save for one image, without parameters and adaLN vectors."""
-    blocks = Blocks(CONFIG, HALF, "einsum", policy)
+    blocks = Blocks(config, HALF, "einsum", policy)
+    cross = None
+    if config.condition == "caption":
+        rows = jnp.zeros((config.depth, 1, 7, config.num_heads, config.head_dim), HALF)
+        cross = CrossKeys(rows, rows, jnp.ones((config.depth, 1, 7), bool))
     x = jnp.zeros((1, CONFIG.schedule.length, CONFIG.width))
     modulations = jnp.zeros((CONFIG.depth, 1, 6, CONFIG.width))
-    params = jax.eval_shape(lambda: blocks.init(jax.random.key(0), x, modulations))
+    params = jax.eval_shape(lambda: blocks.init(jax.random.key(0), x, modulations, cross))
 
     def saved(*inputs):
-        run = lambda *inputs: blocks.apply(*inputs, train=True)[0]
+        run = lambda *inputs: blocks.apply(*inputs, cross, train=True)[0]
         return jax.tree.leaves(jax.vjp(run, *inputs)[1])
 
     leaves = jax.eval_shape(saved, params, x, modulations)
@@ -38,11 +47,13 @@ def residual_bytes(policy: str) -> int:
 @pytest.mark.parametrize("policy", [name for name in SAVED_NAMES if name != "none"])
 def test_policies_keep_what_the_table_says(policy):
     heads = 4 * CONFIG.num_heads * CONFIG.schedule.length * CONFIG.depth  # log-sum-exp, of a kernel only
-    assert residual_bytes(policy) == saved_activation_bytes(CONFIG, policy, 2, True) - heads
+    for config in (CONFIG, CAPTIONED):
+        assert residual_bytes(policy, config) == saved_activation_bytes(config, policy, 2, True) - heads
 
 
 def test_without_a_policy_nearly_everything_is_kept():
-    assert 0.6 < residual_bytes("none") / saved_activation_bytes(CONFIG, "none", 2, True) < 1
+    for config in (CONFIG, CAPTIONED):
+        assert 0.6 < residual_bytes("none", config) / saved_activation_bytes(config, "none", 2, True) < 1
 
 
 def test_auto_takes_the_fastest_that_fits():

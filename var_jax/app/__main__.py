@@ -53,6 +53,8 @@ def load_models() -> dict[str, var_jax.LoadedVAR]:
             name += "'"
         with config_errors():
             models[name] = var_jax.load_var(path, dtype=FLAGS.dtype)
+    for model in models.values():
+        cli.check_classes(model)
     return models
 
 

@@ -25,8 +25,8 @@ CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
 FORMAT = 1  # of config.json
 CONFIGS = {"tokenizer": TokenizerConfig, "next_scale": NextScaleConfig, "next_token": NextTokenConfig}
 TRANSFORMERS = ("next_scale", "next_token")
-MAX_CONFIG_BYTES = 1 << 20
-MAX_BLOCKS = 1 << 10  # residual blocks of a tokenizer
+MAX_CONFIG_BYTES = 1 << 24  # most of them are words of captions
+MAX_BLOCKS = 1 << 10  # residual blocks of a tokenizer, blocks of a caption encoder
 MAX_LENGTH = 1 << 14  # tokens of an image: tables of L x L are built from the config of a stranger's file
 
 
@@ -115,7 +115,9 @@ def _check_sizes(fields: dict, file_bytes: int) -> None:
     """Raise ValueError on sizes that the file cannot have, before anything is built from them."""
     levels = len(fields.get("ch_mult", ()))
     least = fields.get("depth", 1) * max(fields.get("width", 1), fields.get("ch", 1)) ** 2
+    least = max(least, fields.get("condition_length", 0), fields.get("condition_width", 0))
     loops = max(levels, fields.get("num_phis", 0), levels * fields.get("num_blocks", 0))
+    loops = max(loops, fields.get("text_depth", 0))
     if least > file_bytes or loops > MAX_BLOCKS:
         raise ValueError(f"a network of these sizes is not in a file of {file_bytes} bytes")
 

@@ -210,7 +210,7 @@ def transformer_shapes(config: TransformerConfig) -> dict:
     """Return the shapes of our transformer parameters, in the layout of checkpoints."""
     inputs = _abstract((1, config.length - config.num_start_tokens, config.code_dim))
     model_class = NextScale if config.predicts_maps else NextToken
-    return _init_shapes(model_class(config), _abstract((1,), jnp.int32), inputs)
+    return _init_shapes(model_class(config), config.null_conditions(1), inputs)
 
 
 def _is_weights(path: Path) -> bool:

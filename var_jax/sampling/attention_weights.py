@@ -7,18 +7,19 @@ from jaxtyping import Array, Float32, Int
 from var_jax.sampling.sampler import Networks
 from var_jax.sampling.teacher_forcing import teacher_forcing
 from var_jax.transformer.attention import softmax_weights
+from var_jax.transformer.condition import Conditions
 from var_jax.transformer.layer_params import unstack_layers
 
 
 @jax.jit
 def attention_weights(
-    networks: Networks, labels: Int[Array, " B"], tokens: Int[Array, "B L"], position: Int[Array, ""]
+    networks: Networks, labels: Conditions, tokens: Int[Array, "B L"], position: Int[Array, ""]
 ) -> Float32[Array, "B layers heads L"]:
     """Compute how much the query of one position attends to each key, given the true tokens.
 
     Args:
       networks: tokenizer and next-scale transformer.
-      labels: class of each image.
+      labels: condition of each image.
       tokens: in the tokenizer's layout.
       position: of the query.
 

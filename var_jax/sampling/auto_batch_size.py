@@ -24,11 +24,15 @@ def bytes_per_image(tokenizer: Tokenizer, model: ARTransformer, per_scale: PerSc
     positions = cfg.scales[per_scale.num_maps - 1] ** 2
     keys = cfg.schedule.length if cfg.uses_cache else positions
     cache = 2 * cfg.depth * cfg.schedule.length * cfg.width * itemsize if cfg.uses_cache else 0
+    cross = 0
+    if cfg.condition != "label":
+        keys += cfg.condition_length
+        cross = 2 * cfg.depth * cfg.condition_length * cfg.width * itemsize
     # A cache that is written in a loop is held twice, attention scores in float32 and in the compute dtype.
     scores = 2 * cfg.num_heads * positions * keys * 4
     logits = 6 * positions * cfg.num_codes * 4  # with and without class, guided, filtered, noise, sorted
-    transformer = sequences * (2 * cache + scores) + logits
-    return max(transformer, _codec_bytes(tokenizer) + sequences * cache)
+    transformer = sequences * (2 * cache + cross + scores) + logits
+    return max(transformer, _codec_bytes(tokenizer) + sequences * (cache + cross))
 
 
 def _codec_bytes(tokenizer: Tokenizer) -> int:

@@ -12,7 +12,7 @@ import os
 import shutil
 import zipfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -159,14 +159,15 @@ class SampleStore:
             raise OSError(f"{self._tokens_path} does not belong to the images in {self.path.name}")
         return tokens
 
-    def finish(self, labels: Int[np.ndarray, " N"]) -> Path:
+    def finish(self, labels: Int[np.ndarray, " N"], prompts: Sequence[str] = ()) -> Path:
         """Write samples.npz and tokens.npy, and only then remove the flat files.
 
         Args:
-          labels: class of each image.
+          labels: class of each image, or number of its prompt.
+          prompts: texts that were drawn, if any.
 
         Returns:
-          Path of samples.npz: `arr_0` uint8 [N, H, W, 3], `arr_1` int64 [N].
+          Path of samples.npz: `arr_0` uint8 [N, H, W, 3], `arr_1` int64 [N], and `prompts`, if any, str [P].
 
         Raises:
           SamplesNotWritten: if the disk is full; the flat files are kept, so that the same call can be
@@ -180,7 +181,10 @@ class SampleStore:
                 _write_array(file, tokens)
             with atomic_write(self.path) as file, zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
                 archive.comment = json.dumps({"job": self._job, "tokens": _checksum(tokens)}).encode()
-                for name, array in (("arr_0", images), ("arr_1", labels.astype(np.int64))):
+                arrays = {"arr_0": images, "arr_1": labels.astype(np.int64)}
+                if prompts:
+                    arrays["prompts"] = np.array(prompts)
+                for name, array in arrays.items():
                     # ZipInfo has a fixed date, so that the same samples give the same file.
                     with archive.open(zipfile.ZipInfo(f"{name}.npy"), "w", force_zip64=True) as member:
                         _write_array(member, array)

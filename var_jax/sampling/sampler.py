@@ -1,8 +1,8 @@
-"""Generation: labels to images in one compiled program.
+"""Generation: labels, captions or embeddings to images in one compiled program.
 
-The KV cache is allocated at its full size, and everything that depends on the label alone is computed once.
-Next-scale: the scales are unrolled, and each attends to a static prefix of the cache.  Next-token: one scan
-over the tokens, each of which attends to the whole cache under its mask.
+The KV cache is allocated at its full size, and everything that depends on the condition alone is computed
+once.  Next-scale: the scales are unrolled, and each attends to a static prefix of the cache.  Next-token: one
+scan over the tokens, each of which attends to the whole cache under its mask.
 """
 
 import contextlib
@@ -23,6 +23,8 @@ from var_jax.sampling.options import PerScaleOptions, SamplingOptions, guide
 from var_jax.sampling.teacher_forcing import teacher_forcing
 from var_jax.tokenizer.model import Tokenizer
 from var_jax.tokenizer.quantizer import Quantizer
+from var_jax.transformer.condition import Conditions
+from var_jax.transformer.config import TransformerConfig
 from var_jax.transformer.model import ARTransformer, Cache, Condition
 
 
@@ -176,16 +178,17 @@ def _sample_codes(k, logits, keys, quantizer, per_scale, step):
 @jax.jit
 def generate(
     networks: Networks,
-    labels: Int[Array | np.ndarray, " B"],
+    labels: Conditions,
     keys: Key[Array, " B"],
     per_scale: PerScaleOptions,
     known: KnownTokens | None = None,
 ) -> tuple[Float[Array, "B H W 3"], Int32[Array, "B n"]]:
-    """Generate one image per label.
+    """Generate one image per condition.
 
     Args:
       networks: tokenizer and transformer.
-      labels: class of each image.
+      labels: condition of each image, of the kind that the transformer takes: its class, the words of its
+        caption, or its embedding.
       keys: random key of each image (`image_keys`).
       per_scale: sampling options of every scale.
       known: tokens to keep, from which the later maps are predicted too; None samples all.
@@ -194,7 +197,7 @@ def generate(
       Images float32 in [-1, 1], and tokens of the sampled maps.  An image with non-finite logits is NaN.
     """
     config, quantizer = networks.model.config, networks.quantizer
-    labels = _guided_labels(labels, config.num_classes, per_scale)
+    labels = _guided_labels(labels, config, per_scale)
     if config.predicts_maps:
         f_hat, tokens = _sample_all_maps(networks, quantizer, labels, keys, per_scale, known)
     else:
@@ -202,11 +205,12 @@ def generate(
     return networks.decode_features(f_hat), tokens
 
 
-def _guided_labels(labels, num_classes, per_scale):
-    """With guidance, interleave rows with and without class, so that both are on one device."""
+def _guided_labels(labels, config, per_scale):
+    """With guidance, interleave rows with and without condition, so that both are on one device."""
     if not per_scale.num_guided_scales:
         return labels
-    return jnp.stack([labels, jnp.full_like(labels, num_classes)], axis=1).ravel()
+    rows = jnp.stack([labels, jnp.full_like(labels, config.null_condition)], axis=1)
+    return rows.reshape(-1, *labels.shape[1:])
 
 
 @flax.struct.dataclass
@@ -215,7 +219,7 @@ class PartialImages:
 
     Attributes:
       f_hat: sum of the maps, [B, h, w, C].
-      condition: of the transformer, computed from the labels.
+      condition: of the transformer, computed from the labels or what stands for them.
       cache: keys and values of the maps so far; None if maps do not attend to others.
     """
 
@@ -235,7 +239,7 @@ def _sample_next_map(k, images, apply, quantizer, keys, per_scale, known):
     """Sample map k with a next-scale transformer; return the images with it, and its tokens [B, n]."""
     scales, condition, cache = quantizer.scales, images.condition, images.cache
     is_guided = k < per_scale.num_guided_scales
-    if not is_guided and len(condition.class_embedding) > len(keys):
+    if not is_guided and len(condition.vector) > len(keys):
         condition, cache = condition.conditional(), jax.tree.map(lambda x: x[:, ::2], cache)
     inputs = None if k == 0 else quantizer.next_scale_input(k, images.f_hat)
     if is_guided and k:
@@ -285,7 +289,7 @@ def _prefilled(images, inputs, refiner, labels, is_guided) -> PartialImages:
 
 @jax.jit
 def _start_stream(networks, labels, per_scale) -> PartialImages:
-    rows = _guided_labels(labels, networks.model.config.num_classes, per_scale)
+    rows = _guided_labels(labels, networks.model.config, per_scale)
     return _no_maps(networks.apply, networks.quantizer, rows, labels.shape[0])
 
 
@@ -301,12 +305,12 @@ def _stream_pixels(f_hat, networks):
 
 def generate_map_by_map(
     networks: Networks,
-    labels: Int[Array | np.ndarray, " B"],
+    labels: Conditions,
     keys: Key[Array, " B"],
     per_scale: PerScaleOptions,
     known: KnownTokens | None = None,
 ) -> Iterator[tuple[Float[Array, "B H W 3"], Int32[Array, "B n"]]]:
-    """Generate one image per label, and yield the images after each map; arguments as for `generate`.
+    """Generate one image per condition, and yield the images after each map; arguments as for `generate`.
 
     Each map is a program of its own, so that it can be shown while the next one is sampled; the decoder is
     one for all maps.  For next-scale transformers only.
@@ -343,18 +347,26 @@ def _sample_all_tokens(apply, config, quantizer, labels, keys, per_scale, known)
 
 @jax.jit
 def teacher_forced_logits(
-    networks: Networks, labels: Int[Array | np.ndarray, " B"], tokens: Int[Array | np.ndarray, "B L"]
+    networks: Networks, labels: Conditions, tokens: Int[Array | np.ndarray, "B L"]
 ) -> Float32[Array, "B L V"]:
     """Compute the logits of all positions, each conditioned on the true tokens before it.
 
     Args:
       networks: tokenizer and transformer.
-      labels: class of each image.
+      labels: condition of each image.
       tokens: in the tokenizer's layout, which is that of the logits, too.
     """
     model = networks.model
     _, inputs = teacher_forcing(model.config, networks.quantizer, tokens)
     return model.config.to_raster_order(model.apply({"params": networks.params}, labels, inputs))
+
+
+def unguided_if_null(
+    per_scale: PerScaleOptions, config: TransformerConfig, labels: Conditions
+) -> PerScaleOptions:
+    """Return the options without guidance if all is "no condition": both halves would be the same."""
+    is_null = bool((labels == config.null_condition).all())
+    return per_scale.replace(num_guided_scales=0) if is_null else per_scale
 
 
 def device_put_global(x: Array | np.ndarray, sharding: NamedSharding) -> Array:
@@ -374,7 +386,7 @@ def _postprocess(images: jax.Array, tokens: jax.Array, postprocess, sharding: Na
 
 def generate_in_chunks(
     networks: Networks,
-    labels: Int[Array | np.ndarray, " N"],
+    labels: Conditions,
     seed: int,
     options: SamplingOptions,
     chunk: int,
@@ -384,13 +396,13 @@ def generate_in_chunks(
     sharding: NamedSharding | None = None,
     postprocess: Callable[[Array], Array] = denormalize,
 ) -> Iterator[tuple[Shaped[np.ndarray, "n H W 3"], Int32[np.ndarray, "n L"]]]:
-    """Generate the images of many labels, `chunk` at a time; the last chunk is padded to the same shape.
+    """Generate the images of many conditions, `chunk` at a time; the last chunk is padded to the same shape.
 
     The devices work on the next chunk while the caller handles the one before.
 
     Args:
       networks: tokenizer and transformer.
-      labels: class of each image.
+      labels: condition of each image.
       seed: image i depends on (seed, i) alone.
       options: sampling options.
       chunk: number of images to generate at once; rounded up to a multiple of the number of devices.
@@ -407,9 +419,8 @@ def generate_in_chunks(
     """
     config = networks.model.config
     per_scale = options.per_scale(config.schedule, config.num_codes)
-    labels = np.asarray(labels, np.int32)
-    if (labels == config.num_classes).all():
-        per_scale = per_scale.replace(num_guided_scales=0)  # both halves would be the same
+    labels = np.asarray(labels, config.null_conditions(0).dtype)
+    per_scale = unguided_if_null(per_scale, config, labels)
     replicated = None
     if sharding is not None:
         replicated = NamedSharding(sharding.mesh, PartitionSpec())
@@ -439,21 +450,20 @@ def _to_host(
     return np.asarray(images)[: len(labels)], np.asarray(tokens)[: len(labels)]
 
 
-def check_finite(
-    is_finite: Bool[np.ndarray, " n"], first: int = 0, labels: Int[np.ndarray, " n"] | None = None
-) -> None:
+def check_finite(is_finite: Bool[np.ndarray, " n"], first: int = 0, labels: Conditions | None = None) -> None:
     """Raise NonFiniteImages unless all images are finite.
 
     Args:
       is_finite: of the images from number `first` on.
       first: number of the first image, for the message.
-      labels: class of each image, for the message.
+      labels: condition of each image, for the message if it is a class.
     """
     bad = np.flatnonzero(~is_finite)
     if not len(bad):
         return
     names = ", ".join(
-        f"{first + i}" if labels is None else f"{first + i} (label {labels[i]})" for i in bad[:5]
+        f"{first + i}" if labels is None or labels.ndim > 1 else f"{first + i} (label {labels[i]})"
+        for i in bad[:5]
     )
     raise NonFiniteImages(
         f"{len(bad)} of {len(is_finite)} images are not finite: {names}{', ...' * (len(bad) > 5)}. "

@@ -10,7 +10,7 @@ from var_jax.transformer.config import TransformerConfig
 def teacher_forcing(
     config: TransformerConfig, quantizer: Quantizer, tokens: Int[Array | np.ndarray, "B L"]
 ) -> tuple[Int[Array | np.ndarray, "B L"], Float[Array, "B M C"]]:
-    """Compute the targets, and the inputs of all positions but the start tokens, which see the label alone.
+    """Compute the targets, and the inputs of all positions but the start tokens, which see no token.
 
     Args:
       config: architecture and order of prediction of the transformer.

@@ -164,6 +164,8 @@ def check_expressible(config: TokenizerConfig | NextScaleConfig) -> None:
             if value != required:
                 problems.append(f"{field} is {value}, must be {required}")
     else:
+        if config.condition != "label":
+            problems.append(f"condition is {config.condition}, must be label")
         if config.positions != "learned_1d":
             problems.append(f"positions is {config.positions}, must be learned_1d")
         if config.mask != "block_causal":

@@ -94,13 +94,11 @@ def edit(model: LoadedVAR, out: epath.Path) -> None:
         mask = mask_from_box(cli.numbers("box", int), original, model.image_size)
     image = np.asarray(center_crop_resize(original, model.image_size, FLAGS.image), np.float32) / 255
     images = np.repeat(image[None], FLAGS.num, axis=0)
-    labels = None
-    if FLAGS.label is not None:
-        labels = np.repeat(cli.labels(model, "label", max_count=1), FLAGS.num)
+    towards = cli.condition(model, "label", FLAGS.num)
     # A published file has no options of its own, so use those of the published demonstration.
     defaults = {} if FLAGS.workdir else EDITING
     options = dataclasses.asdict(cli.options(model, **defaults))
-    edits = model.inpaint(images, mask, labels, FLAGS.seed, paste_back=FLAGS.paste_back, **options)
+    edits = model.inpaint(images, mask, seed=FLAGS.seed, paste_back=FLAGS.paste_back, **towards, **options)
     for i, pixels in enumerate(to_uint8(edits)):
         save_png(Image.fromarray(pixels), out / f"edit_{i:03d}.png")
     mask_image = np.broadcast_to(mask[..., None], image.shape).astype(np.float32)
@@ -124,7 +122,7 @@ if __name__ == "__main__":
         "mask", None, "Mask file of the same size, white where to resample and black elsewhere"
     )
     flags.DEFINE_list("box", None, "left,top,right,bottom in pixels of the image, instead of --mask")
-    flags.DEFINE_list("label", None, "Class to edit towards; `none`, the default, for no class")
+    flags.DEFINE_list("label", None, "Class or caption to edit towards; `none`, the default, for no class")
     flags.DEFINE_integer("num", 4, "Number of edits", lower_bound=1)
     flags.DEFINE_bool("paste_back", False, "Copy the pixels of the input outside the mask")
     cli.run(main)

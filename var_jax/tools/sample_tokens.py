@@ -96,6 +96,7 @@ def main(_):
     with config_errors(ValueError, OSError):
         out = readable_path(FLAGS.out, "--out")
         model = cli.load()
+        cli.check_classes(model)
         _, params = load_tokenizer(*cli.tokenizer_source(), dtype=FLAGS.dtype)
     spec = samples_spec(model, fingerprint(params), FLAGS.num_per_class, FLAGS.seed)
     command = shlex.join(["python", "-m", "var_jax.tools.sample_tokens", *sys.argv[1:]])

@@ -27,18 +27,17 @@ def vary(model: LoadedVAR, out: epath.Path) -> None:
     if FLAGS.image:
         image = center_crop_resize(open_image(FLAGS.image, "RGB"), model.image_size, FLAGS.image)
         tokens = model.tokenizer.encode(np.asarray(image, np.float32)[None] / 255)
-    label = cli.labels(model, "label", max_count=1) if FLAGS.label else np.array([model.num_classes])
-    towards = cli.labels(model, "towards", max_count=1) if FLAGS.towards else label
     options = dataclasses.asdict(cli.options(model))
     if not FLAGS.image:
-        _, tokens = model.generate(label, FLAGS.seed, return_tokens=True, **options)
+        label = cli.condition(model, "label", 1)
+        _, tokens = model.generate(seed=FLAGS.seed, return_tokens=True, **label, **options)
     original = model.tokenizer.decode(tokens)
-    labels = np.repeat(towards, FLAGS.num)
+    towards = cli.condition(model, "towards" if FLAGS.towards else "label", FLAGS.num)
     tokens = np.repeat(tokens, FLAGS.num, axis=0)
     seed = (FLAGS.seed + 1) % (MAX_SEED + 1)  # the seed of the image itself would sample it again
     rows = []
     for k in range(len(model.scales)):
-        variations = model.vary(tokens, k, labels, seed, **options)
+        variations = model.vary(tokens, k, seed=seed, **towards, **options)
         rows.append(np.concatenate([original, variations]))
     save_png(image_grid(np.concatenate(rows), columns=FLAGS.num + 1), out / "vary.png")
     print(f"{len(rows)} rows of {FLAGS.num} variations, one row per first resampled scale: {out}/vary.png")
@@ -53,7 +52,7 @@ if __name__ == "__main__":
     cli.define_model_flags()
     cli.define_sampling_flags()
     flags.DEFINE_string("image", None, "Image file; by default an image is generated")
-    flags.DEFINE_list("label", None, "Class of the image; `none`, the default, for no class")
-    flags.DEFINE_list("towards", None, "Class to edit towards; by default that of the image")
+    flags.DEFINE_list("label", None, "Class of the image, or its caption; `none`, the default, for no class")
+    flags.DEFINE_list("towards", None, "Class or caption to edit towards; by default that of the image")
     flags.DEFINE_integer("num", 8, "Variations per row", lower_bound=1)
     cli.run(main)

@@ -21,7 +21,8 @@ from ml_collections import ConfigDict
 from var_jax.errors import ConfigError
 from var_jax.sharding import replicated
 from var_jax.tokenizer.model import fingerprint
-from var_jax.training.transformer_task import NextScaleTask
+from var_jax.training.transformer_task import NextScaleTask, batch_conditions
+from var_jax.transformer.model import drop_conditions
 from var_jax.transformer.next_scale import NextScale
 
 METHODS = ("cca", "ddo")
@@ -101,19 +102,22 @@ class AlignTask(NextScaleTask):
         Returns:
           labels, is_negative, tokens and inputs with leading axes [B, 2].
         """
-        labels, no_class = batch["label"], self.config.num_classes
-        is_dropped = jax.random.bernoulli(key, self.config.class_dropout_prob, labels.shape)
-        positive = jnp.where(is_dropped, no_class, labels)
+        labels, null = batch_conditions(batch), self.config.null_condition
+        is_dropped = jax.random.bernoulli(key, self.config.class_dropout_prob, labels.shape[:1])
+        positive = drop_conditions(self.config, labels, is_dropped)
         sequence = self._tokens(self.training_tokenizer, frozen, batch)
         if self.stage.align.method == "cca":
             other = sequence
             negative = jnp.roll(positive, 1)
-            is_negative = (negative != labels) & (negative != no_class)
+            differs = lambda other: (negative != other).reshape(len(negative), -1).any(1)
+            is_negative = differs(labels) & differs(null)
         else:
-            samples = {"tokens": batch["sample_tokens"]}
+            samples = {"tokens": batch["sample_tokens"], "label": batch["sample_label"]}
+            if "condition" in batch:
+                samples["condition"] = batch["sample_condition"]
             other = self._tokens(self.training_tokenizer, frozen, samples)
             # Samples of all classes are samples of "no class", so that they stay negatives.
-            negative = jnp.where(is_dropped, no_class, batch["sample_label"])
+            negative = drop_conditions(self.config, batch_conditions(samples), is_dropped)
             is_negative = jnp.ones_like(is_dropped)
         pair = lambda *arrays: jnp.stack(arrays, axis=1)
         tokens, inputs = (pair(*arrays) for arrays in zip(sequence, other, strict=True))

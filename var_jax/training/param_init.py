@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+from var_jax.conditions import PADDING, UNKNOWN
 from var_jax.scales import Scales
 from var_jax.sharding import replicated
 from var_jax.tokenizer.config import TokenizerConfig
@@ -50,8 +51,11 @@ class MatchRules:
 
 
 _TRANSFORMER_MUST_MATCH = ("depth", "width", "num_heads", "shared_adaln", "normalized_attention", "positions")
+_TRANSFORMER_MUST_MATCH += ("condition", "condition_width", "text_depth")
 _TRANSFORMER_MAY_REINIT = (
     "class_embedding",
+    "encoder/word_embedding",
+    "encoder/position_embedding",
     "start_embedding",
     "position_embedding",
     "row_embedding",
@@ -123,7 +127,8 @@ def match_params(
         if path not in mismatches and not _rows_differ(path, config, target_config):
             init_values[path] = InitialValue(pretrained[path])
             continue
-        note = mismatches.get(path, f"{path} is of other maps")
+        kind = "words" if path == "encoder/word_embedding" else "maps"
+        note = mismatches.get(path, f"{path} is of other {kind}")
         if pairs := _common_rows(path, config, target_config):
             old, new = np.array(pairs, np.int32).T
             init_values[path] = InitialValue(pretrained[path][old], new)
@@ -171,7 +176,9 @@ def _shape(leaf) -> list[int] | str:
 
 
 def _rows_differ(path: str, old: Config, new: Config) -> bool:
-    """Return whether rows of an embedding belong to other maps, even if their number is equal."""
+    """Return whether rows of an embedding belong to other maps or words, even if their number is equal."""
+    if path == "encoder/word_embedding":
+        return old.vocabulary != new.vocabulary
     if path in ("row_embedding", "column_embedding", "distance_bias"):
         return old.scales[-1] != new.scales[-1]  # they depend on the finest map only
     return path in ("level_embedding", "position_embedding") and old.scales != new.scales
@@ -181,6 +188,12 @@ def _common_rows(path: str, old: Config, new: Config) -> list[tuple[int, int]]:
     """Return pairs (old row, new row) of a transformer's embedding that have the same meaning."""
     if path == "class_embedding":
         return [(old.num_classes, new.num_classes)]  # "no class"
+    if path == "encoder/word_embedding":
+        words = {word: 2 + i for i, word in enumerate(old.vocabulary)}
+        shared = [(words[word], 2 + i) for i, word in enumerate(new.vocabulary) if word in words]
+        return [(PADDING, PADDING), (UNKNOWN, UNKNOWN), *shared]
+    if path == "encoder/position_embedding":
+        return [(i, i) for i in range(min(old.condition_length, new.condition_length))]
     if path == "level_embedding":
         return _equal_maps(old.schedule, new.schedule)
     if path == "position_embedding":

@@ -130,3 +130,23 @@ def example_images(source: Source, transform: ToPixels | None, count: int = 32) 
     if transform is None:
         return None
     return np.stack([transform(source[i])["image"] for i in range(min(count, source.num_records))])
+
+
+def example_conditions(source: Source, count: int = 10, among: int = 1000) -> np.ndarray | None:
+    """Return the first distinct captions or embeddings of a source, a row each; None with labels.
+
+    Args:
+      source: training data.
+      count: maximum number of rows.
+      among: maximum number of images to look at.
+    """
+    if not source.condition_shape:
+        return None
+    distinct: dict[bytes, np.ndarray] = {}
+    for i in range(min(among, source.num_records)):
+        condition = source[i]["condition"]
+        if condition.any():
+            distinct.setdefault(condition.tobytes(), condition)
+        if len(distinct) == count:
+            break
+    return np.stack(list(distinct.values())) if distinct else None

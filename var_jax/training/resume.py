@@ -29,6 +29,7 @@ RESUMABLE_FIELDS = (
     "max_skipped",
     "writers",
 )
+MAX_SHOWN = 200  # characters of a value in a message
 WEIGHTS = ("stage.perceptual_weights", "stage.adversarial.dino_weights")
 # Paths (the content is compared instead: token caches by their spec, networks by fingerprint), settings that
 # change no numbers of the training, and the names of classes.
@@ -96,7 +97,8 @@ def check_resume_compatible(saved: dict, now: dict, directory: Path, defaults: d
             for field in WEIGHTS:
                 record[f"{field.replace('stage.', 'config.')} is given"] = bool(record.get(field))
     different = [
-        f"{field.replace('stage.', 'config.')}: {saved.get(field)!r} there, {now.get(field)!r} now"
+        f"{field.replace('stage.', 'config.')}: "
+        f"{_short(saved.get(field))} there, {_short(now.get(field))} now"
         for field in sorted(set(saved) | set(now))
         if (saved.get(field) or None) != (now.get(field) or None)  # a missing field counts as off
         and field.rsplit(".", 1)[-1] not in RESUMABLE_FIELDS
@@ -114,6 +116,12 @@ def _flatten(record: dict) -> dict:
     """Flatten a record to dotted names; tuples become lists, as JSON has them."""
     flat = flatten_dict(record, sep=".")
     return {name: list(value) if isinstance(value, tuple) else value for name, value in flat.items()}
+
+
+def _short(value) -> str:
+    """Return the `repr` of a value, cut if it is long, as that of a vocabulary."""
+    text = repr(value)
+    return text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]}..."
 
 
 def is_due(every: int, step: int, steps: int) -> bool:

@@ -24,6 +24,18 @@ from var_jax.training.preview import run_in_chunks
 BATCH = 64  # images at once through the network
 
 
+def sample_conditions(source: Source, count: int) -> np.ndarray:
+    """Return the conditions of samples to score: all classes in turn, or those of the first images.
+
+    Args:
+      source: training data.
+      count: number of samples.
+    """
+    if source.condition_shape:
+        return np.stack([source[i % source.num_records]["condition"] for i in range(count)])
+    return np.arange(count, dtype=np.int32) % source.num_classes
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SampleScorer:
     """Network and reference of the FID of a run's samples, set up at their first use.
@@ -74,7 +86,7 @@ class SampleScorer:
           program: `samples` of `Task.preview_programs`.
           params: parameters to sample with.
           frozen: `Task.frozen` on the mesh.
-          labels: int32 [N].
+          labels: int32 [N], or other conditions.
           seed: seed of the samples.
           is_stopping: whether to stop early.
 

@@ -51,7 +51,7 @@ from var_jax.training.resume import (
     score_kind,
     unfinished_work,
 )
-from var_jax.training.sample_scores import SampleScorer
+from var_jax.training.sample_scores import SampleScorer, sample_conditions
 from var_jax.training.software import describe_software
 from var_jax.training.state import TrainState, count_parameters, create_state
 from var_jax.training.task import Task
@@ -444,7 +444,7 @@ class Trainer:
 
     def score_samples(self, step: int, state: TrainState) -> None:
         """Draw samples and log their FID, or warn if memory runs out; stop early on SIGTERM."""
-        labels = np.arange(self.cfg.fid_samples, dtype=np.int32) % self.source.num_classes
+        labels = sample_conditions(self.source, self.cfg.fid_samples)
         with self.log.pause(state.step):
             program, params = self.previews["samples"], state.sampling_params
             metrics = run_or_warn(

@@ -1,6 +1,8 @@
 """Training tasks of next-scale and next-token transformers, on the tokens of a frozen tokenizer."""
 
 import dataclasses
+from collections.abc import Mapping
+from types import MappingProxyType
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +11,7 @@ import optax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+from var_jax.conditions import decode_caption
 from var_jax.dtypes import PRECISIONS
 from var_jax.errors import ConfigError, config_errors
 from var_jax.images import denormalize_to_uint8, image_grid, image_strips, normalize
@@ -42,7 +45,12 @@ from var_jax.transformer.model import ARTransformer, choose_scan
 from var_jax.transformer.next_scale import NextScale
 from var_jax.transformer.next_token import NextToken
 
-PREVIEW_COLUMNS = 8  # images per class in a preview
+PREVIEW_COLUMNS = 8  # images per class, caption or embedding in a preview
+
+
+def batch_conditions(batch: dict) -> jax.Array:
+    """Return the conditions of a batch of the loader: captions or embeddings if it has them, else labels."""
+    return batch["condition"] if "condition" in batch else batch["label"]
 
 
 def encoder_precision(section: ConfigDict) -> str:
@@ -84,6 +92,8 @@ class TransformerTask(Task):
         tokenizer_params: dict,
         classes: int,
         mesh: Mesh | None = None,
+        condition_fields: Mapping[str, object] = MappingProxyType({}),
+        examples: np.ndarray | None = None,
     ):
         """Build the network, with attention and remat chosen for the mesh.
 
@@ -94,6 +104,9 @@ class TransformerTask(Task):
           tokenizer_params: its parameters; {} if it is not trained yet.
           classes: number of classes.
           mesh: mesh of the run; None for one device.
+          condition_fields: fields of `config` that follow from the captions or embeddings of the data
+            (`Source.condition_fields`); none with labels.
+          examples: captions or embeddings of the previews, a row each; None with labels.
 
         Raises:
           ConfigError: if a field of the config is invalid; names it.
@@ -111,7 +124,9 @@ class TransformerTask(Task):
             num_codes=tokenizer.config.num_codes,
             code_dim=tokenizer.config.code_dim,
             scales=tokenizer.config.scales,
+            **condition_fields,
         )
+        self.examples = examples
         with config_errors(prefix="config.correction: "):
             self.correction = SelfCorrection(**stage.get("correction", {}))
             self.correction.check_maps(self.config)
@@ -143,7 +158,7 @@ class TransformerTask(Task):
     def init(self, key, loaded=()):
         inputs = jnp.zeros((1, self.config.length - self.config.num_start_tokens, self.config.code_dim))
         model = self.model.clone(scan_layers=True)  # the state has the layout of checkpoints
-        return model.init(key, jnp.zeros(1, jnp.int32), inputs)["params"], {}
+        return model.init(key, self.config.null_conditions(1), inputs)["params"], {}
 
     def _tokens(self, tokenizer, frozen, batch):
         """Return target tokens [B, L], cached or encoded from images, and the teacher-forcing inputs."""
@@ -172,7 +187,7 @@ class TransformerTask(Task):
         else:
             tokens = batch["tokens"] if "tokens" in batch else quantizer.tokenize(features)
             _, inputs = teacher_forcing(self.config, quantizer, tokens)
-            replacements = self._predicted_tokens(params, batch["label"], inputs, source_key)
+            replacements = self._predicted_tokens(params, batch_conditions(batch), inputs, source_key)
         is_replaced = draw_replaced(replaced_key, size[0], self.config.schedule, self.correction.strength)
         targets, sums = requantize(quantizer, features, is_replaced, replacements)
         return targets, quantizer.transformer_inputs(sums)
@@ -195,14 +210,14 @@ class TransformerTask(Task):
             tokens, inputs = self._corrected_tokens(state.params, frozen, batch, correction_key)
         else:
             tokens, inputs = self._tokens(self.training_tokenizer, frozen, batch)
-        return self.train_on_tokens(state, batch["label"], tokens, inputs, key)
+        return self.train_on_tokens(state, batch_conditions(batch), tokens, inputs, key)
 
     def train_on_tokens(self, state, labels, tokens, inputs, key):
         """Take one optimizer step on tokens.
 
         Args:
           state: state before the step.
-          labels: int32 [B].
+          labels: int32 [B], or the captions or embeddings of `batch_conditions`.
           tokens: target tokens, int32 [B, L].
           inputs: teacher-forcing inputs of `teacher_forcing`.
           key: random key of dropout.
@@ -256,7 +271,8 @@ class TransformerTask(Task):
     def eval_step(self, params, frozen, batch):
         tokens, inputs = self._tokens(self.tokenizer, frozen, batch)
         variables = {"params": self.model.own_layout(params)}
-        losses, is_correct = self.model.apply(variables, batch["label"], inputs, tokens, method="losses")
+        labels = batch_conditions(batch)
+        losses, is_correct = self.model.apply(variables, labels, inputs, tokens, method="losses")
         sum_images = lambda x: jnp.sum(x * batch["valid"][:, None], axis=0)
         return {
             "images": batch["valid"].sum(),
@@ -279,7 +295,13 @@ class TransformerTask(Task):
 
     @property
     def preview_labels(self) -> np.ndarray:
-        """Return the labels of the previews, int32 [N]: up to ten classes, PREVIEW_COLUMNS images each."""
+        """Return the labels of the previews, int32 [N]: up to ten classes, PREVIEW_COLUMNS images each.
+
+        With captions or embeddings, return those of the examples likewise.
+        """
+        if self.config.condition != "label":
+            examples = self.config.null_conditions(1) if self.examples is None else self.examples
+            return np.repeat(examples, PREVIEW_COLUMNS, axis=0)
         rows = min(10, self.config.num_classes)
         classes = np.linspace(0, self.config.num_classes - 1, rows).astype(np.int32)
         return np.repeat(classes, PREVIEW_COLUMNS)
@@ -288,7 +310,7 @@ class TransformerTask(Task):
         per_scale = self.options.per_scale(self.config.schedule, self.config.num_codes)
         memory = smallest_memory(mesh)
         images_per_device = preview_images(self.stage, self.tokenizer, self.model, per_scale, memory, mesh)
-        num_samples = len(self.preview_labels)
+        num_samples, *label_shape = self.preview_labels.shape
 
         def samples(params, frozen, labels, key_data):
             keys = jax.random.wrap_key_data(key_data)
@@ -302,7 +324,7 @@ class TransformerTask(Task):
 
         size = chunk_size(num_samples, images_per_device, mesh)
         key_data = jax.eval_shape(lambda: jax.random.key_data(image_keys(0, jnp.arange(1))))
-        labels = row_shapes(size, (), jnp.int32, mesh)
+        labels = row_shapes(size, tuple(label_shape), self.preview_labels.dtype, mesh)
         keys = row_shapes(size, key_data.shape[1:], key_data.dtype, mesh)
         programs = {"samples": (preview_program(samples, mesh), (params, frozen, labels, keys))}
         if len(self.config.scales) > 1:
@@ -316,7 +338,9 @@ class TransformerTask(Task):
         labels = self.preview_labels
         keys = np.asarray(jax.random.key_data(image_keys(self.stage.seed, jnp.arange(len(labels)))))
         images, tokens = run_in_chunks(programs["samples"], params, frozen, labels, keys)
-        previews = {"samples": image_grid(images, columns=PREVIEW_COLUMNS)}
+        rows = labels[::PREVIEW_COLUMNS] if self.config.condition == "caption" else ()
+        captions = [decode_caption(row, self.config.vocabulary) for row in rows]
+        previews = {"samples": image_grid(images, columns=PREVIEW_COLUMNS, row_labels=captions)}
         if "scales" in programs:
             (steps,) = run_in_chunks(programs["scales"], params, frozen, tokens[::PREVIEW_COLUMNS])
             previews["scales"] = image_strips(steps)

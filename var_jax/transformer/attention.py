@@ -237,10 +237,13 @@ def einsum(
     k: Float[Array, "B Lk N H"],
     v: Float[Array, "B Lk N H"],
     scale: float,
-    mask: Bool[np.ndarray | Array, "Lq Lk"] | None,
+    mask: Bool[np.ndarray | Array, "Lq Lk"] | Bool[Array, "B 1 1 Lk"] | None,
     bias: Float32[Array, "N Lq Lk"] | None = None,
 ) -> Float[Array, "B Lq N H"]:
-    """Compute attention with plain matrix products and all scores in memory; see `attend`."""
+    """Compute attention with plain matrix products and all scores in memory; see `attend`.
+
+    The mask may be one of the keys of each image, too.
+    """
     # With heads before positions in memory, XLA's CPU matrix products are two to three times as fast.
     q, k, v = (x.swapaxes(1, 2) for x in (q, k, v))
     weights = softmax_weights(q, k, scale, mask, bias).astype(v.dtype)
@@ -252,10 +255,10 @@ def softmax_weights(
     q: Float[Array, "B N Lq H"],
     k: Float[Array, "B N Lk H"],
     scale: float,
-    mask: Bool[np.ndarray | Array, "Lq Lk"] | None,
+    mask: Bool[np.ndarray | Array, "Lq Lk"] | Bool[Array, "B 1 1 Lk"] | None,
     bias: Float32[Array, "N Lq Lk"] | None = None,
 ) -> Float32[Array, "B N Lq Lk"]:
-    """Compute the weights of attention, with heads before positions; arguments otherwise as for `attend`."""
+    """Compute the weights of attention, with heads before positions; arguments otherwise as for `einsum`."""
     precision = product_precision(q.dtype)
     scores = (
         jnp.einsum("bnqh,bnkh->bnqk", q, k, precision=precision, preferred_element_type=jnp.float32) * scale

@@ -1,4 +1,4 @@
-"""Transformer blocks with adaLN, and the cache of keys and values for generation."""
+"""Transformer blocks with adaLN and cross-attention, and the cache of keys and values for generation."""
 
 import math
 from collections.abc import Callable
@@ -15,9 +15,9 @@ from jaxtyping import Array, Bool, Float, Float32, Int, Key
 
 from var_jax.dtypes import product_precision
 from var_jax.sharding import constrain, tensor_shards
-from var_jax.transformer.attention import GPU_KERNELS, attend, normalize_qk
+from var_jax.transformer.attention import GPU_KERNELS, attend, einsum, normalize_qk
 from var_jax.transformer.config import TransformerConfig
-from var_jax.transformer.elementwise import add_gated, gelu, modulate
+from var_jax.transformer.elementwise import add_gated, gelu, layer_norm, modulate
 from var_jax.transformer.positions import rotate
 
 Angles = Float32[Array | np.ndarray, "n angles"]  # rotary angles of n positions, half as many as channels H
@@ -145,11 +145,65 @@ class Modulation(nn.Module):
     def __call__(
         self, condition: Float[Array, "B D"], _
     ) -> tuple[Float[Array, "B D"], Float32[Array, "B 6 D"]]:
-        """Compute adaLN vectors from SiLU(class embedding); return it too, as the carry of the scan."""
+        """Compute adaLN vectors from SiLU(condition vector); return it too, as the carry of the scan."""
         cfg = self.config
         init = adaln_init(cfg.width, cfg.gamma_init)
         vectors = dense(6 * cfg.width, ("embed", "mlp"), init, self.dtype, "adaln")(condition)
         return condition, constrain(vectors.reshape(-1, 6, cfg.width)).astype(jnp.float32)
+
+
+@flax.struct.dataclass
+class CrossKeys:
+    """Keys and values of the rows of a condition's sequence, for cross-attention: of all layers, or of one.
+
+    Attributes:
+      k: keys.
+      v: values.
+      is_row: False at padding.
+    """
+
+    k: Float[Array, "*layers B T N H"]
+    v: Float[Array, "*layers B T N H"]
+    is_row: Bool[Array, "*layers B T"]
+
+
+class CrossProjection(nn.Module):
+    """Projection of a condition's sequence to the keys and values of a block, to be scanned over blocks."""
+
+    config: TransformerConfig
+    dtype: DTypeLike
+
+    @nn.compact
+    def __call__(
+        self, rows: tuple[Float[Array, "B T D"], Bool[Array, "B T"]], _
+    ) -> tuple[tuple[Float[Array, "B T D"], Bool[Array, "B T"]], CrossKeys]:
+        """Compute keys and values; return the rows and which are no padding too, as the carry of the scan."""
+        cfg = self.config
+        sequence, is_row = rows
+        project = lambda name: dense(
+            cfg.width, ("embed", "heads"), normal_init(cfg.width), self.dtype, name, use_bias=name == "v"
+        )(sequence)
+        k, v = (constrain(project(name), tensor_axis=2) for name in ("k", "v"))
+        heads = lambda x: x.reshape(*x.shape[:2], cfg.num_heads, cfg.head_dim)
+        return rows, CrossKeys(heads(k), heads(v), is_row)
+
+
+class CrossAttention(nn.Module):
+    """Multi-head attention to the rows of a sequence, zero at initialization."""
+
+    config: TransformerConfig
+    dtype: DTypeLike
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B n D"], keys: CrossKeys) -> Float[Array, "B n D"]:
+        """Attend from x, which is normalized, to the rows that are no padding."""
+        cfg = self.config
+        b, n, d = x.shape
+        q = dense(d, ("embed", "heads"), normal_init(d), self.dtype, "q")(x)
+        q = constrain(q, tensor_axis=2).reshape(b, n, cfg.num_heads, cfg.head_dim)
+        y = einsum(q, keys.k, keys.v, 1 / math.sqrt(cfg.head_dim), keys.is_row[:, None, None])
+        zeros = nn.initializers.zeros_init()
+        return dense(d, ("heads", "embed"), zeros, self.dtype, "proj")(y.reshape(b, n, d))
 
 
 class SelfAttention(nn.Module):
@@ -268,6 +322,8 @@ class MLP(nn.Module):
 class Block(nn.Module):
     """Transformer block: x += gamma1 * Attn(adaLN(x)), then x += gamma2 * MLP(adaLN(x)).
 
+    If the condition has a sequence, x += CrossAttn(LN(x)) comes between the two.
+
     The residual stream is float32; with autocast, the published code has it in 16 bits.
 
     Attributes:
@@ -286,25 +342,30 @@ class Block(nn.Module):
     def __call__(
         self,
         carry: tuple[Float32[Array, "B n D"], KVCache | None],
-        scanned: tuple[int | Int[Array, ""], Float32[Array, "B 6 D"], ArrayLike, Key[Array, ""] | None],
+        scanned: tuple[
+            int | Int[Array, ""], Float32[Array, "B 6 D"], CrossKeys | None, ArrayLike, Key[Array, ""] | None
+        ],
         context: AttentionContext = AttentionContext(),  # noqa: B008  (immutable)
     ) -> tuple[tuple[Float32[Array, "B n D"], KVCache | None], None]:
         """Apply the block as the body of a scan over layers.
 
         Args:
           carry: residual stream and cache.
-          scanned: number, adaLN vectors, drop rate and random key of the layer; the key is None without
-            dropout and stochastic depth.
+          scanned: number, adaLN vectors, keys of cross-attention, drop rate and random key of the layer; the
+            keys are None without a sequence, the random key without dropout and stochastic depth.
           context: positional terms of attention.
         """
         x, cache = carry
-        layer, modulation, drop_rate, key = scanned
+        layer, modulation, cross_keys, drop_rate, key = scanned
         drop = partial(self._drop, drop_rate, key)
         gamma1, gamma2, scale1, scale2, shift1, shift2 = jnp.moveaxis(modulation, 1, 0)
         h = modulate(x, scale1, shift1, self.dtype)
         attention = SelfAttention(self.config, self.dtype, self.attention, self.start, name="attention")
         h, cache = attention(h, layer, cache, context)
         x = add_gated(x, gamma1, drop(0, h))
+        if cross_keys is not None:
+            cross_attention = CrossAttention(self.config, self.dtype, name="cross_attention")
+            x = x + drop(2, cross_attention(layer_norm(x, self.dtype), cross_keys))
         h = MLP(self.config, self.dtype, name="mlp")(modulate(x, scale2, shift2, self.dtype))
         return (constrain(add_gated(x, gamma2, drop(1, h))), cache), None
 

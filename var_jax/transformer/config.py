@@ -6,8 +6,9 @@ import functools
 from typing import ClassVar
 
 import numpy as np
-from jaxtyping import Array, Bool, Int32, Shaped
+from jaxtyping import Array, Bool, Float32, Int32, Shaped
 
+from var_jax.conditions import KINDS, PADDING
 from var_jax.scales import SCALES_256, Scales
 from var_jax.transformer.orders import inverse_permutation, prediction_order
 from var_jax.transformer.positions import (
@@ -38,13 +39,18 @@ class TransformerConfig(abc.ABC):
       shared_adaln: use one adaLN projection for all blocks and a learned offset per block.
       normalized_attention: L2-normalize queries and keys, with a learned temperature per head.
       gamma_init: factor on the initial adaLN kernel of the residual gates gamma.
-      class_dropout_prob: probability of replacing a training label by "no class".
+      class_dropout_prob: probability of replacing a training condition by "no condition".
       drop_path: stochastic depth rate of the last block, rising linearly from 0 at the first.
       dropout: dropout rate of the outputs of attention and MLP.
       positions: kinds of position encodings (see `transformer/positions.py`).
+      condition: kind of condition, one of `conditions.KINDS`.
+      condition_length: T, maximum number of words of a caption, or of vectors of an embedding.
+      condition_width: channels of an embedding's vectors.
+      vocabulary: words of the captions.
+      text_depth: number of blocks of the caption encoder.
 
     Raises:
-      ValueError: on invalid sizes or an unknown kind of positions.
+      ValueError: on invalid sizes, or an unknown kind of positions or of condition.
     """
 
     depth: int = 16
@@ -61,10 +67,16 @@ class TransformerConfig(abc.ABC):
     drop_path: float = 0.0
     dropout: float = 0.0
     positions: str = "learned_1d"
+    condition: str = "label"
+    condition_length: int = 0
+    condition_width: int = 0
+    vocabulary: tuple[str, ...] = ()
+    text_depth: int = 2
 
     def __post_init__(self):
         set_ = lambda name, value: object.__setattr__(self, name, value)
         set_("scales", Scales(self.scales).sides)
+        set_("vocabulary", tuple(self.vocabulary))
         for name in ("depth", "num_classes", "num_codes", "code_dim"):
             if getattr(self, name) < 1:
                 raise ValueError(f"transformer {name} must be at least 1, got {getattr(self, name)}")
@@ -78,6 +90,20 @@ class TransformerConfig(abc.ABC):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"transformer {name} must be in [0, 1), got {getattr(self, name)}")
         parse_positions(self.positions, self.width, self.head_dim)
+        if self.condition not in KINDS:
+            raise ValueError(
+                f"transformer condition must be one of {', '.join(KINDS)}; got {self.condition!r}"
+            )
+        sizes = {
+            "caption": ("condition_length", "text_depth"),
+            "embedding": ("condition_length", "condition_width"),
+        }
+        for name in sizes.get(self.condition, ()):
+            if getattr(self, name) < 1:
+                raise ValueError(
+                    f"transformer {name} must be at least 1 with condition={self.condition}, got "
+                    f"{getattr(self, name)}"
+                )
 
     @functools.cached_property
     def schedule(self) -> Scales:
@@ -93,6 +119,38 @@ class TransformerConfig(abc.ABC):
     def length(self) -> int:
         """L, positions of the sequence."""
         return self.schedule.length
+
+    @property
+    def null_condition(self) -> int:
+        """Return the value of all entries of "no condition": the label after the last, or padding."""
+        return self.num_classes if self.condition == "label" else PADDING
+
+    def null_conditions(
+        self, batch: int
+    ) -> Int32[np.ndarray, " B"] | Int32[np.ndarray, "B T"] | Float32[np.ndarray, "B T E"]:
+        """Return "no condition" for `batch` images, with the shape and dtype that conditions have."""
+        sizes = {"label": (), "caption": (self.condition_length,)}
+        shape = sizes.get(self.condition, (self.condition_length, self.condition_width))
+        dtype = np.float32 if self.condition == "embedding" else np.int32
+        return np.full((batch, *shape), self.null_condition, dtype)
+
+    def check_conditions(self, conditions: Shaped[Array | np.ndarray, "..."]) -> None:
+        """Check that conditions are of the kind and the size that the transformer takes.
+
+        Raises:
+          ValueError: if they are not.
+        """
+        null, shape = self.null_conditions(1), np.shape(conditions)
+        is_integer = np.issubdtype(conditions.dtype, np.integer)
+        fits = len(shape) == null.ndim and is_integer == np.issubdtype(null.dtype, np.integer)
+        if fits and null.ndim > 1:
+            fits = 1 <= shape[1] <= self.condition_length and shape[2:] == null.shape[2:]
+        if not fits:
+            sizes = ", ".join(["B", f"up to {self.condition_length}", f"{self.condition_width}"][: null.ndim])
+            raise ValueError(
+                f"this transformer is conditioned on {self.condition}s, {null.dtype} [{sizes}]; got "
+                f"{conditions.dtype} {list(shape)}"
+            )
 
     predicts_maps: ClassVar[bool]  # True: a step predicts a token map; False: a step predicts one token
 

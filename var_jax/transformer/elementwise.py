@@ -61,6 +61,12 @@ def _modulate_backward(dtype, saved, gradient):
 modulate.defvjp(_modulate_forward, _modulate_backward)
 
 
+def layer_norm(x: Float32[Array, "B n D"], dtype: DTypeLike) -> Float[Array, "B n D"]:
+    """Apply layer normalization without scale and shift in float32, cast to `dtype`."""
+    zeros = jnp.zeros((x.shape[0], x.shape[2]), jnp.float32)
+    return modulate(x, zeros, zeros, dtype)
+
+
 @jax.custom_vjp
 def add_gated(
     x: Float32[Array, "B n D"], gate: Float32[Array, "B D"], branch: Float[Array, "B n D"]

@@ -4,6 +4,7 @@ The initialization is the published one (Tian et al. 2024).
 """
 
 from functools import partial
+from operator import itemgetter
 
 import flax.linen as nn
 import flax.struct
@@ -18,11 +19,14 @@ from var_jax.transformer import positions
 from var_jax.transformer.block import (
     AttentionContext,
     Block,
+    CrossKeys,
+    CrossProjection,
     KVCache,
     Modulation,
     dense,
     normal_init,
 )
+from var_jax.transformer.condition import ENCODERS, Conditions
 from var_jax.transformer.config import TransformerConfig
 from var_jax.transformer.elementwise import modulate
 from var_jax.transformer.head import Head
@@ -36,21 +40,24 @@ LOGITS_CHUNK = 1024  # maximum number of positions whose logits exist at once in
 
 @flax.struct.dataclass
 class Condition:
-    """Conditioning on the label, computed once per image.
+    """Conditioning on the label, the caption or the embedding, computed once per image.
 
     Attributes:
-      class_embedding: input of the first positions.
+      vector: input of the first positions: the class embedding, or that of the whole sequence.
       blocks: adaLN vectors of every block.
       head: scale and shift before the head.
+      cross: keys and values of cross-attention in every block; None with labels.
     """
 
-    class_embedding: Float32[Array, "B D"]
+    vector: Float32[Array, "B D"]
     blocks: Float32[Array, "layers B 6 D"]
     head: Float32[Array, "B 2 D"]
+    cross: CrossKeys | None = None
 
     def conditional(self) -> "Condition":
         """Return the condition of the conditional sequences, the even ones of the guided batch."""
-        return Condition(self.class_embedding[::2], self.blocks[:, ::2], self.head[::2])
+        cross = jax.tree.map(lambda x: x[:, ::2], self.cross)
+        return Condition(self.vector[::2], self.blocks[:, ::2], self.head[::2], cross)
 
 
 class Blocks(nn.Module):
@@ -75,6 +82,7 @@ class Blocks(nn.Module):
         self,
         x: Float32[Array, "B n D"],
         modulations: Float32[Array, "layers B 6 D"],
+        cross: CrossKeys | None = None,
         context: AttentionContext = AttentionContext(),  # noqa: B008  (immutable)
         cache: Cache | None = None,
         start: int = 0,
@@ -85,6 +93,7 @@ class Blocks(nn.Module):
         Args:
           x: residual stream.
           modulations: adaLN vectors of every block.
+          cross: keys and values of cross-attention in every block; None for none.
           context: positional terms of attention.
           cache: keys and values of earlier positions; generation only.
           start: first position of x in the cache, unless the context has a `cache_index`.
@@ -109,13 +118,23 @@ class Blocks(nn.Module):
                 length=cfg.depth,
                 metadata_params={nn.PARTITION_NAME: "layers"},
             )(*fields, name="layers")
-            (x, cache), _ = stack((x, cache), (jnp.arange(cfg.depth), modulations, rates, keys), context)
+            scanned = (jnp.arange(cfg.depth), modulations, cross, rates, keys)
+            (x, cache), _ = stack((x, cache), scanned, context)
             return x, cache
         caches = [None] * cfg.depth if cache is None else list(cache)
         for i in range(cfg.depth):
-            scanned = (i, modulations[i], rates[i], None if keys is None else keys[i])
+            own_cross = jax.tree.map(itemgetter(i), cross)
+            scanned = (i, modulations[i], own_cross, rates[i], None if keys is None else keys[i])
             (x, caches[i]), _ = block(*fields, name=f"layers_{i}")((x, caches[i]), scanned, context)
         return x, None if cache is None else tuple(caches)
+
+
+def drop_conditions(
+    config: TransformerConfig, labels: Conditions, is_dropped: Bool[Array, " B"]
+) -> Conditions:
+    """Replace the conditions of some images by "no condition"."""
+    is_dropped = is_dropped.reshape(-1, *(1,) * (labels.ndim - 1))
+    return jnp.where(is_dropped, config.null_condition, labels)
 
 
 def choose_scan(scan_layers: str, platform: str, sampling: bool = False) -> bool:
@@ -139,7 +158,7 @@ def choose_scan(scan_layers: str, platform: str, sampling: bool = False) -> bool
 
 
 class ARTransformer(nn.Module):
-    """Transformer that predicts every token from the label and the tokens before it in prediction order.
+    """Transformer that predicts every token from the condition and the tokens before it in prediction order.
 
     Attributes:
       config: the architecture.
@@ -160,7 +179,11 @@ class ARTransformer(nn.Module):
         cfg = self.config
         d = cfg.width
         init = nn.with_logical_partitioning(normal_init(d), (None, "embed"))
-        self.class_embedding = self.param("class_embedding", init, (cfg.num_classes + 1, d))
+        if cfg.condition == "label":
+            self.class_embedding = self.param("class_embedding", init, (cfg.num_classes + 1, d))
+        else:
+            self.encoder = ENCODERS[cfg.condition](cfg, self.dtype)
+            self.cross = self._each_layer(CrossProjection)
         self.start_embedding = self.param("start_embedding", init, (cfg.num_start_tokens, d))
         if cfg.levels is not None:
             self.level_embedding = self.param("level_embedding", init, (len(cfg.scales), d))
@@ -173,19 +196,31 @@ class ARTransformer(nn.Module):
             )
             offset_init = nn.with_logical_partitioning(offset_init, ("layers", None, "embed"))
             self.adaln_offset = self.param("adaln_offset", offset_init, (cfg.depth, 6, d))
-        elif not self.scan_layers:
-            self.adaln = [Modulation(cfg, self.dtype) for _ in range(cfg.depth)]
         else:
-            self.adaln = nn.scan(
-                Modulation,
-                variable_axes={"params": 0},
-                split_rngs={"params": True},
-                length=cfg.depth,
-                metadata_params={nn.PARTITION_NAME: "layers"},
-            )(cfg, self.dtype)
+            self.adaln = self._each_layer(Modulation)
         self.blocks = Blocks(cfg, self.dtype, self.attention, self.remat, self.scan_layers)
         self.head_adaln = dense(2 * d, ("embed", "mlp"), normal_init(d, 0.5), self.dtype, None)
         self.head = Head(cfg.num_codes, normal_init(d, 0.02), self.dtype)
+
+    def _each_layer(self, module: type[nn.Module]) -> nn.Module | list[nn.Module]:
+        """Create a projection of the condition for each block: scanned, or a list."""
+        cfg = self.config
+        if not self.scan_layers:
+            return [module(cfg, self.dtype) for _ in range(cfg.depth)]
+        return nn.scan(
+            module,
+            variable_axes={"params": 0},
+            split_rngs={"params": True},
+            length=cfg.depth,
+            metadata_params={nn.PARTITION_NAME: "layers"},
+        )(cfg, self.dtype)
+
+    def _project_condition(self, projections: nn.Module | list[nn.Module], inputs):
+        """Apply the projections of `_each_layer`; results have a leading axis of layers."""
+        if self.scan_layers:
+            return projections(inputs, None)[1]
+        layers = [projection(inputs, None)[1] for projection in projections]
+        return jax.tree.map(lambda *leaves: jnp.stack(leaves), *layers)
 
     def _setup_positions(self, init):
         """Create the parameters of positions: tables of width D, or a bias per distance bucket and head."""
@@ -200,22 +235,23 @@ class ARTransformer(nn.Module):
             self.distance_bias = self.param("distance_bias", bias_init, (positions.BUCKETS, cfg.num_heads))
 
     def __call__(
-        self, labels: Int[Array, " B"], inputs: Float[Array, "B n C"], train: bool = False
+        self, labels: Conditions, inputs: Float[Array, "B n C"], train: bool = False
     ) -> Float32[Array, "B L V"]:
         """Compute teacher-forced logits.
 
         Args:
-          labels: classes; num_classes means "no class".
+          labels: condition of each image: its class, where num_classes means "no class"; or the words of its
+            caption, or its embedding, as in `var_jax/conditions.py`.
           inputs: inputs of all positions but the start tokens, n = L - num_start_tokens (see
             `sampling/teacher_forcing.py`).
-          train: drop labels, and apply dropout and stochastic depth; needs the rng stream "dropout".
+          train: drop conditions, and apply dropout and stochastic depth; needs the rng stream "dropout".
         """
         x, condition = self._apply_blocks(labels, inputs, train)
         return self.logits(x, condition.head)
 
     def losses(
         self,
-        labels: Int[Array, " B"],
+        labels: Conditions,
         inputs: Float[Array, "B n C"],
         tokens: Int[Array, "B L"],
         train: bool = False,
@@ -254,14 +290,14 @@ class ARTransformer(nn.Module):
         """Compute the residual stream float32 [B, L, D] after all blocks, and the condition."""
         cfg = self.config
         if train:
-            dropped = jax.random.bernoulli(self.make_rng("dropout"), cfg.class_dropout_prob, labels.shape)
-            labels = jnp.where(dropped, cfg.num_classes, labels)
+            dropped = jax.random.bernoulli(self.make_rng("dropout"), cfg.class_dropout_prob, labels.shape[:1])
+            labels = drop_conditions(cfg, labels, dropped)
         condition = self.condition(labels)
         x = constrain(self.embed(condition, inputs))
         tables = cfg.position_tables.at(0, cfg.length, cfg.length)
         # `SelfAttention` takes a single mask from the config: remat would trace an argument.
         context = self.attention_context(tables, masked=len(cfg.masks) > 1)
-        x, _ = self.blocks(x, condition.blocks, context, train=train)
+        x, _ = self.blocks(x, condition.blocks, condition.cross, context, train=train)
         return x, condition
 
     def own_layout(self, params: dict) -> dict:
@@ -272,20 +308,27 @@ class ARTransformer(nn.Module):
         """Invert `own_layout`; parameters of unrolled layers are copied to the host."""
         return params if self.scan_layers else stack_layers(params)
 
-    def condition(self, labels: Int[Array, " B"]) -> Condition:
-        """Compute the class embeddings and all adaLN vectors."""
-        cfg = self.config
-        embedded = constrain(replicate(self.class_embedding)[labels])
-        active = nn.silu(embedded)
+    def condition(self, labels: Conditions) -> Condition:
+        """Compute the vectors of the conditions, all adaLN vectors, and the keys of cross-attention.
+
+        Raises:
+          ValueError: on conditions of another kind than those of the config.
+        """
+        cfg, cross = self.config, None
+        cfg.check_conditions(labels)
+        if cfg.condition == "label":
+            vector = constrain(replicate(self.class_embedding)[labels])
+        else:
+            vector, *rows = self.encoder(labels)
+            cross = self._project_condition(self.cross, tuple(rows))
+        active = nn.silu(vector)
         if cfg.shared_adaln:
             vectors = constrain(self.shared_adaln(active).reshape(-1, 6, cfg.width)).astype(jnp.float32)
             blocks = self.adaln_offset[:, None] + vectors
-        elif self.scan_layers:
-            _, blocks = self.adaln(active, None)
         else:
-            blocks = jnp.stack([adaln(active, None)[1] for adaln in self.adaln])
+            blocks = self._project_condition(self.adaln, active)
         head = constrain(self.head_adaln(active).reshape(-1, 2, cfg.width)).astype(jnp.float32)
-        return Condition(embedded, blocks, head)
+        return Condition(vector, blocks, head, cross)
 
     def empty_cache(self, batch: int) -> Cache | None:
         """Create a cache for `batch` sequences of L positions; None if no step reads earlier ones."""
@@ -305,11 +348,11 @@ class ARTransformer(nn.Module):
         """Compute the residual stream before the first block, with position embeddings.
 
         Args:
-          condition: of the labels.
+          condition: of the images.
           inputs: of the positions from `start` on, without the start tokens; None for the start tokens only.
           start: first position.  If it is traced, there is one position, whose input is ignored at start 0.
         """
-        start_tokens = condition.class_embedding[:, None] + self.start_embedding
+        start_tokens = condition.vector[:, None] + self.start_embedding
         if inputs is None:
             x = start_tokens
         elif not isinstance(start, int):

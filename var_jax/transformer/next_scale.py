@@ -19,7 +19,7 @@ class NextScale(ARTransformer):
         Args:
           k: the scale, static.
           inputs: the resized f_hat; None at k = 0.
-          condition: of the labels.
+          condition: of the images.
           cache: keys and values of the scales before k; None if the mask is block-diagonal.
 
         Returns:
@@ -30,24 +30,24 @@ class NextScale(ARTransformer):
         x = self.embed(condition, inputs, start)
         tables = self.config.position_tables.at(start, end - start, end - first_key, first_key)
         context = self.attention_context(tables, masked=False)
-        x, cache = self.blocks(x, condition.blocks, context, cache, start)
+        x, cache = self.blocks(x, condition.blocks, condition.cross, context, cache, start)
         return self.logits(x, condition.head), cache
 
     def prefill(self, inputs: Float[Array, "B n C"], condition: Condition) -> Cache | None:
         """Compute the cache of the first maps, which are known, in one pass.
 
         Args:
-          inputs: the resized f_hat of these maps but the first, whose input is the label.
-          condition: of the labels.
+          inputs: the resized f_hat of these maps but the first, whose input is the condition.
+          condition: of the images.
 
         Returns:
           Their keys and values; None if no step reads earlier ones.
         """
-        cache = self.empty_cache(condition.class_embedding.shape[0])
+        cache = self.empty_cache(condition.vector.shape[0])
         if cache is None:
             return None
         x = self.embed(condition, inputs)
         context = self.attention_context(
             self.config.position_tables.at(0, x.shape[1], x.shape[1]), masked=False
         )
-        return self.blocks(x, condition.blocks, context, cache)[1]
+        return self.blocks(x, condition.blocks, condition.cross, context, cache)[1]

@@ -24,7 +24,7 @@ class NextToken(ARTransformer):
         Args:
           i: position, possibly traced.
           inputs: code vector of token i - 1; ignored at i = 0.
-          condition: of the labels.
+          condition: of the images.
           cache: keys and values of the positions before i.
 
         Returns:
@@ -33,5 +33,5 @@ class NextToken(ARTransformer):
         x = self.embed(condition, inputs, i)
         tables = self.config.position_tables.at(i, 1, self.config.length)
         context = self.attention_context(tables, masked=True).replace(cache_index=jnp.asarray(i, jnp.int32))
-        x, cache = self.blocks(x, condition.blocks, context, cache)
+        x, cache = self.blocks(x, condition.blocks, condition.cross, context, cache)
         return self.logits(x, condition.head), cache

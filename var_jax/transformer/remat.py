@@ -11,6 +11,7 @@ Bytes saved per token and block with 16-bit matrix products (D width, N heads, L
 | `full` | nothing | 4 D | everything |
 
 For `none` it is the TPU compiler's count, with heads of 64 channels padded to 128; `jax.vjp` counts 44 D.
+Cross-attention to the T rows of a condition adds 2 D (`flat_qkv`), 4 D (`mlp`), or 10 D + 8 N T (`none`).
 With an attention kernel, the policies that save the attention also save the log-sum-exp of its rows, 4 N
 bytes; without one, `none` saves the scores, 8 N L bytes.
 """
@@ -70,6 +71,9 @@ def saved_activation_bytes(cfg: TransformerConfig, policy: str, itemsize: int, s
     saved = int({"none": 32, "mlp": 10, "flat_qkv": 4, "full": 0}[policy] * itemsize * cfg.width)
     if policy == "none" and scores:
         saved += 8 * heads * length
+    if cfg.condition != "label":
+        saved += {"none": 5, "mlp": 2, "flat_qkv": 1, "full": 0}[policy] * itemsize * cfg.width
+        saved += 8 * heads * cfg.condition_length if policy == "none" else 0
     return cfg.depth * length * (4 * cfg.width + 4 * heads + saved)
 
 
@@ -77,6 +81,8 @@ def recomputed_block_bytes(cfg: TransformerConfig, itemsize: int, scores: bool) 
     """Estimate the bytes of one image's activations in the block whose backward pass runs, 107 D a token."""
     length, heads = cfg.schedule.length, cfg.num_heads
     by_token = int(51.5 * itemsize * cfg.width) + 4 * cfg.width + 4 * heads
+    if cfg.condition != "label":
+        by_token += 5 * itemsize * cfg.width + 8 * heads * cfg.condition_length
     return length * (by_token + (8 * heads * length if scores else 0))
 
 
