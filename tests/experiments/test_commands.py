@@ -12,6 +12,7 @@ from var_jax.errors import ConfigError
 EXPERIMENTS = (
     "alignment",
     "codebook",
+    "collaborative",
     "complexity",
     "inpainting",
     "locality",
