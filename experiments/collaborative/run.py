@@ -52,6 +52,7 @@ PUBLISHED_DRAFTS = (9, 8, 7, 6)
 CHIP = "H100"
 BATCHES = (1, 64)  # images, of `cost` and `speed`
 SAMPLING_BATCH = 100
+KINDS = ("untuned", "tuned", "specialized")  # of pairs
 ALL_MAPS = "all"  # fine-tuning that is not specialized
 
 
@@ -120,7 +121,7 @@ def run_config(base: ConfigDict, role: str, tuning: str, seed: int, steps: int, 
     return stage
 
 
-def list_systems(num_maps: int, drafts: list[int]) -> dict[str, tuple[str, int]]:
+def list_systems(num_maps: int, drafts: list[int], kinds: list[str]) -> dict[str, tuple[str, int]]:
     """List the systems: each name with the fine-tuning of its runs (see `run_folder`) and the drafted maps.
 
     The drafter alone drafts all maps, and the refiner alone none.
@@ -128,13 +129,14 @@ def list_systems(num_maps: int, drafts: list[int]) -> dict[str, tuple[str, int]]
     Args:
       num_maps: K.
       drafts: numbers of drafted maps of the pairs.
+      kinds: of pairs, among `KINDS`.
     """
-    result = {}
-    for suffix, tuning in (("", ""), (", tuned", ALL_MAPS)):
-        result[f"drafter{suffix}"], result[f"refiner{suffix}"] = (tuning, num_maps), (tuning, 0)
+    result = {"drafter": ("", num_maps), "refiner": ("", 0)}
+    if "tuned" in kinds:
+        result |= {"drafter, tuned": (ALL_MAPS, num_maps), "refiner, tuned": (ALL_MAPS, 0)}
     for n in drafts:
-        for kind, tuning in (("untuned", ""), ("tuned", ALL_MAPS), ("specialized", str(n))):
-            result[f"{report.pair_name(n)}, {kind}"] = (tuning, n)
+        tunings = {"untuned": "", "tuned": ALL_MAPS, "specialized": str(n)}
+        result |= {f"{report.pair_name(n)}, {kind}": (tunings[kind], n) for kind in kinds}
     return result
 
 
@@ -179,13 +181,18 @@ def draw_samples(model: var_jax.LoadedVAR, seed: int, per_class: int, folder: Pa
 
 
 def evaluate_systems(
-    base: ConfigDict, drafts: list[int], seeds: list[int], steps: int, out: Path, per_class: int
+    base: ConfigDict,
+    systems: dict[str, tuple[str, int]],
+    seeds: list[int],
+    steps: int,
+    out: Path,
+    per_class: int,
 ) -> dict:
     """Train missing runs; compute the missing figures of each system and seed, kept in OUT/quality.json.
 
     Args:
       base: prepared stage next_scale.
-      drafts: numbers of drafted maps.
+      systems: from `list_systems`.
       seeds: of runs and samples.
       steps: of a run from scratch.
       out: directory of the runs.
@@ -198,7 +205,7 @@ def evaluate_systems(
             for split in (base.data.train_split, base.data.eval_split)
         )
     )
-    systems, path = list_systems(len(tokenizer.scales), drafts), out / "quality.json"
+    path = out / "quality.json"
     result = json.loads(path.read_text()) if path.exists() else {}
     tunings = dict.fromkeys(tuning for tuning, _ in systems.values())
     for seed in seeds:
@@ -258,14 +265,12 @@ def compile_sampling(model: var_jax.LoadedVAR, batch: int):
     return lambda: compiled(*inputs)
 
 
-def untuned_models(base: ConfigDict, drafts: list[int], out: Path, seed: int) -> dict[str, var_jax.LoadedVAR]:
-    """Load the systems that are not fine-tuned; others take as long."""
+def load_systems(
+    base: ConfigDict, systems: dict[str, tuple[str, int]], out: Path, seed: int
+) -> dict[str, var_jax.LoadedVAR]:
+    """Load systems of `list_systems` from their runs."""
     tokenizer = var_jax.load_tokenizer(base.tokenizer)
-    return {
-        name: load_system(out, tuning, n, seed, tokenizer)
-        for name, (tuning, n) in list_systems(len(tokenizer.scales), drafts).items()
-        if not tuning
-    }
+    return {name: load_system(out, tuning, n, seed, tokenizer) for name, (tuning, n) in systems.items()}
 
 
 def compute_part(part: str, out: Path) -> dict:
@@ -276,16 +281,19 @@ def compute_part(part: str, out: Path) -> dict:
     num_maps, drafts = len(build_stage_task(base).config.scales), cli.numbers("drafts", int)
     if not drafts or min(drafts) < 1 or max(drafts) >= num_maps:
         raise app.UsageError(f"--drafts must be numbers of maps, 1 .. {num_maps - 1}; got {drafts}")
-    if part == "speed":
-        return measure_speed(untuned_models(base, drafts, out, seeds[0]))
-    result = evaluate_systems(base, drafts, seeds, FLAGS.steps, out, FLAGS.per_class)
+    if part == "speed":  # fine-tuned systems take as long
+        systems = list_systems(num_maps, drafts, ["untuned"])
+        return measure_speed(load_systems(base, systems, out, seeds[0]))
+    systems = list_systems(num_maps, drafts, FLAGS.kinds)
+    result = evaluate_systems(base, systems, seeds, FLAGS.steps, out, FLAGS.per_class)
     plot_samples({name: sample_folder(out, name, seeds[0]) for name in result}, out / "samples.png")
     return result
 
 
 def main(_):
-    if unknown := sorted(set(FLAGS.parts) - set(PARTS)):
-        raise app.UsageError(f"--parts must be among {', '.join(PARTS)}; got {', '.join(unknown)}")
+    for flag, known in (("parts", PARTS), ("kinds", KINDS)):
+        if unknown := sorted(set(FLAGS[flag].value) - set(known)):
+            raise app.UsageError(f"--{flag} must be among {', '.join(known)}; got {', '.join(unknown)}")
     if set(FLAGS.parts) - {"cost"} and not FLAGS.tokenizer:
         raise app.UsageError("--parts=quality and --parts=speed need --tokenizer, the directory of a run")
     out = cli.local_folder("out")
@@ -303,6 +311,7 @@ if __name__ == "__main__":
     flags.DEFINE_string("out", None, "Directory of the runs and of the results", required=True)
     flags.DEFINE_string("tokenizer", None, "quality, speed: run whose tokenizer all models share")
     flags.DEFINE_list("parts", list(PARTS), "Which of cost, quality and speed to compute")
+    flags.DEFINE_list("kinds", list(KINDS), "quality: kinds of pairs")
     flags.DEFINE_list("drafts", ["4", "3", "2", "1"], "quality, speed: numbers of drafted maps")
     flags.DEFINE_list("seeds", ["1", "2", "3"], "quality: seeds with which each run is trained")
     flags.DEFINE_integer("steps", 400, "quality: training steps from scratch", lower_bound=1)

@@ -7,7 +7,7 @@ import pytest
 from configs import digits
 from experiments.collaborative import report
 from experiments.collaborative.cost import Pass, bound_seconds, cache_bytes, sampling_passes
-from experiments.collaborative.run import list_systems, run_config
+from experiments.collaborative.run import KINDS, list_systems, run_config
 from experiments.complexity.run import IdentityDecoder, abstract_params
 from var_jax.sampling.options import SamplingOptions
 from var_jax.sampling.sampler import Networks, Refiner, generate, image_keys
@@ -68,7 +68,7 @@ def test_runs_are_specialized_from_that_of_their_seed(tmp_path):
 
 
 def test_tables_of_what_was_computed():
-    names = list_systems(3, [2, 1])
+    names = list_systems(3, [2, 1], KINDS)
     assert list(names)[:4] == ["drafter", "refiner", "drafter, tuned", "refiner, tuned"]
     assert names["2 drafted, specialized"] == ("2", 2) and len(names) == 10
     run = {key: 0.5 for _, key, *_ in report.SAMPLE_COLUMNS}
