@@ -153,22 +153,22 @@ def load_system(
     return drafter.with_refiner(load("refiner"), draft_scales)
 
 
-def bits_per_pixel(out: Path, tuning: str, draft_scales: int, seed: int, base: ConfigDict) -> float:
+def bits_per_pixel(
+    out: Path, tuning: str, draft_scales: int, seed: int, tokenizer: var_jax.LoadedTokenizer
+) -> float:
     """Compute the held-out loss of a system at the end of its runs: each model's, of the maps it samples."""
-    task = build_stage_task(base)
-    nats = 0.0
-    for role, positions in (
-        ("drafter", range(draft_scales)),
-        ("refiner", range(draft_scales, len(task.config.scales))),
-    ):
-        if positions:
-            log = read_metrics(run_folder(out, role, tuning, seed) / base.task / "metrics.jsonl")
+    nats, num_maps = 0.0, len(tokenizer.scales)
+    for role, maps in (("drafter", range(draft_scales)), ("refiner", range(draft_scales, num_maps))):
+        if maps:
+            log = read_metrics(run_folder(out, role, tuning, seed) / "next_scale" / "metrics.jsonl")
             last = [line for line in log if line["kind"] == "eval"][-1]
-            nats += sum(task.config.scales[k] ** 2 * last[f"loss_{k}"] for k in positions)
-    return float(nats / np.log(2) / task.image_size**2)
+            nats += sum(tokenizer.scales[k] ** 2 * last[f"loss_{k}"] for k in maps)
+    return float(nats / np.log(2) / tokenizer.image_size**2)
 
 
-def draw_samples(model: var_jax.LoadedVAR, seed: int, per_class: int, folder: Path) -> tuple:
+def draw_samples(
+    model: var_jax.LoadedVAR, seed: int, per_class: int, folder: Path
+) -> tuple[np.ndarray, np.ndarray]:
     """Draw images uint8 [N, H, W, 3] of labels [N], write them to FOLDER/samples.npz, and return both."""
     labels = np.repeat(np.arange(model.num_classes), per_class)
     batches = model.generate_batches(
@@ -217,11 +217,11 @@ def evaluate_systems(
             if str(seed) in result.setdefault(name, {}):
                 continue
             model = load_system(out, tuning, n, seed, tokenizer)
-            images = draw_samples(model, seed, per_class, sample_folder(out, name, seed))
+            samples = draw_samples(model, seed, per_class, sample_folder(out, name, seed))
             result[name][str(seed)] = {
                 **system_cost(model),
-                "bits_per_pixel": bits_per_pixel(out, tuning, n, seed, base),
-                **judge.figures(*images),
+                "bits_per_pixel": bits_per_pixel(out, tuning, n, seed, tokenizer),
+                **judge.figures(*samples),
             }
             path.write_text(json.dumps(result, indent=1))
     return result
