@@ -38,7 +38,7 @@ def flattened(config: ConfigDict) -> ConfigDict:
     tokenizer.model.quantizer_dropout = 0.0
     stage = schema.next_token_stage()
     for name, value in config.next_scale.items():
-        if name == "correction":  # of several maps
+        if name in ("correction", "loss"):  # of several maps
             continue
         if isinstance(value, ConfigDict):
             stage[name].update(value)

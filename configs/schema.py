@@ -154,6 +154,11 @@ def transformer_stage() -> ConfigDict:
                 # bfloat16 passes on a TPU; highest is float32; default is one pass on a TPU.
                 encoder_precision="high",
             ),
+            # Maps that are trained, such as those of one model of a pair (docs/training.md); by default all.
+            loss=dict(
+                from_scale=0,  # first of them; 0: the coarsest
+                upto=0,  # number of maps, counted from the coarsest, with the last of them; 0: all
+            ),
             # Self-correction: replace tokens in training, and let later maps repair them (docs/training.md).
             correction=dict(
                 strength=0.0,  # maximum share of the tokens of a map that are replaced; 0: none
@@ -178,7 +183,7 @@ def next_token_stage() -> ConfigDict:
     """Return the fields of the stage `next_token`: those of `next_scale`, and the order of prediction."""
     stage = transformer_stage()
     stage.task = "next_token"
-    del stage.correction  # there are no later maps
+    del stage.correction, stage.loss  # there is one map
     stage.model.order = "raster"  # order of prediction: var_jax/transformer/orders.py
     stage.model.order_seed = 0  # of the order `random`
     stage.model.mask = "causal"  # or row, column, axial, local: var_jax/transformer/positions.py
@@ -189,7 +194,7 @@ def next_token_stage() -> ConfigDict:
 def align_stage() -> ConfigDict:
     """Return the fields of the stage `align`: those of `next_scale`, and the loss."""
     stage = transformer_stage()
-    del stage.correction  # its pairs are not corrupted
+    del stage.correction, stage.loss  # its pairs are not corrupted, and its loss is of whole images
     stage.task = "align"  # init_from is required: the transformer to fine-tune, which is the reference too
     stage.align = ConfigDict(
         dict(  # var_jax/training/align_task.py

@@ -86,6 +86,24 @@ class Scales:
         """Attention mask: True where a query (row) sees a key (column) of its own map."""
         return self.levels[:, None] == self.levels[None, :]
 
+    def positions(self, from_scale: int = 0, upto: int = 0) -> slice:
+        """Return the positions of some consecutive maps, by default of all.
+
+        Args:
+          from_scale: first of these maps; 0 is the coarsest.
+          upto: number of maps, counted from the coarsest, with the last of these; 0 for all K.
+
+        Raises:
+          ValueError: naming the argument that is out of range.
+        """
+        if not 0 <= from_scale < len(self):
+            raise ValueError(f"from_scale must be a map, 0 .. {len(self) - 1}; got {from_scale}")
+        if upto and not from_scale < upto <= len(self):
+            raise ValueError(
+                f"upto must be a number of maps, {from_scale + 1} .. {len(self)}, or 0 for all; got {upto}"
+            )
+        return slice(self.starts[from_scale], self.ends[upto - 1])
+
     def progress(self, k: int) -> float:
         """Return k / (K - 1): 0 at the first scale, 1 at the last; 0 if K = 1."""
         return k / max(len(self) - 1, 1)

@@ -12,6 +12,7 @@ from var_jax.errors import ConfigError
 EXPERIMENTS = (
     "alignment",
     "codebook",
+    "collaborative",
     "complexity",
     "inpainting",
     "locality",
@@ -43,7 +44,7 @@ def flags(monkeypatch):
     def set_flags(command: str, out: str):
         module = importlib.import_module(command)
         lists = dict(systems=None, variants=None, seeds=["0"], sides=["2", "4"], depths=["1", "2", "3"])
-        lists |= dict(guidance=["0"], parts=["cost"])
+        lists |= dict(guidance=["0"], parts=["cost"], kinds=["untuned"])
         values = Flags(config="config", merge=None, out=out, width=32, depth=1, steps=4, crops=1, **lists)
         values.per_class = values.draws = 1
         for owner in (module, cli):

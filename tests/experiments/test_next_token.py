@@ -92,7 +92,12 @@ def test_systems_differ_in_the_fields_that_name_them_alone():
     for fields in SYSTEMS.values():
         assert set(fields) <= set(flat.next_token.model)
     ours, theirs = flat.next_token.to_dict(), digits.get_config().next_scale.to_dict()
-    assert {name for name in theirs if ours.get(name) != theirs[name]} == {"task", "model", "correction"}
+    assert {name for name in theirs if ours.get(name) != theirs[name]} == {
+        "task",
+        "model",
+        "correction",
+        "loss",
+    }
     sequence = dict(order="raster", order_seed=0, mask="causal", mask_radius=1)
     assert ours["model"] == theirs["model"] | sequence
     assert len({system_folder(system) for system in SYSTEMS}) == 9 == len(SYSTEMS)

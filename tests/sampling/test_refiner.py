@@ -1,6 +1,7 @@
 """Collaborative decoding: the first maps of one transformer, the others of a second one."""
 
 import dataclasses
+import re
 from types import SimpleNamespace
 
 import jax
@@ -15,7 +16,7 @@ from var_jax import cli
 from var_jax.errors import ConfigError
 from var_jax.sampling import auto_batch_size
 from var_jax.sampling.options import SamplingOptions
-from var_jax.sampling.sampler import KnownTokens
+from var_jax.sampling.sampler import KnownTokens, generate
 from var_jax.transformer.next_scale import NextScale
 
 LABELS = [0, 1, 2, 3]
@@ -59,6 +60,19 @@ def test_the_cache_of_one_pass_is_that_of_the_steps(tiny_var):
     prefilled, stepped = both(module.own_layout(tiny_var[1]))
     jax.tree.map(lambda got, want: close(got, want, 1e-5), prefilled, stepped)
     assert all(np.abs(leaf[:, :, :5]).min() > 0 for leaf in jax.tree.leaves(stepped))
+
+
+def test_the_cache_of_the_drafter_holds_the_drafted_maps_alone(models):
+    pair = models[0].with_refiner(models[1], 2)
+    cfg = pair.module.config
+    per_scale = dataclasses.replace(pair.options, guidance=0.0).per_scale(cfg.schedule, cfg.num_codes)
+    keys = jax.random.split(jax.random.key(0), 4)
+    written = re.findall(
+        r":f32\[\d,4,(\d+),4,8\] = dynamic_update_slice",
+        str(jax.make_jaxpr(generate)(pair.networks, jnp.array(LABELS), keys, per_scale)),
+    )
+    # Keys and values: of the drafter's two maps; then of the draft, at once, and of the refiner's map.
+    assert written == ["5"] * 4 + ["21"] * 4
 
 
 @pytest.mark.parametrize("pair", ["causal, causal", "causal, markov", "markov, causal"])

@@ -257,6 +257,9 @@ def _sample_all_maps(networks, quantizer, labels, keys, per_scale, known):
     """Sample f_hat [B, h, w, C] and tokens [B, n] map by map, with a next-scale transformer or two."""
     apply, refiner = networks.apply, networks.refiner
     images, tokens, inputs = _no_maps(apply, quantizer, labels, len(keys)), [], []
+    if refiner is not None:  # the drafter's cache needs no room for later maps
+        end = quantizer.scales.ends[refiner.num_drafted - 1]
+        images = images.replace(cache=jax.tree.map(lambda x: x[:, :, :end], images.cache))
     for k in range(per_scale.num_maps):
         if refiner is not None and k == refiner.num_drafted:
             images = _prefilled(images, inputs, refiner, labels, k < per_scale.num_guided_scales)

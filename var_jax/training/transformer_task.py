@@ -79,6 +79,7 @@ class TransformerTask(Task):
       training_tokenizer: the same with the precision in which training steps encode images.
       options: sampling options.
       correction: how tokens are replaced in training steps.
+      trained: positions of the maps that are trained.
     """
 
     architecture: type[TransformerConfig]
@@ -130,6 +131,8 @@ class TransformerTask(Task):
         with config_errors(prefix="config.correction: "):
             self.correction = SelfCorrection(**stage.get("correction", {}))
             self.correction.check_maps(self.config)
+        with config_errors(prefix="config.loss: "):
+            self.trained = self.config.schedule.positions(**stage.get("loss", {}))
         mesh = make_mesh(devices=jax.local_devices()[:1]) if mesh is None else mesh
         dtype = compute_dtype(stage.train.dtype)
         platform = mesh.devices.flat[0].platform
@@ -229,7 +232,7 @@ class TransformerTask(Task):
         return self.optimize(state, self._cross_entropy, batch, key)
 
     def _cross_entropy(self, params, batch, key):
-        """Compute the mean cross-entropy of a batch; see `optimize`."""
+        """Compute the mean cross-entropy of a batch over the trained maps; see `optimize`."""
         variables = {"params": self.model.own_layout(params)}
         losses, is_correct = self.model.apply(
             variables, **batch, train=True, rngs={"dropout": key}, method="losses"
@@ -237,7 +240,7 @@ class TransformerTask(Task):
         metrics = {}
         last_start = self.config.schedule.starts[-1]
         for name, values in (("loss", losses), ("accuracy", is_correct.astype(jnp.float32))):
-            metrics[name] = values.mean()
+            metrics[name] = values[:, self.trained].mean()
             if last_start:
                 metrics[f"{name}_last"] = values[:, last_start:].mean()
         return metrics["loss"], (metrics, ())
@@ -285,12 +288,13 @@ class TransformerTask(Task):
         metrics = {}
         for name, total in (("loss", sums["losses"]), ("accuracy", sums["correct"])):
             mean = total / sums["images"]
-            metrics[name] = float(mean.mean())
+            metrics[name] = float(mean[self.trained].mean())
             if len(scales) > 1:
                 metrics[f"{name}_last"] = float(mean[scales.starts[-1] :].mean())
                 for k in range(len(scales)):
                     metrics[f"{name}_{k}"] = float(mean[scales.levels == k].mean())
-        metrics["bits_per_pixel"] = metrics["loss"] * scales.length / np.log(2) / self.image_size**2
+        num_trained = self.trained.stop - self.trained.start
+        metrics["bits_per_pixel"] = metrics["loss"] * num_trained / np.log(2) / self.image_size**2
         return metrics
 
     @property
