@@ -23,7 +23,7 @@ from var_jax.training.task import compute_dtype
 
 FLAGS = flags.FLAGS
 PICTURES = {  # file of a run -> its caption in the card
-    "samples.png": "Samples, a class a row",
+    "samples.png": "Samples, a class or caption a row",
     "scales.png": "Samples after 1, 2, ... all maps",
     "reconstructions.png": "Held-out images next to their reconstructions",
 }
@@ -59,6 +59,19 @@ def scores_table(run: Path) -> str:
     return "\n".join(["| metric | value |", "| --- | --- |", *rows])
 
 
+def describe_conditions(record: dict) -> tuple[str, str]:
+    """Return a sentence on what images are conditioned on, and an example of the arguments of `sample`."""
+    model = record["model"]
+    match model.get("condition", "label"):
+        case "caption":
+            return f"Words of captions: {', '.join(model['vocabulary'])}.", 'prompt="WORDS"'
+        case "embedding":
+            size = f"[up to {model['condition_length']}, {model['condition_width']}]"
+            return f"Conditioned on embeddings {size} of an image.", "embeddings=EMBEDDINGS"
+    names = ", ".join(record.get("class_names", ())) or f"0 .. {model['num_classes'] - 1}"
+    return f"Classes: {names}.", "[0, 1, 2]"
+
+
 def model_card(title: str, record: dict, table: str, pictures: list[str]) -> str:
     """Return the README of an exported model, with the front matter of the Hugging Face hub.
 
@@ -70,7 +83,7 @@ def model_card(title: str, record: dict, table: str, pictures: list[str]) -> str
     """
     model, sampling = record["model"], record["stage"]["sampling"]
     options = ", ".join(f"{name} {value}" for name, value in sampling.items() if value is not None)
-    names = ", ".join(record.get("class_names", ())) or f"0 .. {model['num_classes'] - 1}"
+    conditions, example = describe_conditions(record)
     images = "\n\n".join(f"![{PICTURES[name]}]({name})\n\n*{PICTURES[name]}*" for name in pictures)
     return f"""---
 library_name: var_jax
@@ -81,13 +94,13 @@ tags: [jax, flax, visual-autoregressive-modeling]
 # {title}
 
 A tokenizer and a transformer of {model["depth"]} blocks of width {model["width"]}, which predict an image as
-token maps of the sides {", ".join(map(str, model["scales"]))}. Classes: {names}.
+token maps of the sides {", ".join(map(str, model["scales"]))}. {conditions}
 
 ```python
 import var_jax
 
 model = var_jax.load_var("{title}")  # the path of this folder, or hf://owner/name
-images = model.sample([0, 1, 2])  # float32 [3, H, W, 3] in [0, 1]
+images = model.sample({example})  # float32 [B, H, W, 3] in [0, 1]
 ```
 
 Sampling options of the run: {options}.
