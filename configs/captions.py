@@ -89,15 +89,15 @@ def next_scale() -> ConfigDict:
 
     # Model
     stage.model.condition = "caption"
-    stage.model.depth = 5
-    stage.model.width = 160
-    stage.model.num_heads = 5
+    stage.model.depth = 4
+    stage.model.width = 128
+    stage.model.num_heads = 4
     stage.model.gamma_init = 0.1
     stage.model.drop_path = 0.05
 
     # Optimizer
     stage.train.batch = 32
-    stage.train.steps = 1200
+    stage.train.steps = 1000
     stage.train.base_learning_rate = 8e-3  # 1e-3 at batch 32
     stage.train.lr_schedule = "cos"
     stage.train.lr_end_fraction = 0.02
@@ -110,8 +110,8 @@ def next_scale() -> ConfigDict:
 
     # Intervals
     stage.train.log_every = 50
-    stage.train.eval_every = 400
-    stage.train.preview_every = 400
+    stage.train.eval_every = 500
+    stage.train.preview_every = 500
     stage.train.checkpoint_every = 200
     stage.train.max_to_keep = 1
     return stage
