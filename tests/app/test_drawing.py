@@ -35,7 +35,7 @@ def picture(model):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"label": 11}, "class must be a whole number in 0 .. 10, got 11"),
+        ({"condition": 11}, "class must be a whole number in 0 .. 10, got 11"),
         ({"seed": 0.5}, "seed must be a whole number in 0 .. 4294967295, got 0.5"),
         ({"seed": None}, "seed must be a whole number"),
         ({"count": 9}, "number of images must be a whole number in 1 .. 8, got 9"),
@@ -46,7 +46,7 @@ def picture(model):
     ],
 )
 def test_settings_that_do_not_fit_are_named(model, change, message):
-    fields = {"label": 3, "seed": 0, "count": 1, "values": VALUES, "per_map": TEXTS, **change}
+    fields = {"condition": 3, "seed": 0, "count": 1, "values": VALUES, "per_map": TEXTS, **change}
     with pytest.raises(UserError, match=message.replace("(", r"\(")):
         drawing.read_settings(model, max_images=8, **fields)
 
@@ -111,7 +111,7 @@ def test_decoded_steps_end_with_the_reconstruction(model, picture):
 
 
 def test_a_picture_of_an_upload_has_no_class(model, picture):
-    assert isinstance(picture, Picture) and picture.label == model.num_classes == 10
+    assert isinstance(picture, Picture) and picture.condition == model.num_classes == 10
 
 
 def test_compiled_programs_are_dropped_before_there_are_too_many():

@@ -27,7 +27,7 @@ from var_jax import api
 
 stream = api.LoadedVAR.stream
 
-def slow_stream(self, labels, seed=0, known=None, **options):
+def slow_stream(self, labels=None, seed=0, known=None, **options):
     if seed == {FAILING_SEED}:
         raise RuntimeError("the cosmic ray")
     for k, item in enumerate(stream(self, labels, seed, known, **options)):

@@ -14,6 +14,8 @@ import var_jax
 from tests.helpers.arrays import close, randomized
 from var_jax import cli
 from var_jax.api import LoadedTokenizer, LoadedVAR
+from var_jax.app import drawing
+from var_jax.app.device import Device
 from var_jax.errors import ConfigError
 from var_jax.interop.exported import write_exported
 from var_jax.sampling.auto_batch_size import bytes_per_image
@@ -65,6 +67,20 @@ def test_greedy_images_of_prompts_are_the_likeliest_tokens_of_teacher_forcing(mo
     again = var_jax.load_var(tmp_path)
     assert again.module.config == model.module.config
     close(again.logits(tokens, prompt=prompts), conditional, 1e-6)
+
+
+def test_the_page_draws_prompts_and_looks_into_them(model):
+    fields = dict(seed=3.0, count=1, values=(1.0, 1.0, 0, 0.0), per_map=("",) * 4, max_images=4)
+    settings = drawing.read_settings(model, " red star ", **fields)
+    assert settings.condition == "red star" and drawing.no_condition(model) == ""
+    with pytest.raises(ConfigError, match="green"):
+        drawing.read_settings(model, "green star", **fields)
+    *_, result = drawing.draw(Device(), model, settings)
+    options = dataclasses.asdict(settings.options)
+    _, tokens = model.sample(prompt="red star", seed=3, return_tokens=True, **options)
+    np.testing.assert_array_equal(result.tokens, tokens)
+    weights = drawing.attention(Device(), model, result.picture(0, "a star"), 4)
+    np.testing.assert_allclose(weights.sum(-1), 1, rtol=1e-5)
 
 
 def test_prompts_become_word_ids(model):

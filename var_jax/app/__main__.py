@@ -53,8 +53,12 @@ def load_models() -> dict[str, var_jax.LoadedVAR]:
             name += "'"
         with config_errors():
             models[name] = var_jax.load_var(path, dtype=FLAGS.dtype)
-    for model in models.values():
-        cli.check_classes(model)
+    kinds = {model.module.config.condition for model in models.values()}
+    if len(kinds) > 1 or "embedding" in kinds:
+        raise ConfigError(
+            "the page draws from classes or from captions, and the same for all models; these are models of "
+            f"{', '.join(sorted(f'{kind}s' for kind in kinds))}"
+        )
     return models
 
 
@@ -84,7 +88,9 @@ def serve(folder: str) -> None:
     models, device = load_models(), Device()
     model = next(iter(models.values()))
     count = min(FIRST_COUNT, FLAGS.max_images)
-    settings = read_settings(model, 0, 0, count, *option_values(model.options), FLAGS.max_images)
+    words = model.module.config.vocabulary  # a word and not "no caption": its program guides
+    condition = words[0] if words else 0
+    settings = read_settings(model, condition, 0, count, *option_values(model.options), FLAGS.max_images)
     is_served = threading.Event()
     threading.Thread(target=warm_up, args=(device, model, settings, is_served), daemon=True).start()
 

@@ -32,13 +32,13 @@ class Settings:
     """What to draw.
 
     Attributes:
-      label: class of all images; the number of classes for none.
+      condition: class of all images, or prompt; see `no_condition` for none.
       seed: image i depends on (seed, i) alone.
       count: number of images.
       options: sampling options.
     """
 
-    label: int
+    condition: int | str
     seed: int
     count: int
     options: SamplingOptions
@@ -51,13 +51,13 @@ class Picture:
     Attributes:
       pixels: the image.
       tokens: its tokens.
-      label: its class; the number of classes if unknown.
+      condition: its class or prompt; none if unknown.
       title: where it comes from.
     """
 
     pixels: UInt8[np.ndarray, "H W 3"]
     tokens: Int32[np.ndarray, " L"]
-    label: int
+    condition: int | str
     title: str
 
 
@@ -85,8 +85,20 @@ class Drawing:
             return self.original
         if not 0 <= i < len(self.tokens):
             raise BadSetting(f"There is no image {i + 1}: {len(self.tokens)} are drawn.")
-        pixels, label = self.steps[i, -1], self.settings.label
-        return Picture(pixels=pixels, tokens=self.tokens[i], label=label, title=title)
+        pixels, condition = self.steps[i, -1], self.settings.condition
+        return Picture(pixels=pixels, tokens=self.tokens[i], condition=condition, title=title)
+
+
+def no_condition(model: LoadedVAR) -> int | str:
+    """Return the class that means "no class", or the empty prompt of a model trained on captions."""
+    return "" if model.module.config.condition == "caption" else model.num_classes
+
+
+def condition_images(condition: int | str, count: int) -> dict:
+    """Return the arguments of a model's methods that give `count` images a class or a prompt."""
+    if isinstance(condition, str):
+        return {"prompt": [condition or None] * count}
+    return {"labels": [condition] * count}
 
 
 def read_per_map(name: str, text: str) -> tuple | None:
@@ -104,7 +116,7 @@ def read_per_map(name: str, text: str) -> tuple | None:
 
 def read_settings(
     model: LoadedVAR,
-    label: int,
+    condition: int | str,
     seed: float,
     count: int,
     values: tuple[float, ...],
@@ -115,7 +127,7 @@ def read_settings(
 
     Args:
       model: model to draw from.
-      label: class; the number of classes for none.
+      condition: class or prompt; see `no_condition` for none.
       seed: seed, as the page's field of numbers gives it.
       count: number of images.
       values: options in the order of `PER_MAP`.
@@ -132,11 +144,15 @@ def read_settings(
         options["guidance_schedule"] = "ramp"  # the only one with a strength for each map
     is_whole = isinstance(seed, float) and seed.is_integer()
     with config_errors():
-        label = check_integer("class", label, 0, model.num_classes)
+        if isinstance(condition, str):
+            condition = condition.strip()
+            model.conditions(**condition_images(condition, 1))
+        else:
+            condition = check_integer("class", condition, 0, model.num_classes)
         seed = check_integer("seed", int(seed) if is_whole else seed, 0, MAX_SEED)
         count = check_integer("number of images", count, 1, max_images)
         settings = Settings(
-            label=label,
+            condition=condition,
             seed=seed,
             count=count,
             options=dataclasses.replace(model.options, upto=None, **options),
@@ -186,8 +202,9 @@ def draw(
         known = jax.tree.map(lambda x: np.repeat(x, rows, axis=0), known)
     options = settings.options
     statics = jax.tree.structure(options.per_scale(Scales(model.scales), model.tokenizer.num_codes))
-    is_guided = settings.label < model.num_classes
-    maps = model.stream([settings.label] * rows, settings.seed, known, **dataclasses.asdict(options))
+    is_guided = settings.condition != no_condition(model)
+    conditions = condition_images(settings.condition, rows)
+    maps = model.stream(seed=settings.seed, known=known, **conditions, **dataclasses.asdict(options))
     steps: list[np.ndarray] = []
     for images, tokens in device.stream(maps, (id(model), rows, known is None, is_guided, statics)):
         steps.append(to_uint8(images[: settings.count]))
@@ -250,9 +267,9 @@ def vary(
 
 
 def encode(device: Device, model: LoadedVAR, pixels: UInt8[np.ndarray, "H W 3"], title: str) -> Picture:
-    """Encode an uploaded image, whose class is unknown."""
+    """Encode an uploaded image, whose class or prompt is unknown."""
     (tokens,) = device.call(model.tokenizer.encode, pixels[None].astype(np.float32) / 255)
-    return Picture(pixels=pixels, tokens=tokens, label=model.num_classes, title=title)
+    return Picture(pixels=pixels, tokens=tokens, condition=no_condition(model), title=title)
 
 
 def decode_steps(device: Device, model: LoadedVAR, picture: Picture) -> UInt8[np.ndarray, "K H W 3"]:
@@ -272,7 +289,8 @@ def attention(
         check_integer("cell", position, 0, model.tokenizer.num_tokens - 1)
         if not model.module.config.predicts_maps:
             raise BadSetting("Attention is shown for next-scale transformers only.")
-    return device.call(model.attention, picture.tokens[None], [picture.label], position)[0]
+    conditions = {"labels": None, **condition_images(picture.condition, 1)}
+    return device.call(model.attention, picture.tokens[None], position=position, **conditions)[0]
 
 
 def select_attention(

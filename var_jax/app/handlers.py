@@ -66,11 +66,14 @@ class Handlers:
         """Color of each code of `model`."""
         return pictures.code_colors(np.asarray(self.model.networks.quantizer.codes, np.float32))
 
-    def _settings(self, model: LoadedVAR, label: int, seed: float, count: int, *options) -> Settings:
+    def _settings(
+        self, model: LoadedVAR, condition: int | str, seed: float, count: int, *options
+    ) -> Settings:
         """Check the fields of the page; "no class" is that of `model`."""
-        label = model.num_classes if label == self.model.num_classes else label
+        if condition == drawing.no_condition(self.model):
+            condition = drawing.no_condition(model)
         values, per_map = options[: len(PER_MAP)], options[len(PER_MAP) :]
-        return drawing.read_settings(model, label, seed, count, values, per_map, self.max_images)
+        return drawing.read_settings(model, condition, seed, count, values, per_map, self.max_images)
 
     @shows_errors
     def generate(self, *fields) -> Iterator[tuple]:
@@ -96,14 +99,14 @@ class Handlers:
 
     @shows_errors
     def compare(
-        self, left: str, right: str, label: int, seed: float, count: int, *options
+        self, left: str, right: str, condition: int | str, seed: float, count: int, *options
     ) -> Iterator[tuple]:
         """Yield the tiles of both sides, number of maps and both drawings, with one seed, after each map."""
         half = len(options) // 2
         sides = []
         for name, fields in ((left, options[:half]), (right, options[half:])):
             model = self.models[name]
-            settings = self._settings(model, label, seed, count, *fields)
+            settings = self._settings(model, condition, seed, count, *fields)
             sides.append(drawing.draw(self.device, model, settings))
         latest: tuple[Drawing | None, ...] = (None, None)
         for results in itertools.zip_longest(*sides):
@@ -142,8 +145,8 @@ class Handlers:
     def _current(self, result: Drawing, i: int) -> tuple:
         """Return the outputs that show image i of a drawing as the current image."""
         settings = result.settings
-        label = class_name(self.model, settings.label)
-        return show_picture(result.picture(i, f"{label}, seed {settings.seed}, image {i + 1}"))
+        name = condition_name(self.model, settings.condition)
+        return show_picture(result.picture(i, f"{name}, seed {settings.seed}, image {i + 1}"))
 
     @shows_errors
     def look_inside(self, picture: Picture | None) -> Iterator[tuple]:
@@ -197,12 +200,14 @@ def existing(value):
     return value
 
 
-def class_name(model: LoadedVAR, label: int) -> str:
-    """Return what the page calls a class."""
-    if label == model.num_classes:
+def condition_name(model: LoadedVAR, condition: int | str) -> str:
+    """Return what the page calls a class; a prompt is its own name."""
+    if isinstance(condition, str):
+        return condition or "no prompt"
+    if condition == model.num_classes:
         return "no class"
-    name = model.class_names[label] if model.class_names else str(label)
-    return name if name == str(label) else f"{label}: {name}"
+    name = model.class_names[condition] if model.class_names else str(condition)
+    return name if name == str(condition) else f"{condition}: {name}"
 
 
 def drawing_tiles(result: Drawing, num_maps: int | None = None) -> str:

@@ -3,8 +3,8 @@
 import gradio as gr
 
 from var_jax.api import LoadedVAR
-from var_jax.app.drawing import FIRST_COUNT, PER_MAP, option_values, top_k_choices
-from var_jax.app.handlers import Handlers, class_name
+from var_jax.app.drawing import FIRST_COUNT, PER_MAP, no_condition, option_values, top_k_choices
+from var_jax.app.handlers import Handlers, condition_name
 from var_jax.app.uploads import FORMATS
 from var_jax.sampling.options import MAX_SEED
 
@@ -215,17 +215,24 @@ def max_visitors(model: LoadedVAR, max_images: int) -> int:
 def _summary(handlers: Handlers) -> str:
     model, name = handlers.model, next(iter(handlers.models))
     sides = ", ".join(map(str, model.scales))
+    config = model.module.config
+    conditions = f"{len(config.vocabulary)} words" if config.vocabulary else f"{model.num_classes} classes"
     return (
         f"**{name}**: images of {model.image_size} x {model.image_size} pixels, drawn coarse to fine in "
-        f"{len(model.scales)} token maps of side {sides}. {model.num_classes} classes, depth {model.depth}."
+        f"{len(model.scales)} token maps of side {sides}. {conditions}, depth {model.depth}."
     )
 
 
 def _settings_panel(handlers: Handlers) -> tuple[list, list]:
-    """Add the settings of all tabs; return the fields label, seed, count, and those of the options."""
+    """Add the settings of all tabs; return the fields condition, seed, count, and those of the options."""
     model = handlers.model
-    classes = [(class_name(model, label), label) for label in range(model.num_classes)]
-    label = gr.Dropdown([*classes, ("no class", model.num_classes)], value=0, label="Class")
+    none = no_condition(model)
+    if isinstance(none, str):
+        words = ", ".join(model.module.config.vocabulary)
+        condition = gr.Textbox(none, label="Prompt; empty for none", info=f"Words: {words}", max_lines=2)
+    else:
+        classes = [(condition_name(model, label), label) for label in (*range(model.num_classes), none)]
+        condition = gr.Dropdown(classes, value=0, label="Class")
     seed = gr.Number(0, label="Seed", precision=0, minimum=0, maximum=MAX_SEED)
     new_seed = gr.Button("New seed", size="sm")
     new_seed.click(None, None, seed, js=f"() => Math.floor(Math.random() * {MAX_SEED + 1})", **HIDDEN)
@@ -233,7 +240,7 @@ def _settings_panel(handlers: Handlers) -> tuple[list, list]:
     count = gr.Slider(1, max(handlers.max_images, 2), value=first, step=1, label="Number of images")
     with gr.Accordion("Sampling options", open=False):
         options = _option_fields(model)
-    return [label, seed, count], options
+    return [condition, seed, count], options
 
 
 def _option_fields(model: LoadedVAR) -> list:
@@ -326,7 +333,7 @@ def _inside(handlers: Handlers, current: gr.State) -> None:
 def _compare(handlers: Handlers, basics: list, options: list) -> None:
     """Add the tab Compare."""
     names = list(handlers.models)
-    gr.Markdown("Two models, or two settings of one, with the same class and seed.")
+    gr.Markdown("Two models, or two settings of one, with the same class or prompt, and seed.")
     button = gr.Button("Compare", variant="primary")
     with gr.Row():
         with gr.Column(min_width=280):
