@@ -5,6 +5,9 @@
         --data_dir=data
     python train.py --config=configs/captions.py --workdir=runs/captions
     python sample.py --workdir=runs/captions --prompts="a red star on blue"
+
+Takes 29 minutes for the tokenizer and 24 for the transformer on two CPU cores that other work shared.  Then
+colors follow the words, and shapes do not yet (experiments/captions): they take more steps.
 """
 
 from ml_collections import ConfigDict
