@@ -35,7 +35,7 @@ def test_from_captions_of_a_folder_to_images_of_prompts(tiny_run, tmp_path):
     stage = tiny_config(tmp_path / "data", steps=8, every=8).next_scale
     stage.data.name, stage.tokenizer = "colours", str(tiny_run)
     stage.model.update(dict(condition="caption", text_depth=1))
-    stage.train.base_learning_rate = 0.1
+    stage.train.update(dict(base_learning_rate=0.1, preview_every=0))
     run(stage, tmp_path / "run")
     losses = [
         json.loads(line)["loss"]
@@ -45,8 +45,6 @@ def test_from_captions_of_a_folder_to_images_of_prompts(tiny_run, tmp_path):
     assert len(losses) == 8 and losses[-1] < 0.95 * losses[0]
     config = var_jax.load_var(tmp_path / "run").module.config
     assert (config.vocabulary, config.condition_length) == (("all", "blue", "red"), 2)
-    with Image.open(tmp_path / "run" / "samples.png") as picture:
-        assert picture.height < picture.width  # two rows of eight images, one for each caption
 
     arguments = [f"--workdir={tmp_path}/run", "--num_per_class=2", f"--out={tmp_path}/out"]
     done = command("sample.py", *arguments, "--prompts=all red|All blue.", "--pngs")
@@ -56,8 +54,6 @@ def test_from_captions_of_a_folder_to_images_of_prompts(tiny_run, tmp_path):
         assert samples["arr_1"].tolist() == [0, 1, 0, 1]
         assert samples["prompts"].tolist() == ["all red", "All blue."]
     assert (tmp_path / "out" / "images" / "000003_prompt0001.png").exists()
-    done = command("sample.py", *arguments, "--prompts=all rde")
-    assert done.returncode and "--prompts: the prompt 'all rde' has the word 'rde'" in done.stderr
 
     stage.model.condition = "label"
     with pytest.raises(ConfigError, match="config.model.condition: 'caption' there, 'label' now"):
@@ -103,7 +99,7 @@ def test_alignment_pairs_images_with_captions_of_others(tiny_tokenizer):
     )
     captions = np.array([[2, 0], [3, 0], [3, 0], [0, 0]], np.int32)
     batch = {"tokens": np.zeros((4, 21), np.int32), "condition": captions, "label": np.zeros(4, np.int32)}
-    pairs = task.make_pairs(task.frozen, batch, jax.random.key(0))
+    pairs = jax.jit(task.make_pairs)(task.frozen, batch, jax.random.key(0))
     np.testing.assert_array_equal(pairs["labels"][:, 0], captions)
     np.testing.assert_array_equal(pairs["labels"][:, 1], captions[[3, 0, 1, 2]])
     assert pairs["is_negative"][:, 1].tolist() == [False, True, False, True]

@@ -108,7 +108,7 @@ class AlignTask(NextScaleTask):
         sequence = self._tokens(self.training_tokenizer, frozen, batch)
         if self.stage.align.method == "cca":
             other = sequence
-            negative = jnp.roll(positive, 1)
+            negative = jnp.roll(positive, 1, axis=0)
             differs = lambda other: (negative != other).reshape(len(negative), -1).any(1)
             is_negative = differs(labels) & differs(null)
         else:
