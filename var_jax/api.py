@@ -44,6 +44,11 @@ ARGUMENTS = {"label": "labels", "caption": "prompt", "embedding": "embeddings"} 
 RANGE_TOLERANCE = 1e-3  # excess of pixels over [0, 1] that is clipped, as from a resize or bfloat16
 
 
+def on_device(params: dict) -> dict:
+    """Move NumPy arrays to the first device, without a program for each shape; others stay where they are."""
+    return jax.tree.map(lambda x: x if isinstance(x, jax.Array) else jax.device_put(x), params)
+
+
 class LoadedTokenizer:
     """A tokenizer with its parameters.
 
@@ -59,7 +64,7 @@ class LoadedTokenizer:
     def __init__(self, model: tokenizer_model.Tokenizer, params: dict):
         self.module = model
         # Cast on the host, so that the devices never hold two copies.
-        self.params = jax.device_put(tokenizer_in_compute_dtype(params, model))
+        self.params = on_device(tokenizer_in_compute_dtype(params, model))
         self.scales, self.num_codes = model.config.scales, model.config.num_codes
         self.num_tokens, self.image_size = model.config.schedule.length, model.config.image_size
 
@@ -190,7 +195,7 @@ class LoadedVAR:
     ):
         self.module, self.options, self.tokenizer = model, options, tokenizer
         # Cast on the host, so that the devices never hold two copies.
-        self.params = jax.device_put(in_compute_dtype(params, model.dtype))
+        self.params = on_device(in_compute_dtype(params, model.dtype))
         self.num_classes, self.depth = model.config.num_classes, model.config.depth
         self.scales, self.image_size = model.config.scales, tokenizer.image_size
         self.class_names = class_names

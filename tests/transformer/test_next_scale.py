@@ -149,7 +149,7 @@ def test_stochastic_depth_drops_whole_branches_and_keeps_the_mean():
     block = Block(config, jnp.float32)
     modulation = jnp.zeros((2000, 6, 8)).at[:, :2].set(1.0)
     x = jnp.ones((2000, 1, 8)) * jnp.arange(8.0)
-    scanned = lambda key: (jnp.array(0), modulation, jnp.array(0.5), key)
+    scanned = lambda key: (jnp.array(0), modulation, None, jnp.array(0.5), key)
     variables = block.init(jax.random.key(0), (x, None), scanned(None))
     variables = {"params": randomized(variables["params"])}
     kept = block.apply(variables, (x, None), scanned(None))[0][0] - x
