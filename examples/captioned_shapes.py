@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from examples.coloured_shapes import SHAPES, draw_on, textured
+from examples.coloured_shapes import SHAPES, draw_on, make_class_folders, textured
 
 COLORS = {
     "black": (0.08, 0.08, 0.08),
@@ -44,7 +44,7 @@ UNSEEN = frozenset((shape, list(COLORS)[i]) for i, shape in enumerate(list(SHAPE
 
 @dataclasses.dataclass(frozen=True)
 class Attributes:
-    """What a caption names: a shape of `SHAPES`, colors of `COLORS`, and a word of `TEXTURES`."""
+    """Attributes that a caption names: a shape of `SHAPES`, colors of `COLORS`, and a word of `TEXTURES`."""
 
     shape: str
     color: str
@@ -87,10 +87,7 @@ def write_folder(out: Path, images: int, seed: int = 0) -> None:
     Raises:
       FileExistsError: if `out` is not empty.
     """
-    if out.exists() and any(out.iterdir()):
-        raise FileExistsError(f"{out} is not empty: give a new folder")
-    for shape in SHAPES:
-        (out / shape).mkdir(parents=True)
+    make_class_folders(out)
     with open(out / "captions.jsonl", "w") as captions:
         for i in range(images):
             rng = np.random.default_rng((seed, i))

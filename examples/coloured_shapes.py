@@ -136,6 +136,18 @@ def encode_image(i: int, seed: int = 0) -> tuple[str, str, bytes]:
     return shape, suffix, buffer.getvalue()
 
 
+def make_class_folders(out: Path) -> None:
+    """Make a folder with a folder for each shape.
+
+    Raises:
+      FileExistsError: if `out` is not empty.
+    """
+    if out.exists() and any(out.iterdir()):
+        raise FileExistsError(f"{out} is not empty: give a new folder")
+    for shape in SHAPES:
+        (out / shape).mkdir(parents=True)
+
+
 def write_folder(out: Path, images: int, seed: int = 0) -> list[Path]:
     """Write `images` images as out/<shape>/<number>.<jpg or png>, and four broken files.
 
@@ -145,10 +157,7 @@ def write_folder(out: Path, images: int, seed: int = 0) -> list[Path]:
     Raises:
       FileExistsError: if `out` is not empty.
     """
-    if out.exists() and any(out.iterdir()):
-        raise FileExistsError(f"{out} is not empty: give a new folder")
-    for shape in SHAPES:
-        (out / shape).mkdir(parents=True)
+    make_class_folders(out)
     halves = {"jpg": b"", "png": b""}
     for i in range(images):
         shape, suffix, data = encode_image(i, seed)

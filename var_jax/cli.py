@@ -384,12 +384,18 @@ def job(model: var_jax.LoadedVAR, conditions: np.ndarray, options: SamplingOptio
     return spec
 
 
+# Fields of a transformer that the last release did not have, and their values in its models.
+NEW_FIELDS = dict(
+    mask="block_causal", condition="label", condition_length=0, condition_width=0, vocabulary=(), text_depth=2
+)
+
+
 def config_checksum(config: TokenizerConfig | TransformerConfig) -> int:
     """Return a checksum of an architecture, equal to that of the last release: its samples are resumed."""
-    text = repr(config).replace(", mask='block_causal'", "")  # a field that the last release did not have
-    if getattr(config, "condition", "") == "label":  # nor these
-        start, end = (text.index(f", {name}=") for name in ("condition", "text_depth"))
-        text = text[:start] + text[end:].split(f"text_depth={config.text_depth}", 1)[1]
+    text = repr(config)
+    for name, value in NEW_FIELDS.items():
+        if getattr(config, name, None) == value:
+            text = text.replace(f", {name}={value!r}", "")
     for old, new in RENAMED["model"].items():
         text = text.replace(f" {new}=", f" {old}=")
     return zlib.crc32(text.encode())
