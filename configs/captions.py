@@ -1,6 +1,6 @@
 """Train tokenizer and VAR on images of 32 pixels with captions; guide: docs/your_own_images.md.
 
-    python -m examples.captioned_shapes captioned --images=4000
+    python -m examples.captioned_shapes captioned --images=10000
     python -m var_jax.tools.prepare --images=captioned --captions=captioned/captions.jsonl --name=captioned \\
         --data_dir=data
     python train.py --config=configs/captions.py --workdir=runs/captions
@@ -29,18 +29,19 @@ def tokenizer() -> ConfigDict:
     stage.data.name = "captioned"
     stage.data.dir = "data"
     stage.data.eval_split = "test"
+    stage.data.resize = 1.0  # a crop would cut off shapes at the border
     stage.data.flip = True
     stage.data.threads = 2
 
     # Model
-    stage.model.scales = (1, 2, 3, 4, 6, 8)
-    stage.model.num_codes = 512
+    stage.model.scales = (1, 1, 2, 3, 4, 6, 8)
+    stage.model.num_codes = 256
     stage.model.code_dim = 16
     stage.model.ch = 16
-    stage.model.ch_mult = (1, 2, 4)
+    stage.model.ch_mult = (1, 2, 2)
     stage.model.num_blocks = 1
     stage.model.norm_groups = 8
-    stage.model.quantizer_dropout = 0.1
+    stage.model.quantizer_dropout = 0.2
 
     # Losses
     stage.loss.l2 = 1.0
@@ -58,7 +59,7 @@ def tokenizer() -> ConfigDict:
 
     # Optimizer
     stage.train.batch = 32
-    stage.train.steps = 1500
+    stage.train.steps = 2000
     stage.train.epochs = 250
     stage.train.base_learning_rate = 1e-2  # 1.25e-3 at batch 32
     stage.train.b1 = 0.9
@@ -87,6 +88,7 @@ def next_scale() -> ConfigDict:
     stage.data.name = "captioned"
     stage.data.dir = "data"
     stage.data.eval_split = "test"
+    stage.data.resize = 1.0  # a crop would cut off shapes at the border
     stage.data.flip = True
     stage.data.threads = 2
 
@@ -100,7 +102,7 @@ def next_scale() -> ConfigDict:
 
     # Optimizer
     stage.train.batch = 32
-    stage.train.steps = 1000
+    stage.train.steps = 5000
     stage.train.base_learning_rate = 8e-3  # 1e-3 at batch 32
     stage.train.lr_schedule = "cos"
     stage.train.lr_end_fraction = 0.02
@@ -113,8 +115,8 @@ def next_scale() -> ConfigDict:
 
     # Intervals
     stage.train.log_every = 50
-    stage.train.eval_every = 500
-    stage.train.preview_every = 500
+    stage.train.eval_every = 1000
+    stage.train.preview_every = 1000
     stage.train.checkpoint_every = 200
     stage.train.max_to_keep = 1
     return stage

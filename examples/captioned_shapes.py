@@ -1,9 +1,9 @@
-"""Write a folder of generated images with captions, such as "a red striped star on blue".
+"""Write a folder of generated images with captions, such as "a red star on blue".
 
-    python -m examples.captioned_shapes captioned --images=4000 --seed=0
+    python -m examples.captioned_shapes captioned --images=10000 --seed=0
 
-There are ten shapes, eight colors and four textures; position, size and rotation are random.  Eight pairs of
-shape and color (`UNSEEN`) are left out: who has learned what the words mean can draw them all the same.
+There are ten shapes and eight colors; position, size and tilt are random.  Eight pairs of shape and color
+(`UNSEEN`) are left out: who has learned what the words mean can draw them all the same.
 `captions.jsonl` has the caption of each image, in one of three phrasings.
 """
 
@@ -11,13 +11,12 @@ import argparse
 import dataclasses
 import json
 import re
-from functools import partial
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
-from examples.coloured_shapes import SHAPES, draw_on, make_class_folders, textured
+from examples.coloured_shapes import SHAPES, draw_on, make_class_folders
 
 COLORS = {
     "black": (0.08, 0.08, 0.08),
@@ -29,14 +28,13 @@ COLORS = {
     "white": (0.95, 0.95, 0.95),
     "yellow": (0.95, 0.88, 0.15),
 }
-RADII = (0.65, 0.9)  # large, so that 32 pixels show the textures
+RADII = (0.65, 0.9)
+TILT = 0.3  # maximum rotation in radians
 JITTER = 0.05  # maximum difference of a channel to the named color
-TEXTURES = {"": "plain", "striped": "stripes", "checked": "checks", "dotted": "dots"}  # by word
-SHADE = 0.55  # the second color of a texture is the first one, mixed with so much of black or white
 PHRASINGS = (
-    "a {color} {texture} {shape} on {background}",
-    "{background} background with a {color} {texture} {shape}",
-    "a {texture} {shape} in {color} on a {background} background",
+    "a {color} {shape} on {background}",
+    "{background} background with a {color} {shape}",
+    "a {shape} in {color} on a {background} background",
 )
 # Pairs of shape and color that no image shows.
 UNSEEN = frozenset((shape, list(COLORS)[i]) for i, shape in enumerate(list(SHAPES)[: len(COLORS)]))
@@ -44,17 +42,15 @@ UNSEEN = frozenset((shape, list(COLORS)[i]) for i, shape in enumerate(list(SHAPE
 
 @dataclasses.dataclass(frozen=True)
 class Attributes:
-    """Attributes that a caption names: a shape of `SHAPES`, colors of `COLORS`, and a word of `TEXTURES`."""
+    """Attributes that a caption names: a shape of `SHAPES`, and colors of `COLORS`."""
 
     shape: str
     color: str
-    texture: str
     background: str
 
     def caption(self, phrasing: int = 0) -> str:
         """Return the caption, in one of `PHRASINGS`."""
-        words = PHRASINGS[phrasing].format(**dataclasses.asdict(self)).split()
-        return re.sub(r"\ba (?=[aeiou])", "an ", " ".join(words))
+        return re.sub(r"\ba (?=[aeiou])", "an ", PHRASINGS[phrasing].format(**dataclasses.asdict(self)))
 
 
 def random_attributes(rng: np.random.Generator, unseen: bool = False) -> Attributes:
@@ -62,23 +58,16 @@ def random_attributes(rng: np.random.Generator, unseen: bool = False) -> Attribu
     while True:
         shape, color, background = rng.choice(list(SHAPES)), *rng.choice(list(COLORS), 2, replace=False)
         if ((shape, color) in UNSEEN) == unseen:
-            return Attributes(str(shape), str(color), str(rng.choice(list(TEXTURES))), str(background))
-
-
-def shade(color: np.ndarray | tuple) -> np.ndarray:
-    """Return the second color of a texture in a color: darker, or lighter if the color is dark."""
-    return np.asarray(color) * (1 - SHADE) + (np.mean(color) < 0.5) * SHADE
+            return Attributes(str(shape), str(color), str(background))
 
 
 def draw(attributes: Attributes, rng: np.random.Generator) -> np.ndarray:
     """Draw an image with attributes, uint8 [64, 64, 3]."""
     vary = lambda name: np.clip(np.array(COLORS[name]) + rng.uniform(-JITTER, JITTER, 3), 0, 1)
     color, background = vary(attributes.color), vary(attributes.background)
-    paint_shape = partial(
-        textured, colors=np.stack([color, shade(color)]), texture=TEXTURES[attributes.texture]
+    return draw_on(
+        attributes.shape, rng, lambda *_: color, lambda *_: background, radii=RADII, angles=(-TILT, TILT)
     )
-    paint_background = partial(textured, colors=np.stack([background] * 2), texture="plain")
-    return draw_on(attributes.shape, rng, paint_shape, paint_background, radii=RADII)
 
 
 def write_folder(out: Path, images: int, seed: int = 0) -> None:
@@ -101,7 +90,7 @@ def write_folder(out: Path, images: int, seed: int = 0) -> None:
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("out", type=Path, help="new folder to write")
-    parser.add_argument("--images", type=int, default=4000, help="number of images")
+    parser.add_argument("--images", type=int, default=10000, help="number of images")
     parser.add_argument("--seed", type=int, default=0, help="of the random numbers")
     args = parser.parse_args()
     write_folder(args.out, args.images, args.seed)

@@ -34,18 +34,18 @@ def _star(x, y, points: int = 5, inner: float = 0.45):
     return np.hypot(x, y) * edge - inner * np.sin(half)
 
 
-# Functions of coordinates in units of the shape's radius, negative inside the shape.
+# Functions of coordinates in units of the shape's radius, y down, negative inside the shape.
 SHAPES = {
     "crescent": lambda x, y: np.maximum(np.hypot(x, y) - 1, 0.8 - np.hypot(x - 0.5, y)),
     "cross": lambda x, y: np.where(np.minimum(abs(x), abs(y)) < 0.3, np.maximum(abs(x), abs(y)) - 0.95, 1),
     "diamond": lambda x, y: abs(x) / 0.6 + abs(y) - 1,
     "disc": lambda x, y: np.hypot(x, y) - 0.9,
-    "heart": lambda x, y: (2.1 * (x**2 + y**2) - 1) ** 3 - 5.5 * x**2 * y**3,
+    "heart": lambda x, y: (2.1 * (x**2 + y**2) - 1) ** 3 + 5.5 * x**2 * y**3,
     "hexagon": lambda x, y: _polygon(x, y, 6),
     "ring": lambda x, y: abs(np.hypot(x, y) - 0.75) - 0.22,
     "square": lambda x, y: np.maximum(abs(x), abs(y)) - 0.7,
-    "star": _star,
-    "triangle": lambda x, y: _polygon(x, y, 3),
+    "star": lambda x, y: _star(-y, x),
+    "triangle": lambda x, y: _polygon(-y, x, 3),
 }
 
 
@@ -66,12 +66,12 @@ TEXTURES = {
 }
 
 
-def textured(rng, x, y, colors, texture: str | None = None):
-    """Paint a texture (random by default) of two colors [2, 3] over coordinates in [-1, 1]: [H, W, 3]."""
+def textured(rng, x, y, colors):
+    """Paint a random texture of two colors [2, 3] over coordinates in [-1, 1]: [H, W, 3]."""
     angle, periods = rng.uniform(0, np.pi), rng.uniform(2, 5)
     u = periods * (x * np.cos(angle) + y * np.sin(angle)) + rng.random()
     v = periods * (y * np.cos(angle) - x * np.sin(angle)) + rng.random()
-    share = np.clip(TEXTURES[texture or rng.choice(list(TEXTURES))](rng, u, v), 0, 1)[..., None]
+    share = np.clip(TEXTURES[rng.choice(list(TEXTURES))](rng, u, v), 0, 1)[..., None]
     return (1 - share) * colors[0] + share * colors[1]
 
 
@@ -100,20 +100,22 @@ def draw_on(
     width: int = SIDE,
     height: int = SIDE,
     radii: tuple[float, float] = (0.4, 0.8),
+    angles: tuple[float, float] = (0, 2 * np.pi),
 ) -> np.ndarray:
     """Draw an image of a shape of `SHAPES` that lies within its borders, uint8 [height, width, 3].
 
     Args:
       shape: name of the shape.
       rng: of position, size and rotation.
-      paint_shape, paint_background: functions (rng, x, y) -> colors [H, W, 3] over coordinates in [-1, 1].
+      paint_shape, paint_background: functions (rng, x, y) -> colors [H, W, 3] or [3]; coordinates in [-1, 1].
       width, height: in pixels.
       radii: least and greatest radius of the shape, relative to half the shorter side.
+      angles: least and greatest rotation, in radians.
     """
     n, short = OVERSAMPLING, min(width, height)
     axis = lambda size: ((np.arange(size * n, dtype=np.float32) + 0.5) / n * 2 - size) / short
     x, y = np.meshgrid(axis(width), axis(height))
-    radius, angle = rng.uniform(*radii), rng.uniform(0, 2 * np.pi)
+    radius, angle = rng.uniform(*radii), rng.uniform(*angles)
     dx = x - rng.uniform(-1, 1) * (width / short - radius)
     dy = y - rng.uniform(-1, 1) * (height / short - radius)
     u, v = dx * np.cos(angle) + dy * np.sin(angle), dy * np.cos(angle) - dx * np.sin(angle)

@@ -40,7 +40,7 @@ def test_unseen_pairs_can_be_asked_for():
 
 
 def test_an_image_has_the_colors_of_its_attributes():
-    attributes = Attributes("disc", "orange", "", "blue")
+    attributes = Attributes("disc", "orange", "blue")
     assert attributes.caption() == "an orange disc on blue"
     image = draw(attributes, np.random.default_rng(1)) / 255
     near = lambda name: (abs(image - COLORS[name]).max(axis=-1) < 0.06).mean()

@@ -1,14 +1,15 @@
-"""Recognize the attributes of captioned shapes in images: shape, color, texture and background.
+"""Recognize the attributes of captioned shapes in images: shape, color and background.
 
-The background is the median of the border, which no shape touches.  The others are read from descriptors that
-depend little on position, size and rotation, by perceptrons that are fitted to drawn images.
+The background is the median of the border, and the color that of the pixels that differ from it.  The shape
+is read from descriptors that depend little on position, size and rotation, by a perceptron that is fitted to
+drawn images.
 """
 
 import numpy as np
 
-from examples.captioned_shapes import COLORS, Attributes, draw, random_attributes, shade
+from examples.captioned_shapes import COLORS, Attributes, draw, random_attributes
 
-ATTRIBUTES = ("shape", "color", "texture", "background")
+ATTRIBUTES = ("shape", "color", "background")
 RINGS, ANGLES, FREQUENCIES = 10, 32, 12  # of the polar grid
 REACH = 2.2  # radius of the grid, in units of the root mean square radius of the shape
 CONTRAST = 0.15  # difference to the background, in a channel, of a pixel that is half in the shape
@@ -33,38 +34,48 @@ def background_colors(images: np.ndarray) -> np.ndarray:
     return np.median(border, axis=1)
 
 
-def describe(images: np.ndarray) -> np.ndarray:
-    """Compute descriptors float32 [N, F] of the shapes in images float [N, H, W, 3] in [0, 1].
+def shape_masks(images: np.ndarray) -> np.ndarray:
+    """Compute how much of each pixel of images float [N, H, W, 3] in [0, 1] is in the shape, [N, H, W]."""
+    difference = abs(images - background_colors(images)[:, None, None]).max(axis=-1)
+    return np.clip(difference / CONTRAST - 0.5, 0, 1)
 
-    A descriptor has the magnitudes of the Fourier transform over the angle, on rings around the center, of
-    the shape's mask and of its luma; and the share of its pixels nearest to each color and second color.
+
+def shape_colors(images: np.ndarray, masks: np.ndarray) -> np.ndarray:
+    """Return the median color [N, 3] of the pixels of images [N, H, W, 3] that are in the shape."""
+    inside = [image[mask == 1] for image, mask in zip(images, masks, strict=True)]
+    return np.array([np.median(pixels, axis=0) if len(pixels) else np.full(3, np.nan) for pixels in inside])
+
+
+def describe(masks: np.ndarray) -> np.ndarray:
+    """Compute descriptors float32 [N, F] of shapes from their masks [N, H, W].
+
+    A descriptor has magnitudes of the mask's Fourier transform over the angle, on rings around its center.
     """
     from scipy.ndimage import map_coordinates
 
-    difference = abs(images - background_colors(images)[:, None, None]).max(axis=-1)
-    masks = np.clip(difference / CONTRAST - 0.5, 0, 1)
-    palette = np.array([color for name in COLORS for color in (COLORS[name], shade(COLORS[name]))])
-    nearest = ((images[..., None, :] - palette) ** 2).sum(-1).argmin(-1)
     angles = np.linspace(0, 2 * np.pi, ANGLES, endpoint=False)
     radii = (np.arange(RINGS) + 0.5) / RINGS * REACH
     grid = radii[:, None] * np.stack([np.sin(angles), np.cos(angles)])[:, None]
+    places = np.indices(masks.shape[1:])
     descriptors = []
-    for image, mask, codes in zip(images, masks, nearest, strict=True):
+    for mask in masks:
         weight = max(mask.sum(), 1e-6)
-        places = np.indices(mask.shape)
         center = (places * mask).sum((1, 2)) / weight
         spread = np.sqrt((((places - center[:, None, None]) ** 2).sum(0) * mask).sum() / weight)
-        coords = center[:, None, None] + spread * grid
-        layers = [mask, mask * (image @ (0.3, 0.59, 0.11))]
-        rings = [map_coordinates(layer, coords, order=1) for layer in layers]
+        rings = map_coordinates(mask, center[:, None, None] + spread * grid, order=1)
         spectra = abs(np.fft.rfft(rings, axis=-1))[..., :FREQUENCIES] / ANGLES
-        shares = np.bincount(codes.ravel(), mask.ravel(), len(palette)) / weight
-        descriptors.append(np.concatenate([spectra.ravel(), shares]))
+        descriptors.append(spectra.ravel())
     return np.asarray(descriptors, np.float32)
 
 
+def color_names(colors: np.ndarray) -> list[str]:
+    """Return the name of the nearest of `COLORS` to each of colors [N, 3]; of no color (NaN), none."""
+    distances = abs(colors[:, None] - np.array(list(COLORS.values()))).max(-1)
+    return ["" if np.isnan(row[0]) else list(COLORS)[row.argmin()] for row in distances]
+
+
 class AttributeJudge:
-    """Classifiers of the attributes of images of a side, fitted to drawn images.
+    """Reads the attributes of images of a side; its classifier of shapes is fitted to drawn images.
 
     Args:
       side: of the images in pixels.
@@ -77,22 +88,17 @@ class AttributeJudge:
         from sklearn.preprocessing import StandardScaler
 
         images, attributes = drawn_examples(count, side, seed=1_000_000)
-        descriptors = describe(images / 255)
-        self._classifiers = {}
-        for name in ATTRIBUTES[:-1]:
-            network = MLPClassifier((128,), alpha=1e-2, max_iter=200, early_stopping=True, random_state=0)
-            classifier = make_pipeline(StandardScaler(), network)
-            classifier.fit(descriptors, [getattr(attribute, name) for attribute in attributes])
-            self._classifiers[name] = classifier
+        network = MLPClassifier((128,), alpha=1e-2, max_iter=200, early_stopping=True, random_state=0)
+        self._classifier = make_pipeline(StandardScaler(), network)
+        self._classifier.fit(describe(shape_masks(images / 255)), [a.shape for a in attributes])
 
     def attributes(self, images: np.ndarray) -> list[Attributes]:
         """Recognize the attributes of images uint8 [N, H, W, 3]."""
         images = images / 255
-        distances = abs(background_colors(images)[:, None] - np.array(list(COLORS.values()))).max(-1)
-        descriptors = describe(images)
-        found = {name: classifier.predict(descriptors) for name, classifier in self._classifiers.items()}
-        found["background"] = np.array(list(COLORS))[distances.argmin(1)]
-        return [Attributes(*map(str, row)) for row in zip(*(found[name] for name in ATTRIBUTES), strict=True)]
+        masks = shape_masks(images)
+        shapes = map(str, self._classifier.predict(describe(masks)))
+        colors = color_names(shape_colors(images, masks))
+        return list(map(Attributes, shapes, colors, color_names(background_colors(images))))
 
     def shares(self, images: np.ndarray, asked: list[Attributes]) -> dict[str, float]:
         """Compute the share of images that show what was asked for: of each attribute, and of `all`."""

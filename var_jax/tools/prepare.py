@@ -372,7 +372,10 @@ def main(_):
     )
     fields = [f"--config.{stage}.data." for stage in ("tokenizer", "next_scale")]
     overrides = " ".join(f"{field}name={FLAGS.name} {field}dir={data_dir}" for field in fields)
-    print(f"next: python train.py --config=configs/shapes.py --workdir=runs/{FLAGS.name} {overrides}")
+    if embeddings and not captions:
+        overrides += " --config.next_scale.model.condition=embedding"
+    config = "captions" if captions or embeddings else "shapes"
+    print(f"next: python train.py --config=configs/{config}.py --workdir=runs/{FLAGS.name} {overrides}")
 
 
 if __name__ == "__main__":
