@@ -102,7 +102,7 @@ def next_scale() -> ConfigDict:
 
     # Optimizer
     stage.train.batch = 32
-    stage.train.steps = 5000
+    stage.train.steps = 3500
     stage.train.base_learning_rate = 8e-3  # 1e-3 at batch 32
     stage.train.lr_schedule = "cos"
     stage.train.lr_end_fraction = 0.02

@@ -34,10 +34,14 @@ def tasks(tiny_tokenizer, tmp_path_factory):
     config.tokenizer.codebook.dead_threshold = 0.9  # so that codes are restarted
     corrected = config.next_scale.copy_and_resolve_references()
     corrected.correction.update(dict(strength=0.5, source="model"))
+    captioned = config.next_scale.copy_and_resolve_references()
+    captioned.model.update(dict(condition="caption", text_depth=1))
+    captions = dict(condition_length=3, condition_width=0, vocabulary=("blue", "on", "red"))
     return {
         "tokenizer": TokenizerTask(config.tokenizer, 6),
         "next_scale": NextScaleTask(config.next_scale, 6, *tiny_tokenizer, classes=10),
         "self_correction": NextScaleTask(corrected, 6, *tiny_tokenizer, classes=10),
+        "captions": NextScaleTask(captioned, 6, *tiny_tokenizer, classes=1, condition_fields=captions),
     }
 
 
@@ -54,12 +58,14 @@ def losses(task, mesh, steps=5):
             "label": rng.integers(0, 10, 16, dtype=np.int32),
             "valid": np.ones(16, np.float32),
         }
+        if task.stage.model.get("condition") == "caption":
+            batch["condition"] = rng.integers(0, 5, (16, 3), dtype=np.int32)
         state, metrics = step(state, task.frozen, global_batch(batch, mesh), jax.random.key(1))
         result.append(float(metrics["loss"]))
     return np.array(result), state
 
 
-@pytest.mark.parametrize("name", ["tokenizer", "next_scale", "self_correction"])
+@pytest.mark.parametrize("name", ["tokenizer", "next_scale", "self_correction", "captions"])
 def test_eight_devices_fsdp_equal_one(tasks, name):
     one, whole = losses(tasks[name], make_mesh(devices=jax.devices()[:1]))
     eight, state = losses(tasks[name], make_mesh(fsdp=8))
