@@ -25,6 +25,8 @@ from tqdm import tqdm
 
 import var_jax
 from var_jax import cli
+from var_jax.data.image_conditions import read_embeddings
+from var_jax.data.image_folder import UnusableFolder
 from var_jax.errors import config_errors
 from var_jax.images import denormalize_to_uint8, image_grid, image_strips, save_png
 from var_jax.interop.model_names import pretrained_names
@@ -41,9 +43,14 @@ cli.define_refiner_flags()
 cli.define_host_flags()
 flags.DEFINE_list("labels", None, "Labels, one per image; `none` is no class")
 flags.DEFINE_list("classes", None, "Classes with --num_per_class images each, e.g. 0-999; by default all")
-flags.DEFINE_integer("num_per_class", 10, "Images of each class or prompt, without --labels", lower_bound=1)
+flags.DEFINE_integer(
+    "num_per_class", 10, "Images of each class, prompt or embedding, without --labels", lower_bound=1
+)
 flags.DEFINE_string(
     "prompts", None, "Texts to draw, separated by |, or a .txt file with one a line; of a model with captions"
+)
+flags.DEFINE_string(
+    "embeddings", None, "Folder of arrays [T, D], NAME.npy, to draw; of a model trained on embeddings"
 )
 flags.DEFINE_integer("batch", None, "Images generated at once; by default as many as fit", lower_bound=1)
 flags.DEFINE_bool("pngs", False, "Also write each image as a PNG")
@@ -63,8 +70,9 @@ def out_folder() -> Path:
         for name in ("classes", "num_per_class"):
             if FLAGS[name].present:
                 raise app.UsageError(f"give either --labels, one per image, or --{name}; got both")
-    if FLAGS.prompts is not None and (FLAGS.labels is not None or FLAGS.classes is not None):
-        raise app.UsageError("give either --prompts or --labels or --classes, not two of them")
+    kinds = ("prompts", "embeddings", "labels", "classes")
+    if len(given := [f"--{kind}" for kind in kinds if FLAGS[kind].value is not None]) > 1:
+        raise app.UsageError(f"give one of {', '.join(given)}, not two of them")
     if FLAGS.out is None and FLAGS.workdir and is_remote(FLAGS.workdir):
         raise app.UsageError(
             f"--workdir={FLAGS.workdir} is remote, but samples are written to local files: give --out=DIR, a "
@@ -168,7 +176,7 @@ def write_pngs(images: np.ndarray, labels: np.ndarray, kind: str, folder: Path) 
     Args:
       images: uint8 [N, H, W, 3].
       labels: int [N].
-      kind: what the labels number: `class` or `prompt`.
+      kind: what the labels number: `class`, `prompt` or `embedding`.
       folder: output folder.
 
     Raises:
@@ -201,7 +209,7 @@ def generate_and_write(
       spec: the job (`cli.job`), on process 0.
       conditions: of each image, as `generate_batches` takes them.
       labels: int [N], classes or numbers of prompts.
-      prompts: all prompts; [] with classes.
+      prompts: all prompts, or names of embeddings; [] with classes.
       options: sampling options.
       out: output folder.
     """
@@ -239,7 +247,8 @@ def generate_and_write(
     if is_primary:
         files = [store.finish(labels, prompts).name, "tokens.npy", *draw_pictures(tokenizer, store, out)]
         if FLAGS.pngs:
-            write_pngs(store.images(), labels, "prompt" if prompts else "class", out / "images")
+            kind = "prompt" if FLAGS.prompts else "embedding" if FLAGS.embeddings else "class"
+            write_pngs(store.images(), labels, kind, out / "images")
             files.append("images/")
         summary = ", ".join(f"{name} {value}" for name, value in dataclasses.asdict(options).items())
         print(f"{len(labels)} images ({summary}): {out}: {', '.join(files)}")
@@ -255,9 +264,15 @@ def main(_):
         prompts, options = [], cli.options(model)
         if FLAGS.prompts is not None:
             prompts = read_prompts(FLAGS.prompts)
-            labels = np.tile(np.arange(len(prompts)), FLAGS.num_per_class)
             with config_errors(prefix="--prompts: "):
-                conditions = model.conditions(prompt=prompts)[labels]
+                conditions = model.conditions(prompt=prompts)
+        elif FLAGS.embeddings is not None:
+            with config_errors(UnusableFolder, ValueError, prefix="--embeddings: "):
+                prompts, embeddings = read_embeddings(Path(FLAGS.embeddings))
+                conditions = model.conditions(embeddings=embeddings)
+        if prompts:
+            labels = np.tile(np.arange(len(prompts)), FLAGS.num_per_class)
+            conditions = conditions[labels]
         else:
             labels = conditions = chosen_labels(model)
         spec = cli.job(model, conditions, options) if jax.process_index() == 0 else {}

@@ -500,6 +500,5 @@ def check_classes(model: var_jax.LoadedVAR) -> None:
     """Raise ConfigError if a model was not trained on classes."""
     if (kind := model.module.config.condition) != "label":
         raise ConfigError(
-            f"this model was trained on {kind}s, not on classes: sample.py --prompts draws captions, and "
-            f"model.sample({ARGUMENTS[kind]}=...) in Python"
+            f"this model was trained on {kind}s, not on classes: sample.py has --prompts and --embeddings"
         )

@@ -24,14 +24,16 @@ WORDS = ("blue", "red")
 
 def test_from_captions_of_a_folder_to_images_of_prompts(tiny_run, tmp_path):
     rng, lines = np.random.default_rng(0), []
+    (tmp_path / "vectors").mkdir()
     for i in range(48):
         name, pixels = f"{i}.png", rng.integers(0, 60, (8, 8, 3))
         pixels[..., 2 * (i % 2)] += 190
         Image.fromarray(pixels.astype(np.uint8)).save(tmp_path / name)
+        np.save(tmp_path / "vectors" / f"{i}.npy", np.full((1 + i % 2, 3), i + 1, np.float32))
         lines.append(json.dumps({"image": name, "caption": f"All {('red', 'blue')[i % 2]}!"}))
     captions = tmp_path / "captions.jsonl"
     captions.write_text("\n".join(lines))
-    prepare(tmp_path, "colours", tmp_path / "data", 0.2, False, 1, captions)
+    prepare(tmp_path, "colours", tmp_path / "data", 0.2, False, 1, captions, tmp_path / "vectors")
     stage = tiny_config(tmp_path / "data", steps=8, every=8).next_scale
     stage.data.name, stage.tokenizer = "colours", str(tiny_run)
     stage.model.update(dict(condition="caption", text_depth=1))
@@ -54,6 +56,21 @@ def test_from_captions_of_a_folder_to_images_of_prompts(tiny_run, tmp_path):
         assert samples["arr_1"].tolist() == [0, 1, 0, 1]
         assert samples["prompts"].tolist() == ["all red", "All blue."]
     assert (tmp_path / "out" / "images" / "000003_prompt0001.png").exists()
+
+    stage.model.condition = "embedding"
+    stage.train.update(dict(steps=1, eval_every=1, checkpoint_every=1))
+    run(stage, tmp_path / "embedded")
+    (tmp_path / "asked").mkdir()
+    for name, length in (("two", 2), ("one", 1)):
+        np.save(tmp_path / "asked" / f"{name}.npy", np.ones((length, 3), np.float16))
+    arguments = [f"--workdir={tmp_path}/embedded", "--num_per_class=2", f"--out={tmp_path}/drawn"]
+    done = command("sample.py", *arguments, f"--embeddings={tmp_path}/asked")
+    assert done.returncode == 0, done.stderr[-2000:]
+    with np.load(tmp_path / "drawn" / "samples.npz") as samples:
+        assert samples["arr_1"].tolist() == [0, 1, 0, 1] and samples["prompts"].tolist() == ["one", "two"]
+    np.save(tmp_path / "asked" / "wide.npy", np.ones((1, 4), np.float16))
+    done = command("sample.py", *arguments, f"--embeddings={tmp_path}/asked")
+    assert done.returncode == 1 and "wide.npy has D = 4" in done.stderr
 
     stage.model.condition = "label"
     with pytest.raises(ConfigError, match="config.model.condition: 'caption' there, 'label' now"):

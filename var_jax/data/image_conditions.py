@@ -83,6 +83,26 @@ class Embeddings:
     shape: tuple[int, int]
     dtype: np.dtype
 
+    @classmethod
+    def create(cls, files: Mapping[Path, Path]) -> "Embeddings":
+        """Read and check the file of each image.
+
+        Raises:
+          UnusableFolder: naming the file that does not fit, and why.
+        """
+        length, dtypes, first, width = 1, set(), None, 0
+        for path in files.values():
+            rows = read_embedding(path)
+            first, width = first or path, width or rows.shape[1]
+            if rows.shape[1] != width:
+                raise UnusableFolder(
+                    f"{printable(path)} has D = {rows.shape[1]}, but {printable(first)} has {width}; "
+                    "all must have the same"
+                )
+            length = max(length, len(rows))
+            dtypes.add(rows.dtype)
+        return cls(files=files, shape=(length, width), dtype=np.result_type(*dtypes))
+
     def array(self, path: Path) -> np.ndarray:
         """Return the embedding of an image, padded with zeros: [T, D]; all zeros if it has none."""
         padded = np.zeros(self.shape, self.dtype)
@@ -163,18 +183,20 @@ def find_embeddings(folder: Path, images: Sequence[ImageFile], root: Path) -> Em
         raise UnusableFolder(
             f"{printable(path)} is the embedding of {uses} images, {', '.join(names)}: rename one of them"
         )
-    length, dtypes, first, width = 1, set(), None, 0
-    for path in files.values():
-        rows = read_embedding(path)
-        first, width = first or path, width or rows.shape[1]
-        if rows.shape[1] != width:
-            raise UnusableFolder(
-                f"{printable(path)} has D = {rows.shape[1]}, but {printable(first)} has {width}; "
-                "all must have the same"
-            )
-        length = max(length, len(rows))
-        dtypes.add(rows.dtype)
-    return Embeddings(files=files, shape=(length, width), dtype=np.result_type(*dtypes))
+    return Embeddings.create(files)
+
+
+def read_embeddings(folder: Path) -> tuple[list[str], np.ndarray]:
+    """Read the .npy files of a folder, in order of their names: the names, and the embeddings [N, T, D].
+
+    Raises:
+      UnusableFolder: if there are none, or naming the file that does not fit, and why.
+    """
+    paths = sorted(folder.glob("*.npy"))
+    if not paths:
+        raise UnusableFolder(f"there is no .npy file in {printable(folder)}")
+    embeddings = Embeddings.create({path: path for path in paths})
+    return [path.stem for path in paths], np.stack([embeddings.array(path) for path in paths])
 
 
 def read_embedding(path: Path) -> np.ndarray:
