@@ -34,7 +34,7 @@ from var_jax import cli
 from var_jax.data.loader import eval_batches
 from var_jax.data.sources import Source, open_source
 from var_jax.data.transforms import ToPixels
-from var_jax.errors import config_errors
+from var_jax.errors import ConfigError, config_errors
 from var_jax.evaluation.extractors import (
     Extractor,
     FeatureSet,
@@ -65,6 +65,7 @@ from var_jax.paths import as_path
 from var_jax.sampling.auto_batch_size import largest_batch
 from var_jax.sampling.options import SamplingOptions
 from var_jax.scales import Scales
+from var_jax.training.sample_scores import sample_conditions
 
 FLAGS = flags.FLAGS
 cli.define_model_flags()
@@ -150,10 +151,31 @@ def make_scorer(side: int) -> Scorer:
     return Scorer(name, extractor, reference_of_data(batches_of(source, side), source.num_records, extractor))
 
 
-def open_data(split: str) -> Source:
-    """Open a split of the data set that the flags name; ConfigError if it is missing."""
+def open_data(split: str, condition: str = "label") -> Source:
+    """Open a split of the data set that the flags name; ConfigError if it or its conditions are missing."""
     with config_errors(prefix="--data: "):
-        return open_source(FLAGS.data, split, FLAGS.data_dir)
+        return open_source(FLAGS.data, split, FLAGS.data_dir, condition)
+
+
+def conditions_to_draw(model: var_jax.LoadedVAR) -> tuple[np.ndarray, np.ndarray]:
+    """Return the conditions of the samples to score, and their classes int [N].
+
+    These are all classes in turn or, of a model of captions or embeddings, those of the first of --data.
+
+    Raises:
+      ConfigError: if the data have no such conditions, or captions of other words.
+    """
+    config = model.module.config
+    if config.condition == "label":
+        labels = np.tile(np.arange(model.num_classes), FLAGS.num_per_class)
+        return labels, labels
+    source = open_data(FLAGS.split or "train", config.condition)
+    for name, value in source.condition_fields().items():
+        if value != (own := getattr(config, name)):
+            raise ConfigError(f"--data={FLAGS.data}: its {name} is {value}; the model's is {own}")
+    count = FLAGS.num_per_class * source.num_classes
+    labels = [source[i % source.num_records]["label"] for i in range(count)]
+    return sample_conditions(source, count), np.array(labels)
 
 
 def batches_of(source: Source, side: int) -> Iterator[dict]:
@@ -221,7 +243,7 @@ def draw_and_score(
     scorer: Scorer,
     out,
 ) -> dict[str, float]:
-    """Draw --num_per_class samples of each class and score them; a killed call goes on.
+    """Draw as many samples as --num_per_class of each class and score them; a killed call goes on.
 
     Args:
       model: on one device.
@@ -233,8 +255,7 @@ def draw_and_score(
     Returns:
       The scores; {} on other hosts than the first.
     """
-    cli.check_classes(model)
-    labels = np.tile(np.arange(model.num_classes), FLAGS.num_per_class)
+    conditions, labels = conditions_to_draw(model)
     per_scale = options.per_scale(Scales(model.scales), model.tokenizer.num_codes)
     chunk = FLAGS.batch if FLAGS["batch"].present else MAX_CHUNK
     refiner = model.refiner and model.refiner.module
@@ -243,7 +264,7 @@ def draw_and_score(
     start, is_primary, saved = 0, jax.process_index() == 0, {}
     if is_primary:
         reference = FLAGS.reference or f"{FLAGS.data}/{FLAGS.split or 'train'}"
-        job = cli.job(model, labels, options) | {"network": scorer.name, "reference": reference}
+        job = cli.job(model, conditions, options) | {"network": scorer.name, "reference": reference}
         job = json.loads(json.dumps(job))
         if (out / "scores.json").exists():
             saved = json.loads((out / "scores.json").read_text())
@@ -256,7 +277,7 @@ def draw_and_score(
     if jax.process_count() > 1:
         start, chunk = (int(n) for n in multihost_utils.broadcast_one_to_all(np.array([start, chunk])))
     batches = replicated.generate_batches(
-        labels, FLAGS.seed, chunk, options, start=start, postprocess=denormalize_to_uint8
+        conditions, FLAGS.seed, chunk, options, start=start, postprocess=denormalize_to_uint8
     )
     progress = tqdm(total=len(labels), initial=start, unit="image", desc="samples", disable=not is_primary)
     with progress:

@@ -135,7 +135,7 @@ def test_commands_take_captions_and_name_models_of_other_kinds(model, embedded, 
     monkeypatch.setattr(cli, "FLAGS", flags())
     assert cli.condition(model, "label", 2) == {"prompt": [None, None]}
     assert cli.condition(embedded, "label", 2)["embeddings"].shape == (2, 3, 2)
-    with pytest.raises(ConfigError, match="trained on captions, not on classes: sample.py --prompts"):
+    with pytest.raises(ConfigError, match="trained on captions, not on classes: sample.py has --prompts"):
         cli.check_classes(model)
     with pytest.raises(ConfigError, match="condition is caption, must be label"):
         check_expressible(model.module.config)

@@ -57,6 +57,13 @@ def test_from_captions_of_a_folder_to_images_of_prompts(tiny_run, tmp_path):
         assert samples["prompts"].tolist() == ["all red", "All blue."]
     assert (tmp_path / "out" / "images" / "000003_prompt0001.png").exists()
 
+    done = command(
+        "evaluate.py", "generate-and-score", f"--workdir={tmp_path}/run", "--num_per_class=30",
+        "--data=colours", f"--data_dir={tmp_path}/data", f"--out={tmp_path}/scores",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert json.loads((tmp_path / "scores" / "scores.json").read_text())["num_samples"] == 30
+
     stage.model.condition = "embedding"
     stage.train.update(dict(steps=1, eval_every=1, checkpoint_every=1))
     run(stage, tmp_path / "embedded")
