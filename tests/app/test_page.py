@@ -1,6 +1,7 @@
 """The web page in a browser, used as a visitor does; one server and one browser for all tests."""
 
 import base64
+import contextlib
 import importlib.util
 import io
 import os
@@ -11,6 +12,7 @@ import subprocess
 import time
 import urllib.error
 import urllib.request
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -66,23 +68,31 @@ def chromium() -> str:
     return path
 
 
-@pytest.fixture(scope="module")
-def server(chromium, tiny_run, tmp_path_factory):
-    """Address of a running page, and its log."""
+@contextlib.contextmanager
+def serving(log: Path, *flags: str):
+    """Run the page while the context is open; its address."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    log = tmp_path_factory.mktemp("app") / "log"
-    flags = (f"--workdir={tiny_run}", f"--compare={tiny_run}", f"--port={port}", "--max_upload_mb=0.1")
+    flags = (*flags, f"--port={port}")
     with open(log, "w") as file:
         process = subprocess.Popen(
             **python("-c", SERVER, *flags), stdout=file, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL
         )
     wait_for(lambda: "The page is at" in log.read_text() or process.poll() is not None, seconds=300)
     assert process.poll() is None, log.read_text()
-    yield f"http://127.0.0.1:{port}", log
+    yield f"http://127.0.0.1:{port}"
     process.terminate()
     assert process.wait(60) == 0, log.read_text()
+
+
+@pytest.fixture(scope="module")
+def server(chromium, tiny_run, tmp_path_factory):
+    """Address of a running page, and its log."""
+    log = tmp_path_factory.mktemp("app") / "log"
+    flags = (f"--workdir={tiny_run}", f"--compare={tiny_run}", "--max_upload_mb=0.1")
+    with serving(log, *flags) as url:
+        yield url, log
     errors = re.findall(r"^\w+Error: .*$", log.read_text(), re.M)
     assert set(errors) <= {"RuntimeError: the cosmic ray"}, log.read_text()
 
@@ -317,3 +327,18 @@ def test_files_of_the_server_are_not_served(server, tiny_run):
         with pytest.raises(urllib.error.HTTPError) as refused:
             urllib.request.urlopen(f"{server[0]}/gradio_api/file={path}")
         assert refused.value.code in (403, 404)
+
+
+def test_a_visitor_asks_for_a_shape_in_words(browser, tmp_path):
+    with serving(tmp_path / "log", "--workdir=shapes") as url, browser.new_context() as context:
+        page = open_page(context, url)
+        prompt = page.get_by_label("Prompt; empty for none")
+        prompt.fill("a red disc on elephants")
+        page.get_by_role("button", name="Generate", exact=True).click()
+        assert "has the word 'elephants'" in message(page)
+        prompt.fill("a red disc on blue")
+        page.get_by_role("slider", name="Number of images").press("Home")
+        page.get_by_role("button", name="Generate", exact=True).click()
+        page.get_by_text("a red disc on blue, seed 0").wait_for()
+        (source,) = sources(page, "current", 1)
+        assert np.median(pixels(source)[0], axis=0).argmax() == 2  # the border is blue
