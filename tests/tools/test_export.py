@@ -10,6 +10,7 @@ import pytest
 from sklearn import datasets, svm
 
 import var_jax
+from examples.captioned_shapes import COLORS
 from tests.helpers import fake_hub
 from tests.helpers.commands import command
 from var_jax.errors import UserError
@@ -168,7 +169,7 @@ def test_a_file_without_a_tokenizer_says_so(goldens):
 
 
 def test_the_models_in_the_package_are_small_and_draw_what_is_asked_for(tmp_path, monkeypatch):
-    assert "digits" in pretrained_names()
+    assert pretrained_names() == ("digits", "shapes")
     for name in pretrained_names():
         assert is_exported(find_model(name))
         assert sum(path.stat().length for path in find_model(name).iterdir()) < 12 * 2**20
@@ -178,6 +179,13 @@ def test_the_models_in_the_package_are_small_and_draw_what_is_asked_for(tmp_path
     digits = datasets.load_digits()
     classifier = svm.SVC(gamma=0.02).fit(digits.data / 16, digits.target)
     assert (classifier.predict(pixels(model.sample(labels))) == labels).mean() >= 0.95
+    shapes = var_jax.load_var("shapes")
+    names = ["blue", "green", "red", "white"]
+    images = shapes.sample(prompt=[f"a yellow disc on {name}" for name in names] * 4)
+    border, middle = images[:, 0].mean(axis=1), images[:, 12:20, 12:20].mean(axis=(1, 2))
+    colors = np.array([COLORS[name] for name in names] * 4)
+    assert (abs(border - colors).max(axis=1) < 0.2).mean() >= 0.9
+    assert (abs(middle - COLORS["yellow"]).max(axis=1) < 0.3).mean() >= 0.9
     monkeypatch.chdir(tmp_path)
     (tmp_path / "digits").mkdir()
     assert find_model("digits") == tmp_path / "digits"  # a path comes first
