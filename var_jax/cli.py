@@ -168,6 +168,11 @@ def _parse_flags(argv: list[str]) -> list[str]:
     except AttributeError as error:  # of ml_collections, around a KeyError that names a field like it
         reason = error.args[0].args[0] if isinstance(error.args[0], KeyError) else str(error)
         sys.exit(f"{command_name()}: no such field of the config: {' '.join(reason.split())}")
+    except KeyError as error:  # of ml_collections, for a field of a field
+        sys.exit(
+            f"{command_name()}: no such field of the config: {error.args[0]}; in a config with stages give the "
+            "stage, too, e.g. --config.next_scale.model.depth"
+        )
 
 
 def usage_error(message: str) -> NoReturn:
@@ -307,7 +312,10 @@ def load() -> var_jax.LoadedVAR:
     checkpoint = FLAGS.checkpoint or "latest"
     is_file = checkpoint.endswith(SUFFIXES)
     if not (FLAGS.tokenizer or FLAGS.workdir) or not (is_file or FLAGS.workdir):
-        raise app.UsageError("give --workdir of a run, or --tokenizer and --checkpoint of published files")
+        raise app.UsageError(
+            "give --workdir of a run, or --tokenizer and --checkpoint of published files "
+            f"({', '.join(SUFFIXES)})"
+        )
     path, scales = tokenizer_source()
     with config_errors():
         tokenizer = var_jax.load_tokenizer(path, scales=scales, dtype=FLAGS.dtype)

@@ -428,10 +428,10 @@ def count_layers(tensors: Tensors, pattern: str, max_count: int) -> int:
 
 
 TOKENIZER_ADVICE = "convert the tokenizer's file to the same run, too, or give the file as --tokenizer"
-# A tensor that only the file of a network has, and the flag that takes the file.
+# A tensor that only the file of a network has, and what takes the file.
 SIGNATURES = {
-    "tokenizer": ("quantize.embedding.weight", "--tokenizer"),
-    "VAR transformer": ("word_embed.weight", "--checkpoint"),
+    "tokenizer": ("quantize.embedding.weight", "as --tokenizer, in Python to load_tokenizer"),
+    "VAR transformer": ("word_embed.weight", "as --checkpoint, in Python to load_var with tokenizer="),
 }
 
 
@@ -447,9 +447,9 @@ def require_tensors(tensors: Tensors, ranks: Mapping[str, int | None], kind: str
       ValueError: naming the tensors that are missing, or one of another rank.
     """
     if missing := [name for name in ranks if name not in tensors]:
-        for other, (name, flag) in SIGNATURES.items():
+        for other, (name, how) in SIGNATURES.items():
             if other != kind and name in tensors:
-                raise ValueError(f"no published {kind}: this is the file of a {other}, give it as {flag}")
+                raise ValueError(f"no published {kind}: this is the file of a {other}, give it {how}")
         raise ValueError(f"no published {kind}: it has no tensor {', '.join(missing)}")
     for name, rank in ranks.items():
         if rank is not None and tensors[name].ndim != rank:

@@ -98,8 +98,8 @@ def match_params(
       shapes, for each parameter that is not loaded completely.
 
     Raises:
-      ValueError: if the networks differ in more than may be reinitialized; names the config fields to change,
-        and every parameter that does not fit.
+      ValueError: if the networks differ in more than may be reinitialized; names the config fields to change
+        or, if there are none, every parameter that does not fit.
     """
     rules = MATCH_RULES[type(target_config)]
     pretrained, target = flatten_dict(params, sep="/"), flatten_dict(target_shapes, sep="/")
@@ -115,7 +115,7 @@ def match_params(
         if _shape(pretrained.get(path)) != _shape(target.get(path))
     }
     if fields or mismatches.keys() - set(rules.may_reinit):
-        raise ValueError("it is another network\n  " + "\n  ".join([*fields, *mismatches.values()]))
+        raise ValueError("it is another network\n  " + "\n  ".join(fields or mismatches.values()))
 
     init_values = {}
     notes = [
