@@ -6,8 +6,8 @@
     python train.py --config=configs/captions.py --workdir=runs/captions
     python sample.py --workdir=runs/captions --prompts="a red star on blue"
 
-Takes 40 minutes for the tokenizer and 56 for the transformer on two CPU cores that other work shared.  The result
-is in the package: var_jax.load_var("shapes").  What it draws of what is asked for: experiments/captions.
+Takes 40 minutes for the tokenizer and 56 for the transformer on two CPU cores that other work shared.  The
+result is in the package: var_jax.load_var("shapes").  What it draws: experiments/captions.
 """
 
 from ml_collections import ConfigDict

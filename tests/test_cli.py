@@ -92,7 +92,11 @@ def test_an_error_of_a_user_is_a_line_and_a_bug_is_itself(monkeypatch):
 def test_a_wrong_flag_is_the_last_thing_seen_and_help_lists_the_flags_of_the_package_alone():
     for flags, message in (
         (["--bogus=1"], "Unknown command line flag 'bogus'"),
-        ([], "give --workdir of a run, or --tokenizer and --checkpoint of published files"),
+        (
+            [],
+            "give --workdir of a run, or --tokenizer and --checkpoint of published files "
+            "(.pth, .pt, .safetensors)",
+        ),
     ):
         done = command("sample.py", *flags)
         assert (done.returncode, done.stdout) == (1, "")

@@ -170,8 +170,8 @@ def _parse_flags(argv: list[str]) -> list[str]:
         sys.exit(f"{command_name()}: no such field of the config: {' '.join(reason.split())}")
     except KeyError as error:  # of ml_collections, for a field of a field
         sys.exit(
-            f"{command_name()}: no such field of the config: {error.args[0]}; in a config with stages give the "
-            "stage, too, e.g. --config.next_scale.model.depth"
+            f"{command_name()}: no such field of the config: {error.args[0]}; in a config with stages give "
+            "the stage, too, e.g. --config.next_scale.model.depth"
         )
 
 

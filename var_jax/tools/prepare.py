@@ -53,6 +53,7 @@ from var_jax.paths import local_path
 FLAGS = flags.FLAGS
 SPAWN_CONTEXT = multiprocessing.get_context("spawn")
 FILES_PER_TASK = 32  # files that a worker process checks at once
+FEW_IMAGES = 10  # of a class
 CLASSES_SHOWN = 20
 MAX_FILE_BYTES = 2**30  # a TFDS record holds less than 2 GiB
 
@@ -239,7 +240,10 @@ def print_duplicates(files: list[ImageFile], checks: Mapping[Path, Check]) -> No
     for file in files:
         splits[checks[file.path].digest].add(file.split)
     if duplicates := len(files) - len(splits):
-        print(f"{duplicates} files are copies of others, byte for byte")
+        print(
+            f"{duplicates} files are copies of others, byte for byte: remove them, unless some images shall "
+            "count more"
+        )
     if in_both := sum(len(image_splits) > 1 for image_splits in splits.values()):
         print(
             f"{in_both} images are in the folder `train` and held out, too: the held-out loss will be too low"
@@ -320,7 +324,7 @@ def prepare(
         files = drop_bad_files(files, checks, skip_bad)
         files = hold_out(files, held_out, {path: check.digest for path, check in checks.items()}, root)
         print_duplicates(files, checks)
-        print(f"classes: {format_classes(files)}")
+        print_classes(files)
         counts = tuple(sum(file.split == split for file in files) for split in ("train", "test"))
         if min(counts) == 0:
             raise UnusableFolder(
@@ -346,11 +350,13 @@ def prepare(
     return counts
 
 
-def format_classes(files: Iterable[ImageFile]) -> str:
-    """Format the number, name and number of images of each class, of the first `CLASSES_SHOWN` at most."""
+def print_classes(files: Iterable[ImageFile]) -> None:
+    """Print number, name and number of images of each class, of the first `CLASSES_SHOWN` at most."""
     counts = sorted(collections.Counter(file.label for file in files).items())
     classes = [f"{i} {printable(label)} ({count})" for i, (label, count) in enumerate(counts)]
-    return ", ".join(classes[:CLASSES_SHOWN] + ["..."] * (len(classes) > CLASSES_SHOWN))
+    print(f"classes: {', '.join(classes[:CLASSES_SHOWN] + ['...'] * (len(classes) > CLASSES_SHOWN))}")
+    if small := [printable(label) for label, count in counts if count < FEW_IMAGES]:
+        print(f"too few to learn, less than {FEW_IMAGES} images: {', '.join(small[:CLASSES_SHOWN])}")
 
 
 def _is_complete(folder: Path) -> bool:
@@ -366,10 +372,7 @@ def main(_):
     with config_errors(UnusableFolder, OSError):
         options = (FLAGS.held_out, FLAGS.skip_bad, FLAGS.workers, captions, embeddings)
         counts = prepare(images, FLAGS.name, data_dir, *options)
-    print(
-        f"{counts[0]} images for training, {counts[1]} held out: "
-        f"--config.data.name={FLAGS.name} --config.data.dir={data_dir}"
-    )
+    print(f"{counts[0]} images for training, {counts[1]} held out, in {data_dir / FLAGS.name}")
     fields = [f"--config.{stage}.data." for stage in ("tokenizer", "next_scale")]
     overrides = " ".join(f"{field}name={FLAGS.name} {field}dir={data_dir}" for field in fields)
     if embeddings and not captions:

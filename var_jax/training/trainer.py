@@ -402,6 +402,10 @@ class Trainer:
         cfg, is_last = self.cfg, step == self.steps
         stopping = self.stop.is_set() or self.checkpoints.preempted(step)
         is_saved = False
+        if stopping:
+            self.log.say(f"{self.task.name}: stopping at step {step}: saving")
+        elif is_last:
+            self.log.say(f"{self.task.name}: saving, evaluating and drawing, which may compile first")
         if step % cfg.checkpoint_every == 0 or is_last or stopping:
             is_saved = self.save(step, state, force=is_last or stopping)
         if not stopping and is_due(cfg.eval_every, step, self.steps):
