@@ -13,7 +13,11 @@ BASES = {
     "next_token": schema.next_token_stage,
     "align": schema.align_stage,
 }
-CONFIGS = {"digits": [], "shapes": [], "tokenizer": ["published", "small", "single", "residual", "patches"]}
+CONFIGS = {
+    "digits": [],
+    "shapes": ["", "small"],
+    "tokenizer": ["published", "small", "single", "residual", "patches"],
+}
 CONFIGS |= {"var": ["d12", "d16", "d20", "d24", "d30", "d36"], "next_token": ["d12", "d30", "digits"]}
 CONFIGS["captions"] = []
 CONFIGS |= {"align": ["d16", "d30", "digits"]}

@@ -77,6 +77,10 @@ def test_a_wrong_config_is_a_line_and_a_bug_a_traceback(digits_dir, tmp_path):
         ),
         (("train.py", "--workdir=x", "--config=configs/var.py:d16", "--config.train.batch=three"), "batch"),
         (
+            ("train.py", "--workdir=x", "--config=configs/digits.py", "--config.model.depth=3"),
+            "no such field of the config: 'model'; in a config with stages give the stage, too",
+        ),
+        (
             ("train.py", "--workdir=x", "--config=configs/var.py:d16", "--config.data.dir=/nowhere"),
             "tfds build",
         ),

@@ -91,17 +91,12 @@ def test_other_codes_make_a_new_head_or_codebook(goldens):
     assert notes[0].endswith("in init_from, absent in this run: not used")
 
 
-def test_another_network_is_refused_with_fields_and_tensors(goldens):
+def test_another_network_is_refused_with_the_fields_that_differ(goldens):
     with pytest.raises(ValueError) as error:
         load_into(goldens / "var.pth", "next_scale", width=96, depth=2, num_classes=4)
-    for words in (
-        "config.model.width must be 192, as in init_from; got 96",
-        "config.model.depth must be 3, as in init_from; got 2",
-        "head/kernel is [192, 128] in init_from, [96, 128] in this run",
-        "blocks/layers/attention/qkv/kernel is [3, 192, 576] in init_from, [2, 96, 288] in this run",
-        "class_embedding is [11, 192] in init_from, [5, 96] in this run",
-    ):
-        assert words in str(error.value)
+    assert "config.model.width must be 192, as in init_from; got 96" in str(error.value)
+    assert "config.model.depth must be 3, as in init_from; got 2" in str(error.value)
+    assert "kernel" not in str(error.value)  # shapes follow from the fields
     # What no shape shows.
     with pytest.raises(ValueError, match="config.model.num_heads must be 3, as in init_from; got 6"):
         load_into(goldens / "var_plain_attention.pth", "next_scale", num_heads=6)
