@@ -19,7 +19,6 @@ CONFIGS = {
     "tokenizer": ["published", "small", "single", "residual", "patches"],
 }
 CONFIGS |= {"var": ["d12", "d16", "d20", "d24", "d30", "d36"], "next_token": ["d12", "d30", "digits"]}
-CONFIGS["captions"] = []
 CONFIGS |= {"align": ["d16", "d30", "digits"]}
 
 
