@@ -5,7 +5,7 @@
         --guidance=4 --out=out
     python sample.py --tokenizer=vae_ch160v4096z32.pth --checkpoint=var_d30.pth --classes=0-999 \\
         --num_per_class=50 --out=fid
-    python sample.py --workdir=runs/captions --prompts="a red star on blue|a green ring" --out=out
+    python sample.py --workdir=runs/captions --prompts="a red star on blue|a green ring on white" --out=out
 
 The same command resumes a run that was killed.  Once samples.npz is complete, it writes only the grid and the
 strips again, and with --pngs the single PNGs.

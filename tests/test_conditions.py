@@ -29,8 +29,11 @@ def test_word_ids_begin_after_padding_and_unknown_and_are_cut_to_the_length():
 def test_a_prompt_is_checked_before_it_is_encoded():
     ids = encode_prompt("Red star on blue", VOCABULARY, 5)
     np.testing.assert_array_equal(ids, encode_caption("red star on blue", VOCABULARY, 5))
-    with pytest.raises(ValueError, match=r"'a rad star' has the word 'rad'.*nearest known words are red, "):
+    with pytest.raises(ValueError, match=r"'a rad star' has the word 'rad'.*known are a, blue, don't, "):
         encode_prompt("a rad star", VOCABULARY, 5)
+    many = tuple(sorted((*VOCABULARY, *(f"word{i}" for i in range(40)))))
+    with pytest.raises(ValueError, match=r"has the word 'rad'.*known are the nearest red, "):
+        encode_prompt("a rad star", many, 5)
     with pytest.raises(ValueError, match=r"'\?!' has no words; known words are a, blue, don't"):
         encode_prompt("?!", VOCABULARY, 5)
     with pytest.raises(ValueError, match="has 4 words, but the longest .* has 3: shorten it"):

@@ -19,6 +19,7 @@ import numpy as np
 
 KINDS = ("label", "caption", "embedding")
 PADDING = 0  # word id
+SHOWN = 40  # words in an error message, at most
 UNKNOWN = 1  # word id; 2 + i is word i of the vocabulary
 _WORD = re.compile(r"(?:[^\W_]|')+")
 
@@ -66,9 +67,11 @@ def encode_prompt(prompt: str, vocabulary: Sequence[str], length: int) -> np.nda
     for word in words:
         if word not in vocabulary:
             nearest = difflib.get_close_matches(word, vocabulary, cutoff=0)
+            are_few = len(vocabulary) <= SHOWN
+            known = _listing(vocabulary) if are_few else f"the nearest {_listing(nearest)}"
             raise ValueError(
                 f"the prompt {prompt!r} has the word {word!r}, which no caption of the training images has; "
-                f"the nearest known words are {_listing(nearest)}"
+                f"known are {known}"
             )
     if len(words) > length:
         raise ValueError(
@@ -78,5 +81,5 @@ def encode_prompt(prompt: str, vocabulary: Sequence[str], length: int) -> np.nda
     return encode_caption(prompt, vocabulary, length)
 
 
-def _listing(words: Sequence[str], shown: int = 10) -> str:
-    return ", ".join([*words[:shown], *["..."] * (len(words) > shown)])
+def _listing(words: Sequence[str]) -> str:
+    return ", ".join([*words[:SHOWN], *["..."] * (len(words) > SHOWN)])
