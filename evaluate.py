@@ -146,6 +146,8 @@ def make_scorer(side: int) -> Scorer:
     source = open_data(FLAGS.split or "train")
     if not FLAGS.inception:
         name = f"a classifier of {source.name}"
+        if jax.process_index() == 0:
+            print(f"training {name}: {source.num_records} images of {side} pixels", flush=True)
         classifier = fit_classifier(batches_of(source, side), source.num_records, side)
         extractor = classifier_extractor(classifier)
     return Scorer(name, extractor, reference_of_data(batches_of(source, side), source.num_records, extractor))
