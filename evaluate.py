@@ -65,7 +65,6 @@ from var_jax.paths import as_path
 from var_jax.sampling.auto_batch_size import largest_batch
 from var_jax.sampling.options import SamplingOptions
 from var_jax.scales import Scales
-from var_jax.training.sample_scores import sample_conditions
 
 FLAGS = flags.FLAGS
 cli.define_model_flags()
@@ -176,8 +175,10 @@ def conditions_to_draw(model: var_jax.LoadedVAR) -> tuple[np.ndarray, np.ndarray
         if value != (own := getattr(config, name)):
             raise ConfigError(f"--data={FLAGS.data}: its {name} is {value}; the model's is {own}")
     count = FLAGS.num_per_class * source.num_classes
-    labels = [source[i % source.num_records]["label"] for i in range(count)]
-    return sample_conditions(source, count), np.array(labels)
+    items = (source[i] for i in range(min(count, source.num_records)))
+    conditions, labels = zip(*((item["condition"], item["label"]) for item in items), strict=True)
+    order = np.arange(count) % len(labels)
+    return np.stack(conditions)[order], np.array(labels)[order]
 
 
 def batches_of(source: Source, side: int) -> Iterator[dict]:
@@ -203,7 +204,8 @@ def score_model() -> None:
     """Draw samples of a model and score them; of the samples, their features alone are kept."""
     model = cli.load()
     scorer, out = make_scorer(model.image_size), as_path(FLAGS.out or FLAGS.workdir or ".")
-    scores = draw_and_score(model, model.replicate(), cli.options(model), scorer, out)
+    drawn = conditions_to_draw(model)
+    scores = draw_and_score(model, model.replicate(), drawn, cli.options(model), scorer, out)
     if jax.process_index() == 0:
         print(f"{scorer.table({'samples': scores})}\n{out}: scores.json, nearest.png")
 
@@ -224,12 +226,12 @@ def sweep() -> None:
         name = ", ".join(f"{option} {value:g}" for option, value in point.items())
         grid[name] = cli.options(model, fixed=point)
     scorer, out = make_scorer(model.image_size), as_path(FLAGS.out or FLAGS.workdir or ".")
-    replicated, rows = model.replicate(), {}
+    drawn, replicated, rows = conditions_to_draw(model), model.replicate(), {}
     for name, options in grid.items():
         if jax.process_index() == 0:
             print(f"--- {name}", flush=True)
         folder = out / name.replace(", ", "-").replace(" ", "_")
-        rows[name] = draw_and_score(model, replicated, options, scorer, folder)
+        rows[name] = draw_and_score(model, replicated, drawn, options, scorer, folder)
     if jax.process_index() == 0:
         table = scorer.table(rows)
         (out / "sweep.md").write_text(table + "\n")
@@ -241,15 +243,17 @@ def sweep() -> None:
 def draw_and_score(
     model: var_jax.LoadedVAR,
     replicated: var_jax.LoadedVAR,
+    drawn: tuple[np.ndarray, np.ndarray],
     options: SamplingOptions,
     scorer: Scorer,
     out,
 ) -> dict[str, float]:
-    """Draw as many samples as --num_per_class of each class and score them; a killed call goes on.
+    """Draw a sample of each condition and score them; a killed call goes on.
 
     Args:
       model: on one device.
       replicated: the same on all devices.
+      drawn: conditions of the samples, and their classes; see `conditions_to_draw`.
       options: sampling options.
       scorer: network and reference.
       out: folder of the scores.
@@ -257,7 +261,7 @@ def draw_and_score(
     Returns:
       The scores; {} on other hosts than the first.
     """
-    conditions, labels = conditions_to_draw(model)
+    conditions, labels = drawn
     per_scale = options.per_scale(Scales(model.scales), model.tokenizer.num_codes)
     chunk = FLAGS.batch if FLAGS["batch"].present else MAX_CHUNK
     refiner = model.refiner and model.refiner.module

@@ -26,7 +26,6 @@ from tqdm import tqdm
 import var_jax
 from var_jax import cli
 from var_jax.data.image_conditions import read_embeddings
-from var_jax.data.image_folder import UnusableFolder
 from var_jax.errors import config_errors
 from var_jax.images import denormalize_to_uint8, image_grid, image_strips, save_png
 from var_jax.interop.model_names import pretrained_names
@@ -267,7 +266,7 @@ def main(_):
             with config_errors(prefix="--prompts: "):
                 conditions = model.conditions(prompt=prompts)
         elif FLAGS.embeddings is not None:
-            with config_errors(UnusableFolder, ValueError, prefix="--embeddings: "):
+            with config_errors(prefix="--embeddings: "):
                 prompts, embeddings = read_embeddings(Path(FLAGS.embeddings))
                 conditions = model.conditions(embeddings=embeddings)
         if prompts:

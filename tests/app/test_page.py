@@ -81,9 +81,12 @@ def serving(log: Path, *flags: str):
         )
     wait_for(lambda: "The page is at" in log.read_text() or process.poll() is not None, seconds=300)
     assert process.poll() is None, log.read_text()
-    yield f"http://127.0.0.1:{port}"
-    process.terminate()
-    assert process.wait(60) == 0, log.read_text()
+    try:
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        process.terminate()
+        status = process.wait(60)
+    assert status == 0, log.read_text()
 
 
 @pytest.fixture(scope="module")

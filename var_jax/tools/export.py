@@ -84,10 +84,9 @@ def model_card(title: str, record: dict, table: str, pictures: list[str]) -> str
     model, sampling = record["model"], record["stage"]["sampling"]
     options = ", ".join(f"{name} {value}" for name, value in sampling.items() if value is not None)
     conditions, example = describe_conditions(record)
+    # The hub has no task for images of classes.
     is_captioned = model.get("condition") == "caption"
-    task = (
-        "text-to-image" if is_captioned else "unconditional-image-generation"
-    )  # the hub has none for classes
+    task = "text-to-image" if is_captioned else "unconditional-image-generation"
     images = "\n\n".join(f"![{PICTURES[name]}]({name})\n\n*{PICTURES[name]}*" for name in pictures)
     return f"""---
 library_name: var_jax
